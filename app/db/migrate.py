@@ -1,0 +1,41 @@
+"""Bring a database's schema to a revision, by Alembic. Safe to run from several processes at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, NullPool, create_engine, text
+
+import migrations
+
+LOCK = 0x5EC47E02
+"""Key of the advisory lock that lets one migrator in at a time."""
+
+
+def upgrade(database_url: str, revision: str = "head") -> None:
+    """Migrate up to ``revision``; does nothing when the database is there already."""
+    with _locked(database_url) as connection:
+        command.upgrade(_config(connection), revision)
+
+
+def downgrade(database_url: str, revision: str) -> None:
+    """Migrate down to ``revision``; ``base`` is the empty database."""
+    with _locked(database_url) as connection:
+        command.downgrade(_config(connection), revision)
+
+
+@contextmanager
+def _locked(database_url: str) -> Iterator[Connection]:
+    """One transaction for all of it: a migration that fails leaves the schema as it was."""
+    engine = create_engine(database_url, poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK})
+        yield connection
+
+
+def _config(connection: Connection) -> Config:
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent).replace("%", "%%"))
+    return config

@@ -1,0 +1,11 @@
+"""Every table of the service, in one metadata."""
+
+from app.auth.models import ApiKey
+from app.db.base import Base
+from app.fleet.models import Worker
+from app.jobs.models import Job, JobEvent, JobRound
+from app.kit.idempotency import IdempotencyKey
+from app.webhooks.models import WebhookDelivery
+
+metadata = Base.metadata
+TABLES = (ApiKey, IdempotencyKey, Job, JobEvent, JobRound, WebhookDelivery, Worker)

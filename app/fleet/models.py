@@ -1,0 +1,21 @@
+"""The table of live processes."""
+
+import datetime as dt
+from typing import Any
+
+from sqlalchemy import func
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.db.base import Base
+
+
+class Worker(Base):
+    """A process that beats: ``kind`` says what it is, ``info`` what it runs on."""
+
+    __tablename__ = "workers"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    info: Mapped[dict[str, Any]]
+    started_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
+    last_seen_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())

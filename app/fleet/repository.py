@@ -1,0 +1,39 @@
+"""Who is alive: heartbeats of workers, and the question whether any is there. All times are the database's clock."""
+
+import datetime as dt
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from app.fleet.models import Worker
+
+
+def beat(session: Session, name: str, kind: str, info: dict[str, Any]) -> None:
+    """Say that the process ``name`` (unique: host and pid, say) of ``kind`` is alive; commits."""
+    row = insert(Worker).values(name=name, kind=kind, info=info)
+    seen = {"kind": kind, "info": info, "last_seen_at": func.now()}
+    session.execute(row.on_conflict_do_update(index_elements=["name"], set_=seen))
+    session.commit()
+
+
+def live(session: Session, within_seconds: float, kind: str = "worker") -> Sequence[Worker]:
+    """The processes of ``kind`` that have beaten within the last ``within_seconds``, by name."""
+    since = func.now() - dt.timedelta(seconds=within_seconds)
+    return session.scalars(
+        select(Worker).where(Worker.kind == kind, Worker.last_seen_at > since).order_by(Worker.name)
+    ).all()
+
+
+def leave(session: Session, name: str) -> None:
+    """Say that the process ``name`` ends; commits."""
+    session.execute(delete(Worker).where(Worker.name == name))
+    session.commit()
+
+
+def forget(session: Session, silent_seconds: float) -> None:
+    """Drop the rows of processes that have been silent for ``silent_seconds``; commits."""
+    session.execute(delete(Worker).where(Worker.last_seen_at < func.now() - dt.timedelta(seconds=silent_seconds)))
+    session.commit()

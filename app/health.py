@@ -1,0 +1,126 @@
+"""Liveness, readiness, metrics: for orchestrators and Prometheus; no API key."""
+
+from collections.abc import Callable, Iterator
+
+import redis
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+from pydantic import BaseModel, Field
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.config import Settings
+from app.db.session import session_factory
+from app.deps import SettingsDep
+from app.fleet import repository as fleet
+from app.jobs import repository as jobs
+from app.jobs.transitions import State
+
+router = APIRouter(tags=["health"])
+
+BROKER_TIMEOUT = 1.0
+MISSED_BEATS = 3
+"""A worker that has missed this many heartbeats counts as gone."""
+
+
+class Health(BaseModel):
+    """The process answers."""
+
+    status: str = "ok"
+
+
+class Readiness(BaseModel):
+    """Each part's verdict: ``ok``, or what is wrong with it."""
+
+    ready: bool
+    database: str = Field(examples=["ok"])
+    broker: str = Field(examples=["ok"])
+    workers: str = Field(examples=["ok"])
+
+
+@router.get("/healthz")
+async def healthz() -> Health:
+    """Whether this process answers; says nothing of what it depends on."""
+    return Health()
+
+
+@router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
+def readyz(response: Response, settings: SettingsDep) -> Readiness:
+    """Whether a job would be run: the database, the broker and at least one worker are there."""
+    verdicts = {
+        "database": _verdict(lambda: _ask_database()),
+        "broker": _verdict(lambda: _ask_broker(settings)),
+        "workers": _verdict(lambda: _count_workers(settings)),
+    }
+    ready = set(verdicts.values()) == {"ok"}
+    response.status_code = 200 if ready else 503
+    return Readiness(ready=ready, **verdicts)
+
+
+class Unready(Exception):
+    """Why a part is not ready."""
+
+
+def _verdict(ask: Callable[[], None]) -> str:
+    """Only kinds of failure are told, never addresses or credentials."""
+    try:
+        ask()
+    except Unready as error:
+        return str(error)
+    except (SQLAlchemyError, redis.RedisError, OSError) as error:
+        return f"unreachable ({type(error).__name__})"
+    return "ok"
+
+
+def _ask_database() -> None:
+    with session_factory()() as session:
+        session.execute(text("SELECT 1"))
+
+
+def _ask_broker(settings: Settings) -> None:
+    limits = {"socket_timeout": BROKER_TIMEOUT, "socket_connect_timeout": BROKER_TIMEOUT}
+    with redis.Redis.from_url(settings.broker_url, **limits) as client:
+        client.ping()
+
+
+def _count_workers(settings: Settings) -> None:
+    with session_factory()() as session:
+        if not fleet.live(session, settings.heartbeat_interval * MISSED_BEATS):
+            raise Unready("no live worker")
+
+
+class QueueCollector(Collector):
+    """The state of the queue, read from the database when Prometheus asks."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        up = GaugeMetricFamily("secateur_database_up", "Whether the database answers.", value=1)
+        try:
+            with session_factory()() as session:
+                numbers = jobs.queue_numbers(session)
+                workers = len(fleet.live(session, self.settings.heartbeat_interval * MISSED_BEATS))
+        except SQLAlchemyError:
+            yield GaugeMetricFamily("secateur_database_up", up.documentation, value=0)
+            return
+        by_state = GaugeMetricFamily("secateur_jobs", "Jobs by state.", labels=["state"])
+        for state in State:
+            by_state.add_metric([state], numbers.by_state.get(state, 0))
+        depth = numbers.by_state.get(State.QUEUED, 0)
+        yield up
+        yield by_state
+        yield GaugeMetricFamily("secateur_queue_depth", "Jobs that wait for a worker.", value=depth)
+        yield GaugeMetricFamily(
+            "secateur_queue_oldest_seconds", "Age of the oldest of them.", value=numbers.oldest_seconds
+        )
+        yield GaugeMetricFamily("secateur_workers_live", "Workers that beat.", value=workers)
+
+
+@router.get("/metrics", response_class=Response)
+def metrics(request: Request) -> Response:
+    """Prometheus text format."""
+    registry: CollectorRegistry = request.app.state.registry
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,123 @@
+"""What is checked before a job is accepted: the model, the ratio, where the result may go.
+
+What cannot be checked now (the Hub does not answer) is let in; the worker finds out.
+"""
+
+import re
+
+import httpx2
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from app.catalog.architectures import ModelShape
+from app.catalog.sources import LOCAL_NAME, LOCAL_PREFIX, ModelSource, locate, read_shape
+from app.config import Settings
+from app.jobs.schemas import JobRequest, ModelRef, Plan, Publish
+from app.kit.problem import invalid
+
+UNAUTHORIZED = (401, 403)
+
+
+def look(model: ModelRef, settings: Settings) -> tuple[ModelSource, ModelShape | None]:
+    """The model and its sizes, which are unknown (``None``) for a GGUF file that is still on the Hub.
+
+    Raises:
+        PruningError: see :func:`app.catalog.sources.locate` and :func:`app.catalog.sources.read_shape`.
+    """
+    source = locate(
+        model.model_id,
+        revision=model.revision,
+        gguf_file=model.gguf_file,
+        models_dir=settings.models_dir,
+        token=settings.hf_token.get_secret_value() if settings.hf_token else None,
+        endpoint=settings.hf_endpoint,
+    )
+    return source, None if source.config is None else read_shape(source)
+
+
+def plan(request: JobRequest, settings: Settings) -> Plan:
+    """What the job would do.
+
+    Raises:
+        PruningError: the model is not there or cannot be pruned like that; retryable if the Hub does not answer.
+    """
+    source, shape = look(request, settings)
+    multiple = request.allocation.width_multiple
+    if shape is not None:
+        shape.check_ratio(request.target_ratio, multiple)
+    return Plan(
+        model_id=request.model_id,
+        revision=source.revision,
+        method=request.method,
+        rounds=request.round_count,
+        target_ratio=request.target_ratio,
+        nearest_ratio=None if shape is None else shape.nearest_ratio(request.target_ratio, multiple),
+        publish=request.publish,
+        shape=None if shape is None else shape.as_dict(),
+    )
+
+
+def admit(request: JobRequest, settings: Settings) -> JobRequest:
+    """The request with a place to publish to, if this service can serve it.
+
+    Raises:
+        Problem: 422.
+    """
+    if request.webhook_url is not None and settings.webhook_secret is None:
+        raise invalid(
+            "webhook_url", "this service has no SECATEUR_WEBHOOK_SECRET to sign webhooks with", code="webhooks_disabled"
+        )
+    for purpose, source in (("calibration", request.calibration), ("evaluation", request.evaluation)):
+        if source.dataset is not None:
+            _check_dataset(f"{purpose}.dataset", source.dataset, settings)
+    if request.publish is None and settings.hub_dir is not None:
+        return request.model_copy(update={"publish": Publish(repo_id=_default_repo_id(request))})
+    if request.publish is not None and settings.hub_dir is None:
+        _check_may_write(request.publish.repo_id, settings)
+    return request
+
+
+def _check_dataset(field: str, dataset: str, settings: Settings) -> None:
+    """A text of the texts folder that is there, or what may be a data set of the Hub; never a path."""
+    if dataset.startswith(LOCAL_PREFIX):
+        name = dataset.removeprefix(LOCAL_PREFIX)
+        if not LOCAL_NAME.fullmatch(name) or not (settings.texts_dir / name).is_file():
+            known = sorted(file.name for file in settings.texts_dir.glob("*") if file.is_file())
+            message = f"there is no text '{dataset}'"
+            raise invalid(field, message, code="text_not_found", allowed=", ".join(map(LOCAL_PREFIX.__add__, known)))
+    else:
+        try:
+            validate_repo_id(dataset.partition(":")[0])
+        except HFValidationError:
+            message = f"'{dataset}' is no data set"
+            raise invalid(field, message, allowed="wikitext2, ptb, c4, org/name, org/name:config, local:NAME") from None
+
+
+def _default_repo_id(request: JobRequest) -> str:
+    """``secateur/<model>-<method>-<percent>``, as a Hub takes it."""
+    model = re.sub(r"[^A-Za-z0-9]+", "-", request.model_id.removeprefix("local:").split("/")[-1]).strip("-")
+    return f"secateur/{model[:60].rstrip('-')}-{request.method}-{request.target_ratio * 100:.3g}".replace(".", "_")
+
+
+def _check_may_write(repo_id: str, settings: Settings) -> None:
+    if settings.hf_token is None:
+        raise invalid("publish.repo_id", "this service has no Hub token (SECATEUR_HF_TOKEN)", code="hub_forbidden")
+    api = HfApi(endpoint=settings.hf_endpoint, token=settings.hf_token.get_secret_value())
+    try:
+        me = api.whoami()
+    except HfHubHTTPError as error:
+        if error.response.status_code in UNAUTHORIZED:
+            message = "the Hub does not accept this service's token"
+            raise invalid("publish.repo_id", message, code="hub_forbidden") from None
+        return
+    except (httpx2.HTTPError, OSError):
+        return
+    namespaces = [me["name"], *(org["name"] for org in me.get("orgs", ()))]
+    if repo_id.split("/")[0] not in namespaces:
+        message = "this service's token may not write there"
+        raise invalid(
+            "publish.repo_id", message, code="hub_forbidden", allowed=f"namespaces {', '.join(sorted(namespaces))}"
+        )
+    if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise invalid("publish.repo_id", "this service's Hub token may only read", code="hub_forbidden")

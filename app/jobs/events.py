@@ -1,0 +1,95 @@
+"""Waiting for a job to change: one Postgres listener a process wakes everybody who waits, and nobody holds a thread."""
+
+import asyncio
+import logging
+import uuid
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+
+import psycopg
+from sqlalchemy import make_url
+
+log = logging.getLogger(__name__)
+
+CHANNEL = "secateur_jobs"
+POLL = 5.0
+"""Seconds after which a waiter looks for itself: a notification may be lost while the listener reconnects."""
+RECONNECT = 1.0
+
+
+class Bell:
+    """Rings when a job may have changed."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def ring(self) -> None:
+        self._event.set()
+
+    async def wait(self, seconds: float) -> None:
+        """Until it rings, ``seconds`` have passed, or it is time to look anyway."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._event.wait(), min(seconds, POLL))
+        self._event.clear()
+
+
+class Feed:
+    """Fans notifications out to the bells of this process. All of it runs on one event loop."""
+
+    def __init__(self) -> None:
+        self._bells: defaultdict[uuid.UUID, set[Bell]] = defaultdict(set)
+
+    @contextmanager
+    def bell(self, job_id: uuid.UUID) -> Iterator[Bell]:
+        """A bell for ``job_id``. Take it before reading the job, so that no change falls between the two."""
+        bell = Bell()
+        self._bells[job_id].add(bell)
+        try:
+            yield bell
+        finally:
+            self._bells[job_id].discard(bell)
+            if not self._bells[job_id]:
+                del self._bells[job_id]
+
+    @asynccontextmanager
+    async def listening(self, database_url: str) -> AsyncIterator[None]:
+        """Listen while the context is open."""
+        task = asyncio.create_task(self._listen(database_url))
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def _listen(self, database_url: str) -> None:
+        url = make_url(database_url).set(drivername="postgresql").render_as_string(hide_password=False)
+        while True:
+            try:
+                async with await psycopg.AsyncConnection.connect(
+                    url,
+                    autocommit=True,
+                    connect_timeout=3,
+                    keepalives_idle=5,
+                    keepalives_interval=2,
+                    keepalives_count=2,
+                ) as connection:
+                    await connection.execute(f"LISTEN {CHANNEL}")
+                    self._ring_all()
+                    async for notification in connection.notifies():
+                        self._ring(notification.payload)
+            except (psycopg.Error, OSError) as error:
+                log.warning("listener lost the database: %s", error)
+            await asyncio.sleep(RECONNECT)
+
+    def _ring(self, payload: str) -> None:
+        with suppress(ValueError):
+            for bell in self._bells.get(uuid.UUID(payload), ()):
+                bell.ring()
+
+    def _ring_all(self) -> None:
+        """What happened while nobody listened is unknown."""
+        for bells in self._bells.values():
+            for bell in bells:
+                bell.ring()

@@ -1,0 +1,211 @@
+"""Ownership of a job: claim, renew, release, reap. Every write a worker makes is fenced by its ``attempt``.
+
+All times are the database's clock, so that a worker whose clock jumps cannot keep or steal a lease.
+"""
+
+import datetime as dt
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import func, select, text
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from app.jobs import transitions
+from app.jobs.models import Job, JobRound
+from app.jobs.transitions import State, Trigger
+
+LIVE = (State.RUNNING, State.PUBLISHING, State.CANCELLING)
+
+
+class LeaseLost(Exception):
+    """Another attempt owns the job now, or the lease ran out: stop working and write nothing more."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a worker needs to know of the job it owns."""
+
+    job_id: uuid.UUID
+    attempt: int
+    request: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The answer to a heartbeat: what the owner of the job was asked meanwhile."""
+
+    cancel: bool
+    pause: bool
+
+
+def _in(seconds: float) -> Any:
+    return func.now() + dt.timedelta(seconds=seconds)
+
+
+def claim(session: Session, job_id: uuid.UUID, worker: str, ttl: float) -> Claim | None:
+    """Take a queued job; ``None`` when there is nothing to take (done, taken, deleted, or not due yet)."""
+    query = select(Job).where(Job.id == job_id, Job.state == State.QUEUED).with_for_update(skip_locked=True)
+    job = session.scalars(query.where((Job.not_before.is_(None)) | (Job.not_before <= func.now()))).one_or_none()
+    if job is None:
+        return None
+    job.attempt += 1
+    transitions.apply(
+        session,
+        job,
+        Trigger.CLAIM,
+        worker=worker,
+        lease_expires_at=_in(ttl),
+        not_before=None,
+        started_at=job.started_at or dt.datetime.now(dt.UTC),
+    )
+    session.commit()
+    return Claim(job.id, job.attempt, job.request)
+
+
+def owned(session: Session, job_id: uuid.UUID, attempt: int) -> Job:
+    """The job's row, locked, if ``attempt`` still owns it and its lease is live.
+
+    Raises:
+        LeaseLost: it does not.
+    """
+    query = select(Job).where(
+        Job.id == job_id, Job.attempt == attempt, Job.state.in_(LIVE), Job.lease_expires_at > func.clock_timestamp()
+    )
+    job = session.scalars(query.with_for_update(), execution_options={"populate_existing": True}).one_or_none()
+    if job is None:
+        raise LeaseLost(f"attempt {attempt} no longer owns job {job_id}")
+    return job
+
+
+def renew(session: Session, job_id: uuid.UUID, attempt: int, ttl: float) -> Beat:
+    """Heartbeat: extend the lease by ``ttl`` seconds from now.
+
+    Raises:
+        LeaseLost: see :func:`owned`.
+    """
+    job = owned(session, job_id, attempt)
+    job.lease_expires_at = _in(ttl)
+    beat = Beat(cancel=job.state == State.CANCELLING, pause=job.pause_requested)
+    session.commit()
+    return beat
+
+
+def report_progress(
+    session: Session, job_id: uuid.UUID, attempt: int, progress: dict[str, Any], event: dict[str, Any] | None = None
+) -> None:
+    """Fenced: show ``progress`` on the job and, with ``event`` {type, data}, append to what happened."""
+    job = owned(session, job_id, attempt)
+    job.progress = progress
+    job.version += 1
+    if event is not None:
+        transitions.record_event(session, job, event["type"], event["data"])
+    else:
+        session.execute(select(func.pg_notify("secateur_jobs", str(job_id))))
+    session.commit()
+
+
+def record_round(
+    session: Session, job_id: uuid.UUID, attempt: int, number: int, path: str, sha256: str, data: dict[str, Any]
+) -> None:
+    """Fenced: the round is done and its checkpoint is on disk. From this row, and no listing, a later attempt resumes."""
+    job = owned(session, job_id, attempt)
+    row = {"attempt": attempt, "path": path, "sha256": sha256, "data": data}
+    session.execute(
+        insert(JobRound)
+        .values(job_id=job_id, number=number, **row)
+        .on_conflict_do_update(index_elements=["job_id", "number"], set_=row)
+    )
+    job.version += 1
+    transitions.record_event(session, job, "round", {"number": number, **data})
+    session.commit()
+
+
+def move(session: Session, job_id: uuid.UUID, attempt: int, trigger: Trigger, **values: Any) -> State:
+    """Fenced state change by the job's owner; returns the new state.
+
+    Raises:
+        LeaseLost: see :func:`owned`.
+        TransitionRefused: the table has no such move (a job that is being cancelled cannot start publishing).
+    """
+    job = transitions.apply(session, owned(session, job_id, attempt), trigger, **values)
+    state = State(job.state)
+    session.commit()
+    return state
+
+
+def release(session: Session, job_id: uuid.UUID, attempt: int) -> State:
+    """Fenced: give the job back without counting a failure (shutdown, deploy)."""
+    return move(session, job_id, attempt, Trigger.REQUEUE)
+
+
+def step_aside(session: Session, job_id: uuid.UUID, attempt: int) -> State:
+    """Fenced: the runner stopped at a round's end because it was asked to. Pause, unless that was withdrawn meanwhile."""
+    job = owned(session, job_id, attempt)
+    transitions.apply(session, job, Trigger.PAUSED if job.pause_requested else Trigger.REQUEUE)
+    state = State(job.state)
+    session.commit()
+    return state
+
+
+def fail(
+    session: Session, job_id: uuid.UUID, attempt: int, error: dict[str, Any], max_failures: int, backoff: float
+) -> State:
+    """Fenced: the attempt failed with ``error`` {code, message, retryable}; requeue while that may help, else fail the job."""
+    state = _fail(session, owned(session, job_id, attempt), error, max_failures, backoff)
+    session.commit()
+    return state
+
+
+def _fail(session: Session, job: Job, error: dict[str, Any], max_failures: int, backoff: float) -> State:
+    failures = job.failures + 1
+    if job.state != State.CANCELLING and error["retryable"] and failures < max_failures:
+        wait = _in(backoff * 2 ** (failures - 1))
+        transitions.apply(session, job, Trigger.REQUEUE, failures=failures, not_before=wait)
+        transitions.record_event(session, job, "retry", {"error": error, "failures": failures})
+    else:
+        transitions.apply(session, job, Trigger.FAIL, failures=failures, error=error)
+    return State(job.state)
+
+
+def reap(session: Session, max_failures: int, backoff: float, limit: int = 100) -> list[uuid.UUID]:
+    """Requeue (or, at ``max_failures``, fail) the jobs whose lease ran out; returns their ids. Any number of callers."""
+    query = (
+        select(Job)
+        .where(Job.state.in_(LIVE), Job.lease_expires_at <= func.now())
+        .order_by(Job.lease_expires_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    error = {"code": "worker_lost", "message": "The worker that ran this job stopped answering.", "retryable": True}
+    reaped = []
+    for job in session.scalars(query).all():
+        if job.state == State.CANCELLING:
+            transitions.apply(session, job, Trigger.REQUEUE)
+        else:
+            _fail(session, job, error, max_failures, backoff)
+        reaped.append(job.id)
+    session.commit()
+    return reaped
+
+
+def due(session: Session, redispatch_after: float, limit: int = 100) -> list[uuid.UUID]:
+    """Mark and return queued jobs whose doorbell never rang, or rang too long ago (``FOR UPDATE SKIP LOCKED``)."""
+    stale = func.now() - text(f"interval '{float(redispatch_after)} seconds'")
+    query = (
+        select(Job)
+        .where(
+            Job.state == State.QUEUED,
+            (Job.not_before.is_(None)) | (Job.not_before <= func.now()),
+            (Job.dispatched_at.is_(None)) | (Job.dispatched_at <= stale),
+        )
+        .order_by(Job.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    jobs = session.scalars(query).all()
+    for job in jobs:
+        job.dispatched_at = func.now()
+    session.commit()
+    return [job.id for job in jobs]

@@ -1,0 +1,83 @@
+"""The tables of a job: the row of record, what happened to it, its completed rounds."""
+
+import datetime as dt
+import uuid
+from typing import Any
+
+from sqlalchemy import BigInteger, ForeignKey, Identity, Index, func, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.auth.models import ApiKey
+from app.db.base import Base, new_id
+
+
+class Job(Base):
+    """One accepted request. ``state`` is changed by :mod:`app.jobs.transitions` alone.
+
+    ``attempt`` is the fencing token: it grows by one with every claim, and every write of a worker names its own.
+    ``lease_expires_at`` is set while a worker owns the job. ``version`` grows with every visible change (ETag).
+    """
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        Index("ix_jobs_queued", "id", postgresql_where=text("state = 'queued'")),
+        Index("ix_jobs_leased", "lease_expires_at", postgresql_where=text("lease_expires_at IS NOT NULL")),
+        Index("ix_jobs_owner_id", "owner_id", "id"),
+        Index("ix_jobs_labels", "labels", postgresql_using="gin"),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey(ApiKey.id))
+    state: Mapped[str] = mapped_column(default="queued")
+    version: Mapped[int] = mapped_column(default=1)
+    request: Mapped[dict[str, Any]]
+    model_id: Mapped[str]
+    method: Mapped[str]
+    labels: Mapped[dict[str, str]] = mapped_column(default=dict)
+
+    attempt: Mapped[int] = mapped_column(default=0)
+    failures: Mapped[int] = mapped_column(default=0)
+    worker: Mapped[str | None]
+    lease_expires_at: Mapped[dt.datetime | None]
+    dispatched_at: Mapped[dt.datetime | None]
+    not_before: Mapped[dt.datetime | None]
+    pause_requested: Mapped[bool] = mapped_column(default=False)
+
+    progress: Mapped[dict[str, Any] | None]
+    error: Mapped[dict[str, Any] | None]
+    result: Mapped[dict[str, Any] | None]
+    report: Mapped[dict[str, Any] | None]
+
+    created_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
+    updated_at: Mapped[dt.datetime] = mapped_column(server_default=func.now(), onupdate=func.now())
+    started_at: Mapped[dt.datetime | None]
+    finished_at: Mapped[dt.datetime | None]
+
+
+class JobEvent(Base):
+    """Something that happened; ``id`` is the cursor of the event stream."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (Index("ix_job_events_job_id", "job_id", "id"),)
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    attempt: Mapped[int]
+    type: Mapped[str]
+    data: Mapped[dict[str, Any]]
+    created_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
+
+
+class JobRound(Base):
+    """A completed pruning round: the checkpoint a later attempt resumes from. Round 0 is the unpruned model, measured."""
+
+    __tablename__ = "job_rounds"
+
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    attempt: Mapped[int]
+    path: Mapped[str]
+    """Checkpoint file, relative to the job's folder."""
+    sha256: Mapped[str]
+    data: Mapped[dict[str, Any]]
+    created_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())

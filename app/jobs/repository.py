@@ -1,0 +1,88 @@
+"""Queries on jobs for those who ask about them; who works on them uses :mod:`app.jobs.leases`."""
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session, defer
+
+from app.jobs.models import Job, JobEvent, JobRound
+from app.jobs.transitions import State, lock, record_event
+
+
+class QueueNumbers(NamedTuple):
+    """Jobs by state, and how long (seconds) the oldest queued one has been there."""
+
+    by_state: Mapping[str, int]
+    oldest_seconds: float
+
+
+def add(session: Session, job: Job) -> None:
+    """Insert the job with its first event; the caller commits."""
+    session.add(job)
+    session.flush()
+    record_event(session, job, "state", {"from": None, "to": job.state, "trigger": "create", "error": None})
+
+
+def get(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, locked: bool = False) -> Job | None:
+    """The owner's job; ``locked`` until the transaction ends."""
+    job = lock(session, job_id) if locked else session.get(Job, job_id)
+    return job if job is not None and job.owner_id == owner_id else None
+
+
+def newest(
+    session: Session,
+    owner_id: uuid.UUID,
+    *,
+    states: Sequence[State],
+    method: str | None,
+    model_id: str | None,
+    labels: Mapping[str, str],
+    before: uuid.UUID | None,
+    limit: int,
+) -> Sequence[Job]:
+    """The owner's jobs, newest first, from the one made just before ``before``; without the long columns."""
+    columns = defer(Job.request, raiseload=True), defer(Job.report, raiseload=True)
+    query = select(Job).options(*columns).where(Job.owner_id == owner_id).order_by(Job.id.desc()).limit(limit)
+    if states:
+        query = query.where(Job.state.in_(states))
+    if method is not None:
+        query = query.where(Job.method == method)
+    if model_id is not None:
+        query = query.where(Job.model_id == model_id)
+    if labels:
+        query = query.where(Job.labels.contains(dict(labels)))
+    if before is not None:
+        query = query.where(Job.id < before)
+    return session.scalars(query).all()
+
+
+def events(session: Session, job_id: uuid.UUID, after: int, limit: int) -> Sequence[JobEvent]:
+    """Events with an id above ``after``, oldest first.
+
+    A job's events are in the order of their commits, as its row is locked to write one: none appears below a seen id.
+    """
+    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after)
+    return session.scalars(query.order_by(JobEvent.id).limit(limit)).all()
+
+
+def rounds(session: Session, job_id: uuid.UUID) -> Sequence[JobRound]:
+    """The completed rounds, in order."""
+    return session.scalars(select(JobRound).where(JobRound.job_id == job_id).order_by(JobRound.number)).all()
+
+
+def queue_numbers(session: Session) -> QueueNumbers:
+    """What the metrics show."""
+    rows = session.execute(
+        select(Job.state, func.count(), func.extract("epoch", func.now() - func.min(Job.created_at))).group_by(
+            Job.state
+        )
+    ).all()
+    oldest = next((float(age) for state, _, age in rows if state == State.QUEUED), 0.0)
+    return QueueNumbers({state: count for state, count, _ in rows}, oldest)
+
+
+def delete(session: Session, job: Job) -> None:
+    """Delete the job and, by cascade, its events, rounds and webhooks; the caller commits."""
+    session.delete(job)

@@ -1,0 +1,285 @@
+"""``/v1/jobs``: HTTP to and from :mod:`app.jobs.service`.
+
+Routes that may wait are ``async`` and reach the database in short calls on the thread pool, so that a thousand waiting
+clients hold neither a thread nor a connection.
+"""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import StringConstraints, TypeAdapter, ValidationError
+
+from app.db.session import session_factory
+from app.deps import FeedDep, Owner, SessionDep, SettingsDep
+from app.jobs import doorbell, service
+from app.jobs.schemas import (
+    Artifact,
+    ArtifactList,
+    EventPage,
+    EventView,
+    JobFilter,
+    JobPage,
+    JobRequest,
+    JobSummary,
+    JobView,
+    LabelName,
+    LabelValue,
+    Plan,
+    RoundList,
+    RoundView,
+)
+from app.jobs.transitions import TERMINAL, State, Trigger
+from app.kit import pages
+from app.kit.etags import etag, matches
+from app.kit.pages import PageSize, PageToken
+from app.kit.prefer import Wait
+from app.kit.problem import Problem, documented, invalid
+
+POLL_AFTER = 2
+"""Seconds after which asking again makes sense (``Retry-After``)."""
+STREAM_BATCH = 100
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=documented(401, 422, 503))
+
+IdempotencyKey = Annotated[
+    Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")] | None,
+    Header(description="Makes sending the request again safe; kept for 24 hours."),
+]
+IfNoneMatch = Annotated[str | None, Header(description="`ETag` of an earlier answer.")]
+LastEventId = Annotated[int, Header(ge=0, lt=2**63, description="The last event that was seen.")]
+Labels = TypeAdapter(dict[LabelName, LabelValue])
+LIST_PARAMETERS = {"state", "method", "model_id", "page_size", "page_token"}
+
+
+def _view(job: Any, response: Response) -> JobView:
+    response.headers["ETag"] = etag(job.version)
+    if job.state not in TERMINAL:
+        response.headers["Retry-After"] = str(POLL_AFTER)
+    return JobView.model_validate(job)
+
+
+async def _read(owner_id: uuid.UUID, job_id: uuid.UUID) -> Any:
+    def read() -> Any:
+        with session_factory()() as session:
+            return service.get(session, owner_id, job_id)
+
+    return await run_in_threadpool(read)
+
+
+async def _wait(
+    feed: FeedDep, owner_id: uuid.UUID, job_id: uuid.UUID, seconds: int, done: Callable[[Any], bool]
+) -> Any:
+    """The job, as soon as it is ``done`` or ``seconds`` have passed."""
+    deadline = time.monotonic() + seconds
+    with feed.bell(job_id) as bell:
+        while True:
+            job = await _read(owner_id, job_id)
+            left = deadline - time.monotonic()
+            if done(job) or left <= 0:
+                return job
+            await bell.wait(left)
+
+
+@router.post("", status_code=202, response_model=JobView, responses={200: {"model": Plan}, **documented(410)})
+async def create(
+    body: JobRequest,
+    response: Response,
+    background: BackgroundTasks,
+    owner: Owner,
+    settings: SettingsDep,
+    feed: FeedDep,
+    wait: Wait,
+    idempotency_key: IdempotencyKey = None,
+    validate_only: Annotated[bool, Query(description="Check and plan, make nothing; answers 200.")] = False,
+) -> Any:
+    """Make a job. `Prefer: wait=n` holds the answer until the job ends or n seconds have passed."""
+    if validate_only:
+        planned = await run_in_threadpool(service.plan, settings, body)
+        return Response(planned.model_dump_json(), media_type="application/json")
+
+    def make() -> Any:
+        with session_factory()() as session:
+            return service.create(session, settings, owner.id, body, idempotency_key)
+
+    job = await run_in_threadpool(make)
+    if wait is None:
+        background.add_task(doorbell.ring, job.id)
+    else:
+        await run_in_threadpool(doorbell.ring, job.id)
+        job = await _wait(feed, owner.id, job.id, wait, lambda job: job.state in TERMINAL)
+        response.headers["Preference-Applied"] = f"wait={wait}"
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return _view(job, response)
+
+
+@router.get("", response_model=JobPage)
+def newest(
+    request: Request,
+    owner: Owner,
+    session: SessionDep,
+    state: Annotated[list[State], Query(description="One or more.")] = [],  # noqa: B006
+    method: Annotated[str | None, Query(pattern=r"^[^\x00]*$")] = None,
+    model_id: Annotated[str | None, Query(pattern=r"^[^\x00]*$")] = None,
+    page_size: PageSize = 50,
+    page_token: PageToken = None,
+) -> JobPage:
+    """Jobs of this API key, newest first. `label.KEY=VALUE` narrows to jobs with that label; any number of them."""
+    wanted = JobFilter(state=state, method=method, model_id=model_id)
+    before = pages.decode(page_token, uuid.UUID)
+    jobs, cursor = service.page(session, owner.id, wanted, _labels(request), before, page_size)
+    items = [JobSummary.model_validate(job) for job in jobs]
+    return JobPage(items=items, next_page_token=pages.encode(cursor) if cursor else None)
+
+
+def _labels(request: Request) -> dict[str, str]:
+    labels = {}
+    for name, value in request.query_params.multi_items():
+        if name.startswith("label."):
+            labels[name.removeprefix("label.")] = value
+        elif name not in LIST_PARAMETERS:
+            raise invalid(name, "unknown parameter", allowed=", ".join([*sorted(LIST_PARAMETERS), "label.KEY"]))
+    try:
+        return Labels.validate_python(labels)
+    except ValidationError as error:
+        raise invalid("label", error.errors()[0]["msg"]) from None
+
+
+@router.get("/{job_id}", response_model=JobView, responses={304: {"description": "Not changed."}, **documented(404)})
+async def get(
+    job_id: uuid.UUID, response: Response, owner: Owner, feed: FeedDep, wait: Wait, if_none_match: IfNoneMatch = None
+) -> Any:
+    """A job. `Prefer: wait=n` holds the answer until the job changes from `If-None-Match`, or from what it is now."""
+    job = await _read(owner.id, job_id)
+    seen = if_none_match or etag(job.version)
+    if wait is not None:
+        response.headers["Preference-Applied"] = f"wait={wait}"
+        job = await _wait(
+            feed, owner.id, job_id, wait, lambda job: job.state in TERMINAL or not matches(seen, etag(job.version))
+        )
+    view = _view(job, response)
+    if if_none_match is not None and matches(if_none_match, etag(job.version)):
+        return Response(status_code=304, headers=dict(response.headers))
+    return view
+
+
+@router.delete("/{job_id}", status_code=204, responses=documented(404, 409))
+def delete(job_id: uuid.UUID, owner: Owner, session: SessionDep, settings: SettingsDep) -> None:
+    """Delete a job that has ended, with its artifacts. What was published stays."""
+    service.delete(session, settings, owner.id, job_id)
+
+
+def _ask(trigger: Trigger, summary: str) -> None:
+    """A route that asks the job for something."""
+
+    def ask(
+        job_id: uuid.UUID, response: Response, background: BackgroundTasks, owner: Owner, session: SessionDep
+    ) -> JobView:
+        job = service.ask(session, owner.id, job_id, trigger)
+        if job.state == State.QUEUED:
+            background.add_task(doorbell.ring, job.id)
+        return _view(job, response)
+
+    router.post(
+        f"/{{job_id}}/{trigger}", response_model=JobView, summary=summary, name=trigger, responses=documented(404, 409)
+    )(ask)
+
+
+_ask(Trigger.CANCEL, "Stop the job for good; idempotent.")
+_ask(Trigger.PAUSE, "Stop the job at the end of its round; idempotent.")
+_ask(Trigger.RESUME, "Go on with a paused job; idempotent.")
+_ask(Trigger.RETRY, "Queue a failed or cancelled job again, from its last completed round; idempotent.")
+
+
+@router.get("/{job_id}/events", response_model=EventPage, responses=documented(404))
+def events(
+    job_id: uuid.UUID,
+    owner: Owner,
+    session: SessionDep,
+    page_size: PageSize = 50,
+    page_token: PageToken = None,
+) -> EventPage:
+    """What happened, oldest first."""
+    after = pages.decode(page_token, int) or 0
+    _, found = service.events(session, owner.id, job_id, after, page_size + 1)
+    items = [EventView.model_validate(event) for event in found[:page_size]]
+    return EventPage(items=items, next_page_token=pages.encode(items[-1].id) if len(found) > page_size else None)
+
+
+def _must_exist(job_id: uuid.UUID, owner: Owner) -> None:
+    with session_factory()() as session:
+        service.get(session, owner.id, job_id)
+
+
+@router.get(
+    "/{job_id}/events/stream",
+    response_class=EventSourceResponse,
+    dependencies=[Depends(_must_exist)],
+    responses=documented(404),
+)
+async def stream(
+    job_id: uuid.UUID, owner: Owner, feed: FeedDep, last_event_id: LastEventId = 0
+) -> AsyncIterator[ServerSentEvent]:
+    """What happened and happens, as Server-Sent Events.
+
+    Events carry their id, from which `Last-Event-ID` resumes. `progress` frames have none: they show the job's
+    `progress` as it changes. The last frame is `end`, with the job's final state: a client closes then.
+    """
+    after, shown = last_event_id, None
+
+    def read() -> Any:
+        with session_factory()() as session:
+            return service.events(session, owner.id, job_id, after, STREAM_BATCH)
+
+    with feed.bell(job_id) as bell:
+        while True:
+            job, found = await run_in_threadpool(read)
+            for event in found:
+                after = event.id
+                yield ServerSentEvent(data=EventView.model_validate(event), event=event.type, id=str(event.id))
+            if len(found) == STREAM_BATCH:
+                continue
+            if job.state in TERMINAL:
+                yield ServerSentEvent(data={"state": job.state}, event="end")
+                return
+            if job.progress is not None and job.progress != shown:
+                shown = job.progress
+                yield ServerSentEvent(data=JobSummary.model_validate(job).progress, event="progress")
+            await bell.wait(float("inf"))
+
+
+@router.get("/{job_id}/rounds", response_model=RoundList, responses=documented(404))
+def rounds(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> RoundList:
+    """The completed rounds: ratio, widths by layer, perplexity, loss curve, time, memory."""
+    found = service.rounds(session, owner.id, job_id)
+    return RoundList(items=[RoundView.model_validate(item) for item in found])
+
+
+@router.get("/{job_id}/report", responses=documented(404, 409))
+def report(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> dict[str, Any]:
+    """The whole result of a job that has succeeded."""
+    return service.report(session, owner.id, job_id)
+
+
+@router.get("/{job_id}/artifacts", response_model=ArtifactList, responses=documented(404))
+def artifacts(job_id: uuid.UUID, owner: Owner, session: SessionDep, settings: SettingsDep) -> ArtifactList:
+    """The files of the pruned model; empty until the job has succeeded."""
+    found = service.artifacts(session, settings, owner.id, job_id)
+    prefix = f"/v1/jobs/{job_id}/artifacts"
+    return ArtifactList(
+        items=[Artifact(name=path.name, size=path.stat().st_size, url=f"{prefix}/{path.name}") for path in found]
+    )
+
+
+@router.get("/{job_id}/artifacts/{name}", response_class=FileResponse, responses=documented(404, 416))
+def artifact(job_id: uuid.UUID, name: str, owner: Owner, session: SessionDep, settings: SettingsDep) -> FileResponse:
+    """One file; `Range` requests are served."""
+    for path in service.artifacts(session, settings, owner.id, job_id):
+        if path.name == name:
+            return FileResponse(path, filename=name)
+    raise Problem(404, "not_found", f"Job {job_id} has no artifact '{name}'.")

@@ -1,0 +1,187 @@
+"""The rules of jobs, between HTTP and the tables."""
+
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from app.catalog.errors import PruningError
+from app.config import Settings
+from app.jobs import door, repository, transitions
+from app.jobs.models import Job, JobEvent, JobRound
+from app.jobs.schemas import JobFilter, JobRequest, Plan
+from app.jobs.transitions import TERMINAL, State, Trigger
+from app.kit import idempotency
+from app.kit.problem import Problem, invalid
+
+
+def plan(settings: Settings, request: JobRequest) -> Plan:
+    """What the job would do; nothing is made.
+
+    Raises:
+        Problem, PruningError: the request cannot be served; retryable if the Hub does not answer.
+    """
+    return door.plan(door.admit(request, settings), settings)
+
+
+def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job:
+    """Make a job, or find the one that the same idempotency key made; commits.
+
+    Raises:
+        Problem, PruningError: the request cannot be served, or the key was used for another.
+    """
+    digest = idempotency.fingerprint(request.model_dump(mode="json"))
+    if key is not None and (earlier := _replay(session, settings, owner_id, key, digest)):
+        return earlier
+    session.rollback()  # hands the connection back while the Hub is asked
+    admitted = door.admit(request, settings)
+    try:
+        revision = door.plan(admitted, settings).revision or request.revision
+    except PruningError as error:
+        if not error.retryable:
+            raise
+        revision = request.revision
+    job = Job(
+        owner_id=owner_id,
+        request=admitted.model_copy(update={"revision": revision}).model_dump(mode="json"),
+        model_id=request.model_id,
+        method=request.method,
+        labels=request.labels,
+    )
+    repository.add(session, job)
+    if key is not None and not idempotency.remember(session, owner_id, key, digest, job.id, settings.idempotency_ttl):
+        session.rollback()
+        winner = _replay(session, settings, owner_id, key, digest)
+        assert winner is not None, "whoever took the key has committed it"
+        return winner
+    session.commit()
+    return job
+
+
+def _replay(session: Session, settings: Settings, owner_id: uuid.UUID, key: str, digest: str) -> Job | None:
+    used = idempotency.recall(session, owner_id, key, settings.idempotency_ttl)
+    if used is None:
+        return None
+    if used.request_sha256 != digest:
+        message = "this key was used with another body"
+        raise invalid("idempotency-key", message, code="idempotency_key_reused", allowed="a new key")
+    if used.job_id is None:
+        raise Problem(410, "job_deleted", "The job that this Idempotency-Key made was deleted.")
+    return repository.get(session, owner_id, used.job_id)
+
+
+def get(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, locked: bool = False) -> Job:
+    """The owner's job.
+
+    Raises:
+        Problem: 404, for another owner's too.
+    """
+    job = repository.get(session, owner_id, job_id, locked=locked)
+    if job is None:
+        raise Problem(404, "not_found", f"There is no job {job_id}.")
+    return job
+
+
+def page(
+    session: Session,
+    owner_id: uuid.UUID,
+    wanted: JobFilter,
+    labels: Mapping[str, str],
+    before: uuid.UUID | None,
+    size: int,
+) -> tuple[Sequence[Job], uuid.UUID | None]:
+    """Up to ``size`` of the owner's jobs, newest first, and the cursor of the next page if there is one."""
+    jobs = repository.newest(
+        session,
+        owner_id,
+        states=wanted.state,
+        method=wanted.method,
+        model_id=wanted.model_id,
+        labels=labels,
+        before=before,
+        limit=size + 1,
+    )
+    return jobs[:size], jobs[size - 1].id if len(jobs) > size else None
+
+
+def ask(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, trigger: Trigger) -> Job:
+    """Cancel, pause, resume or retry; idempotent; commits.
+
+    Raises:
+        Problem: 404.
+        TransitionRefused: it makes no sense in the job's state.
+    """
+    job = get(session, owner_id, job_id, locked=True)
+    afresh: dict[str, Any] = {}
+    if trigger is Trigger.RETRY and job.state in TERMINAL:
+        afresh = {"failures": 0, "not_before": None}
+    transitions.apply(session, job, trigger, **afresh)
+    session.commit()
+    return job
+
+
+def delete(session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uuid.UUID) -> None:
+    """Delete a finished job and its folder; commits.
+
+    The folder goes first: what fails half-way can be asked for again.
+
+    Raises:
+        Problem: 404, or 409 on a job that has not ended.
+    """
+    job = get(session, owner_id, job_id, locked=True)
+    if job.state not in TERMINAL:
+        raise Problem(409, "wrong_state", f"A job that is {job.state} cannot be deleted; cancel it.", state=job.state)
+    folder = settings.job_dir(job_id)
+    if folder.exists():
+        shutil.rmtree(folder)
+    repository.delete(session, job)
+    session.commit()
+
+
+def events(
+    session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, after: int, limit: int
+) -> tuple[Job, Sequence[JobEvent]]:
+    """The job, and what happened to it after event ``after``. If the job has ended, its last event is there to be read.
+
+    Raises:
+        Problem: 404.
+    """
+    job = get(session, owner_id, job_id)
+    return job, repository.events(session, job_id, after, limit)
+
+
+def rounds(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID) -> Sequence[JobRound]:
+    """The completed rounds.
+
+    Raises:
+        Problem: 404.
+    """
+    return repository.rounds(session, get(session, owner_id, job_id).id)
+
+
+def report(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID) -> dict[str, Any]:
+    """The whole result.
+
+    Raises:
+        Problem: 404, or 409 on a job that has not succeeded.
+    """
+    job = get(session, owner_id, job_id)
+    if job.report is None:
+        raise Problem(409, "no_report", f"A job that is {job.state} has no report.", state=job.state)
+    return job.report
+
+
+def artifacts(session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uuid.UUID) -> list[Path]:
+    """The files of the pruned model, by name; none before the job has succeeded.
+
+    Raises:
+        Problem: 404.
+    """
+    job = get(session, owner_id, job_id)
+    folder = settings.job_dir(job_id) / "artifacts"
+    if job.state != State.SUCCEEDED or not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_file())

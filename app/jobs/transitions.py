@@ -1,0 +1,127 @@
+"""The job's life as a table, and the only function that changes a job's state.
+
+queued ──claim──▶ running ──publish──▶ publishing ──succeed──▶ succeeded
+  │ ▲               │  │
+  │ └───requeue─────┘  └──▶ paused / cancelling ▶ cancelled / failed
+"""
+
+import datetime as dt
+import uuid
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from app.jobs.models import Job, JobEvent
+from app.webhooks import repository as webhooks
+
+
+class State(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    PUBLISHING = "publishing"
+    PAUSED = "paused"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED})
+
+
+class Trigger(StrEnum):
+    CLAIM = "claim"
+    PAUSE = "pause"
+    PAUSED = "paused"
+    RESUME = "resume"
+    CANCEL = "cancel"
+    STOPPED = "stopped"
+    RETRY = "retry"
+    PUBLISH = "publish"
+    SUCCEED = "succeed"
+    REQUEUE = "requeue"
+    FAIL = "fail"
+
+
+# A pair that is missing makes no sense and changes nothing; a pair that maps a state to itself is idempotent.
+TABLE: dict[tuple[State, Trigger], State] = {
+    (State.QUEUED, Trigger.CLAIM): State.RUNNING,
+    (State.QUEUED, Trigger.PAUSE): State.PAUSED,
+    (State.RUNNING, Trigger.PAUSE): State.RUNNING,  # a request; takes effect at the round's end
+    (State.PAUSED, Trigger.PAUSE): State.PAUSED,
+    (State.RUNNING, Trigger.PAUSED): State.PAUSED,
+    (State.PAUSED, Trigger.RESUME): State.QUEUED,
+    (State.QUEUED, Trigger.RESUME): State.QUEUED,
+    (State.RUNNING, Trigger.RESUME): State.RUNNING,  # withdraws a pause request
+    (State.QUEUED, Trigger.CANCEL): State.CANCELLED,
+    (State.PAUSED, Trigger.CANCEL): State.CANCELLED,
+    (State.RUNNING, Trigger.CANCEL): State.CANCELLING,
+    (State.CANCELLING, Trigger.CANCEL): State.CANCELLING,
+    (State.CANCELLED, Trigger.CANCEL): State.CANCELLED,
+    (State.CANCELLING, Trigger.STOPPED): State.CANCELLED,
+    (State.FAILED, Trigger.RETRY): State.QUEUED,
+    (State.CANCELLED, Trigger.RETRY): State.QUEUED,
+    (State.QUEUED, Trigger.RETRY): State.QUEUED,
+    (State.RUNNING, Trigger.PUBLISH): State.PUBLISHING,
+    (State.PUBLISHING, Trigger.SUCCEED): State.SUCCEEDED,
+    (State.RUNNING, Trigger.REQUEUE): State.QUEUED,
+    (State.PUBLISHING, Trigger.REQUEUE): State.QUEUED,
+    (State.CANCELLING, Trigger.REQUEUE): State.CANCELLED,  # its worker is gone: nothing is left to stop
+    (State.RUNNING, Trigger.FAIL): State.FAILED,
+    (State.PUBLISHING, Trigger.FAIL): State.FAILED,
+    (State.CANCELLING, Trigger.FAIL): State.CANCELLED,
+}
+
+
+class TransitionRefused(Exception):
+    """The trigger makes no sense in the job's current state."""
+
+    def __init__(self, state: State, trigger: Trigger) -> None:
+        super().__init__(f"a job that is {state} cannot take '{trigger}'")
+        self.state = state
+        self.trigger = trigger
+
+
+def record_event(session: Session, job: Job, type: str, data: dict[str, Any]) -> None:
+    """Append an event and wake whoever waits on the job (``NOTIFY secateur_jobs``, delivered at commit)."""
+    session.add(JobEvent(job_id=job.id, attempt=job.attempt, type=type, data=data))
+    session.execute(select(func.pg_notify("secateur_jobs", str(job.id))))
+
+
+def apply(session: Session, job: Job, trigger: Trigger, **values: Any) -> Job:
+    """Move a row-locked ``job`` along the table and set ``values`` with it; the caller commits.
+
+    Raises:
+        TransitionRefused: the table has no such pair; nothing was changed.
+    """
+    before = State(job.state)
+    after = TABLE.get((before, trigger))
+    if after is None:
+        raise TransitionRefused(before, trigger)
+    requested = trigger is Trigger.PAUSE and after is State.RUNNING
+    if after is before and job.pause_requested == requested and not values:
+        return job
+    now = dt.datetime.now(dt.UTC)
+    job.state = after
+    job.pause_requested = requested
+    job.version += 1
+    if after is not before:
+        if after in TERMINAL:
+            job.finished_at = now
+        if after is State.QUEUED:
+            job.dispatched_at = job.finished_at = job.error = None
+        if after not in (State.RUNNING, State.PUBLISHING, State.CANCELLING):
+            job.lease_expires_at = job.worker = None
+    for name, value in values.items():
+        setattr(job, name, value)
+    record_event(session, job, "state", {"from": before, "to": after, "trigger": trigger, "error": job.error})
+    if after is not before and after in TERMINAL:
+        webhooks.owe(session, job)
+    return job
+
+
+def lock(session: Session, job_id: uuid.UUID) -> Job | None:
+    """The job's row, locked until the transaction ends (``SELECT … FOR UPDATE``)."""
+    return session.get(Job, job_id, with_for_update=True, populate_existing=True)

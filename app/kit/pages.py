@@ -1,0 +1,40 @@
+"""Keyset pages: an opaque ``page_token`` names the last item that was seen."""
+
+import base64
+import binascii
+from collections.abc import Callable
+from typing import Annotated, TypeVar
+
+from fastapi import Query
+from pydantic import AfterValidator
+
+from app.kit.problem import invalid
+
+LARGEST = 100
+PageSize = Annotated[
+    int,
+    AfterValidator(lambda size: min(max(size, 1), LARGEST)),
+    Query(description=f"Items a page; clamped to 1–{LARGEST}."),
+]
+PageToken = Annotated[str | None, Query(max_length=200, description="`next_page_token` of the page before.")]
+
+Cursor = TypeVar("Cursor")
+
+
+def encode(cursor: object) -> str:
+    """The token that means "after ``cursor``"."""
+    return base64.urlsafe_b64encode(str(cursor).encode()).decode().rstrip("=")
+
+
+def decode(token: str | None, read: Callable[[str], Cursor]) -> Cursor | None:
+    """The cursor in a token, read by ``read``.
+
+    Raises:
+        Problem: 422 on a token this service did not make.
+    """
+    if token is None:
+        return None
+    try:
+        return read(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode("ascii"))
+    except (ValueError, binascii.Error):
+        raise invalid("page_token", "not a token of this service", allowed="next_page_token of a former page") from None

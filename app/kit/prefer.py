@@ -1,0 +1,22 @@
+"""``Prefer: wait=n`` (RFC 7240, section 4.3): how long a client would like the server to hold its answer."""
+
+import re
+from typing import Annotated
+
+from fastapi import Depends, Header
+
+LONGEST = 60
+_WAIT = re.compile(r'(?:^|[,;])\s*wait\s*=\s*"?(\d{1,9})"?\s*(?=$|[,;])', re.IGNORECASE)
+
+
+def wait_seconds(
+    prefer: Annotated[
+        list[str] | None, Header(description="`wait=n`, 1 to 60: hold the answer for up to n seconds.")
+    ] = None,
+) -> int | None:
+    """The wait asked for, clamped to 1–60 s, if there is one. What cannot be read is ignored, as the RFC asks."""
+    found = _WAIT.search(",".join(prefer or ()))
+    return min(max(int(found[1]), 1), LONGEST) if found else None
+
+
+Wait = Annotated[int | None, Depends(wait_seconds)]

@@ -1,0 +1,58 @@
+"""The HTTP application: ``uvicorn app.main:create_app --factory``."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from prometheus_client import CollectorRegistry
+
+from app import catalog_routes, errors, health
+from app.config import get_settings
+from app.jobs import routes as jobs
+from app.jobs.events import Feed
+from app.kit.observe import Observe
+from app.kit.problem import ProblemDetails
+
+DESCRIPTION = """
+Prunes large language models: post a job, get back a smaller model with a report of what it cost.
+
+Errors are problem details (RFC 9457) with a stable `code`. Times are RFC 3339 UTC. Ids are UUIDv7. Unknown fields are
+refused. Every response carries `X-Request-Id`; a sane one of the request is kept.
+"""
+
+
+def create_app() -> FastAPI:
+    """The application, on the settings of this process."""
+    settings = get_settings()
+    feed, registry = Feed(), CollectorRegistry()
+    registry.register(health.QueueCollector(settings))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with feed.listening(settings.database_url):
+            yield
+
+    app = FastAPI(title="Secateur", version=version("secateur"), description=DESCRIPTION, lifespan=lifespan)
+    app.state.feed, app.state.registry = feed, registry
+    app.add_middleware(Observe, registry=registry)
+    errors.install(app)
+    for router in (jobs.router, catalog_routes.router, health.router):
+        app.include_router(router)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document, with problem details where it has its own error schema."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        schemas = document["components"]["schemas"]
+        problem = ProblemDetails.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas.update(problem.pop("$defs"), ProblemDetails=problem)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,71 @@
+"""Queries on the outbox of webhooks. All times are the database's clock."""
+
+import datetime as dt
+import uuid
+from collections.abc import Sequence
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from app.jobs.models import Job
+from app.webhooks.models import WebhookDelivery
+
+
+def owe(session: Session, job: Job) -> None:
+    """If the request names a ``webhook_url``, owe it the news that ``job`` has ended; the caller commits."""
+    url = job.request.get("webhook_url")
+    if url is None:
+        return
+    data = {
+        "id": str(job.id),
+        "state": job.state,
+        "model_id": job.model_id,
+        "method": job.method,
+        "labels": job.labels,
+        "error": job.error,
+        "result": job.result,
+    }
+    finished_at = job.finished_at or dt.datetime.now(dt.UTC)
+    payload = {"type": f"job.{job.state}", "timestamp": finished_at.isoformat(), "data": data}
+    session.add(WebhookDelivery(job_id=job.id, url=url, payload=payload))
+
+
+def claim_due(session: Session, backoff: Sequence[float], limit: int) -> Sequence[WebhookDelivery]:
+    """Take up to ``limit`` due deliveries for one attempt each; commits.
+
+    The next attempt is set before this one is made: whoever dies in between leaves the delivery due again in time.
+    After as many attempts as ``backoff`` has waits (seconds) there is none.
+    """
+    due = session.scalars(
+        select(WebhookDelivery)
+        .where(WebhookDelivery.next_attempt_at <= func.now())
+        .order_by(WebhookDelivery.next_attempt_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    ).all()
+    for delivery in due:
+        wait = backoff[delivery.attempts] if delivery.attempts < len(backoff) else None
+        delivery.attempts += 1
+        delivery.next_attempt_at = None if wait is None else func.now() + dt.timedelta(seconds=wait)
+    session.commit()
+    return due
+
+
+def delivered(session: Session, delivery_id: uuid.UUID) -> None:
+    """The receiver has it; commits."""
+    done = {"delivered_at": func.now(), "next_attempt_at": None, "last_error": None}
+    session.execute(update(WebhookDelivery).where(WebhookDelivery.id == delivery_id).values(done))
+    session.commit()
+
+
+def failed(session: Session, delivery_id: uuid.UUID, error: str) -> None:
+    """This attempt failed; commits."""
+    session.execute(update(WebhookDelivery).where(WebhookDelivery.id == delivery_id).values(last_error=error))
+    session.commit()
+
+
+def disable(session: Session, url: str) -> None:
+    """The receiver is gone: nothing more is owed to ``url``; commits."""
+    pending = WebhookDelivery.url == url, WebhookDelivery.next_attempt_at.is_not(None)
+    session.execute(update(WebhookDelivery).where(*pending).values(next_attempt_at=None, last_error="410 Gone"))
+    session.commit()

@@ -1,0 +1,61 @@
+"""Delivers what the outbox owes: signed as Standard Webhooks (standardwebhooks.com) asks, retried for three days."""
+
+import asyncio
+import datetime as dt
+import json
+from collections.abc import Sequence
+
+import httpx2
+from sqlalchemy.orm import Session
+from standardwebhooks import Webhook
+
+from app.config import Settings
+from app.webhooks import repository
+from app.webhooks.models import WebhookDelivery
+
+TIMEOUT = 10.0
+"""Seconds for one attempt, all of it."""
+BATCH = 32
+BACKOFF = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
+"""Seconds between attempts: the schedule of the Standard Webhooks specification, three days in all."""
+GONE = 410
+
+
+def deliver_due(session: Session, settings: Settings) -> int:
+    """Attempt what is due, a batch at once; returns how many attempts were made. Takes ``TIMEOUT`` at most."""
+    if settings.webhook_secret is None:
+        return 0
+    due = repository.claim_due(session, BACKOFF, BATCH)
+    statuses = asyncio.run(_post_all(Webhook(settings.webhook_secret.get_secret_value()), due)) if due else []
+    for delivery, status in zip(due, statuses, strict=True):
+        if isinstance(status, int) and 200 <= status < 300:
+            repository.delivered(session, delivery.id)
+        elif status == GONE:
+            repository.failed(session, delivery.id, "410 Gone")
+            repository.disable(session, delivery.url)
+        else:
+            repository.failed(session, delivery.id, str(status))
+    return len(due)
+
+
+async def _post_all(signer: Webhook, due: Sequence[WebhookDelivery]) -> list[int | str]:
+    async with httpx2.AsyncClient(follow_redirects=False, timeout=TIMEOUT) as client:
+        return await asyncio.gather(*(_post(client, signer, delivery) for delivery in due))
+
+
+async def _post(client: httpx2.AsyncClient, signer: Webhook, delivery: WebhookDelivery) -> int | str:
+    """The status, or in words why there is none. The response's body is of no interest and not read."""
+    body = json.dumps(delivery.payload)
+    message_id, now = f"msg_{delivery.id.hex}", dt.datetime.now(dt.UTC)
+    headers = {
+        "content-type": "application/json",
+        "webhook-id": message_id,
+        "webhook-timestamp": str(int(now.timestamp())),
+        "webhook-signature": signer.sign(message_id, now, body),
+    }
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            async with client.stream("POST", delivery.url, content=body, headers=headers) as response:
+                return response.status_code
+    except (httpx2.HTTPError, httpx2.InvalidURL, TimeoutError, OSError) as error:
+        return f"{type(error).__name__}: {error}"

@@ -1,0 +1,100 @@
+"""The API on a real socket, and a model folder it can look at."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+import uvicorn
+from safetensors.numpy import save_file
+from sqlalchemy.orm import Session
+
+from app.auth import service as auth
+from app.config import Settings
+from app.main import create_app
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "vocab_size": 100,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+
+
+class ServerThread(uvicorn.Server):
+    """uvicorn on a free port, in a thread."""
+
+    def __init__(self) -> None:
+        super().__init__(uvicorn.Config(create_app(), port=0, log_level="warning", timeout_graceful_shutdown=1))
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def __enter__(self) -> str:
+        self.thread.start()
+        while not self.started:
+            assert self.thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        port = self.servers[0].sockets[0].getsockname()[1]
+        return f"http://127.0.0.1:{port}"
+
+    def __exit__(self, *exception: object) -> None:
+        self.should_exit = True
+        self.thread.join(timeout=10)
+
+
+@pytest.fixture
+def url(settings: Settings) -> Iterator[str]:
+    """The address of a running API."""
+    with ServerThread() as url:
+        yield url
+
+
+@pytest.fixture
+def make_client(url: str, session: Session) -> Iterator[Callable[[str], httpx2.Client]]:
+    """A client with an API key of its own, by the key's name."""
+    clients = []
+
+    def make(name: str) -> httpx2.Client:
+        _, secret = auth.create(session, name)
+        clients.append(httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {secret}"}, timeout=30))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+def api(make_client: Callable[[str], httpx2.Client]) -> httpx2.Client:
+    return make_client("alice")
+
+
+@pytest.fixture
+def make_model(settings: Settings) -> Callable[..., str]:
+    """A folder that looks like a model from outside: config, weights file, tokenizer; returns its model id."""
+
+    def make(name: str = "tiny", config: dict[str, Any] = CONFIG) -> str:
+        folder: Path = settings.models_dir / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "tokenizer.json").write_text("{}")
+        save_file({"model.norm.weight": np.zeros(4, dtype=np.float32)}, folder / "model.safetensors")
+        return f"local:{name}"
+
+    return make
+
+
+@pytest.fixture
+def body(make_model: Callable[..., str]) -> dict[str, Any]:
+    """A request that is accepted."""
+    return {"model_id": make_model(), "target_ratio": 0.2, "method": "piem-lsps"}

@@ -1,0 +1,111 @@
+"""The command line in a process of its own, against the API on a socket."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy.orm import Session
+
+from app.config import Settings
+from tests.api import play
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from app.cli import cli; cli()", *arguments],
+        capture_output=True, text=True, timeout=60, env=os.environ | (environment or {}), cwd=ROOT,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def service(url: str, api: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Address and key in the environment."""
+    monkeypatch.setenv("SECATEUR_URL", url)
+    monkeypatch.setenv("SECATEUR_API_KEY", api.headers["Authorization"].removeprefix("Bearer "))
+    return url
+
+
+def test_keys(url: str, settings: Settings) -> None:
+    made = json.loads(run("keys", "create", "carol", "--json").stdout)
+    headers = {"Authorization": f"Bearer {made['secret']}"}
+    assert httpx2.get(f"{url}/v1/jobs", headers=headers).status_code == 200
+    [row] = json.loads(run("keys", "list", "--json").stdout)
+    assert (row["id"], row["name"], row["revoked_at"]) == (made["id"], "carol", None)
+    assert made["secret"] not in run("keys", "list").stdout
+    assert run("keys", "revoke", made["id"]).returncode == 0
+    assert httpx2.get(f"{url}/v1/jobs", headers=headers).status_code == 401
+    assert "revoked" in run("keys", "list").stdout
+    assert run("keys", "revoke", "0199a0c6-3f5c-7d3e-9a53-0d8f4c1b2a10").returncode == 2
+    plain = run("keys", "create", "dave")
+    assert plain.stdout.startswith("sk-secateur-") and len(plain.stdout.split()) == 1
+
+
+def test_migrate(empty_database_url: str) -> None:
+    environment = {"SECATEUR_DATABASE_URL": empty_database_url}
+    assert run("migrate", environment=environment).returncode == 0
+    assert run("keys", "list", environment=environment).returncode == 0
+    away = run("migrate", environment={"SECATEUR_DATABASE_URL": "postgresql+psycopg://x@127.0.0.1:9/x"})
+    assert away.returncode == 3 and "cannot be reached" in away.stderr and "Traceback" not in away.stderr
+
+
+def test_submit_status_cancel(service: str, body: dict[str, Any], tmp_path: Path) -> None:
+    submitted = run("submit", "local:tiny", "--ratio", "0.2", "--method", "piem", "--rounds", "2", "--repo-id", "a/b")
+    job_id = submitted.stdout.strip()
+    assert submitted.returncode == 0, submitted.stderr
+    shown = run("status", job_id, "--json")
+    job = json.loads(shown.stdout)
+    assert shown.returncode == 0
+    assert (job["state"], job["request"]["rounds"], job["request"]["publish"]["repo_id"]) == ("queued", 2, "a/b")
+    assert "queued" in run("cancel", job_id).stdout or "cancelled" in run("status", job_id).stdout
+    assert run("status", job_id).returncode == 1
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps(body | {"labels": {"a": "b"}}))
+    job = json.loads(run("submit", "--request", str(request), "--ratio", "0.3", "--json").stdout)
+    assert (job["request"]["target_ratio"], job["labels"]) == (0.3, {"a": "b"})
+
+
+def test_refusals(service: str, body: dict[str, Any], tmp_path: Path) -> None:
+    refused = run("submit", "local:tiny", "--ratio", "2", "--method", "piem")
+    assert refused.returncode == 2 and "target_ratio" in refused.stderr and "at most 0.9" in refused.stderr
+    assert run("submit", "--request", str(tmp_path / "none")).returncode == 2
+    assert run("status", "no-uuid").returncode == 2
+    assert run("status", "0199a0c6-3f5c-7d3e-9a53-0d8f4c1b2a10").returncode == 2
+    assert run("status", "0199a0c6-3f5c-7d3e-9a53-0d8f4c1b2a10", "--api-key", "x").returncode == 2
+    for url in ("http://127.0.0.1:9", "nonsense"):
+        away = run("watch", "0199a0c6-3f5c-7d3e-9a53-0d8f4c1b2a10", "--url", url)
+        assert away.returncode == 3, away.stderr
+        assert "cannot be reached" in away.stderr and "Traceback" not in away.stderr
+
+
+@pytest.mark.parametrize(("good", "code"), [(True, 0), (False, 1)])
+def test_watch(
+    service: str, api: httpx2.Client, body: dict[str, Any], session: Session, settings: Settings, good: bool, code: int
+) -> None:
+    job_id: str = api.post("/v1/jobs", json=body).json()["id"]
+    attempt = play.start(session, job_id)
+    play.progress(session, job_id, attempt, 0.25)
+
+    def work() -> None:
+        play.progress(session, job_id, attempt, 0.75)
+        if good:
+            play.succeed(session, settings, job_id, attempt)
+        else:
+            play.fail(session, job_id, attempt)
+
+    timer = threading.Timer(3, work)
+    timer.start()
+    watched = run("watch", job_id)
+    timer.join()
+    assert watched.returncode == code, watched.stderr
+    lines = watched.stdout.splitlines()
+    assert "score" in lines[0] and "25%" in lines[0] and "round 1/2" in lines[0]
+    assert ("published to secateur/tiny" if good else "The weights have NaN. (nan_weights)") in lines[-1]
+    assert run("status", job_id).returncode == code

@@ -1,0 +1,164 @@
+"""What is checked on the Hub before a job is accepted, and what is let in when the Hub does not answer."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from huggingface_hub import constants
+
+from app.config import Settings, get_settings
+from app.jobs.door import admit
+from app.jobs.schemas import JobRequest
+from tests import hub as fake
+from tests.api.conftest import CONFIG
+
+REQUEST: dict[str, Any] = {"model_id": "org/tiny", "target_ratio": 0.2, "method": "piem"}
+
+
+@pytest.fixture
+def hub(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake.FakeHub]:
+    """A Hub with one model; the service publishes there."""
+    with fake.running() as hub:
+        hub.create(
+            "org/tiny",
+            files={"config.json": json.dumps(CONFIG).encode(), "tokenizer.json": b"{}", "model.safetensors": b""},
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.delenv("SECATEUR_HUB_DIR")
+        monkeypatch.setenv("SECATEUR_HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("SECATEUR_HF_TOKEN", fake.TOKEN)
+        get_settings.cache_clear()
+        yield hub
+
+
+@pytest.fixture
+def hub_api(hub: fake.FakeHub, api: httpx2.Client) -> httpx2.Client:
+    """The API, started on the Hub's settings."""
+    return api
+
+
+def test_a_job_keeps_the_commit(hub: fake.FakeHub, hub_api: httpx2.Client) -> None:
+    first = hub.repositories["org/tiny"].head
+    response = hub_api.post("/v1/jobs", json=REQUEST)
+    assert response.status_code == 202, response.text
+    assert response.json()["request"]["revision"] == first.sha
+    assert response.json()["request"]["publish"] is None
+    plan = hub_api.post("/v1/jobs?validate_only=true", json=REQUEST | {"revision": "main"}).json()
+    assert plan["revision"] == first.sha
+
+
+def test_what_the_hub_has_not(hub: fake.FakeHub, hub_api: httpx2.Client) -> None:
+    hub.create("org/bare", files={"config.json": b"{}"})
+    for change, code, field in [
+        ({"model_id": "org/none"}, "model_not_found", "model_id"),
+        ({"revision": "nope"}, "revision_not_found", "revision"),
+        ({"gguf_file": "x.gguf"}, "model_not_found", "gguf_file"),
+        ({"model_id": "org/bare"}, "weights_missing", "model_id"),
+    ]:
+        response = hub_api.post("/v1/jobs", json=REQUEST | change)
+        assert (response.status_code, response.json()["code"]) == (422, code), response.text
+        assert response.json()["errors"][0]["field"] == field
+
+
+def test_who_may_publish_where(hub: fake.FakeHub, hub_api: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    for repo_id in ("org/out", "tester/out"):
+        response = hub_api.post("/v1/jobs", json=REQUEST | {"publish": {"repo_id": repo_id}})
+        assert (response.status_code, response.json()["request"]["publish"]["repo_id"]) == (202, repo_id)
+    refused = hub_api.post("/v1/jobs", json=REQUEST | {"publish": {"repo_id": "google/out"}})
+    assert (refused.status_code, refused.json()["code"]) == (422, "hub_forbidden")
+    assert refused.json()["errors"][0] == {
+        "field": "publish.repo_id",
+        "message": "this service's token may not write there",
+        "allowed": "namespaces org, tester",
+    }
+
+
+@pytest.mark.parametrize(("token", "message"), [("hf_wrong", "does not accept"), ("", "no Hub token")])
+def test_without_a_good_token(hub: fake.FakeHub, monkeypatch: pytest.MonkeyPatch, token: str, message: str) -> None:
+    if token:
+        monkeypatch.setenv("SECATEUR_HF_TOKEN", token)
+    else:
+        monkeypatch.delenv("SECATEUR_HF_TOKEN")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+    get_settings.cache_clear()
+    with pytest.raises(Exception, match=message) as refused:
+        admit(JobRequest.model_validate(REQUEST | {"publish": {"repo_id": "org/out"}}), get_settings())
+    assert refused.value.status == 422  # type: ignore[attr-defined]
+
+
+def test_a_hub_that_is_away_lets_jobs_in(
+    hub: fake.FakeHub, hub_api: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = REQUEST | {"publish": {"repo_id": "google/out"}, "revision": "main"}
+    hub.broken = True
+    made = hub_api.post("/v1/jobs", json=wanted)
+    assert made.status_code == 202, made.text
+    assert made.json()["request"]["revision"] == "main"
+    asked = hub_api.post("/v1/jobs?validate_only=true", json=wanted)
+    assert (asked.status_code, asked.json()["code"]) == (503, "hub_unavailable")
+    assert int(asked.headers["Retry-After"]) > 0
+
+
+def test_names_for_the_folder_hub(settings: Settings, make_model: Callable[..., str]) -> None:
+    for model_id, ratio, name in [
+        ("org/SmolLM2-135M", 0.2, "secateur/SmolLM2-135M-piem-20"),
+        ("local:Qwen2.5_7B..v1", 0.125, "secateur/Qwen2-5-7B-v1-piem-12_5"),
+        ("local:" + "x" * 96, 0.5, f"secateur/{'x' * 60}-piem-50"),
+    ]:
+        request = JobRequest.model_validate({"model_id": model_id, "target_ratio": ratio, "method": "piem"})
+        publish = admit(request, settings).publish
+        assert publish is not None and publish.repo_id == name
+        assert JobRequest.model_validate(request.model_dump() | {"publish": {"repo_id": name}})
+
+
+def test_inspect(api: httpx2.Client, make_model: Callable[..., str]) -> None:
+    found = api.post("/v1/models/inspect", json={"model_id": make_model()}).json()
+    assert (found["supported"], found["reason"]) == (True, None)
+    assert found["shape"]["family"] == "llama"
+    assert found["shape"]["layers"][0] == {
+        "layer": 0,
+        "kv_groups": 4,
+        "heads": 8,
+        "head_dim": 8,
+        "intermediate_size": 256,
+    }
+    odd = make_model("odd", CONFIG | {"model_type": "rwkv"})
+    refused = api.post("/v1/models/inspect", json={"model_id": odd}).json()
+    assert (refused["supported"], refused["shape"]) == (False, None)
+    assert refused["reason"]["code"] == "unsupported_architecture" and "llama" in refused["reason"]["message"]
+    missing = api.post("/v1/models/inspect", json={"model_id": "local:none"})
+    assert (missing.status_code, missing.json()["code"]) == (422, "model_not_found")
+    assert api.post("/v1/models/inspect", json={"model_id": "a", "x": 1}).json()["errors"][0]["allowed"] == (
+        "model_id, revision, gguf_file"
+    )
+
+
+def test_methods(api: httpx2.Client) -> None:
+    methods = {method["name"]: method for method in api.get("/v1/methods").json()["items"]}
+    assert {"piem-lsps", "piem", "lsps", "magnitude", "random"} <= set(methods)
+    assert methods["piem-lsps"]["needs_gradients"] and methods["piem-lsps"]["defaults"] == {"rounds": 4}
+    assert not methods["random"]["needs_gradients"]
+
+
+def test_texts(api: httpx2.Client, body: dict[str, Any], settings: Settings) -> None:
+    settings.texts_dir.mkdir(parents=True)
+    (settings.texts_dir / "novel.txt").write_text("Once upon a time.")
+    for dataset in ("wikitext2", "org/name", "org/name:config", "local:novel.txt"):
+        response = api.post("/v1/jobs", json=body | {"calibration": {"dataset": dataset}})
+        assert response.status_code == 202, response.text
+    for dataset, allowed in [
+        ("local:none", "local:novel.txt"),
+        ("local:../novel.txt", "local:novel.txt"),
+        ("local:", "local:novel.txt"),
+        ("/etc/passwd", "local:NAME"),
+        ("../x", "local:NAME"),
+        ("a/../b", "local:NAME"),
+    ]:
+        response = api.post("/v1/jobs", json=body | {"evaluation": {"dataset": dataset}})
+        assert response.status_code == 422, dataset
+        [error] = response.json()["errors"]
+        assert error["field"] == "evaluation.dataset"
+        assert allowed in error["allowed"]

@@ -1,0 +1,125 @@
+"""Liveness, readiness with a verdict on each part, metrics; the doorbell when the broker is away."""
+
+import socket
+import time
+import uuid
+from typing import Any
+
+import httpx2
+import pytest
+import redis
+from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import func, update
+from sqlalchemy.orm import Session
+
+from app.config import Settings, get_settings
+from app.db.session import session_factory
+from app.fleet import repository as fleet
+from app.fleet.models import Worker
+from app.jobs import doorbell
+from tests.api import play
+
+
+def _ready(url: str) -> tuple[int, dict[str, Any]]:
+    response = httpx2.get(f"{url}/readyz", timeout=30)
+    return response.status_code, response.json()
+
+
+def test_ready_with_a_live_worker(url: str, session: Session, settings: Settings) -> None:
+    assert _ready(url) == (503, {"ready": False, "database": "ok", "broker": "ok", "workers": "no live worker"})
+    fleet.beat(session, "scheduler-1", "scheduler", {})
+    assert _ready(url)[0] == 503
+    fleet.beat(session, "worker-1", "worker", {"device": "cpu"})
+    assert _ready(url) == (200, {"ready": True, "database": "ok", "broker": "ok", "workers": "ok"})
+    session.execute(update(Worker).values(last_seen_at=func.now() - func.make_interval(0, 0, 0, 0, 0, 10)))
+    session.commit()
+    assert _ready(url)[0] == 503
+    fleet.beat(session, "worker-1", "worker", {"device": "cpu"})
+    assert _ready(url)[0] == 200
+    fleet.leave(session, "worker-1")
+    assert _ready(url)[0] == 503
+
+
+def test_silent_processes_are_forgotten(session: Session) -> None:
+    fleet.beat(session, "a", "worker", {})
+    fleet.forget(session, 3600)
+    assert [worker.name for worker in fleet.live(session, 60)] == ["a"]
+    session.execute(update(Worker).values(last_seen_at=func.now() - func.make_interval(0, 0, 0, 0, 2)))
+    session.commit()
+    fleet.forget(session, 3600)
+    assert session.get(Worker, "a", populate_existing=True) is None
+
+
+def test_not_ready_without_broker_or_database(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEUR_BROKER_URL", "redis://127.0.0.1:9/0")
+    monkeypatch.setenv("SECATEUR_DATABASE_URL", "postgresql+psycopg://hidden:hidden@127.0.0.1:9/x")
+    session_factory().kw["bind"].dispose()
+    get_settings.cache_clear()
+    session_factory.cache_clear()
+    status, verdicts = _ready(url)
+    assert status == 503
+    assert all(verdicts[part].startswith("unreachable") for part in ("database", "broker", "workers"))
+    assert "hidden" not in str(verdicts)
+    assert httpx2.get(f"{url}/healthz").json() == {"status": "ok"}
+    away = httpx2.get(f"{url}/v1/jobs", headers={"Authorization": "Bearer x"}, timeout=30)
+    assert (away.status_code, away.json()["code"]) == (503, "database_unavailable")
+    assert int(away.headers["Retry-After"]) > 0
+    assert _samples(url)["secateur_database_up", ""] == 0
+
+
+def _samples(url: str) -> dict[tuple[str, str], float]:
+    """Values by name and by the one label that matters."""
+    text = httpx2.get(f"{url}/metrics", timeout=30).text
+    return {
+        (sample.name, sample.labels.get("state") or sample.labels.get("route") or ""): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_metrics(api: httpx2.Client, url: str, body: dict[str, Any], session: Session) -> None:
+    first = api.post("/v1/jobs", json=body).json()["id"]
+    api.post("/v1/jobs", json=body)
+    play.start(session, first)
+    fleet.beat(session, "worker-1", "worker", {})
+    api.get(f"/v1/jobs/{first}")
+    api.get("/no/such/path")
+    samples = _samples(url)
+    assert samples["secateur_jobs", "queued"] == samples["secateur_jobs", "running"] == 1
+    assert samples["secateur_jobs", "failed"] == 0
+    assert samples["secateur_queue_depth", ""] == 1
+    assert 0 < samples["secateur_queue_oldest_seconds", ""] < 60
+    assert samples["secateur_workers_live", ""] == samples["secateur_database_up", ""] == 1
+    assert samples["secateur_http_request_duration_seconds_count", "/v1/jobs/{job_id}"] == 1
+    assert samples["secateur_http_request_duration_seconds_count", "unmatched"] == 1
+
+
+def test_the_doorbell_rings(api: httpx2.Client, body: dict[str, Any], broker_url: str) -> None:
+    job_id = api.post("/v1/jobs", json=body).json()["id"]
+    with redis.Redis.from_url(broker_url) as broker:
+        for _ in range(100):
+            if broker.llen("celery"):
+                break
+            time.sleep(0.05)
+        message = broker.lpop("celery")
+    assert isinstance(message, bytes)
+    assert b"secateur.ring" in message and job_id.encode() in message
+
+
+def test_a_broker_that_is_away_or_hangs_stops_nobody(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setitem(doorbell.TRANSPORT_OPTIONS, "socket_timeout", 0.5)
+        for port in (9, silent.getsockname()[1]):
+            monkeypatch.setattr(settings, "broker_url", f"redis://127.0.0.1:{port}/0")
+            begun = time.monotonic()
+            doorbell.ring(uuid.uuid4())
+            assert time.monotonic() - begun < 3
+
+
+def test_a_job_is_accepted_without_a_broker(
+    api: httpx2.Client, body: dict[str, Any], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "broker_url", "redis://127.0.0.1:9/0")
+    response = api.post("/v1/jobs", json=body)
+    assert response.status_code == 202
+    assert api.get(response.headers["Location"]).json()["state"] == "queued"

@@ -1,0 +1,308 @@
+"""Making, finding, steering and deleting jobs over HTTP."""
+
+import json
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from app.config import Settings
+from app.jobs.models import Job, JobEvent, JobRound
+from app.kit import idempotency
+from app.kit.idempotency import IdempotencyKey
+from tests.api import play
+
+Body = dict[str, Any]
+
+
+def _make(api: httpx2.Client, body: Body, **headers: str) -> dict[str, Any]:
+    response = api.post("/v1/jobs", json=body, headers=headers)
+    assert response.status_code == 202, response.text
+    return response.json()
+
+
+def test_create_and_get(api: httpx2.Client, body: Body) -> None:
+    response = api.post("/v1/jobs", json=body)
+    assert response.status_code == 202
+    job = response.json()
+    assert response.headers["Location"] == f"/v1/jobs/{job['id']}"
+    assert int(response.headers["Retry-After"]) > 0
+    assert (job["state"], job["model_id"], job["method"]) == ("queued", "local:tiny", "piem-lsps")
+    assert uuid.UUID(job["id"]).version == 7
+    assert job["created_at"].endswith("Z")
+    assert job["request"]["publish"] == {"repo_id": "secateur/tiny-piem-lsps-20", "private": True}
+    again = api.get(response.headers["Location"])
+    assert again.json() == job
+    assert again.headers["ETag"] == response.headers["ETag"]
+
+
+def test_accepting_is_an_event(api: httpx2.Client, body: Body) -> None:
+    job = _make(api, body)
+    [event] = api.get(f"/v1/jobs/{job['id']}/events").json()["items"]
+    assert (event["type"], event["data"]["to"]) == ("state", "queued")
+
+
+def test_validate_only_makes_nothing(api: httpx2.Client, body: Body, session: Session) -> None:
+    response = api.post("/v1/jobs?validate_only=true", json=body)
+    assert response.status_code == 200
+    plan = response.json()
+    assert plan["rounds"] == 4
+    assert abs(plan["nearest_ratio"] - 0.2) < 0.05
+    assert [layer["heads"] for layer in plan["shape"]["layers"]] == [8, 8, 8, 8]
+    assert session.scalar(select(func.count()).select_from(Job)) == 0
+    assert api.post("/v1/jobs?validate_only=true", json=body | {"model_id": "local:none"}).status_code == 422
+
+
+def test_conditional_get(api: httpx2.Client, body: Body, session: Session) -> None:
+    job = _make(api, body)
+    path = f"/v1/jobs/{job['id']}"
+    tag = api.get(path).headers["ETag"]
+    for header in (tag, f"W/{tag}", f'"x", {tag}', "*"):
+        response = api.get(path, headers={"If-None-Match": header})
+        assert (response.status_code, response.content, response.headers["ETag"]) == (304, b"", tag)
+    play.start(session, job["id"])
+    changed = api.get(path, headers={"If-None-Match": tag})
+    assert changed.status_code == 200 and changed.headers["ETag"] != tag
+
+
+class TestIdempotency:
+    def test_same_body_same_job(self, api: httpx2.Client, body: Body, session: Session) -> None:
+        first = _make(api, body, **{"Idempotency-Key": "k1"})
+        play.start(session, first["id"])
+        again = _make(api, dict(reversed(body.items())), **{"Idempotency-Key": "k1"})
+        assert again["id"] == first["id"] and again["state"] == "running"
+        assert session.scalar(select(func.count()).select_from(Job)) == 1
+
+    def test_replay_needs_no_model(self, api: httpx2.Client, body: Body, settings: Settings) -> None:
+        first = _make(api, body, **{"Idempotency-Key": "k1"})
+        settings.models_dir.rename(settings.data_dir / "gone")
+        assert _make(api, body, **{"Idempotency-Key": "k1"})["id"] == first["id"]
+
+    def test_another_body_is_refused(self, api: httpx2.Client, body: Body) -> None:
+        _make(api, body, **{"Idempotency-Key": "k1"})
+        response = api.post("/v1/jobs", json=body | {"seed": 1}, headers={"Idempotency-Key": "k1"})
+        assert (response.status_code, response.json()["code"]) == (422, "idempotency_key_reused")
+
+    def test_keys_are_scoped_by_api_key(
+        self, make_client: Callable[[str], httpx2.Client], body: Body, session: Session
+    ) -> None:
+        jobs = {_make(make_client(name), body, **{"Idempotency-Key": "k"})["id"] for name in ("alice", "bob")}
+        assert len(jobs) == 2
+
+    def test_at_once(self, api: httpx2.Client, body: Body, session: Session) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            jobs = list(pool.map(lambda _: _make(api, body, **{"Idempotency-Key": "k"})["id"], range(16)))
+        assert len(set(jobs)) == 1
+        assert session.scalar(select(func.count()).select_from(Job)) == 1
+        assert session.scalar(select(func.count()).select_from(JobEvent)) == 1
+
+    def test_a_key_expires(self, api: httpx2.Client, body: Body, session: Session, settings: Settings) -> None:
+        first = _make(api, body, **{"Idempotency-Key": "k"})
+        past = func.now() - func.make_interval(0, 0, 0, 0, 0, 0, settings.idempotency_ttl + 1)
+        session.execute(update(IdempotencyKey).values(created_at=past))
+        session.commit()
+        second = _make(api, body | {"seed": 1}, **{"Idempotency-Key": "k"})
+        assert second["id"] != first["id"]
+        assert _make(api, body | {"seed": 1}, **{"Idempotency-Key": "k"})["id"] == second["id"]
+        session.execute(update(IdempotencyKey).values(created_at=past))
+        session.commit()
+        idempotency.expire(session, settings.idempotency_ttl)
+        assert session.scalar(select(func.count()).select_from(IdempotencyKey)) == 0
+
+    def test_a_deleted_job_is_not_made_again(self, api: httpx2.Client, body: Body) -> None:
+        job = _make(api, body, **{"Idempotency-Key": "k"})
+        api.post(f"/v1/jobs/{job['id']}/cancel")
+        assert api.delete(f"/v1/jobs/{job['id']}").status_code == 204
+        response = api.post("/v1/jobs", json=body, headers={"Idempotency-Key": "k"})
+        assert (response.status_code, response.json()["code"]) == (410, "job_deleted")
+
+    def test_bad_keys(self, api: httpx2.Client, body: Body) -> None:
+        for key in ("", "x" * 256, "a b", "é"):
+            response = api.post("/v1/jobs", json=body, headers=[(b"Idempotency-Key", key.encode())])
+            assert response.status_code == 422, key
+            assert response.json()["errors"][0]["field"] == "idempotency-key"
+
+    def test_the_longest_key(self, api: httpx2.Client, body: Body) -> None:
+        assert _make(api, body, **{"Idempotency-Key": "x" * 255})
+
+
+class TestList:
+    def test_pages_newest_first(self, api: httpx2.Client, body: Body) -> None:
+        made = [_make(api, body | {"seed": seed})["id"] for seed in range(5)]
+        seen: list[str] = []
+        token, pages = None, 0
+        while token or not pages:
+            query = {"page_size": 2} | ({"page_token": token} if token else {})
+            page = api.get("/v1/jobs", params=query).json()
+            seen += [job["id"] for job in page["items"]]
+            token, pages = page["next_page_token"], pages + 1
+            if pages == 1:
+                _make(api, body | {"seed": 9})  # what is made meanwhile moves no page
+        assert (seen, pages) == (made[::-1], 3)
+
+    def test_filters(self, api: httpx2.Client, body: Body, make_model: Callable[..., str]) -> None:
+        plain = _make(api, body)["id"]
+        labelled = _make(api, body | {"labels": {"team": "nlp", "run": "1"}})["id"]
+        other = _make(
+            api, body | {"method": "magnitude", "model_id": make_model("other"), "labels": {"team": "vision"}}
+        )["id"]
+        api.post(f"/v1/jobs/{plain}/cancel")
+
+        def ids(**query: Any) -> set[str]:
+            response = api.get("/v1/jobs", params=query)
+            assert response.status_code == 200, response.text
+            return {job["id"] for job in response.json()["items"]}
+
+        assert ids(state="cancelled") == {plain}
+        assert ids(state=["cancelled", "queued"]) == {plain, labelled, other}
+        assert ids(method="magnitude") == {other}
+        assert ids(model_id="local:tiny") == {plain, labelled}
+        assert ids(**{"label.team": "nlp"}) == {labelled}
+        assert ids(**{"label.team": "nlp", "label.run": "2"}) == set()
+        assert ids(state="queued", method="piem-lsps", **{"label.run": "1"}) == {labelled}
+
+    def test_page_size_is_clamped(self, api: httpx2.Client, body: Body) -> None:
+        for seed in range(3):
+            _make(api, body | {"seed": seed})
+        for size, items in ((0, 1), (-5, 1), (1000, 3)):
+            assert len(api.get(f"/v1/jobs?page_size={size}").json()["items"]) == items
+
+    def test_bad_queries(self, api: httpx2.Client) -> None:
+        for query, field in [
+            ("page_token=x", "page_token"),
+            ("page_token=%C3%A9", "page_token"),
+            ("page_token=" + "a" * 300, "page_token"),
+            ("page_size=many", "page_size"),
+            ("state=done", "state.0"),
+            ("sate=queued", "sate"),
+            ("label.=x", "label"),
+            ("label.a%00=x", "label"),
+            ("model_id=%00", "model_id"),
+            ("method=%00", "method"),
+        ]:
+            response = api.get(f"/v1/jobs?{query}")
+            assert response.status_code == 422, response.text
+            assert response.json()["errors"][0]["field"] == field
+
+
+class TestSteering:
+    def test_pause_resume_cancel_retry(self, api: httpx2.Client, body: Body, session: Session) -> None:
+        path = f"/v1/jobs/{_make(api, body)['id']}"
+        for call, state in [
+            ("pause", "paused"), ("pause", "paused"), ("resume", "queued"), ("resume", "queued"),
+            ("cancel", "cancelled"), ("cancel", "cancelled"), ("retry", "queued"), ("retry", "queued"),
+        ]:  # fmt: skip
+            response = api.post(f"{path}/{call}")
+            assert (response.status_code, response.json()["state"]) == (200, state), call
+            assert response.headers["ETag"] == api.get(path).headers["ETag"]
+
+    def test_a_running_job(self, api: httpx2.Client, body: Body, session: Session) -> None:
+        job_id = _make(api, body)["id"]
+        play.start(session, job_id)
+        assert api.post(f"/v1/jobs/{job_id}/pause").json()["pause_requested"] is True
+        assert api.post(f"/v1/jobs/{job_id}/resume").json()["pause_requested"] is False
+        assert api.post(f"/v1/jobs/{job_id}/cancel").json()["state"] == "cancelling"
+        refused = api.post(f"/v1/jobs/{job_id}/pause")
+        assert (refused.status_code, refused.json()["state"]) == (409, "cancelling")
+        assert refused.json()["code"] == "wrong_state"
+
+    def test_retry_starts_counting_afresh(self, api: httpx2.Client, body: Body, session: Session) -> None:
+        job_id = _make(api, body)["id"]
+        play.fail(session, job_id, play.start(session, job_id))
+        failed = api.get(f"/v1/jobs/{job_id}").json()
+        assert (failed["state"], failed["failures"], failed["error"]["code"]) == ("failed", 1, "nan_weights")
+        retried = api.post(f"/v1/jobs/{job_id}/retry").json()
+        assert (retried["state"], retried["failures"], retried["error"]) == ("queued", 0, None)
+        assert play.start(session, job_id) == 2
+
+    def test_delete(self, api: httpx2.Client, body: Body, session: Session, settings: Settings) -> None:
+        job_id = _make(api, body)["id"]
+        refused = api.delete(f"/v1/jobs/{job_id}")
+        assert (refused.status_code, refused.json()["state"]) == (409, "queued")
+        attempt = play.start(session, job_id)
+        play.finish_round(session, job_id, attempt, 0)
+        play.succeed(session, settings, job_id, attempt)
+        assert api.delete(f"/v1/jobs/{job_id}").status_code == 204
+        assert not settings.job_dir(job_id).exists()
+        assert api.get(f"/v1/jobs/{job_id}").status_code == 404
+        assert api.delete(f"/v1/jobs/{job_id}").status_code == 404
+        for table in (Job, JobEvent, JobRound):
+            assert session.scalar(select(func.count()).select_from(table)) == 0
+
+
+class TestResults:
+    @pytest.fixture
+    def done(self, api: httpx2.Client, body: Body, session: Session, settings: Settings) -> str:
+        job_id: str = _make(api, body)["id"]
+        attempt = play.start(session, job_id)
+        for number in range(3):
+            play.finish_round(session, job_id, attempt, number)
+        play.succeed(session, settings, job_id, attempt)
+        return f"/v1/jobs/{job_id}"
+
+    def test_the_job(self, api: httpx2.Client, done: str) -> None:
+        response = api.get(done)
+        assert response.json()["result"] == play.RESULT
+        assert "Retry-After" not in response.headers
+
+    def test_report(self, api: httpx2.Client, done: str, body: Body) -> None:
+        assert api.get(f"{done}/report").json() == play.REPORT
+        live = _make(api, body)["id"]
+        refused = api.get(f"/v1/jobs/{live}/report")
+        assert (refused.status_code, refused.json()["code"], refused.json()["state"]) == (409, "no_report", "queued")
+
+    def test_rounds(self, api: httpx2.Client, done: str) -> None:
+        rounds = api.get(f"{done}/rounds").json()["items"]
+        assert [(item["number"], item["data"]["perplexity"]) for item in rounds] == [(0, 10.0), (1, 11.0), (2, 12.0)]
+
+    def test_events_by_pages(self, api: httpx2.Client, done: str) -> None:
+        first = api.get(f"{done}/events?page_size=4").json()
+        second = api.get(f"{done}/events", params={"page_token": first["next_page_token"]}).json()
+        events = first["items"] + second["items"]
+        assert [event["type"] for event in events] == ["state", "state", "round", "round", "round", "state", "state"]
+        assert [event["id"] for event in events] == sorted(event["id"] for event in events)
+        assert second["next_page_token"] is None
+
+    def test_artifacts(self, api: httpx2.Client, done: str) -> None:
+        items = api.get(f"{done}/artifacts").json()["items"]
+        assert [(item["name"], item["size"]) for item in items] == [("config.json", 8), ("model.safetensors", 10240)]
+        whole = api.get(items[1]["url"])
+        assert whole.content == bytes(range(256)) * 40
+        part = api.get(items[1]["url"], headers={"Range": "bytes=256-511"})
+        assert (part.status_code, part.content) == (206, bytes(range(256)))
+        assert part.headers["Content-Range"] == "bytes 256-511/10240"
+        assert api.get(items[1]["url"], headers={"Range": "bytes=99999-"}).status_code == 416
+
+    def test_no_other_file(self, api: httpx2.Client, done: str) -> None:
+        for name in ("none", "nested", "..%2fsecret.json", "%2e%2e%2fsecret.json", "nested/x", "config.json%00", "%00"):
+            response = api.get(f"{done}/artifacts/{name}")
+            assert (response.status_code, response.json()["code"]) == (404, "not_found"), name
+
+    def test_none_before_success(self, api: httpx2.Client, body: Body, settings: Settings) -> None:
+        job_id = _make(api, body)["id"]
+        (settings.job_dir(job_id) / "artifacts").mkdir(parents=True)
+        (settings.job_dir(job_id) / "artifacts" / "config.json").write_text("half")
+        assert api.get(f"/v1/jobs/{job_id}/artifacts").json() == {"items": []}
+        assert api.get(f"/v1/jobs/{job_id}/artifacts/config.json").status_code == 404
+
+
+def test_another_keys_job_is_not_there(make_client: Callable[[str], httpx2.Client], body: Body, url: str) -> None:
+    alice, bob = make_client("alice"), make_client("bob")
+    job_id = _make(alice, body)["id"]
+    paths = json.loads(httpx2.get(f"{url}/openapi.json").text)["paths"]
+    asked = 0
+    for path, operations in paths.items():
+        if "{job_id}" not in path:
+            continue
+        for method in operations:
+            concrete = path.replace("{job_id}", job_id).replace("{name}", "config.json")
+            assert bob.request(method, concrete).status_code == 404, (method, path)
+            asked += 1
+    assert asked == 12
+    assert bob.get("/v1/jobs").json()["items"] == []
+    assert alice.get(f"/v1/jobs/{job_id}").json()["state"] == "queued"

@@ -1,0 +1,97 @@
+"""The document is true: its examples are accepted, its answers are those of its schemas."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import pytest
+from pydantic import BaseModel
+
+from app.catalog.sources import ModelSource
+from app.jobs import door, schemas
+from app.jobs.schemas import JobRequest
+from app.kit.problem import ProblemDetails
+from tests.api.conftest import CONFIG
+
+
+@pytest.fixture
+def document(url: str) -> dict[str, Any]:
+    document: dict[str, Any] = httpx2.get(f"{url}/openapi.json").json()
+    return document
+
+
+def _operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            yield path, method, operation
+
+
+def test_every_request_example_is_accepted(
+    api: httpx2.Client, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "locate", lambda model_id, **_: ModelSource(model_id, None, "0" * 40, None, CONFIG))
+    examples = document["components"]["schemas"]["JobRequest"]["examples"]
+    assert len(examples) == 2
+    for example in examples:
+        response = api.post("/v1/jobs", json=example)
+        assert response.status_code == 202, response.text
+        stored = response.json()["request"]
+        assert {name: stored[name] for name in ("model_id", "target_ratio", "method")} == {
+            name: example[name] for name in ("model_id", "target_ratio", "method")
+        }
+
+
+def test_every_response_example_is_one(document: dict[str, Any]) -> None:
+    checked = 0
+    for name, schema in document["components"]["schemas"].items():
+        model: type[BaseModel] | None = ProblemDetails if name == "ProblemDetails" else getattr(schemas, name, None)
+        for example in schema.get("examples", ()):
+            assert model is not None, name
+            shown = model.model_validate(example).model_dump(mode="json", exclude_unset=True)
+            assert set(shown) == set(example), name
+            checked += 1
+    assert checked >= 5
+
+
+def test_field_examples_are_allowed() -> None:
+    for name, field in JobRequest.model_fields.items():
+        for example in field.examples or ():
+            request = {"model_id": "a/b", "target_ratio": 0.2, "method": "piem"} | {name: example}
+            assert getattr(JobRequest.model_validate(request), name) == example
+
+
+def test_problems_keys_and_names_are_documented(document: dict[str, Any]) -> None:
+    names = [operation["operationId"] for _, _, operation in _operations(document)]
+    assert len(names) == len(set(names))
+    for path, method, operation in _operations(document):
+        if not path.startswith("/v1"):
+            continue
+        assert operation["security"] == [{"ApiKey": []}], path
+        for status in ("401", "422"):
+            [kind] = operation["responses"][status]["content"]
+            assert kind == "application/problem+json", (path, method)
+        if "{job_id}" in path:
+            assert "404" in operation["responses"], path
+    assert document["components"]["securitySchemes"]["ApiKey"]["scheme"] == "bearer"
+    assert "HTTPValidationError" not in str(document)
+
+
+def test_references_resolve(document: dict[str, Any]) -> None:
+    def walk(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            if isinstance(node.get("$ref"), str):
+                yield node["$ref"]
+            for value in node.values():
+                yield from walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                yield from walk(value)
+
+    for reference in set(walk(document)):
+        target: Any = document
+        for part in reference.removeprefix("#/").split("/"):
+            target = target[part]
+
+
+def test_the_pages_for_people(url: str) -> None:
+    assert httpx2.get(f"{url}/docs").status_code == 200

@@ -1,0 +1,178 @@
+"""What goes wrong is a problem document that helps; who calls is known; nothing leaks."""
+
+import json
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy.orm import Session
+
+from app.auth import service as auth
+from app.auth.models import ApiKey
+from app.config import Settings
+from app.jobs import service
+from app.kit import observe
+from tests.api.conftest import CONFIG
+
+Body = dict[str, Any]
+
+
+def _problem(response: httpx2.Response, status: int, code: str) -> dict[str, Any]:
+    """Checks what every problem has."""
+    assert response.status_code == status, response.text
+    assert response.headers["Content-Type"] == "application/problem+json"
+    problem: dict[str, Any] = response.json()
+    assert problem["code"] == code, problem
+    assert problem["status"] == status and problem["detail"] and problem["title"]
+    assert problem["request_id"] == response.headers["X-Request-Id"]
+    return problem
+
+
+def test_fields_at_fault_are_named(api: httpx2.Client, body: Body) -> None:
+    cases: list[tuple[Body, str, str]] = [
+        ({"target_ratio": 0}, "target_ratio", "more than 0"),
+        ({"target_ratio": 0.91}, "target_ratio", "at most 0.9"),
+        ({"target_ratio": "lots"}, "target_ratio", "number"),
+        ({"rounds": 0}, "rounds", "at least 1"),
+        ({"rounds": 1.5}, "rounds", "integer"),
+        ({"method": "wanda"}, "method", "piem-lsps"),
+        ({"metod": "piem"}, "metod", "model_id"),
+        ({"calibration": {"sample": 3}}, "calibration.sample", "samples"),
+        ({"calibration": {"samples": 0}}, "calibration.samples", "at least 1"),
+        ({"calibration": {"dataset": "c4", "texts": ["x"]}}, "calibration", "not both"),
+        ({"calibration": {"texts": ["\0"]}}, "calibration.texts.0", "pattern"),
+        ({"calibration": {"texts": ["\ud800"]}}, "calibration.texts.0", "unicode"),
+        ({"dtype": "int8"}, "dtype", "'bfloat16'"),
+        ({"publish": {"repo_id": "no namespace"}}, "publish.repo_id", "alphanumeric"),
+        ({"publish": {"repo_id": "name"}}, "publish.repo_id", "namespace"),
+        ({"publish": {"repo_id": "a/../b"}}, "publish.repo_id", "Repo id"),
+        ({"publish": {"repo_id": "a/b", "repo": "a/b"}}, "publish.repo", "repo_id, private"),
+        ({"model_id": "../../etc"}, "model_id", "Hub id"),
+        ({"model_id": "local:../x"}, "model_id", "local:NAME"),
+        ({"model_id": "local:"}, "model_id", "local:NAME"),
+        ({"model_id": "/etc/passwd"}, "model_id", "Hub id"),
+        ({"model_id": "a\0b"}, "model_id", "Hub id"),
+        ({"model_id": "local:nothing"}, "model_id", "tiny"),
+        ({"revision": "../x"}, "revision", "pattern"),
+        ({"revision": "a/../x"}, "revision", "within"),
+        ({"gguf_file": "../x.gguf"}, "gguf_file", "within"),
+        ({"gguf_file": "x.bin"}, "gguf_file", "pattern"),
+        ({"webhook_url": "ftp://x"}, "webhook_url", "'http' or 'https'"),
+        ({"webhook_url": "file:///etc/passwd"}, "webhook_url", "'http' or 'https'"),
+        ({"webhook_url": "https://x"}, "webhook_url", "SECATEUR_WEBHOOK_SECRET"),
+        ({"labels": {"a b": "x"}}, "labels.a b.[key]", "pattern"),
+        ({"labels": {"a": "x\n"}}, "labels.a", "pattern"),
+        ({"labels": {"a": "x" * 256}}, "labels.a", "pattern"),
+        ({"labels": {f"k{n}": "" for n in range(33)}}, "labels", "at most 32"),
+        ({"max_runtime_seconds": 0}, "max_runtime_seconds", "more than 0"),
+        ({"seed": -1}, "seed", "at least 0"),
+        ({"target_ratio": 0.89}, "target_ratio", "nearest"),
+    ]
+    for change, field, hint in cases:
+        response = api.post("/v1/jobs", content=json.dumps(body | change), headers={"Content-Type": "application/json"})
+        assert response.status_code == 422, (change, response.text)
+        [error] = response.json()["errors"]
+        assert error["field"] == field, change
+        assert hint in error["message"] + (error.get("allowed") or ""), error
+
+
+def test_every_fault_is_named_at_once(api: httpx2.Client) -> None:
+    problem = _problem(api.post("/v1/jobs", json={"target_ratio": 7, "rounds": 0}), 422, "invalid_request")
+    assert {error["field"] for error in problem["errors"]} == {"model_id", "method", "target_ratio", "rounds"}
+
+
+def test_bodies_that_are_no_json_object(api: httpx2.Client) -> None:
+    for content in (b"", b"{", b"[]", b'"x"', b"null", b"\xff", b'{"target_ratio": NaN}', b"[" * 100_000):
+        response = api.post("/v1/jobs", content=content, headers={"Content-Type": "application/json"})
+        assert response.status_code in (400, 422), content
+        assert response.headers["Content-Type"] == "application/problem+json"
+
+
+def test_a_body_that_is_too_large(api: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observe, "MAX_BODY_BYTES", 1000)
+    _problem(api.post("/v1/jobs", content=b" " * 1001), 413, "body_too_large")
+
+
+def test_models_that_cannot_be_pruned(api: httpx2.Client, body: Body, make_model: Callable[..., str]) -> None:
+    make_model("opt", CONFIG | {"model_type": "blenderbot"})
+    make_model("odd", CONFIG | {"num_attention_heads": "many"})
+    make_model("list", [1])
+    for name, code in (("opt", "unsupported_architecture"), ("odd", "config_invalid"), ("list", "config_invalid")):
+        problem = _problem(api.post("/v1/jobs", json=body | {"model_id": f"local:{name}"}), 422, code)
+        assert problem["errors"][0]["field"] == "model_id"
+
+
+def test_a_truncated_weights_file(api: httpx2.Client, body: Body, settings: Settings) -> None:
+    weights = settings.models_dir / "tiny" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    _problem(api.post("/v1/jobs", json=body), 422, "weights_corrupt")
+
+
+def test_what_is_not_there(api: httpx2.Client) -> None:
+    for path in ("/nothing", "/v1/jobs/nothing", f"/v1/jobs/{uuid.uuid4()}", f"/v1/jobs/{uuid.uuid4()}/events/stream"):
+        _problem(api.get(path), 404, "not_found")
+    _problem(api.put("/healthz"), 405, "method_not_allowed")
+
+
+def test_a_bug_is_answered_without_its_inside(api: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("the password is hunter2")
+
+    monkeypatch.setattr(service, "page", broken)
+    problem = _problem(api.get("/v1/jobs"), 500, "internal_error")
+    assert "hunter2" not in json.dumps(problem)
+
+
+def test_request_ids(api: httpx2.Client) -> None:
+    assert api.get("/healthz", headers={"X-Request-Id": "my-id.1"}).headers["X-Request-Id"] == "my-id.1"
+    for insane in ("a b", "x" * 129, "<script>", ""):
+        given = api.get("/healthz", headers={"X-Request-Id": insane}).headers["X-Request-Id"]
+        assert uuid.UUID(given)
+
+
+class TestKeys:
+    def test_v1_wants_a_key(self, url: str) -> None:
+        for headers in (
+            {},
+            {"Authorization": "Bearer sk-secateur-x"},
+            {"Authorization": "Basic eDp5"},
+            {"Authorization": "x"},
+        ):
+            for path in ("/v1/jobs", f"/v1/jobs/{uuid.uuid4()}", "/v1/methods"):
+                response = httpx2.get(url + path, headers=headers)
+                _problem(response, 401, "unauthorized")
+                assert response.headers["WWW-Authenticate"].startswith("Bearer")
+        assert httpx2.get(f"{url}/healthz").status_code == 200
+
+    def test_every_v1_route_wants_a_key(self, url: str) -> None:
+        for path, operations in httpx2.get(f"{url}/openapi.json").json()["paths"].items():
+            if path.startswith("/v1"):
+                for method in operations:
+                    concrete = path.replace("{job_id}", str(uuid.uuid4())).replace("{name}", "x")
+                    assert httpx2.request(method, url + concrete).status_code == 401, (method, path)
+
+    def test_a_revoked_key_is_none(self, url: str, session: Session) -> None:
+        key, secret = auth.create(session, "x")
+        headers = {"Authorization": f"Bearer {secret}"}
+        assert httpx2.get(f"{url}/v1/jobs", headers=headers).status_code == 200
+        auth.revoke(session, key.id)
+        assert httpx2.get(f"{url}/v1/jobs", headers=headers).status_code == 401
+
+    def test_secrets_are_not_kept(self, session: Session) -> None:
+        key, secret = auth.create(session, "x")
+        assert secret.startswith("sk-secateur-") and len(secret) >= 12 + 43
+        stored = session.get_one(ApiKey, key.id, populate_existing=True)
+        assert secret not in map(str, vars(stored).values())
+        assert len(stored.secret_sha256) == 64
+
+    def test_use_is_noted_once_a_minute(self, session: Session) -> None:
+        key, secret = auth.create(session, "x")
+        assert key.last_used_at is None
+        auth.authenticate(session, secret)
+        session.refresh(key)
+        first = key.last_used_at
+        auth.authenticate(session, secret)
+        session.refresh(key)
+        assert first is not None and key.last_used_at == first

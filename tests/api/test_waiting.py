@@ -1,0 +1,228 @@
+"""``Prefer: wait`` and the event stream: told at once, resumed exactly, ended at the end."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx2
+import psycopg
+import pytest
+from fastapi import routing
+from sqlalchemy import make_url
+from sqlalchemy.orm import Session
+
+from app.config import Settings
+from app.kit.prefer import wait_seconds
+from tests.api import play
+
+Body = dict[str, Any]
+SOON = 4.0
+"""Seconds: less than a waiter takes to look for itself, so whoever is answered by then was notified."""
+
+
+@pytest.fixture
+def job_id(api: httpx2.Client, body: Body) -> str:
+    return str(api.post("/v1/jobs", json=body).json()["id"])
+
+
+@pytest.fixture
+def later() -> Iterator[Callable[..., None]]:
+    """Run something in a moment, in a thread."""
+    threads = []
+
+    def run(call: Callable[..., Any], *arguments: Any) -> None:
+        thread = threading.Timer(0.3, call, arguments)
+        thread.start()
+        threads.append(thread)
+
+    yield run
+    for thread in threads:
+        thread.join()
+
+
+def test_reading_the_header() -> None:
+    for header, wait in [
+        ([], None),
+        (["wait=5"], 5),
+        (["respond-async, wait=5"], 5),
+        (["respond-async; x=1", "WAIT = 5"], 5),
+        (['wait="7"'], 7),
+        (["wait=0"], 1),
+        (["wait=61"], 60),
+        (["wait=-1"], None),
+        (["wait=x"], None),
+        (["await=5"], None),
+        (["wait=5x"], None),
+    ]:
+        assert wait_seconds(header) == wait, header
+
+
+def test_get_waits_for_a_change(api: httpx2.Client, job_id: str, session: Session, later: Callable[..., None]) -> None:
+    tag = api.get(f"/v1/jobs/{job_id}").headers["ETag"]
+    later(play.start, session, job_id)
+    begun = time.monotonic()
+    response = api.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=20", "If-None-Match": tag})
+    assert (response.status_code, response.json()["state"]) == (200, "running")
+    assert response.headers["Preference-Applied"] == "wait=20"
+    assert time.monotonic() - begun < SOON
+
+
+def test_get_without_a_tag_waits_for_the_next_change(
+    api: httpx2.Client, job_id: str, session: Session, later: Callable[..., None]
+) -> None:
+    later(play.start, session, job_id)
+    assert api.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=20"}).json()["state"] == "running"
+
+
+def test_get_gives_up_after_the_wait(api: httpx2.Client, job_id: str) -> None:
+    tag = api.get(f"/v1/jobs/{job_id}").headers["ETag"]
+    begun = time.monotonic()
+    response = api.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=1", "If-None-Match": tag})
+    assert response.status_code == 304 and response.headers["Preference-Applied"] == "wait=1"
+    assert time.monotonic() - begun >= 1
+
+
+def test_an_old_tag_or_an_ended_job_is_answered_at_once(api: httpx2.Client, job_id: str) -> None:
+    begun = time.monotonic()
+    stale = api.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=60", "If-None-Match": '"0"'})
+    assert stale.status_code == 200
+    tag = api.post(f"/v1/jobs/{job_id}/cancel").headers["ETag"]
+    ended = api.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=60", "If-None-Match": tag})
+    assert ended.status_code == 304
+    assert time.monotonic() - begun < SOON
+
+
+def test_create_waits_for_the_end(
+    api: httpx2.Client, body: Body, session: Session, settings: Settings, later: Callable[..., None]
+) -> None:
+    def work() -> None:
+        [job] = api.get("/v1/jobs").json()["items"]
+        play.fail(session, job["id"], play.start(session, job["id"]))
+
+    later(work)
+    response = api.post("/v1/jobs", json=body, headers={"Prefer": "wait=20"})
+    assert (response.status_code, response.json()["state"]) == (202, "failed")
+    assert response.headers["Preference-Applied"] == "wait=20"
+    assert "Retry-After" not in response.headers
+
+
+def test_many_wait_and_the_service_still_answers(api: httpx2.Client, job_id: str, session: Session) -> None:
+    """More waiters than the service has threads or connections."""
+    answers: list[int] = []
+
+    def wait() -> None:
+        answers.append(api.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=30"}).status_code)
+
+    limits = httpx2.Limits(max_connections=200)
+    with httpx2.Client(base_url=api.base_url, headers=api.headers, limits=limits, timeout=60) as api:
+        threads = [threading.Thread(target=wait) for _ in range(80)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1)
+        assert api.get(f"/v1/jobs/{job_id}").status_code == 200
+        assert answers == []
+        play.start(session, job_id)
+        for thread in threads:
+            thread.join(timeout=30)
+    assert answers == [200] * 80
+
+
+def test_the_listener_comes_back(
+    api: httpx2.Client, job_id: str, session: Session, database_url: str, later: Callable[..., None]
+) -> None:
+    url = make_url(database_url).set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(url, autocommit=True) as connection:
+        killed = connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE query LIKE 'LISTEN%' AND datname = current_database() AND pid <> pg_backend_pid()"
+        ).fetchall()
+        assert len(killed) == 1
+        while not connection.execute(
+            "SELECT 1 FROM pg_stat_activity"
+            " WHERE query LIKE 'LISTEN%' AND datname = current_database() AND state = 'idle'"
+        ).fetchall():
+            time.sleep(0.1)
+    test_get_waits_for_a_change(api, job_id, session, later)
+
+
+class Frame(dict[str, str]):
+    """One event of a stream: its fields."""
+
+
+def _frames(lines: Iterator[str]) -> Iterator[Frame]:
+    frame = Frame()
+    for line in lines:
+        if not line:
+            if frame:
+                yield frame
+            frame = Frame()
+        elif not line.startswith(":"):
+            name, _, value = line.partition(": ")
+            frame[name] = value
+
+
+def test_stream(api: httpx2.Client, job_id: str, session: Session, settings: Settings) -> None:
+    frames: list[Frame] = []
+    begun = time.monotonic()
+    with api.stream("GET", f"/v1/jobs/{job_id}/events/stream") as response:
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        arriving = _frames(response.iter_lines())
+        frames.append(next(arriving))
+        attempt = play.start(session, job_id)
+        frames.append(next(arriving))
+        play.progress(session, job_id, attempt, 0.5)
+        frames.append(next(arriving))
+        play.finish_round(session, job_id, attempt, 1)
+        frames.append(next(arriving))
+        play.succeed(session, settings, job_id, attempt)
+        frames += arriving
+    assert time.monotonic() - begun < SOON
+    assert [frame["event"] for frame in frames] == ["state", "state", "progress", "round", "state", "state", "end"]
+    assert json.loads(frames[2]["data"])["share"] == 0.5 and "id" not in frames[2]
+    assert json.loads(frames[3]["data"])["data"]["perplexity"] == 11.0
+    assert json.loads(frames[-1]["data"]) == {"state": "succeeded"}
+    stored = api.get(f"/v1/jobs/{job_id}/events").json()["items"]
+    assert [json.loads(frame["data"]) for frame in frames if "id" in frame] == stored
+    assert [frame["id"] for frame in frames if "id" in frame] == [str(event["id"]) for event in stored]
+
+
+def test_stream_resumes(api: httpx2.Client, job_id: str, session: Session) -> None:
+    attempt = play.start(session, job_id)
+    for number in range(150):  # more than the stream reads at once
+        play.finish_round(session, job_id, attempt, number)
+    play.fail(session, job_id, attempt)
+    path = f"/v1/jobs/{job_id}/events/stream"
+    with api.stream("GET", path) as response:
+        whole = list(_frames(response.iter_lines()))
+    assert len(whole) == 150 + 4
+    for seen in (0, 1, 100, 152, 153):
+        last = whole[seen - 1]["id"] if seen else "0"
+        with api.stream("GET", path, headers={"Last-Event-ID": last}) as response:
+            assert list(_frames(response.iter_lines())) == whole[seen:]
+    assert api.get(path, headers={"Last-Event-ID": "x"}).status_code == 422
+
+
+def test_stream_goes_on_after_a_retry(api: httpx2.Client, job_id: str) -> None:
+    api.post(f"/v1/jobs/{job_id}/cancel")
+    api.post(f"/v1/jobs/{job_id}/retry")
+    with api.stream("GET", f"/v1/jobs/{job_id}/events/stream") as response:
+        arriving = _frames(response.iter_lines())
+        seen = [json.loads(next(arriving)["data"])["data"]["to"] for _ in range(3)]
+        api.post(f"/v1/jobs/{job_id}/cancel")
+        rest = list(arriving)
+    assert seen == ["queued", "cancelled", "queued"]
+    assert [frame["event"] for frame in rest] == ["state", "end"]
+
+
+def test_stream_is_kept_alive(api: httpx2.Client, job_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "_PING_INTERVAL", 0.2)
+    with api.stream("GET", f"/v1/jobs/{job_id}/events/stream") as response:
+        assert any(line.startswith(":") for line in response.iter_lines())
+
+
+def test_a_deleted_job_ends_the_stream(api: httpx2.Client, job_id: str) -> None:
+    api.post(f"/v1/jobs/{job_id}/cancel")
+    with api.stream("GET", f"/v1/jobs/{job_id}/events/stream") as response:
+        assert [frame["event"] for frame in _frames(response.iter_lines())] == ["state", "state", "end"]

@@ -1,0 +1,104 @@
+"""Small real models for the tests: random ones of every family, and one that is trained for seconds."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from app.catalog.architectures import shape_from_config
+from workers.engine.decoder import Decoder, token_losses
+
+TEXTS = Path(__file__).parents[2] / "workers" / "demo"
+VOCABULARY = 384
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {"tie_word_embeddings": False}),
+    "llama-tied": (LlamaConfig, {"tie_word_embeddings": True, "head_dim": 16}),
+    "llama-biased": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama-multi-head": (LlamaConfig, {"num_key_value_heads": 6}),
+    "mistral": (MistralConfig, {"sliding_window": 32}),
+    "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, {"head_dim": 16}),
+}
+
+
+def english(part: str) -> list[str]:
+    return [path.read_text() for path in sorted((TEXTS / part).glob("*.txt"))]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(english("calibration"), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"
+    )
+
+
+def make_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model of a family, its weights and biases large enough that every unit matters."""
+    config_class, own = FAMILIES[name]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config_class(**{**SIZES, **own, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(
+                torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.5) + (parameter.dim() == 1)
+            )
+    return model.eval().requires_grad_(False)
+
+
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int = 0) -> PreTrainedModel:
+    """Train for seconds on the demo's text, enough for scores to mean something."""
+    ids = torch.tensor(tokenizer("\n\n".join(english("calibration"))).input_ids)
+    generator = torch.Generator().manual_seed(seed)
+    model.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        starts = torch.randint(len(ids) - 65, (16,), generator=generator)
+        batch = torch.stack([ids[start : start + 64] for start in starts])
+        optimizer.zero_grad()
+        token_losses(model(batch).logits, batch).mean().backward()
+        optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, **options: Any) -> Path:
+    model.save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def decoder_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Decoder:
+    return Decoder(model, tokenizer, shape_from_config(model.config.to_dict()))

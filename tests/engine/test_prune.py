@@ -1,0 +1,186 @@
+"""The whole engine on a small trained model: every method, rounds, resume, determinism, sources of text."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from app.catalog.methods import METHODS
+from app.catalog.spec import Calibration, Evaluation, PruningSpec, Scoring
+from tests.engine.models import english
+from workers.engine import Paused, PruningResult, pipeline, prune
+
+UNIT = 32 * 3 * 48
+"""Parameters of one block of channels of the trained model."""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a checkpoint in a fresh process is the export's test; here it would only cost time."""
+    monkeypatch.setattr(pipeline, "check_checkpoint", lambda decoder, folder: None)
+
+
+def spec(**changes: Any) -> PruningSpec:
+    plain = {
+        "target_ratio": 0.3,
+        "method": "piem-lsps",
+        "rounds": 2,
+        "calibration": Calibration(texts=english("calibration"), samples=16, sequence_length=64),
+        "evaluation": Evaluation(texts=english("evaluation"), samples=16, sequence_length=64, latency=False),
+    }
+    return PruningSpec(**{**plain, **changes})
+
+
+def run(folder: Path, out: Path, asked: PruningSpec, **options: Any) -> PruningResult:
+    return prune(str(folder), asked, out, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("ratio", "rounds"), [(0.1, 1), (0.5, 3)])
+def test_every_method_meets_its_target(
+    method: str, ratio: float, rounds: int, trained_folder: Path, tmp_path: Path
+) -> None:
+    report = run(trained_folder, tmp_path / "out", spec(method=method, target_ratio=ratio, rounds=rounds)).report
+    parameters = report["parameters"]
+    removed = parameters["prunable_before"] - parameters["prunable_after"]
+    assert abs(removed - ratio * parameters["prunable_before"]) <= UNIT / 2 + 1
+    assert report["ratio"]["reached"] == pytest.approx(removed / parameters["prunable_before"])
+    assert parameters["before"] - parameters["after"] == removed
+    assert len(report["rounds"]) == rounds
+    assert report["perplexity"]["after"] > report["perplexity"]["before"] > 1 or ratio < 0.5
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert sum(tensor.numel() for tensor in weights.values()) == parameters["after"]
+    for layer in report["widths"]["after"]:
+        gate = weights[f"model.layers.{layer['layer']}.mlp.gate_proj.weight"]
+        query = weights[f"model.layers.{layer['layer']}.self_attn.q_proj.weight"]
+        assert gate.shape == (layer["intermediate_size"], 48) and query.shape == (layer["heads"] * 8, 48)
+
+
+def test_scores_beat_chance(trained_folder: Path, tmp_path: Path) -> None:
+    after = {
+        method: run(trained_folder, tmp_path / method, spec(method=method, rounds=1)).report["perplexity"]["after"]
+        for method in ("piem-lsps", "random")
+    }
+    assert after["piem-lsps"] < after["random"]
+
+
+@pytest.mark.parametrize("ratio", [0.02, 0.85])
+def test_extreme_targets(ratio: float, trained_folder: Path, tmp_path: Path) -> None:
+    report = run(trained_folder, tmp_path / "out", spec(target_ratio=ratio, allocation={"width_multiple": 8})).report
+    assert abs(report["ratio"]["reached"] - ratio) <= 8 * 3 * 48 / report["parameters"]["prunable_before"]
+
+
+def test_resume_goes_on_as_if_nothing_had_happened(trained_folder: Path, tmp_path: Path) -> None:
+    asked = spec(rounds=3)
+    events: list[dict[str, Any]] = []
+    straight = run(trained_folder, tmp_path / "straight", asked, on_event=events.append).report
+    rounds = [event for event in events if event["type"] == "round"]
+    assert [event["number"] for event in rounds] == [0, 1, 2, 3]
+    for event in rounds:
+        again: list[dict[str, Any]] = []
+        out = tmp_path / f"resumed-{event['number']}"
+        report = run(trained_folder, out, asked, on_event=again.append, resume=event["state"]).report
+        assert [e["number"] for e in again if e["type"] == "round"] == list(range(event["number"] + 1, 4))
+        assert report["widths"] == straight["widths"] and report["perplexity"] == straight["perplexity"]
+        assert report["rounds"][: event["number"]] == straight["rounds"][: event["number"]]
+        weights, expected = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "straight"))
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_pause_after_a_round(trained_folder: Path, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    with pytest.raises(Paused):
+        run(
+            trained_folder,
+            tmp_path / "out",
+            spec(rounds=3),
+            on_event=events.append,
+            stop=lambda: any(event.get("number") == 1 for event in events),
+        )
+    assert [event["number"] for event in events if event["type"] == "round"] == [0, 1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["piem-lsps", "random"])
+def test_same_seed_same_weights_on_one_thread_and_two(method: str, trained_folder: Path, tmp_path: Path) -> None:
+    plans = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            plans.append(run(trained_folder, tmp_path / str(threads), spec(method=method)).report["widths"]["after"])
+        finally:
+            torch.set_num_threads(1)
+    assert plans[0] == plans[1]
+    weights = [load_file(tmp_path / threads / "model.safetensors") for threads in "12"]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_no_text_at_all_works_without_a_network(trained_folder: Path, tmp_path: Path) -> None:
+    asked = PruningSpec(
+        target_ratio=0.2,
+        method="piem",
+        calibration=Calibration(samples=4, sequence_length=32),
+        evaluation=Evaluation(samples=4, sequence_length=32),
+    )
+    reports = [run(trained_folder, tmp_path / name, asked).report for name in ("a", "b")]
+    assert reports[0]["calibration"] == {
+        "source": "sampled from the model",
+        "windows": 4,
+        "sequence_length": 32,
+        "tokens": 128,
+    }
+    assert reports[0]["perplexity"] == reports[1]["perplexity"]
+    assert reports[0]["latency"]["after"]["prefill_ms"] > 0 and reports[0]["peak_memory_bytes"]["after"] > 0
+
+
+def test_evaluation_text_is_held_out(trained_folder: Path, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    asked = spec(evaluation=Evaluation(sequence_length=64, samples=4096, latency=False), rounds=1)
+    report = run(trained_folder, tmp_path / "out", asked, on_event=events.append).report
+    assert report["evaluation"]["source"] == "held out of 12 texts of the request"
+    assert any("evaluation" in event["message"] for event in events if event["type"] == "warning")
+
+
+def test_exact_shielding_and_the_estimate_can_be_asked_for(trained_folder: Path, tmp_path: Path) -> None:
+    reports = {
+        how: run(trained_folder, tmp_path / how, spec(method="piem", rounds=1, scoring=Scoring(shielding=how))).report
+        for how in ("exact", "estimate", "auto")
+    }
+    assert reports["auto"]["perplexity"] == reports["exact"]["perplexity"]
+    assert reports["auto"]["rounds"][0]["shielding"] == "exact"
+    assert reports["estimate"]["rounds"][0]["shielding"] == "estimate"
+
+
+def test_request_texts_are_not_published(trained_folder: Path, tmp_path: Path) -> None:
+    planted = "The secret recipe of the house calls for saffron. " * 60
+    asked = spec(rounds=1, calibration=Calibration(texts=[planted], samples=4, sequence_length=64))
+    run(trained_folder, tmp_path / "out", asked)
+    for file in (tmp_path / "out").iterdir():
+        assert b"saffron" not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype: str, trained_folder: Path, tmp_path: Path) -> None:
+    report = run(trained_folder, tmp_path / "out", spec(dtype=dtype, rounds=1)).report
+    single = run(trained_folder, tmp_path / "single", spec(rounds=1)).report
+    assert report["dtype"] == dtype and report["weights_bytes"]["after"] * 2 == single["weights_bytes"]["after"]
+    assert report["perplexity"]["after"] == pytest.approx(single["perplexity"]["after"], rel=0.2)
+
+
+def test_progress_only_grows(trained_folder: Path, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    run(trained_folder, tmp_path / "out", spec(), on_event=events.append)
+    shares = [event["share"] for event in events if event["type"] == "progress"]
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1
+    stages = [event["stage"] for event in events if event["type"] == "progress"]
+    assert list(dict.fromkeys(stages)) == [
+        "loading",
+        "calibrating",
+        "evaluating",
+        "scoring",
+        "exporting",
+        "checking",
+        "done",
+    ]

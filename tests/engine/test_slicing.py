@@ -1,0 +1,62 @@
+"""Sliced against masked: cutting units out must do what shielding them does, on every family."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, make_model
+from workers.engine.decoder import gated
+from workers.engine.plan import LayerPlan, Plan
+from workers.engine.slicing import apply_plan
+
+TOKENS = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(3))
+
+
+def some_plan(groups: int) -> Plan:
+    """Different widths in every layer; layer 1 untouched."""
+    return Plan(
+        (
+            LayerPlan(tuple(range(1, groups)), tuple(range(0, 160, 5))),
+            LayerPlan(tuple(range(groups)), tuple(range(160))),
+            LayerPlan((groups - 1,), tuple(range(64))),
+        )
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sliced_equals_masked(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    decoder = decoder_of(make_model(name), tokenizer)
+    plan = some_plan(decoder.layers[0].kv_groups)
+    with ExitStack() as stack:
+        for layer, kept in zip(decoder.layers, plan.layers, strict=True):
+            heads, channels = torch.zeros(1, layer.kv_groups), torch.zeros(1, layer.channels)
+            heads[0, list(kept.kv_groups)] = 1
+            channels[0, list(kept.channels)] = 1
+            stack.enter_context(gated(layer, heads, channels))
+        masked = decoder.model(TOKENS).logits
+    full = decoder.model(TOKENS).logits
+    apply_plan(decoder, plan)
+    sliced = decoder.model(TOKENS).logits
+    assert torch.allclose(sliced, masked, atol=1e-4 * float(masked.abs().max()))
+    assert not torch.allclose(sliced, full, atol=0.1)
+    assert decoder.prunable_parameters == plan.parameters(decoder.shape)
+    assert [layer.shape.intermediate_size for layer in decoder.layers] == [32, 160, 64]
+
+
+def test_keeping_everything_is_bit_identical(tokenizer: PreTrainedTokenizerFast) -> None:
+    decoder = decoder_of(make_model("qwen2"), tokenizer)
+    before = decoder.model(TOKENS).logits
+    apply_plan(decoder, Plan.full(decoder.shape.layers))
+    assert torch.equal(decoder.model(TOKENS).logits, before)
+
+
+def test_cutting_twice_is_cutting_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    once, twice = (decoder_of(make_model("llama"), tokenizer) for _ in range(2))
+    first = some_plan(3)
+    second = Plan(tuple(LayerPlan((0,), tuple(range(0, len(layer.channels), 2))) for layer in first.layers))
+    apply_plan(once, first.then(second))
+    apply_plan(twice, first)
+    apply_plan(twice, second)
+    assert torch.equal(once.model(TOKENS).logits, twice.model(TOKENS).logits)

@@ -1,0 +1,279 @@
+"""Leases between real, concurrent sessions."""
+
+import datetime as dt
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session, sessionmaker
+
+from app.auth import service as auth
+from app.config import Settings
+from app.db.session import session_factory
+from app.jobs import leases, transitions
+from app.jobs.leases import LeaseLost
+from app.jobs.models import Job, JobEvent, JobRound
+from app.jobs.transitions import State, TransitionRefused, Trigger
+
+TTL = 60.0
+LOST = {"code": "x", "message": "x", "retryable": True}
+
+
+@pytest.fixture
+def sessions(settings: Settings) -> sessionmaker[Session]:
+    return session_factory()
+
+
+@pytest.fixture
+def queued(session: Session) -> uuid.UUID:
+    owner, _ = auth.create(session, "owner")
+    job = Job(owner_id=owner.id, request={"rounds": 2}, model_id="m", method="piem")
+    session.add(job)
+    session.commit()
+    return job.id
+
+
+def _job(session: Session, job_id: uuid.UUID) -> Job:
+    session.rollback()
+    return session.get_one(Job, job_id, populate_existing=True)
+
+
+def _expire(session: Session, job_id: uuid.UUID) -> None:
+    session.execute(update(Job).where(Job.id == job_id).values(lease_expires_at=func.now() - dt.timedelta(seconds=1)))
+    session.commit()
+
+
+def _at_once(sessions: sessionmaker[Session], *calls: Callable[[Session], Any]) -> list[Any]:
+    """The results, or the exceptions, of calls that start together, each in a session of its own."""
+    barrier = threading.Barrier(len(calls))
+
+    def run(call: Callable[[Session], Any]) -> Any:
+        with sessions() as session:
+            barrier.wait(10)
+            try:
+                return call(session)
+            except (LeaseLost, TransitionRefused) as error:
+                return error
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls))
+
+
+def test_one_of_many_claimers_wins(sessions: sessionmaker[Session], session: Session, queued: uuid.UUID) -> None:
+    claims = _at_once(sessions, *([lambda s: leases.claim(s, queued, "w", TTL)] * 8))
+    [claim] = [claim for claim in claims if claim is not None]
+    assert (claim.job_id, claim.attempt, claim.request) == (queued, 1, {"rounds": 2})
+    job = _job(session, queued)
+    assert (job.state, job.attempt, job.worker) == (State.RUNNING, 1, "w")
+    assert job.started_at is not None
+
+
+def test_what_cannot_be_claimed(session: Session, queued: uuid.UUID) -> None:
+    assert leases.claim(session, uuid.uuid4(), "w", TTL) is None
+    session.execute(update(Job).values(not_before=func.now() + dt.timedelta(hours=1)))
+    session.commit()
+    assert leases.claim(session, queued, "w", TTL) is None
+    session.execute(update(Job).values(not_before=func.now() - dt.timedelta(seconds=1)))
+    session.commit()
+    assert leases.claim(session, queued, "w", TTL) is not None
+    assert leases.claim(session, queued, "w", TTL) is None
+
+
+def _writes(session: Session, job_id: uuid.UUID, attempt: int) -> list[Callable[[], Any]]:
+    return [
+        lambda: leases.renew(session, job_id, attempt, TTL),
+        lambda: leases.report_progress(session, job_id, attempt, {"share": 0.5}),
+        lambda: leases.report_progress(session, job_id, attempt, {}, {"type": "warning", "data": {"message": "m"}}),
+        lambda: leases.record_round(session, job_id, attempt, 1, "p", "0", {}),
+        lambda: leases.move(session, job_id, attempt, Trigger.PUBLISH),
+        lambda: leases.step_aside(session, job_id, attempt),
+        lambda: leases.release(session, job_id, attempt),
+        lambda: leases.fail(session, job_id, attempt, LOST, 3, 1),
+    ]
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_an_expired_lease_writes_nothing(session: Session, queued: uuid.UUID, index: int) -> None:
+    leases.claim(session, queued, "w", TTL)
+    _expire(session, queued)
+    with pytest.raises(LeaseLost):
+        _writes(session, queued, 1)[index]()
+    job = _job(session, queued)
+    assert (job.state, job.version, job.progress, job.failures) == (State.RUNNING, 2, None, 0)
+    assert session.scalar(select(func.count()).select_from(JobRound)) == 0
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_an_earlier_attempt_writes_nothing(session: Session, queued: uuid.UUID, index: int) -> None:
+    leases.claim(session, queued, "w", TTL)
+    leases.release(session, queued, 1)
+    claim = leases.claim(session, queued, "w2", TTL)
+    assert claim is not None and claim.attempt == 2
+    before = _job(session, queued).version
+    with pytest.raises(LeaseLost):
+        _writes(session, queued, 1)[index]()
+    job = _job(session, queued)
+    assert (job.state, job.version, job.worker) == (State.RUNNING, before, "w2")
+
+
+def test_the_owner_writes(session: Session, queued: uuid.UUID) -> None:
+    leases.claim(session, queued, "w", 5)
+    soon = _job(session, queued).lease_expires_at
+    assert leases.renew(session, queued, 1, 600) == leases.Beat(cancel=False, pause=False)
+    later = _job(session, queued).lease_expires_at
+    assert soon is not None and later is not None and (later - soon).total_seconds() > 500
+    leases.report_progress(session, queued, 1, {"share": 0.5})
+    leases.record_round(session, queued, 1, 1, "round-1", "aa", {"ratio": 0.1})
+    leases.record_round(session, queued, 1, 1, "round-1b", "bb", {"ratio": 0.2})
+    assert leases.move(session, queued, 1, Trigger.PUBLISH) == State.PUBLISHING
+    assert leases.move(session, queued, 1, Trigger.SUCCEED, result={"a": 1}, report={"b": 2}) == State.SUCCEEDED
+    job = _job(session, queued)
+    assert (job.progress, job.result, job.report) == ({"share": 0.5}, {"a": 1}, {"b": 2})
+    assert job.lease_expires_at is None and job.finished_at is not None
+    [row] = session.scalars(select(JobRound))
+    assert (row.path, row.sha256, row.data) == ("round-1b", "bb", {"ratio": 0.2})
+    types = [event.type for event in session.scalars(select(JobEvent).order_by(JobEvent.id))]
+    assert types == ["state", "round", "round", "state", "state"]
+    with pytest.raises(LeaseLost):
+        leases.renew(session, queued, 1, TTL)
+
+
+def test_a_beat_brings_requests(session: Session, queued: uuid.UUID) -> None:
+    leases.claim(session, queued, "w", TTL)
+    job = transitions.lock(session, queued)
+    assert job is not None
+    transitions.apply(session, job, Trigger.PAUSE)
+    session.commit()
+    assert leases.renew(session, queued, 1, TTL) == leases.Beat(cancel=False, pause=True)
+    transitions.apply(session, job, Trigger.CANCEL)
+    session.commit()
+    assert leases.renew(session, queued, 1, TTL) == leases.Beat(cancel=True, pause=False)
+    with pytest.raises(TransitionRefused):
+        leases.move(session, queued, 1, Trigger.PUBLISH)
+    assert leases.move(session, queued, 1, Trigger.STOPPED) == State.CANCELLED
+
+
+@pytest.mark.parametrize(("asked", "state"), [(True, State.PAUSED), (False, State.QUEUED)])
+def test_stepping_aside(session: Session, queued: uuid.UUID, asked: bool, state: State) -> None:
+    leases.claim(session, queued, "w", TTL)
+    session.execute(update(Job).values(pause_requested=asked))
+    session.commit()
+    assert leases.step_aside(session, queued, 1) == state
+    assert _job(session, queued).failures == 0
+
+
+def test_failures_are_counted_and_end(session: Session, queued: uuid.UUID) -> None:
+    for attempt in (1, 2):
+        leases.claim(session, queued, "w", TTL)
+        assert leases.fail(session, queued, attempt, LOST, 3, 0) == State.QUEUED
+    leases.claim(session, queued, "w", TTL)
+    assert leases.fail(session, queued, 3, LOST, 3, 0) == State.FAILED
+    job = _job(session, queued)
+    assert (job.failures, job.error) == (3, LOST)
+
+
+def test_backoff_doubles(session: Session, queued: uuid.UUID) -> None:
+    waits = []
+    for attempt in (1, 2, 3):
+        leases.claim(session, queued, "w", TTL)
+        leases.fail(session, queued, attempt, LOST, 9, 100)
+        waits.append(session.scalar(select(func.extract("epoch", Job.not_before - func.now()))))
+        session.execute(update(Job).values(not_before=None))
+        session.commit()
+    assert [round(float(wait), -2) for wait in waits if wait is not None] == [100, 200, 400]
+
+
+def test_what_is_not_retryable_fails_at_once(session: Session, queued: uuid.UUID) -> None:
+    leases.claim(session, queued, "w", TTL)
+    assert leases.fail(session, queued, 1, {**LOST, "retryable": False}, 3, 0) == State.FAILED
+
+
+def test_reaping(session: Session, queued: uuid.UUID) -> None:
+    leases.claim(session, queued, "w", TTL)
+    assert leases.reap(session, 2, 0) == []
+    _expire(session, queued)
+    assert leases.reap(session, 2, 0) == [queued]
+    assert _job(session, queued).state == State.QUEUED
+    leases.claim(session, queued, "w", TTL)
+    _expire(session, queued)
+    assert leases.reap(session, 2, 0) == [queued]
+    job = _job(session, queued)
+    assert job.state == State.FAILED and job.error is not None and job.error["code"] == "worker_lost"
+
+
+def test_a_cancelling_job_whose_worker_died_is_cancelled(session: Session, queued: uuid.UUID) -> None:
+    leases.claim(session, queued, "w", TTL)
+    job = transitions.lock(session, queued)
+    assert job is not None
+    transitions.apply(session, job, Trigger.CANCEL)
+    session.commit()
+    _expire(session, queued)
+    assert leases.reap(session, 1, 0) == [queued]
+    assert _job(session, queued).state == State.CANCELLED
+
+
+def test_reapers_at_once_count_one_failure(
+    sessions: sessionmaker[Session], session: Session, queued: uuid.UUID
+) -> None:
+    leases.claim(session, queued, "w", TTL)
+    _expire(session, queued)
+    reaped = _at_once(sessions, *([lambda s: leases.reap(s, 9, 0)] * 6))
+    assert sum(reaped, []) == [queued]
+    assert _job(session, queued).failures == 1
+
+
+def test_reap_and_renew_agree(sessions: sessionmaker[Session], session: Session, queued: uuid.UUID) -> None:
+    """At the very end of a lease either the owner keeps the job or the reaper takes it: never both, never neither."""
+    kept = 0
+    for attempt in range(1, 13):
+        claim = leases.claim(session, queued, "w", 0.02)
+        assert claim is not None
+        renewed, reaped = _at_once(
+            sessions,
+            lambda s, attempt=attempt: leases.renew(s, queued, attempt, TTL),  # type: ignore[misc]
+            lambda s: leases.reap(s, 99, 0),
+        )
+        state = _job(session, queued).state
+        if isinstance(renewed, LeaseLost):
+            assert reaped == [queued] or leases.reap(session, 99, 0) == [queued]
+        else:
+            kept += 1
+            assert reaped == [] and state == State.RUNNING
+            leases.release(session, queued, attempt)
+
+
+def test_a_renewal_that_waited_for_the_reaper_is_lost(
+    sessions: sessionmaker[Session], session: Session, queued: uuid.UUID
+) -> None:
+    leases.claim(session, queued, "w", TTL)
+    _expire(session, queued)
+    session.scalars(select(Job).where(Job.id == queued).with_for_update()).one()
+    with sessions() as other, ThreadPoolExecutor(1) as pool:
+        renewal = pool.submit(leases.renew, other, queued, 1, TTL)
+        leases.reap(session, 9, 0)
+        with pytest.raises(LeaseLost):
+            renewal.result(timeout=10)
+
+
+def test_due_jobs_are_marked_once(sessions: sessionmaker[Session], session: Session, queued: uuid.UUID) -> None:
+    found = _at_once(sessions, *([lambda s: leases.due(s, 60)] * 4))
+    assert sum(found, []) == [queued]
+    assert leases.due(session, 60) == []
+    session.execute(update(Job).values(dispatched_at=func.now() - dt.timedelta(seconds=61)))
+    session.commit()
+    assert leases.due(session, 60) == [queued]
+    session.execute(update(Job).values(dispatched_at=None, not_before=func.now() + dt.timedelta(hours=1)))
+    session.commit()
+    assert leases.due(session, 60) == []
+
+
+def test_a_requeued_job_is_due_at_once(session: Session, queued: uuid.UUID) -> None:
+    assert leases.due(session, 60) == [queued]
+    leases.claim(session, queued, "w", TTL)
+    assert leases.due(session, 0) == []
+    leases.release(session, queued, 1)
+    assert leases.due(session, 60) == [queued]

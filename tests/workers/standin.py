@@ -1,0 +1,67 @@
+"""A runner without an engine: its rounds are as long, and it ends as badly, as the job's ``script`` says."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from app.catalog.errors import PruningError
+from workers import parent
+from workers.parent import Parent
+from workers.runner import load_checkpoint, save_checkpoint
+
+REPORT: dict[str, Any] = {
+    "parameters": {"before": 10, "after": 8},
+    "ratio": {"target": 0.2, "reached": 0.2},
+    "perplexity": {"before": 10.0, "after": float("nan")},
+    "latency": {"before": {}, "after": {}},
+    "weights_bytes": {"before": 40, "after": 32},
+    "widths": [],
+}
+
+
+def work(supervisor: Parent) -> dict[str, Any]:
+    job = supervisor.job
+    script, rounds, folder = job["request"]["script"], job["request"]["rounds"], Path(job["folder"])
+    first_attempt = job["attempt"] == 1
+    print("a library prints to stdout")
+    os.system("echo and so does its child")
+    state = load_checkpoint(folder, job["checkpoints"], supervisor)
+    done = -1 if state is None else state["round"]
+    for number in range(done + 1, rounds + 1):
+        with (folder / "notes").open("a") as notes:
+            notes.write(f"{job['attempt']} {number} {os.getpid()}\n")
+        share = number / (rounds + 1)
+        supervisor.tell(
+            {
+                "type": "progress",
+                "stage": "score",
+                "round": number,
+                "rounds": rounds,
+                "share": share,
+                "remaining_seconds": 1.0,
+            }
+        )
+        if number == script.get("kill_in_round") and (first_attempt or script.get("always")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == script.get("hang_in_round") and first_attempt:
+            time.sleep(3600)
+        if number == script.get("error_in_round"):
+            raise PruningError("nan_weights", "The model has NaN weights.", field="model_id")
+        if number == script.get("bug_in_round"):
+            raise ZeroDivisionError("a bug")
+        time.sleep(script.get("round_seconds", 0.0))
+        saved = save_checkpoint(folder, number, job["attempt"], {"round": number})
+        supervisor.tell({"type": "round", "number": number, "data": {"perplexity": 10.0 + number}, **saved})
+        if supervisor.wants_pause():
+            return {"type": "paused"}
+    output = Path(job["output"])
+    output.mkdir()
+    (output / "secateur.json").write_text(f'{{"job_id": "{job["job_id"]}"}}')
+    (output / "model.safetensors").write_bytes(b"weights" * 100)
+    return {"type": "result", "report": REPORT}
+
+
+if __name__ == "__main__":
+    parent.run(work)

@@ -1,0 +1,212 @@
+"""Published once, whatever others do meanwhile: on a fake Hub through the real client, and in a folder."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from app.catalog.errors import PruningError
+from tests import hub as fake
+from tests.hub import TOKEN, FakeHub, Repository
+from tests.workers.conftest import ROOT, MakeJob, Start, wait_for
+from workers.hubs import FolderHub, HeadMoved, Hub, HuggingFaceHub
+from workers.publisher import publish
+
+REPO = "org/small"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with fake.running() as running:
+        yield running
+
+
+@pytest.fixture
+def client(hub: FakeHub) -> HuggingFaceHub:
+    return HuggingFaceHub(TOKEN, hub.url)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "output", "job-1")
+
+
+def make_model(folder: Path, job_id: str) -> Path:
+    folder.mkdir()
+    (folder / "secateur.json").write_text(json.dumps({"job_id": job_id}))
+    (folder / "model.safetensors").write_bytes(b"weights" * 1000)
+    (folder / "README.md").write_text("# A model\n")
+    return folder
+
+
+def test_a_missing_repository_is_made_private(hub: FakeHub, client: HuggingFaceHub, folder: Path) -> None:
+    commit = publish(client, REPO, True, folder, "job-1")
+    repository = hub.repositories[REPO]
+    assert repository.private and repository.head.sha == commit and len(repository.commits) == 2
+    assert repository.head.files["model.safetensors"] == b"weights" * 1000
+    assert set(repository.head.files) == {".gitattributes", "README.md", "model.safetensors", "secateur.json"}
+    assert client.url(REPO, commit) == f"{hub.url}/{REPO}/tree/{commit}"
+
+
+def test_files_of_an_earlier_model_go_in_the_same_commit(hub: FakeHub, client: HuggingFaceHub, folder: Path) -> None:
+    hub.create(REPO, files={"model-00001-of-00002.safetensors": b"old", "secateur.json": b'{"job_id": "job-0"}'})
+    publish(client, REPO, True, folder, "job-1")
+    repository = hub.repositories[REPO]
+    assert len(repository.commits) == 2
+    assert "model-00001-of-00002.safetensors" not in repository.head.files
+
+
+def test_a_commit_that_comes_between_is_built_upon(hub: FakeHub, client: HuggingFaceHub, folder: Path) -> None:
+    def interfere(repository: Repository) -> None:
+        hub.before_commit = lambda repository: None
+        repository.add("foreign", {"other.txt": b"theirs"})
+
+    hub.before_commit = interfere
+    commit = publish(client, REPO, True, folder, "job-1")
+    commits = hub.repositories[REPO].commits
+    assert [made.title for made in commits] == ["initial commit", "foreign", "Pruned model of job job-1"]
+    assert commits[-1].sha == commit
+
+
+def test_a_commit_whose_answer_was_lost_is_adopted(hub: FakeHub, client: HuggingFaceHub, folder: Path) -> None:
+    def drop_the_answer(repository: Repository) -> None:
+        hub.after_commit = lambda repository: None
+        raise fake._Refusal(502)
+
+    hub.after_commit = drop_the_answer
+    with pytest.raises(PruningError) as caught:
+        publish(client, REPO, True, folder, "job-1")
+    assert (caught.value.code, caught.value.retryable) == ("hub_unavailable", True)
+    assert publish(client, REPO, True, folder, "job-1") == hub.repositories[REPO].head.sha
+    assert len(hub.repositories[REPO].commits) == 2
+
+
+def test_one_who_always_loses_the_race_gives_up(hub: FakeHub, client: HuggingFaceHub, folder: Path) -> None:
+    def interfere(repository: Repository) -> None:
+        repository.add("foreign", dict(repository.head.files))
+
+    hub.before_commit = interfere
+    with pytest.raises(PruningError) as caught:
+        publish(client, REPO, True, folder, "job-1")
+    assert (caught.value.code, caught.value.retryable) == ("hub_conflict", True)
+
+
+def test_what_the_token_may_not_write_is_forbidden(hub: FakeHub, client: HuggingFaceHub, folder: Path) -> None:
+    with pytest.raises(PruningError) as caught:
+        publish(client, "stranger/small", True, folder, "job-1")
+    assert (caught.value.code, caught.value.retryable) == ("hub_forbidden", False)
+
+
+def test_a_wrong_token_is_forbidden(hub: FakeHub, folder: Path) -> None:
+    with pytest.raises(PruningError) as caught:
+        publish(HuggingFaceHub("hf_wrong", hub.url), REPO, True, folder, "job-1")
+    assert (caught.value.code, caught.value.retryable) == ("hub_forbidden", False)
+
+
+def test_a_hub_that_is_away_may_come_back(folder: Path) -> None:
+    with pytest.raises(PruningError) as caught:
+        publish(HuggingFaceHub(TOKEN, "http://127.0.0.1:9"), REPO, True, folder, "job-1")
+    assert (caught.value.code, caught.value.retryable) == ("hub_unavailable", True)
+
+
+def test_a_worker_killed_between_the_commit_and_its_record(
+    hub: FakeHub, make_job: MakeJob, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SECATEUR_HUB_DIR")
+    monkeypatch.setenv("SECATEUR_HF_TOKEN", TOKEN)
+    monkeypatch.setenv("SECATEUR_HF_ENDPOINT", hub.url)
+    job = make_job(publish={"repo_id": REPO, "private": True})
+    worker = start("tests.workers.one_attempt", job.id)
+    hub.after_commit = lambda repository: worker.kill()
+    worker.wait()
+    hub.after_commit = lambda repository: None
+    wait_for(lambda: len(hub.repositories[REPO].commits) == 2)
+    assert job.row.state == "publishing"
+    job.sql("state = 'queued', lease_expires_at = NULL")
+    start("tests.workers.one_attempt", job.id).wait()
+    assert job.row.state == "succeeded" and job.row.result is not None
+    repository = hub.repositories[REPO]
+    assert len(repository.commits) == 2 and job.row.result["commit_sha"] == repository.head.sha
+
+
+def test_a_forbidden_repository_fails_the_job(
+    hub: FakeHub, make_job: MakeJob, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SECATEUR_HUB_DIR")
+    monkeypatch.setenv("SECATEUR_HF_TOKEN", TOKEN)
+    monkeypatch.setenv("SECATEUR_HF_ENDPOINT", hub.url)
+    job = make_job(publish={"repo_id": "stranger/small", "private": True})
+    start("tests.workers.one_attempt", job.id).wait()
+    assert job.row.state == "failed" and job.row.error is not None and job.row.error["code"] == "hub_forbidden"
+
+
+def test_folder_a_second_job_replaces_the_first(tmp_path: Path, folder: Path) -> None:
+    hub: Hub = FolderHub(tmp_path / "hub")
+    first = publish(hub, REPO, True, folder, "job-1")
+    assert publish(hub, REPO, True, folder, "job-1") == first, "its own commit is adopted"
+    second = publish(hub, REPO, True, make_model(tmp_path / "output2", "job-2"), "job-2")
+    assert second != first and hub.head(REPO, True) == second
+    assert json.loads((tmp_path / "hub" / REPO / "secateur.json").read_text()) == {"job_id": "job-2"}
+    with pytest.raises(HeadMoved):
+        hub.commit(REPO, first, folder, "late")
+
+
+def _publish_in_folder(root: Path, folder: Path, job_id: str) -> None:
+    publish(FolderHub(root), REPO, True, folder, job_id)
+
+
+def test_folder_publishers_at_the_same_time(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    root = tmp_path / "hub"
+    processes = [
+        context.Process(
+            target=_publish_in_folder, args=(root, make_model(tmp_path / f"output-{n}", f"job-{n}"), f"job-{n}")
+        )
+        for n in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(list((root / "models--org--small" / "snapshots").iterdir())) == 3
+
+
+LOAD = """
+import sys
+from transformers import AutoModelForCausalLM
+for name in sys.argv[1:]:
+    print(AutoModelForCausalLM.from_pretrained(name).config.hidden_size)
+"""
+
+
+def test_folder_loads_by_path_and_as_a_cache(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    output = tmp_path / "output"
+    LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=32, **sizes)).save_pretrained(output)
+    (output / "secateur.json").write_text('{"job_id": "job-1"}')
+    root = tmp_path / "hub"
+    publish(FolderHub(root), REPO, True, output, "job-1")
+    environment = {**os.environ, "HF_HUB_CACHE": str(root), "HF_HUB_OFFLINE": "1"}
+    argv = [sys.executable, "-c", LOAD, str(root / REPO), REPO]
+    done = subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["16", "16"], done.stderr
+
+
+def test_folder_a_kill_between_the_commit_and_its_link_is_made_good(tmp_path: Path, folder: Path) -> None:
+    hub = FolderHub(tmp_path / "hub")
+    commit = publish(hub, REPO, True, folder, "job-1")
+    (tmp_path / "hub" / REPO).unlink()
+    assert publish(hub, REPO, True, folder, "job-1") == commit
+    assert (tmp_path / "hub" / REPO / "secateur.json").exists()

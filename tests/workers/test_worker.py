@@ -1,0 +1,136 @@
+"""The real Celery worker, broker and scheduler around the supervisor."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import redis
+from sqlalchemy.orm import Session
+
+from app.config import Settings
+from app.fleet import repository as fleet
+from app.jobs import doorbell
+from tests.workers.conftest import MakeJob, Start, alive, wait_for
+from workers import scheduler
+from workers.cli import WORKER_FLAGS
+
+StartWorker = Callable[[], subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def start_worker(start: Start, session: Session) -> StartWorker:
+    """Start a worker and wait until it beats."""
+
+    def begin() -> subprocess.Popen[bytes]:
+        before = len(fleet.live(session, 60))
+        worker = start("celery", "-A", "tests.workers.celery_standin", "worker", "--loglevel", "INFO", *WORKER_FLAGS)
+        wait_for(lambda: len(fleet.live(session, 60)) > before)
+        return worker
+
+    return begin
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_shutdown_gives_the_job_back_and_the_next_worker_goes_on(
+    make_job: MakeJob, start_worker: StartWorker, start: Start, session: Session
+) -> None:
+    worker = start_worker()
+    job = make_job({"hang_in_round": 2})
+    doorbell.ring(job.id)
+    job.wait_for_round(1)
+    pid = job.runner_pid
+    worker.terminate()
+    assert worker.wait(30) == 0
+    assert not alive(pid)
+    assert (job.row.state, job.row.failures) == ("queued", 0)
+    session.rollback()
+    assert not fleet.live(session, 60), "it signed off"
+    start_worker()
+    start("workers.cli", "scheduler")
+    job.wait_for_state("succeeded")
+    assert job.worked[-2:] == [(2, 2), (2, 3)]
+
+
+def test_a_signal_to_the_whole_group_gives_the_job_back_too(make_job: MakeJob, start_worker: StartWorker) -> None:
+    worker = start_worker()
+    [prefork] = children(worker.pid)
+    job = make_job({"hang_in_round": 1})
+    doorbell.ring(job.id)
+    job.wait_for_round(0)
+    for pid in (prefork, worker.pid):
+        os.kill(pid, signal.SIGTERM)
+    worker.wait(30)
+    assert (job.row.state, job.row.failures) == ("queued", 0)
+
+
+def test_kill_9_of_a_worker_leaves_nothing_running_and_loses_nothing(
+    make_job: MakeJob, start_worker: StartWorker, start: Start, settings: Settings
+) -> None:
+    worker = start_worker()
+    [prefork] = children(worker.pid)
+    job = make_job({"hang_in_round": 2})
+    doorbell.ring(job.id)
+    job.wait_for_round(1)
+    pid = job.runner_pid
+    worker.kill()
+    wait_for(lambda: not alive(prefork) and not alive(pid), timeout=2)
+    start_worker()
+    start("workers.cli", "scheduler")
+    job.wait_for_state("succeeded")
+    assert (job.row.attempt, job.row.failures) == (2, 1)
+
+
+def test_a_worker_replaces_the_process_that_supervises(
+    make_job: MakeJob, start_worker: StartWorker, start: Start
+) -> None:
+    worker = start_worker()
+    [prefork] = children(worker.pid)
+    job = make_job({"hang_in_round": 1})
+    doorbell.ring(job.id)
+    pid = job.runner_pid
+    os.kill(prefork, signal.SIGKILL)
+    wait_for(lambda: not alive(pid), timeout=2)
+    start("workers.cli", "scheduler")
+    job.wait_for_state("succeeded")
+
+
+def test_a_broker_that_loses_every_message_loses_no_job(
+    make_job: MakeJob, start_worker: StartWorker, start: Start, settings: Settings
+) -> None:
+    jobs = [make_job() for _ in range(3)]
+    for job in jobs:
+        doorbell.ring(job.id)
+        doorbell.ring(job.id)
+    with redis.Redis.from_url(settings.broker_url) as broker:
+        broker.flushall()
+    start_worker()
+    start("workers.cli", "scheduler")
+    for job in jobs:
+        job.wait_for_state("succeeded")
+        assert job.row.attempt == 1, "a second ring finds nothing to do"
+
+
+def test_the_scheduler_does_not_fill_the_broker(make_job: MakeJob, session: Session, settings: Settings) -> None:
+    job = make_job()
+    with redis.Redis.from_url(settings.broker_url) as broker:
+        broker.rpush(scheduler.QUEUE, *["waiting"] * scheduler.MOST_WAITING)
+        scheduler.ring_due(session, settings)
+        assert job.row.dispatched_at is None
+        broker.lpop(scheduler.QUEUE)
+        scheduler.ring_due(session, settings)
+        assert job.row.dispatched_at is not None
+        assert broker.llen(scheduler.QUEUE) == scheduler.MOST_WAITING
+
+
+def test_sigterm_ends_the_scheduler(start: Start, make_job: MakeJob) -> None:
+    job = make_job()
+    process = start("workers.cli", "scheduler")
+    wait_for(lambda: job.row.dispatched_at is not None)
+    process.terminate()
+    assert process.wait(10) == 0

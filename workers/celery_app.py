@@ -1,0 +1,82 @@
+"""The Celery application of the workers. A message is a doorbell; Postgres has the jobs."""
+
+import logging
+import multiprocessing
+import os
+import socket
+import threading
+from typing import Any
+
+from celery import Celery
+from celery.signals import worker_process_init, worker_ready, worker_shutdown, worker_shutting_down
+
+from app.config import get_settings
+from app.db.session import session_factory
+from app.fleet import repository as fleet
+from app.jobs.doorbell import TRANSPORT_OPTIONS
+from workers.launch import die_with_parent
+
+log = logging.getLogger(__name__)
+
+app = Celery("secateur", broker=get_settings().broker_url, include=["workers.tasks"])
+app.conf.update(
+    broker_transport_options=TRANSPORT_OPTIONS,
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    # Early: a late acknowledgement makes Redis deliver a long job's message a second time (celery #5935).
+    task_acks_late=False,
+    task_ignore_result=True,
+    worker_prefetch_multiplier=1,
+    worker_disable_prefetch=True,
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+    worker_pool="prefork",
+    worker_concurrency=1,
+    worker_enable_remote_control=False,
+    worker_send_task_events=False,
+)
+
+MAIN_PID = os.getpid()
+WORKER_NAME = f"{socket.gethostname()}:{MAIN_PID}"
+shutting_down = multiprocessing.RawValue("b", 0)
+"""Memory shared with the forked process that supervises a job. It has no lock, as signal handlers set it."""
+_ended = threading.Event()
+
+
+@worker_shutting_down.connect
+def _pass_on_shutdown(**_: Any) -> None:
+    shutting_down.value = 1
+
+
+@worker_process_init.connect
+def _begin_child(**_: Any) -> None:
+    die_with_parent(MAIN_PID)
+    session_factory.cache_clear()  # the main process's connections are not ours
+
+
+@worker_ready.connect
+def _start_beating(**_: Any) -> None:
+    threading.Thread(target=_beat, daemon=True).start()
+
+
+@worker_shutdown.connect
+def _stop_beating(**_: Any) -> None:
+    _ended.set()
+    try:
+        with session_factory()() as session:
+            fleet.leave(session, WORKER_NAME)
+    except Exception as error:
+        log.warning("could not sign off: %s", error)
+
+
+def _beat() -> None:
+    """Say in the fleet table that this worker lives, idle or busy."""
+    settings = get_settings()
+    info = {"devices": os.environ.get("CUDA_VISIBLE_DEVICES", "all"), "cpus": os.cpu_count()}
+    while True:
+        try:
+            with session_factory()() as session:
+                fleet.beat(session, WORKER_NAME, "worker", info)
+        except Exception as error:
+            log.warning("could not beat: %s", error)
+        if _ended.wait(settings.heartbeat_interval):
+            return

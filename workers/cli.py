@@ -1,0 +1,188 @@
+"""The console script ``secateur``: the commands of :mod:`app.cli`, and those that run the service or the engine."""
+
+import json
+import logging
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from app.cli import FAILED, REFUSED, Json, cli
+
+WORKER_FLAGS = ("--without-gossip", "--without-mingle", "--without-heartbeat")
+
+
+def main() -> None:
+    cli()
+
+
+def _stop(message: str, code: int) -> typer.Exit:
+    typer.echo(message, err=True)
+    return typer.Exit(code)
+
+
+@cli.command()
+def up(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Unset: 8000, or a free one when that is taken.")] = None,
+) -> None:
+    """Run the whole service on this machine until Ctrl-C: database, broker, API, scheduler, worker.
+
+    All it keeps is in SECATEUR_DATA_DIR (.secateur); models are published to SECATEUR_HUB_DIR (its folder hub).
+    """
+    from app.config import get_settings
+    from workers.embedded import EmbeddedError
+    from workers.stack import Stack, StackError
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    settings = get_settings()
+    stack = Stack(settings.data_dir, settings.hub_dir or settings.data_dir / "hub", host, port)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: stack.end())
+    try:
+        with stack:
+            typer.echo(f"Secateur is running at {stack.url}")
+            typer.echo(f"  documentation  {stack.url}/docs")
+            typer.echo(f"  API key        {stack.api_key}")
+            typer.echo(f"  data           {stack.folder}")
+            typer.echo("Ctrl-C stops it.")
+            stack.run()
+    except (StackError, EmbeddedError, OSError) as error:
+        raise _stop(str(error), FAILED) from None
+
+
+@cli.command()
+def scheduler() -> None:
+    """Run a scheduler; any number may run."""
+    from app.config import get_settings
+    from app.db.session import session_factory
+    from workers.scheduler import run
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    run(get_settings(), session_factory())
+
+
+@cli.command()
+def worker() -> None:
+    """Run a worker, which does one job at a time; one a GPU (choose it by CUDA_VISIBLE_DEVICES)."""
+    from workers.celery_app import WORKER_NAME, app
+
+    app.worker_main(["worker", "--loglevel", "INFO", "--hostname", f"secateur-{WORKER_NAME}", *WORKER_FLAGS])
+
+
+@cli.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="A Hub id, 'local:NAME', or a folder.")],
+    ratio: Annotated[float, typer.Option(help="Share of the prunable parameters to remove.")],
+    output: Annotated[Path, typer.Option(help="Folder for the pruned model; must not exist or be empty.")],
+    method: Annotated[str, typer.Option(help="See GET /v1/methods.")] = "piem-lsps",
+    rounds: Annotated[int | None, typer.Option(help="Unset: the method's default.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="A data set or text file; unset: the model's own text.")
+    ] = None,
+    evaluation: Annotated[str | None, typer.Option(help="A data set or text file, held out.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="Read the weights from this GGUF file of the model.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Json = False,
+) -> None:
+    """Prune a model here and now, without the service."""
+    from pydantic import ValidationError
+
+    from app.catalog.errors import PruningError
+    from app.catalog.spec import PruningSpec
+    from app.config import get_settings
+
+    try:
+        spec = PruningSpec.model_validate(
+            {
+                "target_ratio": ratio,
+                "method": method,
+                "rounds": rounds,
+                "seed": seed,
+                "dtype": dtype,
+                "calibration": _text_source(calibration),
+                "evaluation": _text_source(evaluation),
+            }
+        )
+    except ValidationError as error:
+        reasons = (f"{'.'.join(map(str, at['loc']))}: {at['msg']}" for at in error.errors())
+        raise _stop("\n".join(reasons), REFUSED) from None
+    if output.exists() and any(output.iterdir()):
+        raise _stop(f"{output} is not empty", REFUSED)
+
+    from workers.engine import prune as prune_model
+
+    settings = get_settings()
+    show = _Progress()
+    try:
+        with show:
+            result = prune_model(
+                model,
+                spec,
+                output,
+                revision=revision,
+                gguf_file=gguf_file,
+                models_dir=settings.models_dir,
+                texts_dir=settings.texts_dir,
+                token=settings.hf_token.get_secret_value() if settings.hf_token else None,
+                endpoint=settings.hf_endpoint,
+                on_event=show,
+            )
+    except PruningError as error:
+        raise _stop(f"{error.message} ({error.code})", FAILED) from None
+    report = result.report
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    typer.echo(f"{output}: {report['parameters']['after']:,} of {report['parameters']['before']:,} parameters")
+    typer.echo(f"ratio {report['ratio']['reached']:.4f}")
+    typer.echo(f"perplexity {report['perplexity']['before']:.2f} -> {report['perplexity']['after']:.2f}")
+
+
+def _text_source(name: str | None) -> dict[str, Any]:
+    """A file's text in the pieces that a request may hold, or the data set of that name."""
+    if name is None or not Path(name).is_file():
+        return {"dataset": name}
+    text = Path(name).read_text(encoding="utf-8")
+    return {"texts": [text[start : start + 1_000_000] for start in range(0, len(text), 1_000_000)]}
+
+
+class _Progress:
+    """The engine's events on stderr: a bar on a terminal, else a line a stage."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self._lines = not console.is_terminal
+        self._last = ""
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=console,
+            disable=self._lines,
+        )  # fmt: skip
+        self._task = self._bar.add_task("start", total=1.0)
+
+    def __enter__(self) -> None:
+        self._bar.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["type"] == "warning":
+            typer.echo(f"warning: {event['message']}", err=True)
+        if event["type"] != "progress":
+            return
+        stage = f"round {event['round']}/{event['rounds']} {event['stage']}"
+        self._bar.update(self._task, completed=event["share"], description=stage)
+        if self._lines and stage != self._last:
+            typer.echo(f"{stage} ({event['share']:.0%})", err=True)
+        self._last = stage
+
+
+if __name__ == "__main__":
+    main()

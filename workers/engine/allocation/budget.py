@@ -1,0 +1,118 @@
+"""From a budget of parameters by layer to whole units: which the rounding may not change by more than one block.
+
+Shared by every allocator: a method decides how much each layer gives, this file turns that into KV groups and blocks of
+channels so that the whole meets the target to within half a block.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from app.catalog.architectures import LayerShape, UnitCost
+from workers.engine.plan import LayerPlan, Plan
+from workers.engine.scoring.base import Scores
+
+
+def select_units(
+    shapes: Sequence[LayerShape],
+    scores: Scores,
+    budgets: Sequence[float],
+    cost: UnitCost,
+    width_multiple: int,
+) -> Plan:
+    """Keep the best-scored units of every layer under its budget, ``M(l) = {u : S(u) < quantile_τ(l)}``.
+
+    The paper prints Quantile_{1−τ} with one letter for threshold and ratio; that the *lowest* τ(l) of a layer goes is the
+    reading that makes sense. ``budgets`` are parameters to remove by layer; their sum is met to within half a block of
+    ``width_multiple`` channels, wherever one KV group and one block can stay in each layer. A layer's budget is split
+    between heads and channels in proportion, as far as whole KV groups allow; channels make up the difference.
+    """
+    total = sum(budgets)
+    steps = [_channel_steps(shape.intermediate_size, width_multiple) for shape in shapes]
+    channels_at_most = sum(map(sum, steps)) * cost.channel
+    group_order = [torch.argsort(values, stable=True).tolist() for values in scores.heads]
+    groups = _spread_groups(shapes, scores, group_order, budgets, cost, channels_at_most)
+    left = [budget - count * cost.kv_group for budget, count in zip(budgets, groups, strict=True)]
+    removed = _spread_channels(steps, left, total - sum(groups) * cost.kv_group, cost.channel)
+    return Plan(
+        tuple(
+            LayerPlan(tuple(sorted(order[count:])), _best(values, shape.intermediate_size - channels))
+            for shape, order, count, values, channels in zip(
+                shapes, group_order, groups, scores.channels, removed, strict=True
+            )
+        )
+    )
+
+
+def _best(scores: Tensor, count: int) -> tuple[int, ...]:
+    return tuple(sorted(torch.argsort(scores, stable=True)[len(scores) - count :].tolist()))
+
+
+def _channel_steps(width: int, multiple: int) -> list[int]:
+    """Channels that go with each step down from ``width``, through the multiples, to the last one."""
+    if width <= multiple:
+        return []
+    odd = width % multiple
+    return ([odd] if odd else []) + [multiple] * (width // multiple - 1)
+
+
+def _spread_groups(
+    shapes: Sequence[LayerShape],
+    scores: Scores,
+    order: list[list[int]],
+    budgets: Sequence[float],
+    cost: UnitCost,
+    channels_at_most: int,
+) -> list[int]:
+    """KV groups to remove by layer: each layer's share of its budget, the leftovers to the layers furthest behind.
+
+    Equal claims (all layers', when ratios are uniform) go by the score of the group that would go.
+    """
+    total = sum(budgets)
+    shares = [
+        min(shape.kv_groups * budget / _parameters(shape, cost), shape.kv_groups - 1)
+        for shape, budget in zip(shapes, budgets, strict=True)
+    ]
+    least = max(0, -(-int(total - channels_at_most) // cost.kv_group))
+    most = min(int(total // cost.kv_group), sum(shape.kv_groups - 1 for shape in shapes))
+    count = min(max(round(sum(shares)), least), most)
+    removed = [0] * len(shapes)
+
+    def claim(index: int) -> tuple[float, float, int]:
+        candidate = order[index][removed[index]]
+        return (round(removed[index] - shares[index], 6), float(scores.heads[index][candidate]), index)
+
+    heap = [claim(index) for index, shape in enumerate(shapes) if shape.kv_groups > 1]
+    heapq.heapify(heap)
+    for _ in range(count):
+        _, _, index = heapq.heappop(heap)
+        removed[index] += 1
+        if removed[index] < shapes[index].kv_groups - 1:
+            heapq.heappush(heap, claim(index))
+    return removed
+
+
+def _spread_channels(steps: list[list[int]], budgets: list[float], total: float, per_channel: int) -> list[int]:
+    """Channels to remove by layer, in whole steps: the next step always goes to the layer furthest behind its budget."""
+    removed = [0] * len(steps)
+    taken = [0] * len(steps)
+    heap = [(-budget, index) for index, budget in enumerate(budgets) if steps[index]]
+    heapq.heapify(heap)
+    missing = total
+    while heap:
+        _, index = heapq.heappop(heap)
+        step = steps[index][taken[index]] * per_channel
+        if abs(missing - step) >= abs(missing):
+            break
+        missing -= step
+        removed[index] += steps[index][taken[index]]
+        taken[index] += 1
+        if taken[index] < len(steps[index]):
+            heapq.heappush(heap, (removed[index] * per_channel - budgets[index], index))
+    return removed
+
+
+def _parameters(shape: LayerShape, cost: UnitCost) -> int:
+    return shape.kv_groups * cost.kv_group + shape.intermediate_size * cost.channel

@@ -1,0 +1,32 @@
+"""LSPS, the Layer-aware Sensitivity Pruning Strategy (Wang, section 3.3)."""
+
+from collections.abc import Sequence
+
+import torch
+
+from workers.engine.allocation.base import fill
+from workers.engine.scoring.base import Context
+
+STEEPNESS = 0.9
+"""How far τ(l) falls from an insensitive layer to the most sensitive one; below 1, so that every layer gives something."""
+
+
+def sensitivity(context: Context) -> list[float]:
+    """α(l) = mean over the layer's units of |∂L/∂u|, scaled into (0, 1] by the largest layer."""
+    means = [float(torch.cat([gate.head_gradient, gate.channel_gradient]).abs().mean()) for gate in context.gates]
+    largest = max(means) or 1.0
+    return [mean / largest for mean in means]
+
+
+def allocate(context: Context, removable: Sequence[int], total: float) -> list[float]:
+    """τ(l) = min(c·(1 − β·α(l)), the most the layer can give), c solved so that the whole meets the target exactly.
+
+    The paper says that τ(l) falls as α(l) rises and that the whole must meet τ, not by which function; a straight line
+    has one parameter, β (:data:`STEEPNESS`).
+    """
+    decoder = context.decoder
+    weights = [
+        (1 - STEEPNESS * alpha) * decoder.shape.layer_parameters(layer.shape)
+        for alpha, layer in zip(sensitivity(context), decoder.layers, strict=True)
+    ]
+    return fill(weights, removable, total)

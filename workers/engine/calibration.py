@@ -1,0 +1,217 @@
+"""Text in, windows of tokens out: for calibration and for evaluation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from app.catalog.errors import PruningError
+from app.catalog.sources import LOCAL_NAME, LOCAL_PREFIX
+from app.catalog.spec import Calibration, Evaluation, TextSource
+from workers.engine.decoder import Decoder
+
+HELD_OUT_SHARE = 0.2
+EVALUATION_SEED_OFFSET = 1_000_003
+SAMPLING_BATCH = 16
+
+# name -> (Hub data set, configuration, text column, calibration split, evaluation split)
+DATASETS: dict[str, tuple[str, str | None, str, str, str]] = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "train", "test"),
+    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", "train", "test"),
+    "c4": ("allenai/c4", "en", "text", "train", "validation"),
+}
+SAMPLED = "sampled from the model"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """``tokens`` ``[windows, length]`` on the model's device, and where they come from, for the report."""
+
+    tokens: Tensor
+    source: str
+
+    def as_dict(self) -> dict[str, Any]:
+        windows, length = self.tokens.shape
+        return {"source": self.source, "windows": windows, "sequence_length": length, "tokens": windows * length}
+
+
+def read_windows(
+    decoder: Decoder,
+    calibration: Calibration,
+    evaluation: Evaluation,
+    seed: int,
+    texts_dir: Path | None,
+    progress: Callable[[float], None],
+    allow_paths: bool = False,
+) -> tuple[Windows, Windows]:
+    """Calibration and evaluation windows, disjoint unless the request itself names one text for both.
+
+    Calibration takes windows spread at random (by ``seed``) over its text, evaluation its text's first ones. With no text
+    for evaluation, the last fifth of the calibration text is held out for it. With no text at all, both are sampled from
+    the model (self-generated calibration data, Ji et al. 2024, "Beware of Calibration Data").
+
+    Raises:
+        PruningError: ``calibration_too_short``, ``evaluation_too_short``, ``text_not_found``, ``text_invalid``,
+            ``hub_unavailable``.
+    """
+    limit = decoder.shape.max_positions
+    lengths = min(calibration.sequence_length, limit), min(evaluation.sequence_length, limit)
+    stream = _stream(decoder, calibration, calibration.samples * lengths[0] * 8, "calibration", texts_dir, allow_paths)
+    held_out = _stream(decoder, evaluation, evaluation.samples * lengths[1], "evaluation", texts_dir, allow_paths)
+    if stream is not None and held_out is None and len(stream) * HELD_OUT_SHARE >= lengths[1]:
+        boundary = int(len(stream) * (1 - HELD_OUT_SHARE))
+        stream, held_out = stream[:boundary], stream[boundary:]
+        evaluation_source = f"held out of {describe(calibration)}"
+    else:
+        evaluation_source = describe(evaluation)
+
+    if stream is None:
+        tokens = sample_windows(decoder, calibration.samples, lengths[0], seed, lambda share: progress(share / 2))
+    else:
+        windows = _cut(stream, lengths[0], "calibration")
+        chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[: calibration.samples]
+        tokens = windows[chosen.sort().values]
+    if held_out is None:
+        evaluation_tokens = sample_windows(
+            decoder,
+            evaluation.samples,
+            lengths[1],
+            seed + EVALUATION_SEED_OFFSET,
+            lambda share: progress(0.5 + share / 2),
+        )
+    else:
+        evaluation_tokens = _cut(held_out, lengths[1], "evaluation")[: evaluation.samples]
+    progress(1.0)
+    device = decoder.device
+    return (
+        Windows(tokens.to(device), describe(calibration)),
+        Windows(evaluation_tokens.to(device), evaluation_source),
+    )
+
+
+def describe(source: TextSource) -> str:
+    """Where text comes from, for the report and the model card."""
+    if source.dataset is not None:
+        return source.dataset
+    return f"{len(source.texts)} texts of the request" if source.texts is not None else SAMPLED
+
+
+def _stream(
+    decoder: Decoder, source: TextSource, enough: int, purpose: str, texts_dir: Path | None, allow_paths: bool
+) -> Tensor | None:
+    """The source's tokens in one row, at least ``enough`` where it has them; ``None`` when there is no text."""
+    if source.texts is not None:
+        texts = list(source.texts)
+    elif source.dataset is None:
+        return None
+    elif source.dataset.startswith(LOCAL_PREFIX) or (allow_paths and Path(source.dataset).is_file()):
+        texts = [_read_file(source.dataset, purpose, texts_dir)]
+    else:
+        texts = _read_dataset(source.dataset, purpose, enough)
+    ids = decoder.tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _cut(stream: Tensor, length: int, purpose: str) -> Tensor:
+    count = len(stream) // length
+    if count == 0:
+        raise PruningError(
+            f"{purpose}_too_short",
+            f"The {purpose} text has {len(stream)} tokens; one window needs {length}. Give more text, or a smaller "
+            f"'{purpose}.sequence_length'.",
+            field=purpose,
+        )
+    return stream[: count * length].view(count, length)
+
+
+def _read_file(name: str, purpose: str, texts_dir: Path | None) -> str:
+    path = Path(name)
+    if name.startswith(LOCAL_PREFIX):
+        plain = name.removeprefix(LOCAL_PREFIX)
+        if texts_dir is None or not LOCAL_NAME.fullmatch(plain):
+            raise PruningError("text_not_found", f"There is no text '{name}'.", field=f"{purpose}.dataset")
+        path = texts_dir / plain
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        known = ", ".join(sorted(file.name for file in path.parent.glob("*"))) if path.parent.is_dir() else ""
+        raise PruningError(
+            "text_not_found", f"There is no text '{name}'; there are: {known or 'none'}.", field=f"{purpose}.dataset"
+        ) from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise PruningError("text_invalid", f"'{name}' is no UTF-8 text: {error}", field=f"{purpose}.dataset") from None
+
+
+def _read_dataset(name: str, purpose: str, enough: int) -> list[str]:
+    """Rows of a Hub data set, streamed until there are about ``enough`` tokens (four characters each)."""
+    import datasets
+
+    hub_id, _, configuration = name.partition(":")
+    path, config, column, calibration_split, evaluation_split = DATASETS.get(
+        name, (hub_id, configuration or None, "text", "train", "test")
+    )
+    if Path(path).exists():  # load_dataset would take a folder of that name instead
+        raise PruningError("text_invalid", f"'{name}' is no data set on the Hub.", field=f"{purpose}.dataset")
+    split = calibration_split if purpose == "calibration" else evaluation_split
+    try:
+        rows = datasets.load_dataset(path, config, split=split, streaming=True)
+        texts: list[str] = []
+        size = 0
+        for row in rows:
+            if column not in row:
+                raise PruningError(
+                    "text_invalid",
+                    f"'{name}' has no column '{column}', but {', '.join(row)}.",
+                    field=f"{purpose}.dataset",
+                )
+            texts.append(row[column])
+            size += len(row[column])
+            if size >= enough * 6:
+                break
+        return texts
+    except PruningError:
+        raise
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise PruningError(
+            "text_not_found", f"There is no data set '{name}': {error}", field=f"{purpose}.dataset"
+        ) from None
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        raise PruningError("text_invalid", f"'{name}' cannot be read: {error}", field=f"{purpose}.dataset") from None
+    except Exception as error:  # the Hub's client raises its HTTP library's errors
+        raise PruningError(
+            "hub_unavailable", f"The data set '{name}' could not be fetched: {type(error).__name__}.", retryable=True
+        ) from error
+
+
+@torch.no_grad()
+def sample_windows(decoder: Decoder, windows: int, length: int, seed: int, progress: Callable[[float], None]) -> Tensor:
+    """Text that the model itself writes, from its first token on, at temperature 1: ``[windows, length]``.
+
+    Seeded and apart from the caller's random state. Calibrating on it needs no data at all.
+    """
+    model, tokenizer = decoder.model, decoder.tokenizer
+    start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=length,
+        max_new_tokens=length,
+        pad_token_id=start,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    rows = []
+    devices = [decoder.device] if decoder.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for first in range(0, windows, SAMPLING_BATCH):
+            prompt = torch.full((min(SAMPLING_BATCH, windows - first), 1), start, device=decoder.device)
+            output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+            rows.append(output[:, 1:].cpu())
+            progress(min(first + SAMPLING_BATCH, windows) / windows)
+    return torch.cat(rows)

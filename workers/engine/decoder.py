@@ -1,0 +1,145 @@
+"""A loaded model seen as a stack of prunable decoder layers, whatever its family."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from app.catalog.architectures import Family, LayerShape, ModelShape
+
+
+class Layer:
+    """One decoder layer: its module, the projections that pruning cuts, and its widths now."""
+
+    def __init__(self, module: nn.Module, family: Family, head_dim: int, heads_per_group: int) -> None:
+        self.module = module
+        self.family = family
+        self.head_dim = head_dim
+        self.heads_per_group = heads_per_group
+
+    def __getitem__(self, projection: str) -> nn.Linear:
+        found = self.module.get_submodule(projection)
+        assert isinstance(found, nn.Linear)
+        return found
+
+    @property
+    def attention_output(self) -> nn.Linear:
+        """Its input is the heads' outputs side by side: ``[..., heads * head_dim]``."""
+        return self[self.family.attention_output]
+
+    @property
+    def channel_output(self) -> nn.Linear:
+        """Its input is the channels' activations: ``[..., channels]``."""
+        return self[self.family.channel_output]
+
+    @property
+    def group_width(self) -> int:
+        """Inputs of the attention output projection that belong to one KV group."""
+        return self.heads_per_group * self.head_dim
+
+    @property
+    def kv_groups(self) -> int:
+        return self.attention_output.in_features // self.group_width
+
+    @property
+    def channels(self) -> int:
+        return self.channel_output.in_features
+
+    @property
+    def shape(self) -> LayerShape:
+        groups = self.kv_groups
+        return LayerShape(groups, groups * self.heads_per_group, self.head_dim, self.channels)
+
+
+class Decoder:
+    """The model, its tokenizer and its layers. ``shape`` is that of the *source*; layers tell their widths now."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.shape = shape
+        modules = model.get_submodule(shape.family.layers)
+        assert isinstance(modules, nn.ModuleList)
+        first = shape.layers[0]
+        self.layers = [Layer(module, shape.family, first.head_dim, first.heads_per_group) for module in modules]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def prunable_parameters(self) -> int:
+        """Parameters in the projections of all layers, as they are now."""
+        return sum(self.shape.layer_parameters(layer.shape) for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @torch.no_grad()
+    def capture(self, tokens: Tensor) -> "Captured":
+        """Run ``tokens`` ``[windows, length]`` and keep what entered each layer."""
+        captured = Captured([], [])
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            captured.inputs.append(args[0] if args else kwargs["hidden_states"])
+            captured.kwargs.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
+
+        hooks = [layer.module.register_forward_pre_hook(keep, with_kwargs=True) for layer in self.layers]
+        try:
+            self.model(tokens, use_cache=False, logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return captured
+
+    def resume(self, captured: "Captured", start: int, hidden: Tensor) -> Tensor:
+        """Logits ``[windows, length, vocabulary]`` from ``hidden`` entering layer ``start``."""
+        for layer, kwargs in zip(self.layers[start:], captured.kwargs[start:], strict=True):
+            output = layer.module(hidden, **kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+        hidden = self.model.get_submodule(self.shape.family.final_norm)(hidden)
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        return logits
+
+
+class Captured:
+    """Hidden states entering each layer, and the arguments that came with them (masks, rotary embeddings)."""
+
+    def __init__(self, inputs: list[Tensor], kwargs: list[dict[str, Any]]) -> None:
+        self.inputs = inputs
+        self.kwargs = kwargs
+
+
+@contextmanager
+def gated(layer: Layer, heads: Tensor | None = None, channels: Tensor | None = None) -> Iterator[None]:
+    """Multiply each unit's output by its gate while the context lasts.
+
+    ``heads`` is ``[windows, kv_groups]``, ``channels`` ``[windows, channels]``; one row for all windows broadcasts.
+    Gate 1 leaves a unit alone, gate 0 shields it, and the loss's gradient with respect to a gate is PIEM's ∂L/∂u.
+    """
+    gates: Mapping[nn.Linear, Tensor | None] = {
+        layer.attention_output: None if heads is None else heads.repeat_interleave(layer.group_width, dim=1),
+        layer.channel_output: channels,
+    }
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, gate=gate: (args[0] * gate.to(args[0].dtype)[:, None, :],))
+        for module, gate in gates.items()
+        if gate is not None
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Next-token cross-entropy in nats, ``[windows, length - 1]``, in float32 or better whatever the model's dtype."""
+    precise = logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    flat = nn.functional.cross_entropy(precise, tokens[:, 1:].flatten(), reduction="none")
+    return flat.view(tokens.shape[0], -1)

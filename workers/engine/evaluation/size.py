@@ -1,0 +1,20 @@
+"""Size on disk and floating-point operations, counted rather than measured."""
+
+from workers.engine.decoder import Decoder
+
+
+def weight_bytes(decoder: Decoder) -> int:
+    """Bytes of the weights as they are saved; tied ones count once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in decoder.model.parameters())
+
+
+def forward_flops(decoder: Decoder, tokens: int) -> int:
+    """Floating-point operations of one forward over ``tokens`` tokens, all positions' logits included.
+
+    Two for every weight of every projection and of the head, and 4·tokens·head_dim a head and token for QKᵀ and AV (a
+    causal mask is not discounted, as kernels differ in what they skip). Norms and activations are left out.
+    """
+    shape = decoder.shape
+    projections = decoder.prunable_parameters + shape.vocab_size * shape.hidden_size
+    heads = sum(layer.shape.heads * layer.head_dim for layer in decoder.layers)
+    return 2 * tokens * projections + 4 * tokens * tokens * heads

@@ -1,0 +1,105 @@
+"""The model card: what a person wants to know before loading the model."""
+
+import json
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from app.catalog.methods import METHODS
+
+
+def model_card(report: dict[str, Any], extra: dict[str, Any]) -> str:
+    """README.md of the published repository, from the report; ``extra`` is the manifest's (job id, repo_id)."""
+    spec, ratio, source = report["spec"], report["ratio"], report["source"]
+    method = METHODS[spec["method"]]
+    base = source["model_id"].removeprefix("local:")
+    repo_id = extra.get("repo_id") or "path/to/this/folder"
+    on_hub = not source["model_id"].startswith("local:") and "/" in base
+    head = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "structured-pruning", "secateur", method.name],
+    )
+    return f"""---
+{head.to_yaml()}
+---
+
+# {base}, pruned by {ratio["reached"]:.1%}
+
+{ratio["reached"]:.2%} of the parameters in the attention and feed-forward weights of
+{f"[{base}](https://huggingface.co/{base})" if on_hub else base} are gone: whole KV groups of attention heads and whole feed-forward channels, cut out of the
+tensors. No masks, no special kernels.
+
+| | before | after |
+|---|---|---|
+{_table(report)}
+
+Perplexity on {report["evaluation"]["tokens"]:,} tokens ({report["evaluation"]["source"]}). Latency on
+{_device(report)}, batch 1.
+
+## Use
+
+Layers differ in width, so the repository carries a small modeling file (it builds the stock classes with per-layer sizes):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
+inputs = tokenizer("The river", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
+```
+
+## How it was made
+
+- Method: `{method.name}` — {method.summary} ({method.paper}; {method.equations})
+- Rounds: {len(report["rounds"])}; target ratio {ratio["target"]:g}; seed {spec["seed"]}; dtype {report["dtype"]}
+- Calibration: {report["calibration"]["windows"]} × {report["calibration"]["sequence_length"]} tokens, {report["calibration"]["source"]}
+- Source: `{source["model_id"]}`{f" at `{source['revision']}`" if source["revision"] else ""}
+
+| layer | KV groups | heads | feed-forward channels |
+|---|---|---|---|
+{_widths(report)}
+
+`secateur.json` holds the request, the exact units kept, versions and file hashes. The same request gives the same weights:
+
+```json
+{json.dumps({"model_id": source["model_id"], **spec}, indent=1)}
+```
+
+Pruning changes what a model knows and says. Evaluate this model on your own task before you rely on it; the limits and
+the licence of the base model apply.
+"""
+
+
+def _table(report: dict[str, Any]) -> str:
+    rows = [
+        ("parameters", "parameters", lambda value: f"{value:,}"),
+        ("weights (bytes)", "weights_bytes", lambda value: f"{value:,}"),
+        ("FLOPs of a 256-token prefill", "flops", lambda value: f"{value:.3g}"),
+        ("perplexity", "perplexity", lambda value: "infinite" if value is None else f"{value:.2f}"),
+    ]
+    lines = [f"| {title} | {show(report[key]['before'])} | {show(report[key]['after'])} |" for title, key, show in rows]
+    latency = report["latency"]
+    if latency["before"] and latency["after"]:
+        for title, key in (("prefill (ms)", "prefill_ms"), ("decode (ms a token)", "decode_ms_per_token")):
+            lines.append(f"| {title} | {latency['before'][key]:.1f} | {latency['after'][key]:.1f} |")
+    return "\n".join(lines)
+
+
+def _device(report: dict[str, Any]) -> str:
+    latency = report["latency"]["after"]
+    return f"{latency['device']} ({latency['threads']} CPU threads)" if latency else "no device: it was not measured"
+
+
+def _widths(report: dict[str, Any]) -> str:
+    before, after = report["widths"]["before"], report["widths"]["after"]
+    return "\n".join(
+        f"| {old['layer']} | {_change(old, new, 'kv_groups')} | {_change(old, new, 'heads')} | {_change(old, new, 'intermediate_size')} |"
+        for old, new in zip(before, after, strict=True)
+    )
+
+
+def _change(old: dict[str, int], new: dict[str, int], key: str) -> str:
+    return f"{new[key]}" if old[key] == new[key] else f"{old[key]} → {new[key]}"

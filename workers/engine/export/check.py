@@ -1,0 +1,58 @@
+"""Before a checkpoint is called done: a fresh process that has never seen this project must load it and agree."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from app.catalog.errors import PruningError
+from workers.engine.decoder import Decoder
+from workers.engine.export.checkpoint import probe_tokens
+
+SCRIPT = """
+import sys, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, probe, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+expected = load_file(probe)
+AutoTokenizer.from_pretrained(folder)
+model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto", output_loading_info=True)
+wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]
+assert not wrong, f"tensors that do not fit: {wrong[:3]}"
+with torch.no_grad():
+    logits = model.eval()(expected["tokens"]).logits.float()
+difference = (logits - expected["logits"]).abs().max().item()
+scale = expected["logits"].abs().max().item()
+assert difference <= float(expected["tolerance"]) * max(scale, 1.0), f"logits differ by {difference}"
+"""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+TIME_LIMIT = 1800
+
+
+def check_checkpoint(decoder: Decoder, folder: Path) -> None:
+    """Load ``folder`` with plain transformers in a new process and compare logits with the model in memory.
+
+    Raises:
+        PruningError: ``export_invalid``; nothing may be published then.
+    """
+    tokens = probe_tokens(decoder)
+    with torch.no_grad():
+        logits = decoder.model(tokens.to(decoder.device), use_cache=False).logits.float().cpu()
+    with tempfile.TemporaryDirectory() as scratch:
+        probe = Path(scratch, "probe.safetensors")
+        tolerance = torch.tensor(TOLERANCE[decoder.model.dtype])
+        save_file({"tokens": tokens, "logits": logits.contiguous(), "tolerance": tolerance}, probe)
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", SCRIPT, str(folder.resolve()), str(probe), str(torch.get_num_threads())],
+            capture_output=True,
+            text=True,
+            cwd=scratch,
+            timeout=TIME_LIMIT,
+        )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise PruningError("export_invalid", f"The written checkpoint does not load as it should: {reason}")

@@ -1,0 +1,143 @@
+"""The repository's files: config, modeling file, weights, tokenizer, card, manifest."""
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+
+from app.catalog.errors import PruningError
+from app.catalog.sources import ModelSource
+from workers.engine.decoder import Decoder
+from workers.engine.evaluation.size import weight_bytes
+from workers.engine.export.card import model_card
+from workers.engine.plan import Plan
+
+TEMPLATE = Path(__file__).with_name("modeling_pruned.py.tmpl")
+COPIED = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+)
+MANIFEST = "secateur.json"
+SHARD_SIZE = "5GB"
+ROOM = 64 * 2**20
+"""Bytes to spare on the disk beyond the weights themselves."""
+PACKAGES = ("secateur", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub")
+
+
+def write_checkpoint(
+    decoder: Decoder, source: ModelSource, plan: Plan, folder: Path, report: dict[str, Any], extra: dict[str, Any]
+) -> None:
+    """Write the pruned model into an empty ``folder``; ``extra`` goes into the manifest beside plan and hashes.
+
+    Raises:
+        PruningError: ``disk_full`` (retryable), before or while writing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    need, free = weight_bytes(decoder) + ROOM, shutil.disk_usage(folder).free
+    if free < need:
+        raise PruningError(
+            "disk_full", f"The pruned model needs {need:,} bytes of disk; {free:,} are free.", retryable=True
+        )
+    _write_config(decoder, source, plan, folder)
+    save_torch_state_dict(decoder.model.state_dict(), folder, max_shard_size=SHARD_SIZE)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes for the owner alone
+    _write_tokenizer(decoder, source, folder)
+    (folder / "README.md").write_text(model_card(report, extra))
+    files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    manifest = {**extra, "plan": plan.as_dict(), "report": report, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path) -> None:
+    assert source.path is not None
+    family, shape, model = decoder.shape.family, decoder.shape, decoder.model
+    stock = type(model).__name__.removesuffix("ForCausalLM")
+    config = (
+        json.loads((source.path / "config.json").read_text()) if source.gguf_file is None else _plain_config(decoder)
+    )
+    name = f"Pruned{stock}"
+    config.update(
+        architectures=[f"{name}ForCausalLM"],
+        auto_map={
+            "AutoConfig": f"modeling_pruned.{name}Config",
+            "AutoModel": f"modeling_pruned.{name}Model",
+            "AutoModelForCausalLM": f"modeling_pruned.{name}ForCausalLM",
+        },
+        head_dim=shape.layers[0].head_dim,
+        per_layer_config={
+            str(layer["layer"]): {
+                family.heads_key: layer["heads"],
+                family.kv_heads_key: layer["kv_groups"],
+                family.width_key: layer["intermediate_size"],
+            }
+            for layer in plan.widths(shape)
+        },
+        allow_global_per_layer_attribute_access=True,
+    )
+    dtype_key = "dtype" if "dtype" in config else "torch_dtype"
+    config[dtype_key] = str(model.dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    keys = (family.heads_key, family.kv_heads_key, family.width_key)
+    (folder / "modeling_pruned.py").write_text(TEMPLATE.read_text().format(stock=stock, keys=json.dumps(keys)))
+
+
+def _plain_config(decoder: Decoder) -> dict[str, Any]:
+    """A GGUF file has no config.json: write the one its model would have had, readable by transformers 4 too."""
+    config: dict[str, Any] = decoder.model.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "transformers_version", "dtype"):
+        config.pop(key, None)
+    rope = config.pop("rope_parameters", None) or {}
+    config["rope_theta"] = rope.pop("rope_theta", 10000.0)
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
+    return config
+
+
+def _write_tokenizer(decoder: Decoder, source: ModelSource, folder: Path) -> None:
+    assert source.path is not None
+    if source.gguf_file is None:
+        for name in COPIED:
+            if (source.path / name).is_file():
+                shutil.copyfile(source.path / name, folder / name)
+        return
+    decoder.tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 knows no TokenizersBackend
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    generation = decoder.model.generation_config
+    if generation is not None:
+        generation.save_pretrained(folder)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def probe_tokens(decoder: Decoder, length: int = 48) -> torch.Tensor:
+    """Fixed random tokens ``[2, length]`` that a written checkpoint is checked with."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(length, decoder.shape.max_positions)
+    return torch.randint(decoder.shape.vocab_size, (2, length), generator=generator)

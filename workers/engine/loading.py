@@ -1,0 +1,136 @@
+"""From a located model to one in memory that is known to be sound."""
+
+import logging
+from pathlib import Path
+
+import torch
+from huggingface_hub import errors, snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from app.catalog.architectures import shape_from_config
+from app.catalog.errors import PruningError
+from app.catalog.sources import ModelSource, check_weight_files, hub_error, locate
+from workers.engine.decoder import Decoder
+
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+
+
+def download(source: ModelSource, token: str | None, endpoint: str | None) -> ModelSource:
+    """The source with its files on this machine (the Hub cache keeps what was downloaded before).
+
+    Raises:
+        PruningError: ``hub_unavailable`` (retryable), ``weights_missing``, ``weights_corrupt``, ``config_invalid``.
+    """
+    if source.path is not None:
+        return source
+    patterns = HUB_FILES if source.gguf_file is None else [source.gguf_file]
+    try:
+        folder = snapshot_download(
+            source.model_id, revision=source.revision, allow_patterns=patterns, token=token, endpoint=endpoint
+        )
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
+        raise hub_error(error, source.model_id) from None
+    if source.gguf_file is None:
+        check_weight_files(source.model_id, Path(folder))
+        return ModelSource(source.model_id, Path(folder), source.revision, None, source.config)
+    local = locate(folder, gguf_file=source.gguf_file, allow_paths=True)
+    return ModelSource(source.model_id, Path(folder), source.revision, source.gguf_file, local.config)
+
+
+def load(source: ModelSource, dtype: str, device: torch.device) -> Decoder:
+    """Load a downloaded model, frozen and in evaluation mode.
+
+    ``dtype`` ``auto`` is the checkpoint's own, float32 for GGUF files (which are dequantised).
+
+    Raises:
+        PruningError: ``unsupported_architecture``, ``config_invalid``, ``weights_missing``, ``weights_corrupt``,
+            ``weights_not_finite``, ``tokenizer_missing``.
+    """
+    assert source.path is not None and source.config is not None
+    if source.config.get("per_layer_config"):
+        raise PruningError(
+            "unsupported_architecture",
+            f"{source.model_id} was pruned before; prune the model it came from by a larger ratio instead.",
+            field="model_id",
+        )
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
+    tokenizer = _load_tokenizer(source)
+    model = _load_model(source, dtype).to(device).eval().requires_grad_(False)
+    decoder = Decoder(model, tokenizer, shape_from_config(source.config))
+    _check(decoder, source)
+    return decoder
+
+
+def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.path, gguf_file=source.gguf_file, trust_remote_code=False
+        )
+    except Exception as error:  # the loaders raise whatever their parsers raise
+        raise PruningError(
+            "tokenizer_missing", f"The tokenizer of {source.model_id} cannot be loaded: {error}", field="model_id"
+        ) from error
+    return tokenizer
+
+
+def _load_model(source: ModelSource, dtype: str) -> PreTrainedModel:
+    wanted = "float32" if source.gguf_file and dtype == "auto" else dtype
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            gguf_file=source.gguf_file,
+            dtype=wanted if wanted == "auto" else getattr(torch, wanted),
+            use_safetensors=None if source.gguf_file else True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # reported below by name, where transformers would only print a table
+            output_loading_info=True,
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise PruningError(
+            "weights_corrupt",
+            f"The weights of {source.model_id} do not load into its config: {_first_line(error)}",
+            field="model_id",
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise PruningError("weights_missing", f"{source.model_id} lacks the tensor {missing[0]}.", field="model_id")
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        raise PruningError(
+            "config_invalid",
+            f"The tensor {mismatched[0][0]} of {source.model_id} contradicts its config.",
+            field="model_id",
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _check(decoder: Decoder, source: ModelSource) -> None:
+    for name, parameter in decoder.model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise PruningError(
+                "weights_not_finite", f"The tensor {name} of {source.model_id} holds NaN or infinity.", field="model_id"
+            )
+    counted = sum(
+        parameter.numel()
+        for layer in decoder.layers
+        for name in layer.family.projections
+        for parameter in layer[name].parameters()
+    )
+    if counted != decoder.shape.prunable_parameters:
+        raise PruningError(
+            "config_invalid",
+            f"The config of {source.model_id} makes {decoder.shape.prunable_parameters} prunable parameters, "
+            f"its weights have {counted}.",
+            field="model_id",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -1,0 +1,259 @@
+"""``prune(model, spec)``: load, calibrate, and per round score, allocate, slice, measure; then export and check."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.catalog.architectures import LayerShape
+from app.catalog.errors import PruningError
+from app.catalog.methods import METHODS
+from app.catalog.sources import ModelSource, locate
+from app.catalog.spec import PruningSpec
+from workers.engine.allocation import ALLOCATORS, select_units
+from workers.engine.calibration import Windows, read_windows
+from workers.engine.decoder import Decoder
+from workers.engine.evaluation import forward_flops, measure_latency, perplexity, weight_bytes
+from workers.engine.export.check import check_checkpoint
+from workers.engine.export.checkpoint import versions, write_checkpoint
+from workers.engine.loading import download, load
+from workers.engine.plan import Plan
+from workers.engine.progress import Progress
+from workers.engine.schedule import cumulative_ratios
+from workers.engine.scoring import SCORERS, Context
+from workers.engine.slicing import apply_plan
+
+FLOPS_TOKENS = 256
+BATCH_TOKENS = 2048
+"""Tokens of one forward or backward pass: bounds activations, and the logits that are the largest of them."""
+
+
+class Paused(Exception):
+    """``stop()`` said so after a completed round; its ``round`` event holds what resuming needs."""
+
+
+@dataclass(frozen=True)
+class PruningResult:
+    """The pruned model's folder, and the report as plain JSON-able data."""
+
+    folder: Path
+    report: dict[str, Any]
+
+
+def prune(
+    model_id: str,
+    spec: PruningSpec,
+    output_dir: Path,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    models_dir: Path | None = None,
+    texts_dir: Path | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    allow_paths: bool = True,
+    device: str | None = None,
+    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    resume: dict[str, Any] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    manifest_extra: dict[str, Any] | None = None,
+) -> PruningResult:
+    """Prune a model as ``spec`` says and write it to ``output_dir``, checked to load without this project.
+
+    ``model_id`` is a Hub id, ``local:NAME`` under ``models_dir``, or (``allow_paths``) a folder or GGUF file.
+    ``on_event`` gets JSON-able dicts: ``progress`` {stage, round, rounds, share, remaining_seconds}, ``warning``
+    {message}, and after the unpruned model is measured (0) and after every round ``round`` {number, data, state};
+    ``resume`` takes such a ``state`` and goes on after that round. ``stop`` is asked after every round.
+
+    Raises:
+        PruningError: what a person can act on; nothing that is half done stands in ``output_dir`` under a final name.
+        Paused: ``stop()`` returned true.
+    """
+    started = time.monotonic()
+    progress = Progress(on_event, spec.round_count)
+    progress.stage("loading", 0)
+    options = {"models_dir": models_dir, "token": token, "endpoint": endpoint, "allow_paths": allow_paths}
+    source = locate(model_id, revision=_revision(resume, revision), gguf_file=gguf_file, **options)  # type: ignore[arg-type]
+    source = download(source, token, endpoint)
+    decoder = load(source, spec.dtype, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    decoder.shape.check_ratio(spec.target_ratio, spec.allocation.width_multiple)
+    _check_resumable(resume, source, spec)
+
+    progress.stage("calibrating", 0)
+    calibration, evaluation = read_windows(
+        decoder, spec.calibration, spec.evaluation, spec.seed, texts_dir, progress.share, allow_paths
+    )
+    _warn_if_short(on_event, spec, calibration, evaluation)
+
+    state = resume or {"plan": None, "rounds": [], "baseline": None}
+    if state["baseline"] is None:
+        progress.stage("evaluating", 0)
+        state = {**_identity(source, spec), **state, "baseline": _measure(decoder, evaluation, spec, progress)}
+        on_event({"type": "round", "number": 0, "data": state["baseline"], "state": state})
+    plan = Plan.full(decoder.shape.layers) if state["plan"] is None else Plan.from_dict(state["plan"])
+    apply_plan(decoder, plan)
+
+    ratios = cumulative_ratios(spec.target_ratio, spec.round_count, spec.allocation.schedule)
+    for number in range(len(state["rounds"]) + 1, spec.round_count + 1):
+        if stop():
+            raise Paused
+        begun = time.monotonic()
+        progress.stage("scoring", number)
+        context = Context(
+            decoder, calibration.tokens, _batch(calibration), spec.scoring, spec.seed + number, progress.share
+        )
+        plan = plan.then(_prune_round(context, spec, ratios[number - 1]))
+        progress.stage("evaluating", number)
+        data = {
+            "number": number,
+            "ratio": {"target": ratios[number - 1], "reached": _ratio(decoder)},
+            "widths": plan.widths(decoder.shape),
+            **context.details,
+            **_measure(decoder, evaluation, spec, progress, latency=number == spec.round_count),
+            "seconds": time.monotonic() - begun,
+        }
+        state = {**state, "plan": plan.as_dict(), "rounds": [*state["rounds"], data]}
+        on_event({"type": "round", "number": number, "data": data, "state": state})
+
+    progress.stage("exporting", spec.round_count)
+    report = _report(decoder, source, spec, plan, state, calibration, evaluation)
+    report["seconds"] = time.monotonic() - started
+    write_checkpoint(decoder, source, plan, output_dir, report, manifest_extra or {})
+    progress.stage("checking", spec.round_count)
+    check_checkpoint(decoder, output_dir)
+    progress.done()
+    return PruningResult(output_dir, report)
+
+
+def _prune_round(context: Context, spec: PruningSpec, ratio: float) -> Plan:
+    """Score the model as it is now, decide what each layer gives, cut it; returns the plan over the model as it was."""
+    method, decoder, shape = METHODS[spec.method], context.decoder, context.decoder.shape
+    widths = [layer.shape for layer in decoder.layers]
+    multiple = shape.width_multiple(spec.allocation.width_multiple)
+    gone = shape.prunable_parameters - decoder.prunable_parameters
+    total = max(ratio * shape.prunable_parameters - gone, 0.0)
+    scores = SCORERS[method.scoring](context)
+    removable = [_removable(width, shape.cost.kv_group, shape.cost.channel, multiple) for width in widths]
+    budgets = ALLOCATORS[method.allocation](context, removable, min(total, sum(removable)))
+    plan = select_units(widths, scores, budgets, shape.cost, multiple)
+    apply_plan(decoder, plan)
+    return plan
+
+
+def _removable(width: LayerShape, per_group: int, per_channel: int, multiple: int) -> int:
+    channels = width.intermediate_size - min(multiple, width.intermediate_size)
+    return (width.kv_groups - 1) * per_group + channels * per_channel
+
+
+def _batch(windows: Windows) -> int:
+    return max(1, BATCH_TOKENS // windows.tokens.shape[1])
+
+
+def _ratio(decoder: Decoder) -> float:
+    return 1 - decoder.prunable_parameters / decoder.shape.prunable_parameters
+
+
+def _measure(
+    decoder: Decoder, evaluation: Windows, spec: PruningSpec, progress: Progress, latency: bool = True
+) -> dict[str, Any]:
+    value = perplexity(decoder, evaluation.tokens, _batch(evaluation), progress.share)
+    return {
+        "perplexity": value if math.isfinite(value) else None,  # JSON has no infinity
+        "parameters": decoder.parameters,
+        "prunable_parameters": decoder.prunable_parameters,
+        "weights_bytes": weight_bytes(decoder),
+        "flops": forward_flops(decoder, FLOPS_TOKENS),
+        "latency": measure_latency(decoder) if latency and spec.evaluation.latency else None,
+    }
+
+
+def _identity(source: ModelSource, spec: PruningSpec) -> dict[str, Any]:
+    return {"fingerprint": source.fingerprint(), "revision": source.revision, "spec": spec.published()}
+
+
+def _revision(resume: dict[str, Any] | None, asked: str | None) -> str | None:
+    """A resumed job goes on with the commit that it began with, wherever its branch points now."""
+    return resume["revision"] or asked if resume else asked
+
+
+def _check_resumable(resume: dict[str, Any] | None, source: ModelSource, spec: PruningSpec) -> None:
+    if resume and {key: resume[key] for key in ("fingerprint", "revision", "spec")} != _identity(source, spec):
+        raise PruningError(
+            "source_changed",
+            f"{source.model_id} or the request changed since this job's first rounds; start it anew.",
+            field="model_id",
+        )
+
+
+def _warn_if_short(
+    on_event: Callable[[dict[str, Any]], None], spec: PruningSpec, calibration: Windows, evaluation: Windows
+) -> None:
+    for name, windows, asked in (
+        ("calibration", calibration, spec.calibration),
+        ("evaluation", evaluation, spec.evaluation),
+    ):
+        count, length = windows.tokens.shape
+        if count < asked.samples or length < asked.sequence_length:
+            message = f"{name}: {count} windows of {length} tokens, where {asked.samples} of {asked.sequence_length} were asked for."
+            on_event({"type": "warning", "message": message})
+
+
+def _report(
+    decoder: Decoder,
+    source: ModelSource,
+    spec: PruningSpec,
+    plan: Plan,
+    state: dict[str, Any],
+    calibration: Windows,
+    evaluation: Windows,
+) -> dict[str, Any]:
+    before, after = state["baseline"], state["rounds"][-1]
+
+    def pair(key: str) -> dict[str, Any]:
+        return {"before": before[key], "after": after[key]}
+
+    def peak(measured: dict[str, Any]) -> int | None:
+        return measured["latency"] and measured["latency"]["peak_memory_bytes"]
+
+    return {
+        "source": {
+            "model_id": source.model_id,
+            "revision": source.revision,
+            "gguf_file": source.gguf_file,
+            "fingerprint": source.fingerprint(),
+            "family": decoder.shape.family.name,
+            "model_type": decoder.shape.model_type,
+        },
+        "spec": spec.published(),
+        "ratio": {
+            "target": spec.target_ratio,
+            "reached": _ratio(decoder),
+            "of_all_parameters": 1 - after["parameters"] / before["parameters"],
+            "of_flops": 1 - after["flops"] / before["flops"],
+        },
+        "parameters": {
+            **pair("parameters"),
+            "prunable_before": before["prunable_parameters"],
+            "prunable_after": after["prunable_parameters"],
+        },
+        "weights_bytes": pair("weights_bytes"),
+        "flops": pair("flops"),
+        "perplexity": pair("perplexity"),
+        "latency": pair("latency"),
+        "peak_memory_bytes": {"before": peak(before), "after": peak(after)},
+        "widths": {
+            "before": Plan.full(decoder.shape.layers).widths(decoder.shape),
+            "after": plan.widths(decoder.shape),
+        },
+        "rounds": state["rounds"],
+        "calibration": calibration.as_dict(),
+        "evaluation": evaluation.as_dict(),
+        "dtype": str(decoder.model.dtype).removeprefix("torch."),
+        "device": str(decoder.device),
+        "seed": spec.seed,
+        "versions": versions(),
+    }

@@ -1,0 +1,213 @@
+"""Where pruned models are published: a Hugging Face Hub, or a folder laid out like a Hub cache.
+
+Both offer a compare-and-swap: a commit names the parent it was decided upon and is refused when that is no longer HEAD.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+
+from app.catalog.errors import PruningError
+
+MANIFEST = "secateur.json"
+KEPT = ".gitattributes"
+"""The Hub's own file, made with the repository."""
+
+
+class HeadMoved(Exception):
+    """Somebody else committed first; look again."""
+
+
+class Hub(Protocol):
+    """``repo_id`` is ``org/name``; commits are 40 hex digits."""
+
+    def head(self, repo_id: str, private: bool) -> str | None:
+        """The last commit, ``None`` if there is none; makes the repository if it is missing."""
+
+    def manifest(self, repo_id: str, commit: str) -> dict[str, Any]:
+        """The manifest in ``commit``; empty if it has none."""
+
+    def commit(self, repo_id: str, parent: str | None, folder: Path, message: str) -> str:
+        """Make the repository's files those of ``folder``, in one commit upon ``parent``.
+
+        Raises:
+            HeadMoved: ``parent`` is not HEAD.
+        """
+
+    def url(self, repo_id: str, commit: str) -> str:
+        """Where a person finds it."""
+
+
+class HuggingFaceHub:
+    """Raises :class:`PruningError` ``hub_forbidden``, ``hub_refused`` or (retryable) ``hub_unavailable``."""
+
+    def __init__(self, token: str | None, endpoint: str | None) -> None:
+        self.api = HfApi(token=token, endpoint=endpoint)
+
+    def head(self, repo_id: str, private: bool) -> str | None:
+        with self._errors(repo_id):
+            try:
+                return self.api.repo_info(repo_id).sha
+            except RepositoryNotFoundError:
+                self.api.create_repo(repo_id, private=private, exist_ok=True)
+                return self.api.repo_info(repo_id).sha
+
+    def manifest(self, repo_id: str, commit: str) -> dict[str, Any]:
+        with self._errors(repo_id), tempfile.TemporaryDirectory() as folder:
+            try:
+                path = self.api.hf_hub_download(repo_id, MANIFEST, revision=commit, local_dir=folder)
+            except EntryNotFoundError:
+                return {}
+            return _read_manifest(Path(path))
+
+    def commit(self, repo_id: str, parent: str | None, folder: Path, message: str) -> str:
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        with self._errors(repo_id):
+            before = self.api.list_repo_files(repo_id, revision=parent)
+            stale = [CommitOperationDelete(name) for name in before if name not in files and name != KEPT]
+            added = [CommitOperationAdd(name, path) for name, path in files.items()]
+            try:
+                done = self.api.create_commit(repo_id, [*added, *stale], commit_message=message, parent_commit=parent)
+            except HfHubHTTPError as error:
+                if error.response.status_code in (409, 412):
+                    raise HeadMoved from error
+                raise
+            return done.oid
+
+    def url(self, repo_id: str, commit: str) -> str:
+        return f"{self.api.endpoint}/{repo_id}/tree/{commit}"
+
+    @contextmanager
+    def _errors(self, repo_id: str) -> Iterator[None]:
+        try:
+            yield
+        except httpx2.HTTPError as error:
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            if status in (401, 403):
+                message = f"The Hub does not let this service's token write to '{repo_id}'."
+                raise PruningError("hub_forbidden", message, field="publish.repo_id") from error
+            if status is None or status == 429 or status >= 500:
+                message = f"The Hub {self.api.endpoint} does not answer as it should: {error}"
+                raise PruningError("hub_unavailable", message, retryable=True) from error
+            message = f"The Hub refused '{repo_id}': {error}"
+            raise PruningError("hub_refused", message, field="publish.repo_id") from error
+
+
+class FolderHub:
+    """``models--org--name/{refs/main,snapshots/COMMIT/}`` as in ``HF_HUB_CACHE``, and a link ``org/name`` to HEAD."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+
+    def head(self, repo_id: str, private: bool) -> str | None:
+        with self._locked(repo_id):
+            commit = self._main(repo_id)
+            if commit is not None:
+                self._link(repo_id, commit)  # a kill may have come between the commit and its link
+            return commit
+
+    def manifest(self, repo_id: str, commit: str) -> dict[str, Any]:
+        try:
+            return _read_manifest(self._snapshot(repo_id, commit) / MANIFEST)
+        except FileNotFoundError:
+            return {}
+
+    def commit(self, repo_id: str, parent: str | None, folder: Path, message: str) -> str:
+        with self._locked(repo_id):
+            if self._main(repo_id) != parent:
+                raise HeadMoved
+            commit = _digest(folder, f"{parent}\n{message}\n")
+            snapshot = self._snapshot(repo_id, commit)
+            shutil.rmtree(snapshot, ignore_errors=True)  # what a kill left half-made
+            shutil.copytree(folder, snapshot, copy_function=_link_or_copy)
+            for path in [*snapshot.rglob("*"), snapshot, snapshot.parent]:
+                _sync(path)
+            _replace(self._repository(repo_id) / "refs" / "main", lambda new: new.write_text(commit))
+            self._link(repo_id, commit)
+            return commit
+
+    def url(self, repo_id: str, commit: str) -> str:
+        return self._snapshot(repo_id, commit).as_uri()
+
+    def _repository(self, repo_id: str) -> Path:
+        return self.root / f"models--{repo_id.replace('/', '--')}"
+
+    def _snapshot(self, repo_id: str, commit: str) -> Path:
+        return self._repository(repo_id) / "snapshots" / commit
+
+    @contextmanager
+    def _locked(self, repo_id: str) -> Iterator[None]:
+        repository = self._repository(repo_id)
+        for part in ("refs", "snapshots"):
+            (repository / part).mkdir(parents=True, exist_ok=True)
+        with (repository / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _main(self, repo_id: str) -> str | None:
+        try:
+            return (self._repository(repo_id) / "refs" / "main").read_text()
+        except FileNotFoundError:
+            return None
+
+    def _link(self, repo_id: str, commit: str) -> None:
+        link = self.root / repo_id
+        link.parent.mkdir(parents=True, exist_ok=True)
+        target = os.path.relpath(self._snapshot(repo_id, commit), link.parent)
+        _replace(link, lambda new: new.symlink_to(target))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest; one that is no JSON object is nobody's."""
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _digest(folder: Path, header: str) -> str:
+    """40 hex digits over ``header`` and all files of ``folder``."""
+    digest = hashlib.sha1(header.encode(), usedforsecurity=False)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: Path, make: Any) -> None:
+    """Have ``make`` write a new file or link beside ``path``, then put it in its place in one step."""
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    make(new)
+    if not new.is_symlink():
+        _sync(new)
+    new.replace(path)
+    _sync(path.parent)

@@ -1,0 +1,94 @@
+"""The child's side of :mod:`workers.child`: take the job from stdin, speak JSON lines on stdout, obey renewals."""
+
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from app.catalog.errors import PruningError
+
+
+class Parent:
+    """The supervisor, as its child sees it."""
+
+    def __init__(self) -> None:
+        """Take over stdin and stdout; from here on what libraries print goes to stderr."""
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        self._in = os.fdopen(os.dup(0), "rb")
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        self._lock = threading.Lock()
+        self._pause = False
+        self.job: dict[str, Any] = json.loads(self._in.readline())
+        threading.Thread(target=self._obey, daemon=True).start()
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send one message."""
+        with self._lock:
+            self._out.write(json.dumps(_storable(message)) + "\n")
+            self._out.flush()
+
+    def wants_pause(self) -> bool:
+        """Whether to stop at the next round's end."""
+        return self._pause
+
+    def _obey(self) -> None:
+        for line in self._in:
+            renewal = json.loads(line)
+            self._pause = renewal["pause"]
+            # Against the clock, not as a span: a renewal that lay in the pipe while we were stopped is not fresh.
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, renewal["deadline"] - time.monotonic()))
+        os.kill(os.getpid(), signal.SIGKILL)  # the pipe is closed: nobody owns this work any more
+
+
+def run(work: Callable[[Parent], dict[str, Any]]) -> None:
+    """Do ``work`` and tell the message it returns, or the error it raised; then end the process."""
+    parent = Parent()
+    try:
+        message = work(parent)
+    except Exception as error:
+        message = {"type": "error", "error": explain(error, parent.job["folder"])}
+    parent.tell(message)
+    sys.stderr.flush()
+    os._exit(0)  # the reading thread would keep the interpreter from closing down cleanly
+
+
+def explain(error: Exception, folder: str) -> dict[str, Any]:
+    """What the job's owner is told: {code, message, retryable}."""
+    if isinstance(error, PruningError):
+        return error.as_dict()
+    traceback.print_exception(error, file=sys.stderr)
+    text = str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        advice = "use a smaller dtype, fewer or shorter calibration samples, or a larger worker"
+        message = f"The model does not fit into the worker's memory: {advice}."
+        return {"code": "out_of_memory", "message": message, "retryable": False}
+    # safetensors is Rust: it has the errno in the text alone
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text:
+        free = shutil.disk_usage(folder).free
+        message = f"The worker's disk is full ({free} bytes are free under the data folder): make room and retry."
+        return {"code": "disk_full", "message": message, "retryable": True}
+    message = f"The pruning process failed unexpectedly ({type(error).__name__}); the worker's log has the details."
+    return {"code": "internal_error", "message": message, "retryable": True}
+
+
+def _storable(value: Any) -> Any:
+    """``value`` as Postgres's jsonb takes it: no NaN nor infinity, no NUL and no lone surrogate in text."""
+    match value:
+        case dict():
+            return {_storable(key): _storable(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_storable(item) for item in value]
+        case float():
+            return value if math.isfinite(value) else None
+        case str():
+            return value.replace("\x00", "").encode(errors="replace").decode()
+    return value

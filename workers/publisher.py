@@ -1,0 +1,81 @@
+"""The publishing process: ``python -m workers.publisher``, started by the supervisor when the pruned files are there.
+
+A job is published once, whatever is killed when: the commit is a compare-and-swap on HEAD, and a HEAD whose manifest
+names this job was made by an earlier attempt and is adopted.
+"""
+
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from app.catalog.errors import PruningError
+from app.config import get_settings
+from workers import parent
+from workers.hubs import FolderHub, HeadMoved, Hub, HuggingFaceHub
+from workers.parent import Parent
+
+TRIES = 10
+LIFE_SIGN_SECONDS = 5.0
+LIFE_SIGN_BYTES = 2**16
+SUMMARY = ("parameters", "ratio", "perplexity", "latency", "weights_bytes", "widths")
+"""What of the report is the job's result."""
+
+
+def work(supervisor: Parent) -> dict[str, Any]:
+    """Publish ``output`` if the job asks for it, and keep it as the job's artifacts; the message with the result."""
+    job = supervisor.job
+    threading.Thread(target=show_life, args=(supervisor,), daemon=True).start()
+    result = {name: job["report"][name] for name in SUMMARY}
+    output = Path(job["output"])
+    wanted = job["request"].get("publish")
+    if wanted is not None:
+        repo_id = wanted["repo_id"]
+        hub = configured_hub()
+        commit = publish(hub, repo_id, wanted["private"], output, job["job_id"])
+        result |= {"repo_id": repo_id, "commit_sha": commit, "url": hub.url(repo_id, commit)}
+    artifacts = Path(job["folder"]) / "artifacts"
+    shutil.rmtree(artifacts, ignore_errors=True)
+    output.rename(artifacts)
+    return {"type": "result", "result": result}
+
+
+def publish(hub: Hub, repo_id: str, private: bool, folder: Path, job_id: str) -> str:
+    """Have ``folder`` in the repository, by one commit of this job's; returns that commit.
+
+    Raises:
+        PruningError: the Hub's own, or ``hub_conflict`` (retryable) when others keep committing.
+    """
+    for _ in range(TRIES):
+        head = hub.head(repo_id, private)
+        if head is not None and hub.manifest(repo_id, head).get("job_id") == job_id:
+            return head
+        try:
+            return hub.commit(repo_id, head, folder, f"Pruned model of job {job_id}")
+        except HeadMoved:
+            continue
+    raise PruningError("hub_conflict", f"Others keep committing to '{repo_id}'; try again later.", retryable=True)
+
+
+def configured_hub() -> Hub:
+    """The folder, where one is set; else the Hub."""
+    settings = get_settings()
+    if settings.hub_dir is not None:
+        return FolderHub(settings.hub_dir)
+    return HuggingFaceHub(settings.hf_token.get_secret_value() if settings.hf_token else None, settings.hf_endpoint)
+
+
+def show_life(supervisor: Parent) -> None:
+    """Report progress while files are being read: an upload may take hours, and one that hangs reads nothing."""
+    seen = -LIFE_SIGN_BYTES
+    while True:
+        read = int(Path("/proc/self/io").read_text().split()[1])  # "rchar: N", see proc(5)
+        if read - seen >= LIFE_SIGN_BYTES:
+            seen = read
+            supervisor.tell({"type": "progress", "stage": "publish", "share": 1.0, "remaining_seconds": None})
+        time.sleep(LIFE_SIGN_SECONDS)
+
+
+if __name__ == "__main__":
+    parent.run(work)

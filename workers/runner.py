@@ -1,0 +1,86 @@
+"""The pruning process: ``python -m workers.runner``, started by the supervisor for one attempt at one job."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from app.catalog.spec import PruningSpec
+from app.config import get_settings
+from workers import parent
+from workers.parent import Parent
+
+
+def work(supervisor: Parent) -> dict[str, Any]:
+    """Prune as the job asks into ``attempt-N/``; the message that ends the attempt: its report, or that it paused."""
+    import torch
+
+    from workers.engine import Paused, prune
+
+    settings, job = get_settings(), supervisor.job
+    if settings.torch_threads is not None:
+        torch.set_num_threads(settings.torch_threads)
+    folder, request = Path(job["folder"]), job["request"]
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["type"] == "round":
+            saved = save_checkpoint(folder, event["number"], job["attempt"], event["state"])
+            event = {"type": "round", "number": event["number"], "data": event["data"], **saved}
+        supervisor.tell(event)
+
+    try:
+        result = prune(
+            request["model_id"],
+            PruningSpec(**{name: request[name] for name in PruningSpec.model_fields if name in request}),
+            Path(job["output"]),
+            revision=request.get("revision"),
+            gguf_file=request.get("gguf_file"),
+            models_dir=settings.models_dir,
+            texts_dir=settings.texts_dir,
+            token=settings.hf_token.get_secret_value() if settings.hf_token else None,
+            endpoint=settings.hf_endpoint,
+            on_event=on_event,
+            resume=load_checkpoint(folder, job["checkpoints"], supervisor),
+            stop=supervisor.wants_pause,
+            manifest_extra={"job_id": job["job_id"], "repo_id": (request.get("publish") or {}).get("repo_id")},
+        )
+    except Paused:
+        return {"type": "paused"}
+    return {"type": "result", "report": result.report}
+
+
+def save_checkpoint(folder: Path, number: int, attempt: int, state: dict[str, Any]) -> dict[str, str]:
+    """Write a round's state so that it is whole or absent; returns its ``path`` in ``folder`` and its ``sha256``."""
+    name = f"round-{number}.attempt-{attempt}.json"
+    content = json.dumps(state).encode()
+    temporary = folder / f"{name}.tmp"
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(folder / name)
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    return {"path": name, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def load_checkpoint(folder: Path, checkpoints: list[dict[str, Any]], supervisor: Parent) -> dict[str, Any] | None:
+    """The state in the first of ``checkpoints`` (newest first) that is as its row says; ``None``: start anew."""
+    for checkpoint in checkpoints:
+        try:
+            content = (folder / checkpoint["path"]).read_bytes()
+        except FileNotFoundError:
+            content = b""
+        if hashlib.sha256(content).hexdigest() == checkpoint["sha256"]:
+            return json.loads(content)
+        message = f"The checkpoint of round {checkpoint['number']} is missing or damaged; an earlier one is used."
+        supervisor.tell({"type": "warning", "message": message})
+    return None
+
+
+if __name__ == "__main__":
+    parent.run(work)

@@ -1,0 +1,89 @@
+"""The scheduler: a plain loop beside the workers. Any number may run; row locks keep them out of each other's way."""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+
+import redis
+from sqlalchemy.orm import Session, sessionmaker
+
+from app.config import Settings
+from app.fleet import repository as fleet
+from app.jobs import doorbell, leases
+from app.kit import idempotency
+from app.webhooks import service as webhooks
+
+log = logging.getLogger(__name__)
+
+QUEUE = "celery"
+MOST_WAITING = 1000
+"""Doorbells left waiting in the broker. More would wake nobody: as long as all workers are busy, none is answered."""
+HOUSEKEEPING_SECONDS = 60.0
+LONGEST_BACKOFF = 30.0
+FORGET_WORKERS_AFTER = 86_400.0
+
+
+def run(settings: Settings, sessions: sessionmaker[Session]) -> None:
+    """Do all duties until SIGTERM or SIGINT, each in its own thread, so that a slow webhook delays no job."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    duties = [
+        threading.Thread(target=_repeat, args=(duty, interval, settings, sessions, ended))
+        for duty, interval in (
+            (reap, settings.scheduler_interval),
+            (ring_due, settings.scheduler_interval),
+            (deliver_webhooks, settings.scheduler_interval),
+            (keep_house, HOUSEKEEPING_SECONDS),
+        )
+    ]
+    for duty in duties:
+        duty.start()
+    for duty in duties:
+        duty.join()
+
+
+def _repeat(
+    duty: Callable[[Session, Settings], None],
+    interval: float,
+    settings: Settings,
+    sessions: sessionmaker[Session],
+    ended: threading.Event,
+) -> None:
+    """Do ``duty`` every ``interval`` seconds; an outage of database or broker is waited out."""
+    wait = 0.0
+    while not ended.wait(wait):
+        try:
+            with sessions() as session:
+                duty(session, settings)
+            wait = interval
+        except Exception as error:
+            wait = min(LONGEST_BACKOFF, max(2 * wait, settings.scheduler_interval))
+            log.warning("%s failed, next try in %.1f s: %s", duty.__name__, wait, error)
+
+
+def reap(session: Session, settings: Settings) -> None:
+    """Take jobs from workers that stopped answering."""
+    for job_id in leases.reap(session, settings.max_failures, settings.retry_backoff):
+        log.info("job %s: its worker is lost", job_id)
+
+
+def ring_due(session: Session, settings: Settings) -> None:
+    """Ring for queued jobs whose doorbell was lost. The broker is asked first: when it is away, no job is marked."""
+    with redis.Redis.from_url(settings.broker_url, socket_connect_timeout=1, socket_timeout=5) as broker:
+        room = MOST_WAITING - int(broker.llen(QUEUE))
+    if room > 0:
+        for job_id in leases.due(session, settings.redispatch_after, limit=min(room, 100)):
+            doorbell.ring(job_id)
+
+
+def deliver_webhooks(session: Session, settings: Settings) -> None:
+    """Send what is owed to webhooks."""
+    webhooks.deliver_due(session, settings)
+
+
+def keep_house(session: Session, settings: Settings) -> None:
+    """Drop what has expired."""
+    idempotency.expire(session, settings.idempotency_ttl)
+    fleet.forget(session, FORGET_WORKERS_AFTER)

@@ -1,0 +1,241 @@
+"""The whole service on one machine: what ``secateur up`` and the demo run. No process of it outlives this one."""
+
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import httpx2
+from sqlalchemy.orm import Session
+
+from app.auth import service as auth
+from app.db.migrate import upgrade
+from app.db.session import make_engine
+from workers.child import describe_exit, spawn
+from workers.embedded import START_TIMEOUT, Server, free_port, start_postgres, start_valkey
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PORT = 8000
+STOP_SECONDS = 20.0
+LONGEST_BACKOFF = 30.0
+STABLE_SECONDS = 60.0
+
+
+class StackError(Exception):
+    """The service cannot start; the message says why and what to do."""
+
+
+@dataclass
+class _Role:
+    """A process of ours that is started anew when it dies."""
+
+    start: Callable[[], subprocess.Popen[bytes]]
+    process: subprocess.Popen[bytes]
+    started: float
+    quick_deaths: int = 0
+    not_before: float = 0.0
+
+
+class Stack:
+    """Postgres, Valkey, migrations, the API, the scheduler and a worker for each GPU (or one), on one data folder.
+
+    Use as a context manager, from the main thread. ``url`` is where the API answers, ``api_key`` a key for it.
+    """
+
+    url: str
+    api_key: str
+
+    def __init__(self, folder: Path, hub_dir: Path, host: str = "127.0.0.1", port: int | None = None) -> None:
+        """``port`` unset: 8000, or a free one when that is taken."""
+        self.folder = folder.resolve()
+        self.hub_dir = hub_dir.resolve()
+        self.host = host
+        self.port = port
+        self._ended = threading.Event()
+        self._roles: dict[str, _Role] = {}
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        """Start everything; returns when the service is ready.
+
+        Raises:
+            StackError, EmbeddedError: something does not start; what was started is stopped.
+        """
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stop()
+
+    def run(self) -> None:
+        """Keep every process alive until :meth:`end` is called."""
+        while not self._ended.wait(0.5):
+            self._revive()
+
+    def end(self) -> None:
+        """Have :meth:`run` return; may be called from a signal handler."""
+        self._ended.set()
+
+    def _start(self) -> None:
+        self._take_folder()
+        port = _choose_port(self.host, self.port)
+        self._start_servers()
+        assert self._database_url is not None
+        upgrade(self._database_url)
+        self.api_key = self._keep_api_key()
+        environment = os.environ | {
+            "SECATEUR_DATABASE_URL": self._database_url,
+            "SECATEUR_BROKER_URL": self._broker_url,
+            "SECATEUR_DATA_DIR": str(self.folder),
+            "SECATEUR_HUB_DIR": str(self.hub_dir),
+        }
+        uvicorn = ["-m", "uvicorn", "app.main:create_app", "--factory", "--timeout-graceful-shutdown", "3"]
+        self._add("api", [*uvicorn, "--host", self.host, "--port", str(port)], environment)
+        self._add("scheduler", ["-m", "workers.cli", "scheduler"], environment)
+        for gpu in _gpus() or [""]:  # none: one worker, on the processor
+            self._add(f"worker{gpu}", ["-m", "workers.cli", "worker"], environment | {"CUDA_VISIBLE_DEVICES": gpu})
+        self.url = f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{port}"
+        self._wait_until_ready()
+
+    def _start_servers(self) -> None:
+        """Ports and password stay, so that a server that died comes back where the others look for it."""
+        postgres_port, valkey_port, password = free_port(), free_port(), secrets.token_urlsafe(24)
+
+        def postgres() -> Server:
+            return start_postgres(self.folder / "postgres", postgres_port)
+
+        def valkey() -> Server:
+            return start_valkey(self.folder / "valkey", valkey_port, password)
+
+        server = postgres()
+        self._database_url = server.url
+        self._roles["postgres"] = _Role(lambda: postgres().process, server.process, time.monotonic())
+        server = valkey()
+        self._broker_url = server.url
+        self._roles["valkey"] = _Role(lambda: valkey().process, server.process, time.monotonic())
+
+    def _add(self, name: str, arguments: list[str], environment: dict[str, str]) -> None:
+        logs = self.folder / "logs"
+        logs.mkdir(exist_ok=True)
+
+        def start() -> subprocess.Popen[bytes]:
+            with (logs / f"{name}.log").open("ab") as output:
+                argv = [sys.executable, *arguments]
+                return spawn(argv, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+
+        self._roles[name] = _Role(start, start(), time.monotonic())
+
+    def _revive(self) -> None:
+        for name, role in self._roles.items():
+            code, now = role.process.poll(), time.monotonic()
+            if code is None:
+                continue
+            if role.not_before == 0.0:
+                role.quick_deaths = role.quick_deaths + 1 if now - role.started < STABLE_SECONDS else 0
+                wait = min(LONGEST_BACKOFF, 2.0**role.quick_deaths - 1)
+                role.not_before = now + wait
+                log.warning("%s %s; starting it again in %.0f s", name, describe_exit(code), wait)
+            if now >= role.not_before:
+                role.process, role.started, role.not_before = role.start(), time.monotonic(), 0.0
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        state = "no answer"
+        while time.monotonic() < deadline and not self._ended.wait(0.2):
+            for name, role in self._roles.items():
+                if (code := role.process.poll()) is not None:
+                    raise StackError(f"{name} {describe_exit(code)}; see {self.folder / 'logs' / name}.log")
+            try:
+                answer = httpx2.get(f"{self.url}/readyz", timeout=5, trust_env=False)
+            except httpx2.TransportError:
+                continue
+            if answer.status_code == 200:
+                return
+            state = answer.text
+        if not self._ended.is_set():
+            raise StackError(f"not ready after {START_TIMEOUT:.0f} s ({state}); see {self.folder / 'logs'}")
+
+    def _stop(self) -> None:
+        """In the reverse of the starting order, so that a worker can still give its job back."""
+        for role in reversed(self._roles.values()):
+            if role.process.poll() is None:
+                # Postgres: SIGINT is "fast shutdown", SIGTERM would wait for its clients.
+                role.process.send_signal(signal.SIGINT if role is self._roles["postgres"] else signal.SIGTERM)
+            try:
+                role.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                role.process.kill()
+                role.process.wait()
+        self._roles.clear()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _take_folder(self) -> None:
+        """One service a folder; the kernel gives the lock back however this process ends."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            pid = self._lock.read().strip()
+            raise StackError(f"a service is running on {self.folder} already (process {pid})") from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def _keep_api_key(self) -> str:
+        """The key in the data folder, if this database knows it; else a new one."""
+        path = self.folder / "api-key"
+        engine = make_engine(self._database_url)
+        with Session(engine, expire_on_commit=False) as session:
+            if path.exists() and auth.authenticate(session, path.read_text().strip()) is not None:
+                secret = path.read_text().strip()
+            else:
+                secret = auth.create(session, "secateur up")[1]
+                path.touch(mode=0o600)
+                path.write_text(secret + "\n")
+            session.commit()
+        engine.dispose()
+        return secret
+
+
+def _choose_port(host: str, port: int | None) -> int:
+    """``port``; unset: the default one, or a free one when that is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port or DEFAULT_PORT))
+        except OSError as error:
+            if port is not None:
+                raise StackError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+            return free_port()
+    return port or DEFAULT_PORT
+
+
+def _gpus() -> list[str]:
+    """The GPUs to use, as ``CUDA_VISIBLE_DEVICES`` names them. Asked of the driver: torch is not to be loaded here."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    listing = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=30)
+    return [str(number) for number, line in enumerate(listing.stdout.splitlines()) if line.startswith("GPU ")]

@@ -1,0 +1,269 @@
+"""One attempt at one job: claim it, keep its lease, run the pruning and the publishing child, write down what they say.
+
+Never imports torch: it lives in Celery's forked process, and forking after torch has worked deadlocks. Every write is
+fenced by the attempt's number. The children are dead before the lease can end: see :class:`workers.child.Child`.
+"""
+
+import datetime as dt
+import logging
+import shutil
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.orm import Session, sessionmaker
+
+from app.catalog.methods import METHODS
+from app.config import Settings
+from app.jobs import leases, repository
+from app.jobs.leases import Claim, LeaseLost
+from app.jobs.transitions import State, TransitionRefused, Trigger
+from workers.child import Child, describe_exit
+
+log = logging.getLogger(__name__)
+
+RUNNER = [sys.executable, "-m", "workers.runner"]
+PUBLISHER = [sys.executable, "-m", "workers.publisher"]
+TICK = 0.2
+DATABASE_RETRY = 0.5
+
+
+class Cancelled(Exception):
+    """The owner asked for it."""
+
+
+class Paused(Exception):
+    """The runner stopped at a round's end, as asked."""
+
+
+class ShuttingDown(Exception):
+    """The worker is to end."""
+
+
+class DatabaseLost(Exception):
+    """The database did not answer for so long that the lease can no longer be relied upon."""
+
+
+class Failed(Exception):
+    """The attempt failed; ``error`` is {code, message, retryable}."""
+
+    def __init__(self, code: str, message: str, retryable: bool) -> None:
+        super().__init__(message)
+        self.error = {"code": code, "message": message, "retryable": retryable}
+
+
+def supervise(
+    job_id: uuid.UUID,
+    settings: Settings,
+    sessions: sessionmaker[Session],
+    worker: str,
+    shutting_down: Callable[[], bool],
+    runner: list[str] = RUNNER,
+    publisher: list[str] = PUBLISHER,
+) -> None:
+    """Claim the job and see it through to the end of this attempt; returns at once when it is not there to be taken."""
+    sent = time.monotonic()
+    with sessions() as session:
+        claim = leases.claim(session, job_id, worker, settings.lease_ttl)
+    if claim is not None:
+        Attempt(claim, settings, sessions, shutting_down, sent).run(runner, publisher)
+
+
+class Attempt:
+    """``deadline`` (``time.monotonic()``): no child may live past it. It moves with every renewal of the lease."""
+
+    def __init__(
+        self,
+        claim: Claim,
+        settings: Settings,
+        sessions: sessionmaker[Session],
+        shutting_down: Callable[[], bool],
+        claimed: float,
+    ) -> None:
+        self.claim = claim
+        self.settings = settings
+        self.sessions = sessions
+        self.shutting_down = shutting_down
+        self.deadline = self._deadline(claimed)
+        self.next_beat = claimed + settings.heartbeat_interval
+        limit = claim.request.get("max_runtime_seconds")
+        self.time_limit = claimed + limit if limit is not None else float("inf")
+        rounds = claim.request.get("rounds") or METHODS[claim.request["method"]].default_rounds
+        self.progress: dict[str, Any] = {"stage": "start", "round": 0, "rounds": rounds, "share": 0.0}
+        self.folder = settings.job_dir(claim.job_id).resolve()
+        self.output = self.folder / f"attempt-{claim.attempt}"
+
+    def run(self, runner: list[str], publisher: list[str]) -> None:
+        name = f"job {self.claim.job_id} attempt {self.claim.attempt}"
+        log.info("%s: started", name)
+        try:
+            self._run(runner, publisher)
+        except (LeaseLost, DatabaseLost) as reason:
+            log.warning("%s: given up: %s", name, reason)
+        finally:
+            shutil.rmtree(self.output, ignore_errors=True)
+        log.info("%s: ended", name)
+
+    def _run(self, runner: list[str], publisher: list[str]) -> None:
+        """The attempt, and what follows from the way it ended."""
+        settings = self.settings
+        try:
+            self._prune_and_publish(runner, publisher)
+        except Cancelled:
+            self._write(leases.move, Trigger.STOPPED)
+        except Paused:
+            self._write(leases.step_aside)
+        except ShuttingDown:
+            self._write(leases.release)
+        except DatabaseLost:
+            self.deadline += settings.lease_margin  # the children are dead: the lease may be used to its end
+            self._write(leases.release)
+        except LeaseLost:
+            raise
+        except Failed as failure:
+            self._write(leases.fail, failure.error, settings.max_failures, settings.retry_backoff)
+        except Exception as error:
+            log.exception("the supervisor failed")
+            message = f"The worker failed unexpectedly ({type(error).__name__}); its log has the details."
+            unexpected = {"code": "internal_error", "message": message, "retryable": True}
+            self._write(leases.fail, unexpected, settings.max_failures, settings.retry_backoff)
+
+    def _prune_and_publish(self, runner: list[str], publisher: list[str]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob("attempt-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        rounds = self._write(lambda session, job_id, attempt: repository.rounds(session, job_id))
+        checkpoints = [{"number": row.number, "path": row.path, "sha256": row.sha256} for row in reversed(rounds)]
+        job = {
+            "job_id": str(self.claim.job_id),
+            "attempt": self.claim.attempt,
+            "request": self.claim.request,
+            "folder": str(self.folder),
+            "output": str(self.output),
+        }
+        report = self._follow(runner, {**job, "checkpoints": checkpoints})["report"]
+        self._start_publishing()
+        result = self._follow(publisher, {**job, "report": report})["result"]
+        done = {**self.progress, "stage": "done", "share": 1.0}
+        self._write(leases.move, Trigger.SUCCEED, result=result, report=report, progress=done)
+        for checkpoint in self.folder.glob("round-*"):
+            checkpoint.unlink()
+
+    def _start_publishing(self) -> None:
+        try:
+            self._write(leases.move, Trigger.PUBLISH)
+        except TransitionRefused as refused:
+            if refused.state is State.CANCELLING:
+                raise Cancelled from refused
+            # else publishing already: the first try was committed, and only its answer lost
+        self.time_limit = float("inf")  # a commit may have been made: it can only be completed
+
+    def _follow(self, argv: list[str], job: dict[str, Any]) -> dict[str, Any]:
+        """Run a child to its end and return the message it ended with; whatever happens, it is dead afterwards."""
+        oom_kills = _oom_kills()
+        child = Child(argv, job, self.deadline)
+        try:
+            return self._listen(child)
+        except EOFError:
+            raise self._death(child, oom_kills) from None
+        finally:
+            child.kill()
+
+    def _listen(self, child: Child) -> dict[str, Any]:
+        heard = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if self.shutting_down():
+                raise ShuttingDown
+            if now >= self.deadline:
+                raise DatabaseLost("the database did not answer in time")
+            if now >= self.next_beat:
+                self._beat(child)
+            if now >= self.time_limit:
+                limit = self.claim.request["max_runtime_seconds"]
+                raise Failed("max_runtime_exceeded", f"The job ran longer than its limit of {limit} seconds.", False)
+            if now - heard >= self.settings.stall_timeout:
+                silence = f"The worker's process reported nothing for {self.settings.stall_timeout:.0f} seconds."
+                raise Failed("runner_stalled", silence, retryable=True)
+            message = child.receive(timeout=TICK)
+            if message is None:
+                continue
+            heard = time.monotonic()
+            match message.pop("type"):
+                case "progress":
+                    self._report_progress(message)
+                case "warning":
+                    event = {"type": "warning", "data": message}
+                    self._write(leases.report_progress, self.progress, event)
+                case "round":
+                    self._write(leases.record_round, **message)
+                case "paused":
+                    raise Paused
+                case "error":
+                    raise Failed(**message["error"])
+                case "result":
+                    return message
+
+    def _report_progress(self, progress: dict[str, Any]) -> None:
+        remaining = progress.pop("remaining_seconds")
+        finish = None if remaining is None else dt.datetime.now(dt.UTC) + dt.timedelta(seconds=remaining)
+        self.progress = {**self.progress, **progress, "estimated_finish_at": finish and finish.isoformat()}
+        self._write(leases.report_progress, self.progress)
+
+    def _beat(self, child: Child) -> None:
+        sent = time.monotonic()
+        beat = self._write(leases.renew, self.settings.lease_ttl)
+        if beat.cancel:
+            raise Cancelled
+        self.deadline = self._deadline(sent)
+        self.next_beat = sent + self.settings.heartbeat_interval
+        child.renew(self.deadline, beat.pause)
+
+    def _deadline(self, sent: float) -> float:
+        """For a lease taken by a query sent at ``sent``: before sending, as only the database knows when it began."""
+        return sent + self.settings.lease_ttl - self.settings.lease_margin
+
+    def _death(self, child: Child, oom_kills: int) -> Exception:
+        """Why a child that said no last word is dead."""
+        code = child.kill()
+        if code == -signal.SIGALRM and time.monotonic() >= self.deadline:
+            return DatabaseLost("the lease could not be renewed in time")
+        message = f"The worker's process {describe_exit(code)}."
+        if code == -signal.SIGKILL:
+            known = _oom_kills() > oom_kills
+            message += f" The machine {'ran' if known else 'probably ran'} out of memory."
+        if code == -signal.SIGALRM:
+            message += " It was hung: it did not read its renewals."
+        if child.stderr_tail:
+            message += f" Its last words:\n{child.stderr_tail[-2000:]}"
+        return Failed("runner_died", message, retryable=True)
+
+    def _write(self, operation: Callable[..., Any], *values: Any, **named: Any) -> Any:
+        """A fenced operation of :mod:`app.jobs.leases`, tried again while the database is away and the lease lasts.
+
+        Raises:
+            LeaseLost: another attempt owns the job.
+            DatabaseLost: there was no answer until ``deadline``, or no time to wait for one.
+        """
+        while True:
+            try:
+                with self.sessions() as session:
+                    return operation(session, self.claim.job_id, self.claim.attempt, *values, **named)
+            except (OperationalError, InterfaceError) as error:
+                log.warning("the database does not answer: %s", str(error.orig).strip())
+                if self.shutting_down() or time.monotonic() >= self.deadline:
+                    raise DatabaseLost(str(error.orig)) from error
+                time.sleep(DATABASE_RETRY)
+
+
+def _oom_kills() -> int:
+    """Processes the kernel has killed for want of memory since boot (``/proc/vmstat``, Linux 4.13)."""
+    for line in Path("/proc/vmstat").read_text().splitlines():
+        if line.startswith("oom_kill "):
+            return int(line.split()[1])
+    return 0

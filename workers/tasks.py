@@ -1,0 +1,26 @@
+"""What the doorbell starts."""
+
+import signal
+import uuid
+from types import FrameType
+
+from app.config import get_settings
+from app.db.session import session_factory
+from app.jobs.doorbell import TASK
+from workers.celery_app import WORKER_NAME, app, shutting_down
+from workers.supervisor import supervise
+
+
+@app.task(name=TASK)
+def ring(job_id: str) -> None:
+    """Look at a job and work on it if it is there to be taken."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        shutting_down.value = 1
+
+    # A signal to the whole process group (systemd, a terminal) must not cut off the release of the job.
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        supervise(uuid.UUID(job_id), get_settings(), session_factory(), WORKER_NAME, lambda: bool(shutting_down.value))
+    finally:
+        signal.signal(signal.SIGTERM, before)
