@@ -86,6 +86,7 @@ def test_a_stranger_can_load_it(
     plan = some_plan(decoder.layers[0].kv_groups)
     apply_plan(decoder, plan)
     out = tmp_path / "pruned"
+    out.mkdir()
     checkpoint.write_checkpoint(decoder, source, plan, out, report_of(decoder, plan), {"job_id": "j", "repo_id": "o/n"})
     check_checkpoint(decoder, out)
     if name == "sharded":
@@ -124,6 +125,7 @@ def test_a_checkpoint_that_disagrees_is_refused(tokenizer: PreTrainedTokenizerFa
     plan = some_plan(3)
     apply_plan(decoder, plan)
     out = tmp_path / "pruned"
+    out.mkdir()
     checkpoint.write_checkpoint(decoder, source, plan, out, report_of(decoder, plan), {})
     weights = load_file(out / "model.safetensors")
     weights["model.layers.0.mlp.down_proj.weight"] = weights["model.layers.0.mlp.down_proj.weight"].flip(0).contiguous()

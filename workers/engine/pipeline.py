@@ -9,22 +9,20 @@ from typing import Any
 
 import torch
 
-from app.catalog.architectures import LayerShape
 from app.catalog.errors import PruningError
 from app.catalog.methods import METHODS
 from app.catalog.sources import ModelSource, locate
 from app.catalog.spec import PruningSpec
-from workers.engine.allocation import ALLOCATORS, select_units
 from workers.engine.calibration import Windows, read_windows
 from workers.engine.decoder import Decoder
 from workers.engine.evaluation import forward_flops, measure_latency, perplexity, weight_bytes
-from workers.engine.export.check import check_checkpoint
-from workers.engine.export.checkpoint import versions, write_checkpoint
+from workers.engine.export import check_checkpoint, staged, versions, write_checkpoint
 from workers.engine.loading import download, load
 from workers.engine.plan import Plan
 from workers.engine.progress import Progress
+from workers.engine.rounds import prune_round
 from workers.engine.schedule import cumulative_ratios
-from workers.engine.scoring import SCORERS, Context
+from workers.engine.scoring import Context
 from workers.engine.slicing import apply_plan
 
 FLOPS_TOKENS = 256
@@ -70,10 +68,12 @@ def prune(
     ``resume`` takes such a ``state`` and goes on after that round. ``stop`` is asked after every round.
 
     Raises:
-        PruningError: what a person can act on; nothing that is half done stands in ``output_dir`` under a final name.
+        PruningError: what a person can act on; ``output_dir`` is not made then.
         Paused: ``stop()`` returned true.
     """
     started = time.monotonic()
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise PruningError("output_exists", f"{output_dir} is not empty.")
     progress = Progress(on_event, spec.round_count)
     progress.stage("loading", 0)
     options = {"models_dir": models_dir, "token": token, "endpoint": endpoint, "allow_paths": allow_paths}
@@ -97,6 +97,7 @@ def prune(
     plan = Plan.full(decoder.shape.layers) if state["plan"] is None else Plan.from_dict(state["plan"])
     apply_plan(decoder, plan)
 
+    multiple = decoder.shape.width_multiple(spec.allocation.width_multiple)
     ratios = cumulative_ratios(spec.target_ratio, spec.round_count, spec.allocation.schedule)
     for number in range(len(state["rounds"]) + 1, spec.round_count + 1):
         if stop():
@@ -106,7 +107,7 @@ def prune(
         context = Context(
             decoder, calibration.tokens, _batch(calibration), spec.scoring, spec.seed + number, progress.share
         )
-        plan = plan.then(_prune_round(context, spec, ratios[number - 1]))
+        plan = plan.then(prune_round(context, METHODS[spec.method], ratios[number - 1], multiple))
         progress.stage("evaluating", number)
         data = {
             "number": number,
@@ -122,31 +123,12 @@ def prune(
     progress.stage("exporting", spec.round_count)
     report = _report(decoder, source, spec, plan, state, calibration, evaluation)
     report["seconds"] = time.monotonic() - started
-    write_checkpoint(decoder, source, plan, output_dir, report, manifest_extra or {})
-    progress.stage("checking", spec.round_count)
-    check_checkpoint(decoder, output_dir)
+    with staged(output_dir) as folder:
+        write_checkpoint(decoder, source, plan, folder, report, manifest_extra or {})
+        progress.stage("checking", spec.round_count)
+        check_checkpoint(decoder, folder)
     progress.done()
     return PruningResult(output_dir, report)
-
-
-def _prune_round(context: Context, spec: PruningSpec, ratio: float) -> Plan:
-    """Score the model as it is now, decide what each layer gives, cut it; returns the plan over the model as it was."""
-    method, decoder, shape = METHODS[spec.method], context.decoder, context.decoder.shape
-    widths = [layer.shape for layer in decoder.layers]
-    multiple = shape.width_multiple(spec.allocation.width_multiple)
-    gone = shape.prunable_parameters - decoder.prunable_parameters
-    total = max(ratio * shape.prunable_parameters - gone, 0.0)
-    scores = SCORERS[method.scoring](context)
-    removable = [_removable(width, shape.cost.kv_group, shape.cost.channel, multiple) for width in widths]
-    budgets = ALLOCATORS[method.allocation](context, removable, min(total, sum(removable)))
-    plan = select_units(widths, scores, budgets, shape.cost, multiple)
-    apply_plan(decoder, plan)
-    return plan
-
-
-def _removable(width: LayerShape, per_group: int, per_channel: int, multiple: int) -> int:
-    channels = width.intermediate_size - min(multiple, width.intermediate_size)
-    return (width.kv_groups - 1) * per_group + channels * per_channel
 
 
 def _batch(windows: Windows) -> int:

@@ -4,6 +4,9 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +42,27 @@ ROOM = 64 * 2**20
 PACKAGES = ("secateur", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub")
 
 
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A new folder beside ``folder`` that takes its place when the context ends well, and goes when it does not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    staging.chmod(0o755)
+    try:
+        yield staging
+        staging.replace(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def write_checkpoint(
     decoder: Decoder, source: ModelSource, plan: Plan, folder: Path, report: dict[str, Any], extra: dict[str, Any]
 ) -> None:
-    """Write the pruned model into an empty ``folder``; ``extra`` goes into the manifest beside plan and hashes.
+    """Write the pruned model into ``folder``, which is empty; ``extra`` goes into the manifest beside plan and hashes.
 
     Raises:
         PruningError: ``disk_full`` (retryable), before or while writing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     need, free = weight_bytes(decoder) + ROOM, shutil.disk_usage(folder).free
     if free < need:
         raise PruningError(

@@ -1,0 +1,209 @@
+"""The main job as a user sees it: ``secateur up``, HTTP, a real pruning of a small model, a repository that loads."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.engine.models import SIZES, english, make_tokenizer, save, train
+from tests.workers.conftest import SHORT, wait_for
+from tests.workers.test_stack import announced
+
+STRANGER = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer("The keeper of the", return_tensors="pt").input_ids
+text = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0])
+assert not any(name.split(".")[0] in ("app", "workers") for name in sys.modules)
+print(json.dumps({"text": text, "parameters": sum(p.numel() for p in model.parameters())}))
+"""
+
+
+@dataclass
+class Service:
+    """A running ``secateur up`` and a client with its key."""
+
+    process: subprocess.Popen[bytes]
+    client: httpx2.Client
+    data: Path
+
+    def post(self, **changes: Any) -> httpx2.Response:
+        return self.client.post("/v1/jobs", json=request(**changes))
+
+    def submit(self, **changes: Any) -> str:
+        response = self.post(**changes)
+        assert response.status_code == 202, response.text
+        return str(response.json()["id"])
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        return dict(self.client.get(f"/v1/jobs/{job_id}").json())
+
+    def wait(self, job_id: str, *states: str) -> dict[str, Any]:
+        wait_for(lambda: self.job(job_id)["state"] in states, timeout=120)
+        return self.job(job_id)
+
+    def events(self, job_id: str) -> list[dict[str, Any]]:
+        return list(self.client.get(f"/v1/jobs/{job_id}/events", params={"page_size": 200}).json()["items"])
+
+
+def request(**changes: Any) -> dict[str, Any]:
+    return {
+        "model_id": "local:tiny",
+        "target_ratio": 0.3,
+        "method": "piem-lsps",
+        "rounds": 3,
+        "calibration": {"texts": english("calibration"), "samples": 8, "sequence_length": 64},
+        "evaluation": {"texts": english("evaluation"), "samples": 8, "sequence_length": 64, "latency": False},
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with a trained model, and the same with NaN in its weights."""
+    folder = tmp_path_factory.mktemp("acceptance")
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    tokenizer = make_tokenizer()
+    tiny = save(train(LlamaForCausalLM(LlamaConfig(**SIZES)), tokenizer, 60), tokenizer, folder / "models" / "tiny")
+    broken = folder / "models" / "broken"
+    broken.mkdir()
+    for file in tiny.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tiny / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+StartService = Callable[[], Service]
+
+
+@pytest.fixture(scope="module")
+def start_service(data: Path) -> Iterator[StartService]:
+    running: list[Service] = []
+
+    def begin() -> Service:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SECATEUR_")}
+        environment |= {f"SECATEUR_{name}": value for name, value in SHORT.items()}
+        environment |= {"SECATEUR_DATA_DIR": str(data), "SECATEUR_TORCH_THREADS": "1"}
+        process = subprocess.Popen([sys.executable, "-m", "workers.cli", "up"], stdout=subprocess.PIPE, env=environment)
+        url, key = announced(process)
+        client = httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=70, trust_env=False)
+        running.append(Service(process, client, data))
+        return running[-1]
+
+    yield begin
+    for service in running:
+        if service.process.poll() is None:
+            service.process.send_signal(signal.SIGINT)
+        service.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def service(start_service: StartService) -> Service:
+    return start_service()
+
+
+def test_the_main_job(service: Service, tmp_path: Path) -> None:
+    accepted = service.client.post("/v1/jobs", json=request(publish={"repo_id": "org/tiny-pruned"}))
+    assert accepted.status_code == 202
+    path = accepted.headers["Location"]
+    while (answer := service.client.get(path, headers={"Prefer": "wait=30"})).json()["state"] not in ("succeeded", "failed"):
+        time.sleep(0.1)
+    job = answer.json()
+    assert job["state"] == "succeeded", job["error"]
+    assert job["attempt"] == 1 and job["progress"]["share"] == 1
+
+    rounds = service.client.get(f"{path}/rounds").json()["items"]
+    assert [row["number"] for row in rounds] == [0, 1, 2, 3]
+    report = service.client.get(f"{path}/report").json()
+    assert report["ratio"]["reached"] == pytest.approx(0.3, abs=0.02)
+    assert report["perplexity"]["after"] == pytest.approx(rounds[-1]["data"]["perplexity"])
+    assert job["result"]["parameters"]["after"] == report["parameters"]["after"] < report["parameters"]["before"]
+
+    hub = service.data / "hub"
+    folder = hub / "org" / "tiny-pruned"
+    assert folder.resolve().name == job["result"]["commit_sha"]
+    manifest = json.loads((folder / "secateur.json").read_text())
+    assert manifest["job_id"] == job["id"] and "trust_remote_code=True" in (folder / "README.md").read_text()
+    for name, environment in ((str(folder), {}), ("org/tiny-pruned", {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"})):
+        command = [sys.executable, "-c", STRANGER, name]
+        done = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        stranger = json.loads(done.stdout.splitlines()[-1])
+        assert stranger["parameters"] == report["parameters"]["after"] and len(stranger["text"]) > 20
+    artifact = service.client.get(f"{path}/artifacts/model.safetensors")
+    assert artifact.content == (folder / "model.safetensors").read_bytes()
+    assert not list((service.data / "jobs" / job["id"]).glob("attempt-*"))
+    assert not list((service.data / "jobs" / job["id"]).glob("round-*"))
+
+
+def test_a_model_that_is_broken_inside_fails_the_job_and_not_the_worker(service: Service) -> None:
+    job = service.wait(service.submit(model_id="local:broken"), "failed", "succeeded")
+    assert job["error"]["code"] == "weights_not_finite" and job["error"]["retryable"] is False
+    assert "up_proj" in job["error"]["message"] and job["failures"] == 1
+    assert service.wait(service.submit(rounds=1, method="magnitude"), "failed", "succeeded")["state"] == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"model_id": "local:absent"}, "model_id"),
+        ({"target_ratio": 0.89}, "target_ratio"),
+        ({"method": "magic"}, "method"),
+        ({"rounds": 0}, "rounds"),
+        ({"publish": {"repo_id": "not a repo"}}, "publish.repo_id"),
+        ({"calibration": {"texts": ["short"]}}, "calibration"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_the_door(changes: dict[str, Any], field: str, service: Service) -> None:
+    answer = service.post(**changes)
+    assert answer.status_code == 422 and answer.headers["Content-Type"] == "application/problem+json"
+    assert [error["field"] for error in answer.json()["errors"]] == [field]
+
+
+def test_pause_resume_and_cancel(service: Service) -> None:
+    job_id = service.submit(rounds=24, target_ratio=0.4)
+    wait_for(lambda: any(event["type"] == "round" for event in service.events(job_id)), timeout=60)
+    assert service.client.post(f"/v1/jobs/{job_id}/pause").status_code == 200
+    service.wait(job_id, "paused")
+    done = len(service.client.get(f"/v1/jobs/{job_id}/rounds").json()["items"])
+    assert 1 <= done < 25
+    assert service.client.post(f"/v1/jobs/{job_id}/resume").status_code == 200
+    wait_for(lambda: len(service.client.get(f"/v1/jobs/{job_id}/rounds").json()["items"]) > done, timeout=60)
+    assert service.client.post(f"/v1/jobs/{job_id}/cancel").status_code in (200, 202)
+    assert service.wait(job_id, "cancelled", "succeeded")["state"] == "cancelled"
+
+
+def test_kill_9_of_everything_and_the_next_up_goes_on(service: Service, start_service: StartService) -> None:
+    job_id = service.submit(rounds=16, publish={"repo_id": "org/survivor"})
+    wait_for(lambda: len(service.client.get(f"/v1/jobs/{job_id}/rounds").json()["items"]) >= 3, timeout=60)
+    family = psutil.Process(service.process.pid).children(recursive=True)
+    service.process.kill()
+    service.process.wait()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+    again = start_service()
+    job = again.wait(job_id, "succeeded", "failed")
+    assert job["state"] == "succeeded", job["error"]
+    assert job["attempt"] == 2 and job["failures"] == 1
+    numbers = [event["data"]["number"] for event in again.events(job_id) if event["type"] == "round"]
+    assert numbers == list(range(17)), "no round was done twice, none was left out"
+    assert (service.data / "hub" / "org" / "survivor" / "model.safetensors").exists()
