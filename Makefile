@@ -12,7 +12,7 @@ test: .venv/.installed
 
 # Perplexity by method, ratio and rounds on SmolLM2-135M; CALIBRATION and EVALUATION are text files or data sets.
 bench: .venv/.model
-	$(BIN)/python -m workers.bench $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(if $(EVALUATION),--evaluation $(EVALUATION))
+	$(BIN)/python -m workers.bench $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(if $(EVALUATION),--evaluation $(EVALUATION)) $(if $(SEEDS),--seeds $(SEEDS))
 
 check: lint types contracts
 

@@ -124,7 +124,10 @@ def test_the_main_job(service: Service, tmp_path: Path) -> None:
     accepted = service.client.post("/v1/jobs", json=request(publish={"repo_id": "org/tiny-pruned"}))
     assert accepted.status_code == 202
     path = accepted.headers["Location"]
-    while (answer := service.client.get(path, headers={"Prefer": "wait=30"})).json()["state"] not in ("succeeded", "failed"):
+    while (answer := service.client.get(path, headers={"Prefer": "wait=30"})).json()["state"] not in (
+        "succeeded",
+        "failed",
+    ):
         time.sleep(0.1)
     job = answer.json()
     assert job["state"] == "succeeded", job["error"]
@@ -142,7 +145,10 @@ def test_the_main_job(service: Service, tmp_path: Path) -> None:
     assert folder.resolve().name == job["result"]["commit_sha"]
     manifest = json.loads((folder / "secateur.json").read_text())
     assert manifest["job_id"] == job["id"] and "trust_remote_code=True" in (folder / "README.md").read_text()
-    for name, environment in ((str(folder), {}), ("org/tiny-pruned", {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"})):
+    for name, environment in (
+        (str(folder), {}),
+        ("org/tiny-pruned", {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}),
+    ):
         command = [sys.executable, "-c", STRANGER, name]
         done = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

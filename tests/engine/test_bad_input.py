@@ -94,7 +94,7 @@ def broken_config(folder: Path) -> None:
         (broken_config, "config_invalid", "config.json"),
         (edit(model_type="mamba"), "unsupported_architecture", "llama, mistral, qwen2, qwen3"),
         (edit(num_attention_heads=5, head_dim=None), "config_invalid", "5 heads"),
-        (edit(num_key_value_heads=4), "config_invalid", "no multiple"),
+        (edit(num_key_value_heads=4), "config_invalid", "no multiple of 4"),
         (edit(intermediate_size=-1), "config_invalid", "intermediate_size"),
         (edit(intermediate_size=96), "config_invalid", "proj"),
         (edit(per_layer_config={"0": {"intermediate_size": 64}}), "unsupported_architecture", "pruned before"),

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from app.catalog.errors import PruningError
@@ -23,32 +25,48 @@ from workers.engine.slicing import apply_plan
 
 STRANGER = """
 import sys, torch
+from pathlib import Path
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-folder, probe, out = sys.argv[1:]
+
 torch.set_num_threads(1)
-tokens = load_file(probe)["tokens"]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
 options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
-results = {
-    "logits": model(tokens).logits.float().contiguous(),
-    "hidden": AutoModel.from_pretrained(folder, trust_remote_code=True)(tokens).last_hidden_state.float().contiguous(),
-    "dynamic": model.generate(tokens, **options),
-    "none": model.generate(tokens, use_cache=False, **options),
-    "static": model.generate(tokens, cache_implementation="static", **options),
-}
-padded = torch.cat([torch.zeros(len(tokens), 3, dtype=tokens.dtype), tokens], 1)
-mask = (torch.arange(padded.shape[1]) >= 3).long().expand_as(padded)
-results["left_padded"] = model.generate(padded, attention_mask=mask, **options)[:, 3:]
-model.set_attn_implementation("eager")
-results["eager"] = model(tokens).logits.float().contiguous()
-model.save_pretrained(out + "-resaved")
-again = AutoModelForCausalLM.from_pretrained(out + "-resaved", trust_remote_code=True, dtype="auto").eval()
-results["resaved"] = again(tokens).logits.float().contiguous()
+for case in map(Path, sys.argv[1:]):
+    folder, tokens = case / "pruned", load_file(case / "probe")["tokens"]
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    AutoTokenizer.from_pretrained(folder)
+    results = {
+        "logits": model(tokens).logits.float(),
+        "base_logits": model.lm_head(base(tokens).last_hidden_state).float(),
+        "dynamic": model.generate(tokens, **options),
+        "none": model.generate(tokens, use_cache=False, **options),
+        "static": model.generate(tokens, cache_implementation="static", **options),
+    }
+    padded = torch.cat([torch.zeros(len(tokens), 3, dtype=tokens.dtype), tokens], 1)
+    mask = (torch.arange(padded.shape[1]) >= 3).long().expand_as(padded)
+    results["left_padded"] = model.generate(padded, attention_mask=mask, **options)[:, 3:]
+    model.save_pretrained(case / "resaved")
+    again = AutoModelForCausalLM.from_pretrained(case / "resaved", trust_remote_code=True, dtype="auto").eval()
+    results["resaved"] = again(tokens).logits.float()
+    model.set_attn_implementation("eager")
+    results["eager"] = model(tokens).logits.float()
+    save_file({name: tensor.contiguous() for name, tensor in results.items()}, case / "results")
 assert not any(name.split(".")[0] in ("app", "workers") for name in sys.modules)
-save_file({name: tensor.contiguous() for name, tensor in results.items()}, out)
 """
+
+CASES = [*FAMILIES, "bfloat16", "sharded"]
+
+
+@dataclass
+class Case:
+    """A pruned model in memory, with its ``logits`` for the probe, and on disk."""
+
+    folder: Path
+    decoder: Decoder
+    plan: Plan
+    logits: Tensor
 
 
 def report_of(decoder: Decoder, plan: Plan) -> dict[str, object]:
@@ -71,51 +89,81 @@ def report_of(decoder: Decoder, plan: Plan) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "bfloat16", "sharded"])
-def test_a_stranger_can_load_it(
-    name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def cases(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """Every case pruned and written, then all of them loaded by one stranger."""
+    root = tmp_path_factory.mktemp("export")
+    made = {name: make_case(name, root / name, tokenizer) for name in CASES}
+    command = [sys.executable, "-I", "-c", STRANGER, *(str(case.folder) for case in made.values())]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return made
+
+
+def make_case(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> Case:
     model = make_model(name if name in FAMILIES else "llama")
-    if name == "bfloat16":
-        model = model.bfloat16()
-    if name == "sharded":
-        monkeypatch.setattr(checkpoint, "SHARD_SIZE", "100KB")
-    folder = save(model, tokenizer, tmp_path / "source", **({"max_shard_size": "100KB"} if name == "sharded" else {}))
-    source = locate(str(folder), allow_paths=True)
+    model = model.bfloat16() if name == "bfloat16" else model
+    shard = {"max_shard_size": "100KB"} if name == "sharded" else {}
+    source = locate(str(save(model, tokenizer, folder / "source", **shard)), allow_paths=True)
     decoder = load(source, "auto", torch.device("cpu"))
     plan = some_plan(decoder.layers[0].kv_groups)
     apply_plan(decoder, plan)
-    out = tmp_path / "pruned"
-    out.mkdir()
-    checkpoint.write_checkpoint(decoder, source, plan, out, report_of(decoder, plan), {"job_id": "j", "repo_id": "o/n"})
-    check_checkpoint(decoder, out)
-    if name == "sharded":
-        assert len(list(folder.glob("*.safetensors"))) > 1 and len(list(out.glob("*.safetensors"))) > 1
-
+    (folder / "pruned").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        if shard:
+            patch.setattr(checkpoint, "SHARD_SIZE", "100KB")
+        checkpoint.write_checkpoint(
+            decoder, source, plan, folder / "pruned", report_of(decoder, plan), {"job_id": "j", "repo_id": "o/n"}
+        )
     tokens = torch.randint(1, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(5))
-    expected = decoder.model(tokens).logits.float()
-    save_file({"tokens": tokens}, tmp_path / "probe")
-    command = [sys.executable, "-I", "-c", STRANGER, str(out), str(tmp_path / "probe"), str(tmp_path / "results")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    results = load_file(tmp_path / "results")
-    scale = float(expected.abs().max())
-    if name == "bfloat16":
-        assert torch.allclose(results["logits"], expected, atol=0.02 * scale)
-        return
-    assert torch.allclose(results["logits"], expected, atol=1e-5 * scale)
-    assert torch.allclose(results["eager"], expected, atol=1e-4 * scale)
-    assert torch.equal(results["resaved"], results["eager"]) or torch.equal(results["resaved"], results["logits"])
-    for kind in ("none", "static", "left_padded"):
-        assert torch.equal(results[kind], results["dynamic"]), kind
+    save_file({"tokens": tokens}, folder / "probe")
+    return Case(folder, decoder, plan, decoder.model(tokens).logits.float())
 
-    config = json.loads((out / "config.json").read_text())
-    assert config["per_layer_config"]["2"]["num_key_value_heads"] == 1
-    assert config["head_dim"] == decoder.shape.layers[0].head_dim
-    assert config["model_type"] == decoder.model.config.model_type
-    manifest = json.loads((out / "secateur.json").read_text())
-    assert Plan.from_dict(manifest["plan"]) == plan and manifest["job_id"] == "j"
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_stranger_can_load_it(name: str, cases: dict[str, Case]) -> None:
+    case = cases[name]
+    results = load_file(case.folder / "results")
+    scale = float(case.logits.abs().max())
+    exact, eager = (0.02, 0.1) if name == "bfloat16" else (1e-5, 1e-4)
+    assert torch.allclose(results["logits"], case.logits, atol=exact * scale)
+    assert torch.allclose(results["base_logits"], case.logits, atol=exact * scale)
+    assert torch.allclose(results["eager"], case.logits, atol=eager * scale)
+    assert torch.equal(results["resaved"], results["logits"])
+    if name != "bfloat16":  # ties in rounded logits may fall either way
+        for kind in ("none", "static", "left_padded"):
+            assert torch.equal(results[kind], results["dynamic"]), kind
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_written(name: str, cases: dict[str, Case]) -> None:
+    case, out = cases[name], cases[name].folder / "pruned"
+    config, manifest = (json.loads((out / file).read_text()) for file in ("config.json", "secateur.json"))
+    source = json.loads((case.folder / "source" / "config.json").read_text())
+    added = {
+        "per_layer_config",
+        "allow_global_per_layer_attribute_access",
+        "auto_map",
+        "architectures",
+        "head_dim",
+        "rope_theta",
+    }
+    assert {key: value for key, value in config.items() if key not in added} == {
+        key: value for key, value in source.items() if key not in added
+    }
+    assert config["head_dim"] == case.decoder.shape.layers[0].head_dim
+    assert config["per_layer_config"]["2"] == {
+        "num_attention_heads": case.decoder.shape.layers[0].heads_per_group,
+        "num_key_value_heads": 1,
+        "intermediate_size": 64,
+    }
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert Plan.from_dict(manifest["plan"]) == case.plan and manifest["job_id"] == "j"
     assert set(manifest["files"]) == {file.name for file in out.iterdir()} - {"secateur.json"}
+    assert (len(list(out.glob("*.safetensors"))) > 1) == (name == "sharded")
+    assert (out / "tokenizer.json").read_bytes() == (case.folder / "source" / "tokenizer.json").read_bytes()
+    tokenizer_class = json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert tokenizer_class == "PreTrainedTokenizerFast", "the name that transformers 4 and 5 both know"
 
 
 def test_a_checkpoint_that_disagrees_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -127,6 +175,7 @@ def test_a_checkpoint_that_disagrees_is_refused(tokenizer: PreTrainedTokenizerFa
     out = tmp_path / "pruned"
     out.mkdir()
     checkpoint.write_checkpoint(decoder, source, plan, out, report_of(decoder, plan), {})
+    check_checkpoint(decoder, out)
     weights = load_file(out / "model.safetensors")
     weights["model.layers.0.mlp.down_proj.weight"] = weights["model.layers.0.mlp.down_proj.weight"].flip(0).contiguous()
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})

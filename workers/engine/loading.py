@@ -48,12 +48,6 @@ def load(source: ModelSource, dtype: str, device: torch.device) -> Decoder:
             ``weights_not_finite``, ``tokenizer_missing``.
     """
     assert source.path is not None and source.config is not None
-    if source.config.get("per_layer_config"):
-        raise PruningError(
-            "unsupported_architecture",
-            f"{source.model_id} was pruned before; prune the model it came from by a larger ratio instead.",
-            field="model_id",
-        )
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
     tokenizer = _load_tokenizer(source)

@@ -22,17 +22,8 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     return value
 
 
-def _overrides(config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    try:
-        return {int(index): dict(own) for index, own in (config.get("per_layer_config") or {}).items()}
-    except (AttributeError, TypeError, ValueError):
-        raise PruningError(
-            "config_invalid", "config.json: 'per_layer_config' must map layer numbers to objects.", field="model_id"
-        ) from None
-
-
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
-    """Sizes of the model that a ``config.json`` describes, one that was pruned before (``per_layer_config``) too.
+    """Sizes of the model that a ``config.json`` describes.
 
     Raises:
         PruningError: ``unsupported_architecture`` or ``config_invalid``.
@@ -45,27 +36,24 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
             f"Models of type {model_type!r} cannot be pruned yet; supported: {', '.join(sorted(MODEL_TYPES))}.",
             field="model_id",
         )
+    if config.get("per_layer_config"):
+        raise PruningError(
+            "unsupported_architecture",
+            "This model was pruned before; prune the model it came from by a larger ratio instead.",
+            field="model_id",
+        )
     hidden, heads = _size(config, "hidden_size"), _size(config, family.heads_key)
     if config.get("head_dim") is None and hidden % heads:
         raise PruningError(
             "config_invalid", f"config.json: {heads} heads do not divide hidden_size {hidden}.", field="model_id"
         )
     head_dim = _size(config, "head_dim", hidden // heads)
-    overrides = _overrides(config)
-    layers = []
-    for index in range(_size(config, "num_hidden_layers")):
-        own = {**config, **overrides.get(index, {})}
-        heads, width = _size(own, family.heads_key), _size(own, family.width_key)
-        groups = _size(own, family.kv_heads_key, heads)
-        if heads % groups:
-            raise PruningError(
-                "config_invalid",
-                f"config.json: {heads} heads of layer {index} are no multiple of its {groups} KV heads.",
-                field="model_id",
-            )
-        layers.append(LayerShape(groups, heads, head_dim, width))
-    if len({layer.heads_per_group for layer in layers}) > 1:
-        raise PruningError("config_invalid", "config.json: layers differ in query heads a KV head.", field="model_id")
+    groups, width = _size(config, family.kv_heads_key, heads), _size(config, family.width_key)
+    if heads % groups:
+        raise PruningError(
+            "config_invalid", f"config.json: {heads} heads are no multiple of {groups} KV heads.", field="model_id"
+        )
+    layers = (LayerShape(groups, heads, head_dim, width),) * _size(config, "num_hidden_layers")
     biased = family.biased(config)
     per_group = layers[0].heads_per_group * head_dim
     rows = {family.query: per_group, family.key: head_dim, family.value: head_dim}
@@ -83,7 +71,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
         vocab_size=vocabulary,
         tied_embeddings=tied,
         max_positions=_size(config, "max_position_embeddings", 2048),
-        layers=tuple(layers),
+        layers=layers,
         cost=cost,
         other_parameters=vocabulary * hidden * (1 if tied else 2) + norms,
     )

@@ -69,7 +69,7 @@ def write_checkpoint(
             "disk_full", f"The pruned model needs {need:,} bytes of disk; {free:,} are free.", retryable=True
         )
     _write_config(decoder, source, plan, folder)
-    save_torch_state_dict(decoder.model.state_dict(), folder, max_shard_size=SHARD_SIZE)
+    save_torch_state_dict(_without_ties(decoder.model.state_dict()), folder, max_shard_size=SHARD_SIZE)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner alone
     _write_tokenizer(decoder, source, folder)
@@ -77,6 +77,12 @@ def write_checkpoint(
     files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
     manifest = {**extra, "plan": plan.as_dict(), "report": report, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest) + "\n")
+
+
+def _without_ties(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of tied tensors the first alone, the embedding: the base model has no head to take it from."""
+    first = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
+    return {name: state[name] for name in state if first[state[name].data_ptr()] == name}
 
 
 def versions() -> dict[str, str]:
@@ -92,6 +98,7 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
         json.loads((source.path / "config.json").read_text()) if source.gguf_file is None else _plain_config(decoder)
     )
     name = f"Pruned{stock}"
+    _add_legacy_rope(config)
     config.update(
         architectures=[f"{name}ForCausalLM"],
         auto_map={
@@ -118,15 +125,20 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
 
 
 def _plain_config(decoder: Decoder) -> dict[str, Any]:
-    """A GGUF file has no config.json: write the one its model would have had, readable by transformers 4 too."""
+    """A GGUF file has no config.json: the one its model would have had."""
     config: dict[str, Any] = decoder.model.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "transformers_version", "dtype"):
         config.pop(key, None)
-    rope = config.pop("rope_parameters", None) or {}
-    config["rope_theta"] = rope.pop("rope_theta", 10000.0)
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = rope
     return config
+
+
+def _add_legacy_rope(config: dict[str, Any]) -> None:
+    """transformers 5 writes ``rope_parameters``, which 4 ignores: say it in 4's words too, which 5 reads as well."""
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope.pop("rope_theta"))
+        if rope.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", rope)
 
 
 def _write_tokenizer(decoder: Decoder, source: ModelSource, folder: Path) -> None:
@@ -135,15 +147,14 @@ def _write_tokenizer(decoder: Decoder, source: ModelSource, folder: Path) -> Non
         for name in COPIED:
             if (source.path / name).is_file():
                 shutil.copyfile(source.path / name, folder / name)
-        return
-    decoder.tokenizer.save_pretrained(folder)
+    else:
+        decoder.tokenizer.save_pretrained(folder)
+        decoder.model.generation_config.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 knows no TokenizersBackend
-    path.write_text(json.dumps(config, indent=2) + "\n")
-    generation = decoder.model.generation_config
-    if generation is not None:
-        generation.save_pretrained(folder)
+    config = json.loads(path.read_text()) if path.exists() else {}
+    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name for it, unknown to 4
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _sha256(file: Path) -> str:
