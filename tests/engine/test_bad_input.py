@@ -97,6 +97,7 @@ def broken_config(folder: Path) -> None:
         (edit(num_key_value_heads=4), "config_invalid", "no multiple of 4"),
         (edit(intermediate_size=-1), "config_invalid", "intermediate_size"),
         (edit(intermediate_size=96), "config_invalid", "proj"),
+        (edit(quantization_config={"quant_method": "gptq"}), "weights_quantized", "quantised"),
         (edit(per_layer_config={"0": {"intermediate_size": 64}}), "unsupported_architecture", "pruned before"),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import errors, snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from app.catalog.architectures import shape_from_config
@@ -75,6 +75,8 @@ def _load_model(source: ModelSource, dtype: str) -> PreTrainedModel:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             gguf_file=source.gguf_file,
+            # Where transformers has kernels for them, weights would stay packed: they could not be scored or cut.
+            quantization_config=GgufConfig(dequantize=True) if source.gguf_file else None,
             dtype=wanted if wanted == "auto" else getattr(torch, wanted),
             use_safetensors=None if source.gguf_file else True,
             trust_remote_code=False,

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 INTERVAL = 0.5
+UNLIKE = ("loading", "calibrating")
+"""Stages whose time says nothing of the others': they read files, or nothing."""
 # Rough cost of each stage in forward passes over the calibration text: only the shape of the bar depends on them.
 STAGE_COST = {"loading": 1.0, "calibrating": 1.0, "scoring": 4.0, "evaluating": 1.5, "exporting": 0.5, "checking": 1.0}
 
@@ -73,7 +75,7 @@ class Progress:
         }
 
     def _remaining(self, done: float) -> float | None:
-        over = [(name, seconds) for name, runs in self._seconds.items() for seconds in runs if name != "loading"]
+        over = [(name, seconds) for name, runs in self._seconds.items() for seconds in runs if name not in UNLIKE]
         elapsed = time.monotonic() - self._began
         stage = self._stages[self._index]
         if not over and done < 0.2:

@@ -26,7 +26,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     """Sizes of the model that a ``config.json`` describes.
 
     Raises:
-        PruningError: ``unsupported_architecture`` or ``config_invalid``.
+        PruningError: ``unsupported_architecture``, ``weights_quantized`` or ``config_invalid``.
     """
     model_type = config.get("model_type")
     family = MODEL_TYPES.get(str(model_type))
@@ -34,6 +34,12 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
         raise PruningError(
             "unsupported_architecture",
             f"Models of type {model_type!r} cannot be pruned yet; supported: {', '.join(sorted(MODEL_TYPES))}.",
+            field="model_id",
+        )
+    if config.get("quantization_config"):
+        raise PruningError(
+            "weights_quantized",
+            "This checkpoint is quantised; prune the model it was made from, then quantise the result.",
             field="model_id",
         )
     if config.get("per_layer_config"):

@@ -66,9 +66,10 @@ def _spread_groups(
     cost: UnitCost,
     channels_at_most: int,
 ) -> list[int]:
-    """KV groups to remove by layer: each layer's share of its budget, the leftovers to the layers furthest behind.
+    """KV groups to remove by layer: each layer's share of its budget, rounded down or up.
 
-    Equal claims (all layers', when ratios are uniform) go by the score of the group that would go.
+    A layer has few groups, so most of its share is a fraction. Which layers round up is decided by the score of the
+    group that would go: scores are comparable across layers, by α(l).
     """
     total = sum(budgets)
     shares = [
@@ -80,9 +81,11 @@ def _spread_groups(
     count = min(max(round(sum(shares)), least), most)
     removed = [0] * len(shapes)
 
-    def claim(index: int) -> tuple[float, float, int]:
+    def claim(index: int) -> tuple[int, float, int]:
         candidate = order[index][removed[index]]
-        return (round(removed[index] - shares[index], 6), float(scores.heads[index][candidate]), index)
+        missing = shares[index] - removed[index]
+        urgency = 0 if missing >= 1 else 1 if missing > 1e-6 else 2
+        return (urgency, float(scores.heads[index][candidate]), index)
 
     heap = [claim(index) for index, shape in enumerate(shapes) if shape.kv_groups > 1]
     heapq.heapify(heap)
