@@ -26,7 +26,7 @@ from workers.engine.evaluation import perplexity
 from workers.engine.export import versions
 from workers.engine.loading import load
 from workers.engine.rounds import prune_round
-from workers.engine.schedule import cumulative_ratios
+from workers.engine.schedule import round_targets
 from workers.engine.scoring import Context
 
 RATIOS = (0.2, 0.5)
@@ -110,8 +110,9 @@ def windows(decoder: Decoder, arguments: argparse.Namespace, seed: int) -> tuple
         Calibration(**source("calibration")),
         Evaluation(**source("evaluation")),
         seed,
-        None,
-        lambda share: None,
+        texts_dir=None,
+        token=None,
+        progress=lambda share: None,
         allow_paths=True,
     )
 
@@ -123,9 +124,9 @@ def run(
     started = time.monotonic()
     pruned = Decoder(copy.deepcopy(decoder.model), decoder.tokenizer, decoder.shape)
     multiple = decoder.shape.width_multiple(None)
-    for number, so_far in enumerate(cumulative_ratios(ratio, rounds, "geometric"), start=1):
+    for number, target in enumerate(round_targets(decoder.shape, ratio, rounds, "geometric", multiple), start=1):
         context = Context(pruned, calibration.tokens, BATCH_WINDOWS, Scoring(), seed + number, lambda share: None)
-        prune_round(context, METHODS[name], so_far, multiple)
+        prune_round(context, METHODS[name], target, multiple)
     seconds = time.monotonic() - started
     reached = 1 - pruned.prunable_parameters / decoder.prunable_parameters
     return {"perplexity": measure(pruned, evaluation), "ratio": reached, "seconds": seconds}
@@ -164,6 +165,7 @@ def number(value: float) -> str:
 def describe(
     decoder: Decoder, arguments: argparse.Namespace, calibration: Windows, evaluation: Windows, seconds: float
 ) -> str:
+    # File names alone: where they lay is nobody's business.
     command = shlex.join(
         ["python", "-m", "workers.bench", *(Path(word).name if "/" in word else word for word in sys.argv[1:])]
     )

@@ -47,6 +47,12 @@ class ModelSource:
     config: dict[str, Any] | None
     """``config.json``, or the same from GGUF metadata; ``None`` for a GGUF file that is still on the Hub."""
 
+    @property
+    def name(self) -> str:
+        """As reports and model cards show it: of a path, the last part alone."""
+        known = self.revision is not None or self.model_id.startswith(LOCAL_PREFIX)
+        return self.model_id if known else Path(self.model_id).name
+
     def fingerprint(self) -> str:
         """Changes when the weights may have changed: the commit, or a hash over the names, sizes and times of the files."""
         if self.path is None or self.revision is not None:
@@ -128,7 +134,7 @@ def _local(model_id: str, folder: Path, gguf_file: str | None) -> ModelSource:
     if gguf_file is None and not (folder / "config.json").exists() and len(found) == 1:
         gguf_file = found[0]
     if gguf_file is not None:
-        if gguf_file not in found:
+        if gguf_file not in found and not (folder / gguf_file).is_file():
             raise PruningError(
                 "model_not_found",
                 f"There is no '{gguf_file}' in {model_id}; there are: {', '.join(found) or 'no GGUF files'}.",

@@ -25,7 +25,7 @@ class TextSource(_Part):
         None,
         max_length=255,
         pattern=r"^[^\x00]+$",
-        description="`wikitext2`, `ptb`, `c4`, a Hub data set id (`org/name`, optionally `:config`), or `local:NAME`, a UTF-8 text file in the texts folder.",
+        description="`wikitext2`, `c4`, a Hub data set id (`org/name`, optionally `:config`), or `local:NAME`, a UTF-8 text file in the texts folder.",
         examples=["wikitext2"],
     )
     texts: list[Text] | None = Field(None, min_length=1, max_length=10_000, description="The texts themselves.")
@@ -47,7 +47,8 @@ class Calibration(TextSource):
 
 
 class Evaluation(TextSource):
-    """Held-out text for perplexity. Neither ``dataset`` nor ``texts``: windows of the calibration source that were not used."""
+    """Held-out text for perplexity. Neither ``dataset`` nor ``texts``: the last fifth of the calibration text, which is then
+    not calibrated on; or sampled from the model, where there is no such text or too little."""
 
     latency: bool = Field(True, description="Measure prefill and decode time and peak memory, before and after.")
 

@@ -185,3 +185,35 @@ def test_ratio_that_cannot_be_met(source: Path, tmp_path: Path) -> None:
 def test_bad_specs(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         PruningSpec(**{"target_ratio": 0.2, "method": "piem", **changes})
+
+
+def test_gradients_that_overflow(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(3e3)
+        for layer in model.model.layers:
+            layer.input_layernorm.weight.mul_(0.01)
+            layer.post_attention_layernorm.weight.mul_(0.01)
+        model.model.embed_tokens.weight.mul_(1e-3)
+    folder = save(model, tokenizer, tmp_path / "model")
+    with pytest.raises(PruningError) as caught:
+        prune(str(folder), asked(method="piem-lsps", dtype="float16"), tmp_path / "out")
+    assert caught.value.code == "loss_not_finite" and caught.value.field == "dtype"
+
+
+def test_a_tokenizer_larger_than_the_model(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_tokens(["river"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(PruningError, match="384 embeddings") as caught:
+        prune(str(folder), asked(calibration=Calibration(texts=["river " * 200], sequence_length=32)), tmp_path / "out")
+    assert caught.value.code == "tokenizer_mismatch"
+
+
+def test_output_that_is_there_already(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for taken in (tmp_path / "file", source):
+        with pytest.raises(PruningError, match="is there already"):
+            prune(str(source), asked(), taken)

@@ -24,7 +24,7 @@ from workers.engine.plan import Plan
 from workers.engine.slicing import apply_plan
 
 STRANGER = """
-import sys, torch
+import copy, pickle, sys, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -47,6 +47,8 @@ for case in map(Path, sys.argv[1:]):
     padded = torch.cat([torch.zeros(len(tokens), 3, dtype=tokens.dtype), tokens], 1)
     mask = (torch.arange(padded.shape[1]) >= 3).long().expand_as(padded)
     results["left_padded"] = model.generate(padded, attention_mask=mask, **options)[:, 3:]
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    results["copied"] = copied(tokens).logits.float()
     model.save_pretrained(case / "resaved")
     again = AutoModelForCausalLM.from_pretrained(case / "resaved", trust_remote_code=True, dtype="auto").eval()
     results["resaved"] = again(tokens).logits.float()
@@ -129,7 +131,7 @@ def test_a_stranger_can_load_it(name: str, cases: dict[str, Case]) -> None:
     assert torch.allclose(results["logits"], case.logits, atol=exact * scale)
     assert torch.allclose(results["base_logits"], case.logits, atol=exact * scale)
     assert torch.allclose(results["eager"], case.logits, atol=eager * scale)
-    assert torch.equal(results["resaved"], results["logits"])
+    assert torch.equal(results["resaved"], results["logits"]) and torch.equal(results["copied"], results["logits"])
     if name != "bfloat16":  # ties in rounded logits may fall either way
         for kind in ("none", "static", "left_padded"):
             assert torch.equal(results[kind], results["dynamic"]), kind

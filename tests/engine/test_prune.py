@@ -1,16 +1,18 @@
 """The whole engine on a small trained model: every method, rounds, resume, determinism, sources of text."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from app.catalog.methods import METHODS
 from app.catalog.spec import Calibration, Evaluation, PruningSpec, Scoring
-from tests.engine.models import english
-from workers.engine import Paused, PruningResult, pipeline, prune
+from tests.engine.models import english, make_tokenizer, save
+from workers.engine import Paused, PruningResult, pipeline, progress, prune
 
 UNIT = 32 * 3 * 48
 """Parameters of one block of channels of the trained model."""
@@ -140,6 +142,8 @@ def test_evaluation_text_is_held_out(trained_folder: Path, tmp_path: Path) -> No
     asked = spec(evaluation=Evaluation(sequence_length=64, samples=4096, latency=False), rounds=1)
     report = run(trained_folder, tmp_path / "out", asked, on_event=events.append).report
     assert report["evaluation"]["source"] == "held out of 12 texts of the request"
+    tokens = len(make_tokenizer()("\n\n".join(english("calibration"))).input_ids)
+    assert report["evaluation"]["windows"] == tokens // 5 // 64, "a fifth, which calibration does not see"
     assert any("evaluation" in event["message"] for event in events if event["type"] == "warning")
 
 
@@ -169,7 +173,8 @@ def test_half_precision(dtype: str, trained_folder: Path, tmp_path: Path) -> Non
     assert report["perplexity"]["after"] == pytest.approx(single["perplexity"]["after"], rel=0.2)
 
 
-def test_progress_only_grows(trained_folder: Path, tmp_path: Path) -> None:
+def test_progress_only_grows(trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "INTERVAL", 0)
     events: list[dict[str, Any]] = []
     run(trained_folder, tmp_path / "out", spec(), on_event=events.append)
     shares = [event["share"] for event in events if event["type"] == "progress"]
@@ -184,3 +189,24 @@ def test_progress_only_grows(trained_folder: Path, tmp_path: Path) -> None:
         "checking",
         "done",
     ]
+
+
+def test_sampling_ignores_the_models_own_generation_settings(trained_folder: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(trained_folder)
+    model.generation_config.repetition_penalty = 3.0
+    changed = save(model, make_tokenizer(), tmp_path / "changed")
+    short = {"samples": 4, "sequence_length": 32}
+    asked = PruningSpec(target_ratio=0.2, method="piem", calibration=short, evaluation={**short, "latency": False})
+    reports = [run(folder, tmp_path / f"out-{folder.name}", asked).report for folder in (trained_folder, changed)]
+    assert reports[0]["perplexity"] == reports[1]["perplexity"]
+
+
+def test_licences_go_along(trained_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained_folder, tmp_path / "source")
+    for name in ("LICENSE.txt", "NOTICE", "USE_POLICY.md"):
+        (tmp_path / "source" / name).write_text("terms")
+    run(tmp_path / "source", tmp_path / "out", spec(rounds=1))
+    assert all((tmp_path / "out" / name).exists() for name in ("LICENSE.txt", "NOTICE", "USE_POLICY.md"))
+    assert str(tmp_path) not in "".join(
+        file.read_text() for file in (tmp_path / "out").glob("*.[mj]*") if file.suffix != ".safetensors"
+    )

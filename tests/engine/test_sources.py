@@ -70,6 +70,7 @@ def test_what_the_hub_says_no_to(hub: fake_hub.FakeHub, tokenizer: PreTrainedTok
     hub.create("org/mute", files={name: files[name] for name in files if not name.startswith("tokenizer")})
     hub.create("org/odd", files={**files, "config.json": b"[]"})
     hub.create("org/torn", files={**files, "model.safetensors": files["model.safetensors"][:5000]})
+    options: dict[str, Any]
     for model_id, options, code in (
         ("org/absent", {}, "model_not_found"),
         ("org/pickled", {}, "weights_missing"),
@@ -115,7 +116,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path:
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             if part in name:
                 data = data.reshape(heads, 2, -1, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), numpy.ascontiguousarray(data))
+        writer.add_tensor(str(names.get_name(name, (".weight",))), numpy.ascontiguousarray(data))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -149,7 +150,9 @@ def test_named_data_sets(trained_folder: Path, tmp_path: Path, monkeypatch: pyte
     asked: list[tuple[Any, ...]] = []
     rows = {"train": english("calibration"), "test": english("evaluation")}
 
-    def load_dataset(path: str, config: str | None, split: str, streaming: bool) -> list[dict[str, str]]:
+    def load_dataset(
+        path: str, config: str | None, split: str, streaming: bool, token: str | None
+    ) -> list[dict[str, str]]:
         asked.append((path, config, split))
         if path == "org/absent":
             raise datasets.exceptions.DatasetNotFoundError("no such data set")

@@ -1,13 +1,15 @@
 """Text in, windows of tokens out: for calibration and for evaluation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from app.catalog.errors import PruningError
 from app.catalog.sources import LOCAL_NAME, LOCAL_PREFIX
@@ -21,7 +23,6 @@ SAMPLING_BATCH = 16
 # name -> (Hub data set, configuration, text column, calibration split, evaluation split)
 DATASETS: dict[str, tuple[str, str | None, str, str, str]] = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "train", "test"),
-    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", "train", "test"),
     "c4": ("allenai/c4", "en", "text", "train", "validation"),
 }
 SAMPLED = "sampled from the model"
@@ -45,23 +46,28 @@ def read_windows(
     evaluation: Evaluation,
     seed: int,
     texts_dir: Path | None,
+    token: str | None,
     progress: Callable[[float], None],
     allow_paths: bool = False,
 ) -> tuple[Windows, Windows]:
     """Calibration and evaluation windows, disjoint unless the request itself names one text for both.
 
     Calibration takes windows spread at random (by ``seed``) over its text, evaluation its text's first ones. With no text
-    for evaluation, the last fifth of the calibration text is held out for it. With no text at all, both are sampled from
-    the model (self-generated calibration data, Ji et al. 2024, "Beware of Calibration Data").
+    for evaluation, the last fifth of the calibration text is held out for it, if that makes a window. With no text at all,
+    both are sampled from the model (self-generated calibration data, Ji et al. 2024, "Beware of Calibration Data").
 
     Raises:
         PruningError: ``calibration_too_short``, ``evaluation_too_short``, ``text_not_found``, ``text_invalid``,
-            ``hub_unavailable``.
+            ``tokenizer_mismatch``, ``hub_unavailable`` (retryable).
     """
     limit = decoder.shape.max_positions
     lengths = min(calibration.sequence_length, limit), min(evaluation.sequence_length, limit)
-    stream = _stream(decoder, calibration, calibration.samples * lengths[0] * 8, "calibration", texts_dir, allow_paths)
-    held_out = _stream(decoder, evaluation, evaluation.samples * lengths[1], "evaluation", texts_dir, allow_paths)
+    stream = _stream(
+        decoder, calibration, calibration.samples * lengths[0] * 8, "calibration", texts_dir, token, allow_paths
+    )
+    held_out = _stream(
+        decoder, evaluation, evaluation.samples * lengths[1], "evaluation", texts_dir, token, allow_paths
+    )
     if stream is not None and held_out is None and len(stream) * HELD_OUT_SHARE >= lengths[1]:
         boundary = int(len(stream) * (1 - HELD_OUT_SHARE))
         stream, held_out = stream[:boundary], stream[boundary:]
@@ -96,12 +102,18 @@ def read_windows(
 def describe(source: TextSource) -> str:
     """Where text comes from, for the report and the model card."""
     if source.dataset is not None:
-        return source.dataset
+        return Path(source.dataset).name if Path(source.dataset).is_file() else source.dataset
     return f"{len(source.texts)} texts of the request" if source.texts is not None else SAMPLED
 
 
 def _stream(
-    decoder: Decoder, source: TextSource, enough: int, purpose: str, texts_dir: Path | None, allow_paths: bool
+    decoder: Decoder,
+    source: TextSource,
+    enough: int,
+    purpose: str,
+    texts_dir: Path | None,
+    token: str | None,
+    allow_paths: bool,
 ) -> Tensor | None:
     """The source's tokens in one row, at least ``enough`` where it has them; ``None`` when there is no text."""
     if source.texts is not None:
@@ -111,8 +123,14 @@ def _stream(
     elif source.dataset.startswith(LOCAL_PREFIX) or (allow_paths and Path(source.dataset).is_file()):
         texts = [_read_file(source.dataset, purpose, texts_dir)]
     else:
-        texts = _read_dataset(source.dataset, purpose, enough)
+        texts = _read_dataset(source.dataset, purpose, enough, token)
     ids = decoder.tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    if ids and max(ids) >= decoder.shape.vocab_size:
+        raise PruningError(
+            "tokenizer_mismatch",
+            f"The tokenizer makes token {max(ids)}, but the model has {decoder.shape.vocab_size} embeddings.",
+            field="model_id",
+        )
     return torch.tensor(ids, dtype=torch.long)
 
 
@@ -146,7 +164,7 @@ def _read_file(name: str, purpose: str, texts_dir: Path | None) -> str:
         raise PruningError("text_invalid", f"'{name}' is no UTF-8 text: {error}", field=f"{purpose}.dataset") from None
 
 
-def _read_dataset(name: str, purpose: str, enough: int) -> list[str]:
+def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> list[str]:
     """Rows of a Hub data set, streamed until there are about ``enough`` tokens (four characters each)."""
     import datasets
 
@@ -158,7 +176,7 @@ def _read_dataset(name: str, purpose: str, enough: int) -> list[str]:
         raise PruningError("text_invalid", f"'{name}' is no data set on the Hub.", field=f"{purpose}.dataset")
     split = calibration_split if purpose == "calibration" else evaluation_split
     try:
-        rows = datasets.load_dataset(path, config, split=split, streaming=True)
+        rows = datasets.load_dataset(path, config, split=split, streaming=True, token=token)
         texts: list[str] = []
         size = 0
         for row in rows:
@@ -179,12 +197,22 @@ def _read_dataset(name: str, purpose: str, enough: int) -> list[str]:
         raise PruningError(
             "text_not_found", f"There is no data set '{name}': {error}", field=f"{purpose}.dataset"
         ) from None
-    except (ValueError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise PruningError("text_invalid", f"'{name}' cannot be read: {error}", field=f"{purpose}.dataset") from None
-    except Exception as error:  # the Hub's client raises its HTTP library's errors
+    except (httpx2.HTTPError, OSError) as error:
         raise PruningError(
             "hub_unavailable", f"The data set '{name}' could not be fetched: {type(error).__name__}.", retryable=True
         ) from error
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """``generate`` fills what its config leaves open (a repetition penalty, say) from the model's own: leave it nothing."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @torch.no_grad()
@@ -207,7 +235,7 @@ def sample_windows(decoder: Decoder, windows: int, length: int, seed: int, progr
     )
     rows = []
     devices = [decoder.device] if decoder.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), _plain_generation(model):
         torch.manual_seed(seed)
         for first in range(0, windows, SAMPLING_BATCH):
             prompt = torch.full((min(SAMPLING_BATCH, windows - first), 1), start, device=decoder.device)

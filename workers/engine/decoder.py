@@ -97,14 +97,23 @@ class Decoder:
                 hook.remove()
         return captured
 
+    def run_layer(self, captured: "Captured", index: int, hidden: Tensor) -> Tensor:
+        """What leaves layer ``index`` when ``hidden`` ``[windows, length, hidden]`` enters it."""
+        output = self.layers[index].module(hidden, **captured.kwargs[index])
+        return output[0] if isinstance(output, tuple) else output
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits ``[windows, length, vocabulary]`` from what leaves the last layer."""
+        logits: Tensor = self.model.get_output_embeddings()(
+            self.model.get_submodule(self.shape.family.final_norm)(hidden)
+        )
+        return logits
+
     def resume(self, captured: "Captured", start: int, hidden: Tensor) -> Tensor:
         """Logits ``[windows, length, vocabulary]`` from ``hidden`` entering layer ``start``."""
-        for layer, kwargs in zip(self.layers[start:], captured.kwargs[start:], strict=True):
-            output = layer.module(hidden, **kwargs)
-            hidden = output[0] if isinstance(output, tuple) else output
-        hidden = self.model.get_submodule(self.shape.family.final_norm)(hidden)
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
-        return logits
+        for index in range(start, len(self.layers)):
+            hidden = self.run_layer(captured, index, hidden)
+        return self.head(hidden)
 
 
 class Captured:

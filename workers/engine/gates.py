@@ -3,13 +3,13 @@
 PIEM + LSPS (Wang), section 3.2: ΔL(u) and ∂L/∂u, with u taken as the unit's gate m at m = 1.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from app.catalog.errors import PruningError
 from workers.engine.decoder import Decoder, gated, token_losses
 
 Progress = Callable[[float], None]
@@ -42,41 +42,59 @@ def estimated_loss_change(gradient: Tensor, curvature: Tensor) -> Tensor:
 
 
 def gate_statistics(decoder: Decoder, tokens: Tensor, batch_windows: int, progress: Progress) -> list[GateStatistics]:
-    """Gradient and curvature of every gate from one forward and backward over ``tokens`` ``[windows, length]``.
+    """Gradient and curvature of every gate over ``tokens`` ``[windows, length]``: two forwards and one backward.
 
     Each window has gates of its own, so one backward gives per-window gradients. The loss is summed over tokens, which
     keeps gradients of order one: they survive float16. Curvature is E over tokens of g², each window's summed gradient
     standing for its tokens' independent ones.
+
+    The backward goes layer by layer, each run once more from the hidden states that entered it: peak memory is one
+    layer's activations, not all layers'.
+
+    Raises:
+        PruningError: ``loss_not_finite`` when a gradient is NaN or infinite.
     """
-    length = tokens.shape[1] - 1
     totals = [
         [
-            torch.zeros(size, dtype=torch.float64)
-            for size in (layer.kv_groups, layer.kv_groups, layer.channels, layer.channels)
+            torch.zeros(n, dtype=torch.float64)
+            for n in (layer.kv_groups, layer.kv_groups, layer.channels, layer.channels)
         ]
         for layer in decoder.layers
     ]
     for start in range(0, len(tokens), batch_windows):
         batch = tokens[start : start + batch_windows]
-        with ExitStack() as stack, torch.enable_grad():
-            gates = []
-            for layer in decoder.layers:
-                pair = [
-                    torch.ones(len(batch), n, device=decoder.device, requires_grad=True)
-                    for n in (layer.kv_groups, layer.channels)
-                ]
-                stack.enter_context(gated(layer, *pair))
-                gates += pair
-            loss = token_losses(decoder.model(batch, use_cache=False).logits, batch).sum()
-            gradients = torch.autograd.grad(loss, gates)
-        for index, sums in enumerate(totals):
-            for kind, gradient in enumerate(gradients[2 * index : 2 * index + 2]):
+        for sums, gradients in zip(reversed(totals), _gradients_from_the_end(decoder, batch), strict=True):
+            for kind, gradient in enumerate(gradients):
                 by_window = gradient.double().cpu()
                 sums[2 * kind] += by_window.sum(0)
                 sums[2 * kind + 1] += by_window.square().sum(0)
         progress(min(start + batch_windows, len(tokens)) / len(tokens))
-    count = len(tokens) * length
+    if not all(torch.isfinite(total).all() for sums in totals for total in sums):
+        raise PruningError(
+            "loss_not_finite",
+            "The loss's gradients overflow in this dtype. Try dtype 'bfloat16' or 'float32'.",
+            field="dtype",
+        )
+    count = len(tokens) * (tokens.shape[1] - 1)
     return [GateStatistics(*(total / count for total in sums)) for sums in totals]
+
+
+def _gradients_from_the_end(decoder: Decoder, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per window, the summed loss's gradient by the gates of each layer, last layer first: ``[windows, units]``."""
+    captured = decoder.capture(batch)
+    upstream: Tensor | None = None
+    for index in reversed(range(len(decoder.layers))):
+        layer, hidden = decoder.layers[index], captured.inputs[index].detach().requires_grad_()
+        gates = [
+            torch.ones(len(batch), n, device=decoder.device, requires_grad=True)
+            for n in (layer.kv_groups, layer.channels)
+        ]
+        with torch.enable_grad(), gated(layer, *gates):
+            output = decoder.run_layer(captured, index, hidden)
+            if upstream is None:
+                output = token_losses(decoder.head(output), batch).sum()
+            upstream, heads, channels = torch.autograd.grad(output, [hidden, *gates], upstream)
+        yield heads, channels
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from app.catalog.errors import PruningError
 from app.catalog.sources import ModelSource, check_weight_files, hub_error, locate
 from workers.engine.decoder import Decoder
 
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+# Not every *.safetensors: some repositories hold the model a second time under other names.
+HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 
 
 def download(source: ModelSource, token: str | None, endpoint: str | None) -> ModelSource:
@@ -24,7 +25,7 @@ def download(source: ModelSource, token: str | None, endpoint: str | None) -> Mo
     """
     if source.path is not None:
         return source
-    patterns = HUB_FILES if source.gguf_file is None else [source.gguf_file]
+    patterns = HUB_FILES if source.gguf_file is None else [source.gguf_file, *HUB_FILES[-3:]]
     try:
         folder = snapshot_download(
             source.model_id, revision=source.revision, allow_patterns=patterns, token=token, endpoint=endpoint

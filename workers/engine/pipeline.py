@@ -11,9 +11,9 @@ import torch
 
 from app.catalog.errors import PruningError
 from app.catalog.methods import METHODS
-from app.catalog.sources import ModelSource, locate
+from app.catalog.sources import ModelSource, locate, read_shape
 from app.catalog.spec import PruningSpec
-from workers.engine.calibration import Windows, read_windows
+from workers.engine.calibration import SAMPLED, Windows, read_windows
 from workers.engine.decoder import Decoder
 from workers.engine.evaluation import forward_flops, measure_latency, perplexity, weight_bytes
 from workers.engine.export import check_checkpoint, staged, versions, write_checkpoint
@@ -21,7 +21,7 @@ from workers.engine.loading import download, load
 from workers.engine.plan import Plan
 from workers.engine.progress import Progress
 from workers.engine.rounds import prune_round
-from workers.engine.schedule import cumulative_ratios
+from workers.engine.schedule import round_targets
 from workers.engine.scoring import Context
 from workers.engine.slicing import apply_plan
 
@@ -72,12 +72,14 @@ def prune(
         Paused: ``stop()`` returned true.
     """
     started = time.monotonic()
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise PruningError("output_exists", f"{output_dir} is not empty.")
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise PruningError("output_exists", f"{output_dir} is there already and no empty folder.")
     progress = Progress(on_event, spec.round_count)
     progress.stage("loading", 0)
     options = {"models_dir": models_dir, "token": token, "endpoint": endpoint, "allow_paths": allow_paths}
     source = locate(model_id, revision=_revision(resume, revision), gguf_file=gguf_file, **options)  # type: ignore[arg-type]
+    if source.config is not None:
+        read_shape(source).check_ratio(spec.target_ratio, spec.allocation.width_multiple)
     source = download(source, token, endpoint)
     decoder = load(source, spec.dtype, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     decoder.shape.check_ratio(spec.target_ratio, spec.allocation.width_multiple)
@@ -85,9 +87,10 @@ def prune(
 
     progress.stage("calibrating", 0)
     calibration, evaluation = read_windows(
-        decoder, spec.calibration, spec.evaluation, spec.seed, texts_dir, progress.share, allow_paths
+        decoder, spec.calibration, spec.evaluation, spec.seed, texts_dir, token, progress.share, allow_paths
     )
-    _warn_if_short(on_event, spec, calibration, evaluation)
+    for message in _shortfalls(spec, calibration, evaluation):
+        on_event({"type": "warning", "message": message})
 
     state = resume or {"plan": None, "rounds": [], "baseline": None}
     if state["baseline"] is None:
@@ -98,7 +101,7 @@ def prune(
     apply_plan(decoder, plan)
 
     multiple = decoder.shape.width_multiple(spec.allocation.width_multiple)
-    ratios = cumulative_ratios(spec.target_ratio, spec.round_count, spec.allocation.schedule)
+    targets = round_targets(decoder.shape, spec.target_ratio, spec.round_count, spec.allocation.schedule, multiple)
     for number in range(len(state["rounds"]) + 1, spec.round_count + 1):
         if stop():
             raise Paused
@@ -107,11 +110,11 @@ def prune(
         context = Context(
             decoder, calibration.tokens, _batch(calibration), spec.scoring, spec.seed + number, progress.share
         )
-        plan = plan.then(prune_round(context, METHODS[spec.method], ratios[number - 1], multiple))
+        plan = plan.then(prune_round(context, METHODS[spec.method], targets[number - 1], multiple))
         progress.stage("evaluating", number)
         data = {
             "number": number,
-            "ratio": {"target": ratios[number - 1], "reached": _ratio(decoder)},
+            "ratio": {"target": targets[number - 1].ratio, "reached": _ratio(decoder)},
             "widths": plan.widths(decoder.shape),
             **context.details,
             **_measure(decoder, evaluation, spec, progress, latency=number == spec.round_count),
@@ -120,6 +123,7 @@ def prune(
         state = {**state, "plan": plan.as_dict(), "rounds": [*state["rounds"], data]}
         on_event({"type": "round", "number": number, "data": data, "state": state})
 
+    _check_reached(decoder, spec, multiple)
     progress.stage("exporting", spec.round_count)
     report = _report(decoder, source, spec, plan, state, calibration, evaluation)
     report["seconds"] = time.monotonic() - started
@@ -129,6 +133,15 @@ def prune(
         check_checkpoint(decoder, folder)
     progress.done()
     return PruningResult(output_dir, report)
+
+
+def _check_reached(decoder: Decoder, spec: PruningSpec, multiple: int) -> None:
+    """The promise, held against what was cut: the target is met to within one block of channels."""
+    missed = abs(_ratio(decoder) - spec.target_ratio) * decoder.shape.prunable_parameters
+    if missed > multiple * decoder.shape.cost.channel:
+        raise PruningError(
+            "ratio_missed", f"The target {spec.target_ratio:g} was missed: {_ratio(decoder):.6f} was reached."
+        )
 
 
 def _batch(windows: Windows) -> int:
@@ -171,17 +184,20 @@ def _check_resumable(resume: dict[str, Any] | None, source: ModelSource, spec: P
         )
 
 
-def _warn_if_short(
-    on_event: Callable[[dict[str, Any]], None], spec: PruningSpec, calibration: Windows, evaluation: Windows
-) -> None:
+def _shortfalls(spec: PruningSpec, calibration: Windows, evaluation: Windows) -> list[str]:
+    """What of the text is not as it was asked for, in words."""
+    messages = []
     for name, windows, asked in (
         ("calibration", calibration, spec.calibration),
         ("evaluation", evaluation, spec.evaluation),
     ):
         count, length = windows.tokens.shape
         if count < asked.samples or length < asked.sequence_length:
-            message = f"{name}: {count} windows of {length} tokens, where {asked.samples} of {asked.sequence_length} were asked for."
-            on_event({"type": "warning", "message": message})
+            wanted = f"{asked.samples} of {asked.sequence_length}"
+            messages.append(f"{name}: {count} windows of {length} tokens, where {wanted} were asked for.")
+    if evaluation.source == SAMPLED != calibration.source:
+        messages.append("evaluation: the calibration text is too short to hold any of it out; sampled from the model.")
+    return messages
 
 
 def _report(
@@ -203,7 +219,7 @@ def _report(
 
     return {
         "source": {
-            "model_id": source.model_id,
+            "model_id": source.name,
             "revision": source.revision,
             "gguf_file": source.gguf_file,
             "fingerprint": source.fingerprint(),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from app.catalog.architectures.base import Family, LayerShape, ModelShape, UnitCost
+from app.catalog.architectures.base import Family, LayerShape, ModelShape, UnitCost, channel_steps
 from app.catalog.architectures.llama import LLAMA
 from app.catalog.errors import PruningError
 
@@ -83,4 +83,13 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     )
 
 
-__all__ = ["FAMILIES", "MODEL_TYPES", "Family", "LayerShape", "ModelShape", "UnitCost", "shape_from_config"]
+__all__ = [
+    "FAMILIES",
+    "MODEL_TYPES",
+    "Family",
+    "LayerShape",
+    "ModelShape",
+    "UnitCost",
+    "channel_steps",
+    "shape_from_config",
+]

@@ -75,6 +75,14 @@ class UnitCost:
     fixed: int
 
 
+def channel_steps(width: int, multiple: int) -> list[int]:
+    """Channels that go with each step down from ``width``, through the multiples, to the one block that stays."""
+    if width <= multiple:
+        return []
+    odd = width % multiple
+    return ([odd] if odd else []) + [multiple] * (width // multiple - 1)
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a model, from its config alone."""
@@ -107,50 +115,64 @@ class ModelShape:
         """Feed-forward widths are multiples of this: ``asked``, or 256 for wide models, else 32 (design of the export)."""
         return asked or (256 if self.layers[0].intermediate_size >= WIDE_INTERMEDIATE else 32)
 
+    def removable(self, layer: LayerShape, multiple: int) -> tuple[int, int]:
+        """The most that a layer can give, in KV groups and in channels: one group and one block of channels stay."""
+        return layer.kv_groups - 1, sum(channel_steps(layer.intermediate_size, multiple))
+
     def max_ratio(self, width_multiple: int | None) -> float:
-        """The largest ratio: one KV group and one block of channels left in every layer."""
-        multiple = self.width_multiple(width_multiple)
-        removed = sum(
-            (layer.kv_groups - 1) * self.cost.kv_group
-            + (layer.intermediate_size - min(multiple, layer.intermediate_size)) * self.cost.channel
-            for layer in self.layers
-        )
-        return removed / self.prunable_parameters
+        """The largest ratio: all that every layer can give."""
+        groups, channels = self._removable(self.width_multiple(width_multiple))
+        return (groups * self.cost.kv_group + channels * self.cost.channel) / self.prunable_parameters
+
+    def split(self, ratio: float, width_multiple: int | None) -> tuple[int, float]:
+        """What a ratio takes from the source, in KV groups and in parameters of channels.
+
+        Heads give the same share of themselves as the whole does, as near as whole groups come to it and as channels can
+        make up the difference.
+        """
+        wanted = ratio * self.prunable_parameters
+        groups, channels = self._removable(self.width_multiple(width_multiple))
+        limit, share = channels * self.cost.channel, ratio * sum(layer.kv_groups for layer in self.layers)
+
+        def miss(count: int) -> float:
+            left = wanted - count * self.cost.kv_group
+            return max(-left, left - limit, 0.0)
+
+        count = min(range(groups + 1), key=lambda count: (miss(count), abs(count - share)))
+        return count, min(max(wanted - count * self.cost.kv_group, 0.0), limit)
 
     def nearest_ratio(self, target_ratio: float, width_multiple: int | None = None) -> float:
-        """The ratio nearest to the target that whole blocks of channels and whole KV groups can make."""
+        """The ratio nearest to the target that whole KV groups and whole blocks of channels make."""
+        groups, channels = self.split(target_ratio, width_multiple)
         block = self.width_multiple(width_multiple) * self.cost.channel
-        removable = sum(layer.intermediate_size // self.width_multiple(width_multiple) - 1 for layer in self.layers)
-        groups = sum(layer.kv_groups - 1 for layer in self.layers)
-        wanted = target_ratio * self.prunable_parameters
-        reached = (
-            count * self.cost.kv_group
-            + block * min(max(round((wanted - count * self.cost.kv_group) / block), 0), removable)
-            for count in range(groups + 1)
+        whole = min(
+            round(channels / block) * block, self._removable(self.width_multiple(width_multiple))[1] * self.cost.channel
         )
-        ratio = min(
-            (value / self.prunable_parameters for value in reached), key=lambda value: abs(value - target_ratio)
-        )
-        return min(ratio, self.max_ratio(width_multiple))
+        return (groups * self.cost.kv_group + whole) / self.prunable_parameters
 
     def check_ratio(self, target_ratio: float, width_multiple: int | None = None) -> None:
-        """Refuse a target that misses by more than one block of channels.
+        """Refuse a target that misses by more than half a block of channels, or that would remove nothing.
 
         Raises:
             PruningError: ``ratio_unreachable``, naming the nearest ratio that can be met.
         """
         nearest = self.nearest_ratio(target_ratio, width_multiple)
-        step = self.width_multiple(width_multiple) * self.cost.channel / self.prunable_parameters
-        if nearest <= 0 or abs(nearest - target_ratio) > step:
-            smallest = min(step, self.cost.kv_group / self.prunable_parameters)
-            low = smallest if nearest <= 0 else nearest
-            raise PruningError(
-                "ratio_unreachable",
-                f"This model cannot be pruned by {target_ratio:g}: the nearest ratio that can be met is {low:.6f} "
-                f"(at most {self.max_ratio(width_multiple):.6f}, one KV group and one block of "
-                f"{self.width_multiple(width_multiple)} channels stay in every layer).",
-                field="target_ratio",
-            )
+        multiple = self.width_multiple(width_multiple)
+        block = multiple * self.cost.channel / self.prunable_parameters
+        if nearest > 0 and abs(nearest - target_ratio) <= block / 2 + 1e-12:
+            return
+        smallest = min(block, self.cost.kv_group / self.prunable_parameters)
+        raise PruningError(
+            "ratio_unreachable",
+            f"This model cannot be pruned by {target_ratio:g}: the nearest ratio that can be met is "
+            f"{nearest or smallest:.6f} (at most {self.max_ratio(width_multiple):.6f}: one KV group and one block of "
+            f"{multiple} channels stay in every layer).",
+            field="target_ratio",
+        )
+
+    def _removable(self, multiple: int) -> tuple[int, int]:
+        by_layer = [self.removable(layer, multiple) for layer in self.layers]
+        return sum(groups for groups, _ in by_layer), sum(channels for _, channels in by_layer)
 
     def as_dict(self) -> dict[str, Any]:
         """For ``POST /v1/models/inspect``."""

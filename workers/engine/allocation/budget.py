@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from app.catalog.architectures import LayerShape, UnitCost
+from app.catalog.architectures import LayerShape, UnitCost, channel_steps
 from workers.engine.plan import LayerPlan, Plan
 from workers.engine.scoring.base import Scores
 
@@ -19,23 +19,22 @@ def select_units(
     shapes: Sequence[LayerShape],
     scores: Scores,
     budgets: Sequence[float],
+    kv_groups: int,
     cost: UnitCost,
     width_multiple: int,
 ) -> Plan:
     """Keep the best-scored units of every layer under its budget, ``M(l) = {u : S(u) < quantile_τ(l)}``.
 
     The paper prints Quantile_{1−τ} with one letter for threshold and ratio; that the *lowest* τ(l) of a layer goes is the
-    reading that makes sense. ``budgets`` are parameters to remove by layer; their sum is met to within half a block of
-    ``width_multiple`` channels, wherever one KV group and one block can stay in each layer. A layer's budget is split
-    between heads and channels in proportion, as far as whole KV groups allow; channels make up the difference.
+    reading that makes sense. ``budgets`` are parameters to remove by layer, ``kv_groups`` how many groups all layers together
+    give; channels make up the rest of the budgets, whose sum is met to within half a block of ``width_multiple`` channels
+    as long as the layers have them to give.
     """
-    total = sum(budgets)
-    steps = [_channel_steps(shape.intermediate_size, width_multiple) for shape in shapes]
-    channels_at_most = sum(map(sum, steps)) * cost.channel
     group_order = [torch.argsort(values, stable=True).tolist() for values in scores.heads]
-    groups = _spread_groups(shapes, scores, group_order, budgets, cost, channels_at_most)
+    groups = _spread_groups(shapes, scores, group_order, budgets, kv_groups, cost)
     left = [budget - count * cost.kv_group for budget, count in zip(budgets, groups, strict=True)]
-    removed = _spread_channels(steps, left, total - sum(groups) * cost.kv_group, cost.channel)
+    steps = [channel_steps(shape.intermediate_size, width_multiple) for shape in shapes]
+    removed = _spread_channels(steps, left, cost.channel)
     return Plan(
         tuple(
             LayerPlan(tuple(sorted(order[count:])), _best(values, shape.intermediate_size - channels))
@@ -50,35 +49,22 @@ def _best(scores: Tensor, count: int) -> tuple[int, ...]:
     return tuple(sorted(torch.argsort(scores, stable=True)[len(scores) - count :].tolist()))
 
 
-def _channel_steps(width: int, multiple: int) -> list[int]:
-    """Channels that go with each step down from ``width``, through the multiples, to the last one."""
-    if width <= multiple:
-        return []
-    odd = width % multiple
-    return ([odd] if odd else []) + [multiple] * (width // multiple - 1)
-
-
 def _spread_groups(
     shapes: Sequence[LayerShape],
     scores: Scores,
     order: list[list[int]],
     budgets: Sequence[float],
+    count: int,
     cost: UnitCost,
-    channels_at_most: int,
 ) -> list[int]:
-    """KV groups to remove by layer: each layer's share of its budget, rounded down or up.
+    """``count`` KV groups to remove, by layer: each layer's share of its budget, rounded down or up.
 
     A layer has few groups, so most of its share is a fraction. Which layers round up is decided by the score of the
     group that would go: scores are comparable across layers, by α(l).
     """
-    total = sum(budgets)
     shares = [
-        min(shape.kv_groups * budget / _parameters(shape, cost), shape.kv_groups - 1)
-        for shape, budget in zip(shapes, budgets, strict=True)
+        shape.kv_groups * budget / _parameters(shape, cost) for shape, budget in zip(shapes, budgets, strict=True)
     ]
-    least = max(0, -(-int(total - channels_at_most) // cost.kv_group))
-    most = min(int(total // cost.kv_group), sum(shape.kv_groups - 1 for shape in shapes))
-    count = min(max(round(sum(shares)), least), most)
     removed = [0] * len(shapes)
 
     def claim(index: int) -> tuple[int, float, int]:
@@ -97,13 +83,13 @@ def _spread_groups(
     return removed
 
 
-def _spread_channels(steps: list[list[int]], budgets: list[float], total: float, per_channel: int) -> list[int]:
+def _spread_channels(steps: list[list[int]], budgets: list[float], per_channel: int) -> list[int]:
     """Channels to remove by layer, in whole steps: the next step always goes to the layer furthest behind its budget."""
     removed = [0] * len(steps)
     taken = [0] * len(steps)
     heap = [(-budget, index) for index, budget in enumerate(budgets) if steps[index]]
     heapq.heapify(heap)
-    missing = total
+    missing = sum(budgets)
     while heap:
         _, index = heapq.heappop(heap)
         step = steps[index][taken[index]] * per_channel

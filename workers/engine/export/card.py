@@ -14,7 +14,7 @@ def model_card(report: dict[str, Any], extra: dict[str, Any]) -> str:
     method = METHODS[spec["method"]]
     base = source["model_id"].removeprefix("local:")
     repo_id = extra.get("repo_id") or "path/to/this/folder"
-    on_hub = not source["model_id"].startswith("local:") and "/" in base
+    on_hub = source["revision"] is not None
     head = ModelCardData(
         base_model=base if on_hub else None,
         library_name="transformers",
@@ -62,7 +62,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_spec
 |---|---|---|---|
 {_widths(report)}
 
-`secateur.json` holds the request, the exact units kept, versions and file hashes. The same request gives the same weights:
+`secateur.json` holds the request, the exact units kept, versions and file hashes. The same request on the same kind of
+machine gives the same weights:
 
 ```json
 {json.dumps({"model_id": source["model_id"], **spec}, indent=1)}

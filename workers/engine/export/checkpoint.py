@@ -33,8 +33,8 @@ COPIED = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
-    "LICENSE",
 )
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 MANIFEST = "secateur.json"
 SHARD_SIZE = "5GB"
 ROOM = 64 * 2**20
@@ -150,6 +150,9 @@ def _write_tokenizer(decoder: Decoder, source: ModelSource, folder: Path) -> Non
     else:
         decoder.tokenizer.save_pretrained(folder)
         decoder.model.generation_config.save_pretrained(folder)
+    for pattern in LICENCES:
+        for file in source.path.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
     if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name for it, unknown to 4

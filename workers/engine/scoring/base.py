@@ -53,12 +53,12 @@ def l1_norms(decoder: Decoder) -> Scores:
     heads, channels = [], []
     for layer in decoder.layers:
         family = layer.family
-        groups = layer.attention_output.weight.abs().double().sum(0)
+        groups = layer.attention_output.weight.abs().sum(0, dtype=torch.float64)
         total = by_group(groups, layer.kv_groups)
         for name in family.attention_inputs:
             total = total + by_group(_rows(layer[name]), layer.kv_groups)
         heads.append(total.cpu())
-        width = layer.channel_output.weight.abs().double().sum(0)
+        width = layer.channel_output.weight.abs().sum(0, dtype=torch.float64)
         for name in family.channel_inputs:
             width = width + _rows(layer[name])
         channels.append(width.cpu())
@@ -66,5 +66,5 @@ def l1_norms(decoder: Decoder) -> Scores:
 
 
 def _rows(linear: torch.nn.Linear) -> Tensor:
-    rows = linear.weight.abs().double().sum(1)
+    rows = linear.weight.abs().sum(1, dtype=torch.float64)
     return rows if linear.bias is None else rows + linear.bias.abs().double()

@@ -15,18 +15,21 @@ def score(context: Context) -> Scores:
     The paper leaves the scales of the terms open. Here heads and channels of a layer are two populations; within one,
     ‖W‖1 and ΔL are divided by their mean magnitude before the λ weights apply, Σ_j I is taken over magnitudes (ΔL may be
     negative), α(l) is the population's mean |∂L/∂u| over that of the most sensitive layer, and |∂L/∂u| is divided by the
-    number of units times that same largest mean, so that both terms of S add up to α(l) over a layer.
+    number of units times that same largest mean: over a layer the terms of S add up to α(l) and γ·α(l). Within a layer
+    α(l) changes no order; it makes KV groups of different layers comparable.
 
     ΔL of heads is exact by shielding where that is affordable, else and for channels −g + ½·h from the gates.
     """
-    norms, gates, weights = l1_norms(context.decoder), context.gates, context.scoring
-    exact = exact_shielding(context)
+    weights, exact, report = context.scoring, exact_shielding(context), context.progress
     context.details["shielding"] = "exact" if exact else "estimate"
-    head_changes = (
-        shielded_loss_change(context.decoder, context.tokens, context.batch_windows, context.progress)
-        if exact
-        else [layer.head_loss_change for layer in gates]
-    )
+    if exact:
+        context.progress = lambda share: report(share / 2)
+    norms, gates = l1_norms(context.decoder), context.gates
+    head_changes = [layer.head_loss_change for layer in gates]
+    if exact:
+        head_changes = shielded_loss_change(
+            context.decoder, context.tokens, context.batch_windows, lambda share: report((1 + share) / 2)
+        )
 
     def combine(norms: list[Tensor], changes: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         largest = max(float(gradient.abs().mean()) for gradient in gradients) or 1.0
