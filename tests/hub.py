@@ -168,6 +168,14 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": name} for name in commit.files]
         return {"id": repo, "sha": commit.sha, "private": self.hub.repositories[repo].private, "siblings": siblings}
 
+    def commits(self, body: bytes, repo: str, revision: str) -> Any:
+        self._commit_of(repo, revision)
+        date = "2026-01-01T00:00:00.000Z"
+        return [
+            {"id": commit.sha, "authors": [], "date": date, "title": commit.title, "message": ""}
+            for commit in reversed(self.hub.repositories[repo].commits)
+        ]
+
     def tree(self, body: bytes, repo: str, revision: str) -> Any:
         files = self._commit_of(repo, revision).files
         return [
@@ -243,6 +251,7 @@ ROUTES: list[tuple[tuple[str, ...], str, Callable[..., Any]]] = [
     (("POST",), "/api/validate-yaml", _Handler.validate_yaml),
     (("GET",), f"/api/models/{_REPO}", _Handler.info),
     (("GET",), f"/api/models/{_REPO}/revision/{_REVISION}", _Handler.info),
+    (("GET",), f"/api/models/{_REPO}/commits/{_REVISION}", _Handler.commits),
     (("GET",), f"/api/models/{_REPO}/tree/{_REVISION}/?", _Handler.tree),
     (("POST",), f"/api/models/{_REPO}/preupload/{_REVISION}", _Handler.preupload),
     (("POST",), f"/api/models/{_REPO}/commit/{_REVISION}", _Handler.commit),

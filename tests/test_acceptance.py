@@ -209,7 +209,7 @@ def test_kill_9_of_everything_and_the_next_up_goes_on(service: Service, start_se
     again = start_service()
     job = again.wait(job_id, "succeeded", "failed")
     assert job["state"] == "succeeded", job["error"]
-    assert job["attempt"] == 2 and job["failures"] == 1
+    assert job["attempt"] == 2 and job["failures"] == 0, "rounds were completed since"
     numbers = [event["data"]["number"] for event in again.events(job_id) if event["type"] == "round"]
     assert numbers == list(range(17)), "no round was done twice, none was left out"
     assert (service.data / "hub" / "org" / "survivor" / "model.safetensors").exists()

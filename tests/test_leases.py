@@ -90,13 +90,12 @@ def _writes(session: Session, job_id: uuid.UUID, attempt: int) -> list[Callable[
         lambda: leases.report_progress(session, job_id, attempt, {}, {"type": "warning", "data": {"message": "m"}}),
         lambda: leases.record_round(session, job_id, attempt, 1, "p", "0", {}),
         lambda: leases.move(session, job_id, attempt, Trigger.PUBLISH),
-        lambda: leases.step_aside(session, job_id, attempt),
         lambda: leases.release(session, job_id, attempt),
         lambda: leases.fail(session, job_id, attempt, LOST, 3, 1),
     ]
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(7))
 def test_an_expired_lease_writes_nothing(session: Session, queued: uuid.UUID, index: int) -> None:
     leases.claim(session, queued, "w", TTL)
     _expire(session, queued)
@@ -107,7 +106,7 @@ def test_an_expired_lease_writes_nothing(session: Session, queued: uuid.UUID, in
     assert session.scalar(select(func.count()).select_from(JobRound)) == 0
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(7))
 def test_an_earlier_attempt_writes_nothing(session: Session, queued: uuid.UUID, index: int) -> None:
     leases.claim(session, queued, "w", TTL)
     leases.release(session, queued, 1)
@@ -162,7 +161,7 @@ def test_stepping_aside(session: Session, queued: uuid.UUID, asked: bool, state:
     leases.claim(session, queued, "w", TTL)
     session.execute(update(Job).values(pause_requested=asked))
     session.commit()
-    assert leases.step_aside(session, queued, 1) == state
+    assert leases.release(session, queued, 1) == state
     assert _job(session, queued).failures == 0
 
 
@@ -174,6 +173,20 @@ def test_failures_are_counted_and_end(session: Session, queued: uuid.UUID) -> No
     assert leases.fail(session, queued, 3, LOST, 3, 0) == State.FAILED
     job = _job(session, queued)
     assert (job.failures, job.error) == (3, LOST)
+
+
+def test_a_round_clears_the_count_of_failures_and_is_recorded_once(session: Session, queued: uuid.UUID) -> None:
+    for attempt in (1, 2):
+        leases.claim(session, queued, "w", TTL)
+        leases.fail(session, queued, attempt, LOST, 3, 0)
+    leases.claim(session, queued, "w", TTL)
+    leases.record_round(session, queued, 3, 0, "round-0", "a", {})
+    assert _job(session, queued).failures == 2, "measuring the unpruned model is no round of pruning"
+    for _ in range(2):
+        leases.record_round(session, queued, 3, 1, "round-1", "b", {})
+    assert _job(session, queued).failures == 0
+    events = session.scalars(select(JobEvent).where(JobEvent.type == "round")).all()
+    assert [event.data["number"] for event in events] == [0, 1]
 
 
 def test_backoff_doubles(session: Session, queued: uuid.UUID) -> None:

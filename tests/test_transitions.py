@@ -15,15 +15,15 @@ from app.webhooks.models import WebhookDelivery
 
 # Written out, not derived from the code's table: rows are states, "." refuses, "=" changes nothing.
 EXPECTED = """
-            claim    pause   paused  resume  cancel      stopped    retry   publish     succeed    requeue    fail
-queued      running  paused  .       =       cancelled   .          =       .           .          .          .
-running     .        asks    paused  =       cancelling  .          .       publishing  .          queued     failed
-publishing  .        .       .       .       .           .          .       .           succeeded  queued     failed
-paused      .        =       .       queued  cancelled   .          .       .           .          .          .
-cancelling  .        .       .       .       =           cancelled  .       .           .          cancelled  cancelled
-succeeded   .        .       .       .       .           .          .       .           .          .          .
-failed      .        .       .       .       .           .          queued  .           .          .          .
-cancelled   .        .       .       .       =           .          queued  .           .          .          .
+            claim    pause   resume  cancel      stopped    retry   publish     succeed    requeue    fail
+queued      running  paused  =       cancelled   .          =       .           .          .          .
+running     .        asks    =       cancelling  .          =       publishing  .          queued     failed
+publishing  .        .       .       .           .          .       .           succeeded  queued     failed
+paused      .        =       queued  cancelled   .          .       .           .          .          .
+cancelling  .        .       .       =           cancelled  .       .           .          cancelled  cancelled
+succeeded   .        .       .       .           .          .       .           .          .          .
+failed      .        .       .       .           .          queued  .           .          .          .
+cancelled   .        .       .       =           .          queued  .           .          .          .
 """
 
 
@@ -114,6 +114,24 @@ def test_a_pause_request_is_withdrawn_by_resume(session: Session) -> None:
     assert job.pause_requested and job.version == 2
     transitions.apply(session, job, Trigger.RESUME)
     assert not job.pause_requested and job.version == 3
+
+
+def test_a_pause_request_outlives_the_attempt(session: Session) -> None:
+    job = make_job(session, State.RUNNING, pause_requested=True)
+    transitions.apply(session, job, Trigger.RETRY)
+    assert job.pause_requested, "a retry that changes nothing withdraws nothing"
+    transitions.apply(session, job, Trigger.REQUEUE)
+    assert job.state == State.PAUSED and not job.pause_requested
+
+
+def test_what_may_be_published_can_only_be_completed(session: Session) -> None:
+    job = make_job(session, State.RUNNING)
+    for trigger in (Trigger.PUBLISH, Trigger.REQUEUE):
+        transitions.apply(session, job, trigger)
+    assert job.state == State.QUEUED
+    for trigger in (Trigger.CANCEL, Trigger.PAUSE):
+        with pytest.raises(TransitionRefused, match="may be published"):
+            transitions.apply(session, job, trigger)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Any, Protocol
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from app.catalog.errors import PruningError
 
-MANIFEST = "secateur.json"
 KEPT = ".gitattributes"
 """The Hub's own file, made with the repository."""
 
@@ -35,8 +33,8 @@ class Hub(Protocol):
     def head(self, repo_id: str, private: bool) -> str | None:
         """The last commit, ``None`` if there is none; makes the repository if it is missing."""
 
-    def manifest(self, repo_id: str, commit: str) -> dict[str, Any]:
-        """The manifest in ``commit``; empty if it has none."""
+    def find(self, repo_id: str, message: str) -> str | None:
+        """The commit with this message, wherever in the history it is; ``None``: there is none."""
 
     def commit(self, repo_id: str, parent: str | None, folder: Path, message: str) -> str:
         """Make the repository's files those of ``folder``, in one commit upon ``parent``.
@@ -63,13 +61,10 @@ class HuggingFaceHub:
                 self.api.create_repo(repo_id, private=private, exist_ok=True)
                 return self.api.repo_info(repo_id).sha
 
-    def manifest(self, repo_id: str, commit: str) -> dict[str, Any]:
-        with self._errors(repo_id), tempfile.TemporaryDirectory() as folder:
-            try:
-                path = self.api.hf_hub_download(repo_id, MANIFEST, revision=commit, local_dir=folder)
-            except EntryNotFoundError:
-                return {}
-            return _read_manifest(Path(path))
+    def find(self, repo_id: str, message: str) -> str | None:
+        with self._errors(repo_id):
+            commits = self.api.list_repo_commits(repo_id)
+        return next((commit.commit_id for commit in commits if commit.title == message), None)
 
     def commit(self, repo_id: str, parent: str | None, folder: Path, message: str) -> str:
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
@@ -92,7 +87,7 @@ class HuggingFaceHub:
     def _errors(self, repo_id: str) -> Iterator[None]:
         try:
             yield
-        except httpx2.HTTPError as error:
+        except (httpx2.HTTPError, LocalEntryNotFoundError) as error:
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             if status in (401, 403):
                 message = f"The Hub does not let this service's token write to '{repo_id}'."
@@ -117,11 +112,15 @@ class FolderHub:
                 self._link(repo_id, commit)  # a kill may have come between the commit and its link
             return commit
 
-    def manifest(self, repo_id: str, commit: str) -> dict[str, Any]:
-        try:
-            return _read_manifest(self._snapshot(repo_id, commit) / MANIFEST)
-        except FileNotFoundError:
-            return {}
+    def find(self, repo_id: str, message: str) -> str | None:
+        with self._locked(repo_id):
+            commit = self._main(repo_id)
+            while commit is not None:
+                record = json.loads(self._record(repo_id, commit).read_bytes())
+                if record["message"] == message:
+                    return commit
+                commit = record["parent"]
+            return None
 
     def commit(self, repo_id: str, parent: str | None, folder: Path, message: str) -> str:
         with self._locked(repo_id):
@@ -133,6 +132,8 @@ class FolderHub:
             shutil.copytree(folder, snapshot, copy_function=_link_or_copy)
             for path in [*snapshot.rglob("*"), snapshot, snapshot.parent]:
                 _sync(path)
+            record = json.dumps({"parent": parent, "message": message})
+            _replace(self._record(repo_id, commit), lambda new: new.write_text(record))
             _replace(self._repository(repo_id) / "refs" / "main", lambda new: new.write_text(commit))
             self._link(repo_id, commit)
             return commit
@@ -146,10 +147,14 @@ class FolderHub:
     def _snapshot(self, repo_id: str, commit: str) -> Path:
         return self._repository(repo_id) / "snapshots" / commit
 
+    def _record(self, repo_id: str, commit: str) -> Path:
+        """Parent and message of a commit: only what main leads back to was committed."""
+        return self._repository(repo_id) / "commits" / commit
+
     @contextmanager
     def _locked(self, repo_id: str) -> Iterator[None]:
         repository = self._repository(repo_id)
-        for part in ("refs", "snapshots"):
+        for part in ("refs", "snapshots", "commits"):
             (repository / part).mkdir(parents=True, exist_ok=True)
         with (repository / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -166,15 +171,6 @@ class FolderHub:
         link.parent.mkdir(parents=True, exist_ok=True)
         target = os.path.relpath(self._snapshot(repo_id, commit), link.parent)
         _replace(link, lambda new: new.symlink_to(target))
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest; one that is no JSON object is nobody's."""
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError:
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
 def _digest(folder: Path, header: str) -> str:

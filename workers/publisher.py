@@ -1,7 +1,7 @@
 """The publishing process: ``python -m workers.publisher``, started by the supervisor when the pruned files are there.
 
-A job is published once, whatever is killed when: the commit is a compare-and-swap on HEAD, and a HEAD whose manifest
-names this job was made by an earlier attempt and is adopted.
+A job is published once, whatever is killed when: the commit is a compare-and-swap on HEAD, and one in the history that
+names this job was made by an earlier attempt and is adopted, whoever has committed since.
 """
 
 import shutil
@@ -47,12 +47,14 @@ def publish(hub: Hub, repo_id: str, private: bool, folder: Path, job_id: str) ->
     Raises:
         PruningError: the Hub's own, or ``hub_conflict`` (retryable) when others keep committing.
     """
+    message = f"Pruned model of job {job_id}"
     for _ in range(TRIES):
         head = hub.head(repo_id, private)
-        if head is not None and hub.manifest(repo_id, head).get("job_id") == job_id:
-            return head
+        ours = hub.find(repo_id, message) if head is not None else None
+        if ours is not None:
+            return ours
         try:
-            return hub.commit(repo_id, head, folder, f"Pruned model of job {job_id}")
+            return hub.commit(repo_id, head, folder, message)
         except HeadMoved:
             continue
     raise PruningError("hub_conflict", f"Others keep committing to '{repo_id}'; try again later.", retryable=True)

@@ -21,9 +21,10 @@ from sqlalchemy.orm import Session, sessionmaker
 from app.catalog.methods import METHODS
 from app.config import Settings
 from app.jobs import leases, repository
-from app.jobs.leases import Claim, LeaseLost
+from app.jobs.leases import Beat, Claim, LeaseLost
 from app.jobs.transitions import State, TransitionRefused, Trigger
 from workers.child import Child, describe_exit
+from workers.parent import explain
 
 log = logging.getLogger(__name__)
 
@@ -116,9 +117,7 @@ class Attempt:
             self._prune_and_publish(runner, publisher)
         except Cancelled:
             self._write(leases.move, Trigger.STOPPED)
-        except Paused:
-            self._write(leases.step_aside)
-        except ShuttingDown:
+        except (Paused, ShuttingDown):
             self._write(leases.release)
         except DatabaseLost:
             self.deadline += settings.lease_margin  # the children are dead: the lease may be used to its end
@@ -128,10 +127,8 @@ class Attempt:
         except Failed as failure:
             self._write(leases.fail, failure.error, settings.max_failures, settings.retry_backoff)
         except Exception as error:
-            log.exception("the supervisor failed")
-            message = f"The worker failed unexpectedly ({type(error).__name__}); its log has the details."
-            unexpected = {"code": "internal_error", "message": message, "retryable": True}
-            self._write(leases.fail, unexpected, settings.max_failures, settings.retry_backoff)
+            reason = explain(error, str(settings.data_dir))
+            self._write(leases.fail, reason, settings.max_failures, settings.retry_backoff)
 
     def _prune_and_publish(self, runner: list[str], publisher: list[str]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +149,7 @@ class Attempt:
         done = {**self.progress, "stage": "done", "share": 1.0}
         self._write(leases.move, Trigger.SUCCEED, result=result, report=report, progress=done)
         for checkpoint in self.folder.glob("round-*"):
-            checkpoint.unlink()
+            checkpoint.unlink(missing_ok=True)  # the job may have been deleted meanwhile
 
     def _start_publishing(self) -> None:
         try:
@@ -196,12 +193,12 @@ class Attempt:
             heard = time.monotonic()
             match message.pop("type"):
                 case "progress":
-                    self._report_progress(message)
+                    self._heed(child, self._report_progress(message))
                 case "warning":
                     event = {"type": "warning", "data": message}
-                    self._write(leases.report_progress, self.progress, event)
+                    self._heed(child, self._write(leases.report_progress, self.progress, event))
                 case "round":
-                    self._write(leases.record_round, **message)
+                    self._heed(child, self._write(leases.record_round, **message))
                 case "paused":
                     raise Paused
                 case "error":
@@ -209,19 +206,23 @@ class Attempt:
                 case "result":
                     return message
 
-    def _report_progress(self, progress: dict[str, Any]) -> None:
+    def _report_progress(self, progress: dict[str, Any]) -> Beat:
         remaining = progress.pop("remaining_seconds")
         finish = None if remaining is None else dt.datetime.now(dt.UTC) + dt.timedelta(seconds=remaining)
         self.progress = {**self.progress, **progress, "estimated_finish_at": finish and finish.isoformat()}
-        self._write(leases.report_progress, self.progress)
+        return self._write(leases.report_progress, self.progress)
 
     def _beat(self, child: Child) -> None:
         sent = time.monotonic()
         beat = self._write(leases.renew, self.settings.lease_ttl)
-        if beat.cancel:
-            raise Cancelled
         self.deadline = self._deadline(sent)
         self.next_beat = sent + self.settings.heartbeat_interval
+        self._heed(child, beat)
+
+    def _heed(self, child: Child, beat: Beat) -> None:
+        """Do what was asked of the job, and pass the lease's end on to the child."""
+        if beat.cancel:
+            raise Cancelled
         child.renew(self.deadline, beat.pause)
 
     def _deadline(self, sent: float) -> float:
@@ -239,8 +240,7 @@ class Attempt:
             message += f" The machine {'ran' if known else 'probably ran'} out of memory."
         if code == -signal.SIGALRM:
             message += " It was hung: it did not read its renewals."
-        if child.stderr_tail:
-            message += f" Its last words:\n{child.stderr_tail[-2000:]}"
+        log.warning("%s Its last words:\n%s", message, child.stderr_tail)  # not for the owner: it names our paths
         return Failed("runner_died", message, retryable=True)
 
     def _write(self, operation: Callable[..., Any], *values: Any, **named: Any) -> Any:

@@ -21,6 +21,7 @@ from app.catalog.errors import PruningError
 LOCAL_PREFIX = "local:"
 LOCAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 HUB_TIMEOUT = 10.0
+LARGEST_JSON = 64 * 2**20
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 # GGUF metadata ("{architecture}.…") by the name config.json has for it (GGUF specification, "Standardized key-value pairs").
@@ -153,14 +154,30 @@ def _local(model_id: str, folder: Path, gguf_file: str | None) -> ModelSource:
     return ModelSource(model_id, folder, None, None, config)
 
 
+def _read_json(path: Path) -> Any:
+    """A JSON file of a size that such files have.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or too large.
+    """
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"it has {path.stat().st_size} bytes, more than {LARGEST_JSON}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def _read_config(model_id: str, path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = _read_json(path)
     except FileNotFoundError:
         raise PruningError("model_not_found", f"{model_id} has no config.json.", field="model_id") from None
     except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise PruningError(
-            "config_invalid", f"config.json of {model_id} cannot be read: {error}", field="model_id"
+            "config_invalid", f"config.json of {model_id} cannot be read: {reason}", field="model_id"
         ) from None
     if not isinstance(config, dict):
         raise PruningError("config_invalid", f"config.json of {model_id} is not an object.", field="model_id")
@@ -175,7 +192,9 @@ def check_weight_files(model_id: str, folder: Path) -> None:
     """
     index = folder / "model.safetensors.index.json"
     try:
-        wanted: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.exists() else {}
+        wanted: dict[str, str] = _read_json(index)["weight_map"] if index.exists() else {}
+        if not all(isinstance(name, str) for name in wanted.values()):
+            raise TypeError("a shard's name is no text")
         files = sorted(set(wanted.values())) or sorted(file.name for file in folder.glob("*.safetensors"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PruningError(

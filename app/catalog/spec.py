@@ -92,12 +92,13 @@ class PruningSpec(_Part):
         gt=0,
         le=MAX_RATIO,
         allow_inf_nan=False,
+        strict=True,
         description="Share of the parameters in the decoder blocks' attention and feed-forward weights to remove.",
         examples=[0.2],
     )
     method: str = Field(description="A name of `GET /v1/methods`.", examples=["piem-lsps"])
     rounds: int | None = Field(
-        None, ge=1, le=64, description="Pruning rounds; unset: the method's default.", examples=[3]
+        None, strict=True, ge=1, le=64, description="Pruning rounds; unset: the method's default.", examples=[3]
     )
     seed: int = Field(0, ge=0, lt=2**31)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -34,7 +34,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Beat:
-    """The answer to a heartbeat: what the owner of the job was asked meanwhile."""
+    """The answer to a heartbeat, and to a report: what the owner of the job was asked meanwhile."""
 
     cancel: bool
     pause: bool
@@ -87,6 +87,10 @@ def renew(session: Session, job_id: uuid.UUID, attempt: int, ttl: float) -> Beat
     """
     job = owned(session, job_id, attempt)
     job.lease_expires_at = _in(ttl)
+    return _commit(session, job)
+
+
+def _commit(session: Session, job: Job) -> Beat:
     beat = Beat(cancel=job.state == State.CANCELLING, pause=job.pause_requested)
     session.commit()
     return beat
@@ -94,7 +98,7 @@ def renew(session: Session, job_id: uuid.UUID, attempt: int, ttl: float) -> Beat
 
 def report_progress(
     session: Session, job_id: uuid.UUID, attempt: int, progress: dict[str, Any], event: dict[str, Any] | None = None
-) -> None:
+) -> Beat:
     """Fenced: show ``progress`` on the job and, with ``event`` {type, data}, append to what happened."""
     job = owned(session, job_id, attempt)
     job.progress = progress
@@ -103,14 +107,21 @@ def report_progress(
         transitions.record_event(session, job, event["type"], event["data"])
     else:
         session.execute(select(func.pg_notify("secateur_jobs", str(job_id))))
-    session.commit()
+    return _commit(session, job)
 
 
 def record_round(
     session: Session, job_id: uuid.UUID, attempt: int, number: int, path: str, sha256: str, data: dict[str, Any]
-) -> None:
-    """Fenced: the round is done and its checkpoint is on disk. From this row, and no listing, a later attempt resumes."""
+) -> Beat:
+    """Fenced: the round is done and its checkpoint is on disk. From this row, and no listing, a later attempt resumes.
+
+    A round of pruning clears the count of failures: ``max_failures`` is for attempts that get nowhere. Recording a round
+    twice (the answer to the first was lost) changes nothing.
+    """
     job = owned(session, job_id, attempt)
+    known = session.get(JobRound, (job_id, number))
+    if known is not None and (known.attempt, known.sha256) == (attempt, sha256):
+        return _commit(session, job)
     row = {"attempt": attempt, "path": path, "sha256": sha256, "data": data}
     session.execute(
         insert(JobRound)
@@ -118,8 +129,9 @@ def record_round(
         .on_conflict_do_update(index_elements=["job_id", "number"], set_=row)
     )
     job.version += 1
+    job.failures = 0 if number else job.failures
     transitions.record_event(session, job, "round", {"number": number, **data})
-    session.commit()
+    return _commit(session, job)
 
 
 def move(session: Session, job_id: uuid.UUID, attempt: int, trigger: Trigger, **values: Any) -> State:
@@ -136,17 +148,8 @@ def move(session: Session, job_id: uuid.UUID, attempt: int, trigger: Trigger, **
 
 
 def release(session: Session, job_id: uuid.UUID, attempt: int) -> State:
-    """Fenced: give the job back without counting a failure (shutdown, deploy)."""
+    """Fenced: give the job back without counting a failure: shutdown, deploy, or a pause at a round's end."""
     return move(session, job_id, attempt, Trigger.REQUEUE)
-
-
-def step_aside(session: Session, job_id: uuid.UUID, attempt: int) -> State:
-    """Fenced: the runner stopped at a round's end because it was asked to. Pause, unless that was withdrawn meanwhile."""
-    job = owned(session, job_id, attempt)
-    transitions.apply(session, job, Trigger.PAUSED if job.pause_requested else Trigger.REQUEUE)
-    state = State(job.state)
-    session.commit()
-    return state
 
 
 def fail(
@@ -164,6 +167,8 @@ def _fail(session: Session, job: Job, error: dict[str, Any], max_failures: int, 
         wait = _in(backoff * 2 ** (failures - 1))
         transitions.apply(session, job, Trigger.REQUEUE, failures=failures, not_before=wait)
         transitions.record_event(session, job, "retry", {"error": error, "failures": failures})
+    elif job.state == State.CANCELLING:
+        transitions.apply(session, job, Trigger.FAIL)
     else:
         transitions.apply(session, job, Trigger.FAIL, failures=failures, error=error)
     return State(job.state)

@@ -42,6 +42,8 @@ class Job(Base):
     dispatched_at: Mapped[dt.datetime | None]
     not_before: Mapped[dt.datetime | None]
     pause_requested: Mapped[bool] = mapped_column(default=False)
+    may_be_published: Mapped[bool] = mapped_column(default=False)
+    """Publishing began in some attempt: a commit of this job's may be on the Hub."""
 
     progress: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]

@@ -73,7 +73,8 @@ class Publish(_Request):
     """Where the pruned model goes."""
 
     repo_id: Annotated[str, StringConstraints(max_length=200), AfterValidator(check_repo_id)] = Field(
-        description="Repository; made if it is not there.", examples=["org/name"]
+        description="Repository; made if it is not there. The files of one that is there are all replaced, in one commit.",
+        examples=["org/name"],
     )
     private: bool = Field(True, description="Of a repository that is made for this job.")
 

@@ -34,7 +34,6 @@ TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED})
 class Trigger(StrEnum):
     CLAIM = "claim"
     PAUSE = "pause"
-    PAUSED = "paused"
     RESUME = "resume"
     CANCEL = "cancel"
     STOPPED = "stopped"
@@ -51,7 +50,6 @@ TABLE: dict[tuple[State, Trigger], State] = {
     (State.QUEUED, Trigger.PAUSE): State.PAUSED,
     (State.RUNNING, Trigger.PAUSE): State.RUNNING,  # a request; takes effect at the round's end
     (State.PAUSED, Trigger.PAUSE): State.PAUSED,
-    (State.RUNNING, Trigger.PAUSED): State.PAUSED,
     (State.PAUSED, Trigger.RESUME): State.QUEUED,
     (State.QUEUED, Trigger.RESUME): State.QUEUED,
     (State.RUNNING, Trigger.RESUME): State.RUNNING,  # withdraws a pause request
@@ -64,6 +62,7 @@ TABLE: dict[tuple[State, Trigger], State] = {
     (State.FAILED, Trigger.RETRY): State.QUEUED,
     (State.CANCELLED, Trigger.RETRY): State.QUEUED,
     (State.QUEUED, Trigger.RETRY): State.QUEUED,
+    (State.RUNNING, Trigger.RETRY): State.RUNNING,
     (State.RUNNING, Trigger.PUBLISH): State.PUBLISHING,
     (State.PUBLISHING, Trigger.SUCCEED): State.SUCCEEDED,
     (State.RUNNING, Trigger.REQUEUE): State.QUEUED,
@@ -78,8 +77,8 @@ TABLE: dict[tuple[State, Trigger], State] = {
 class TransitionRefused(Exception):
     """The trigger makes no sense in the job's current state."""
 
-    def __init__(self, state: State, trigger: Trigger) -> None:
-        super().__init__(f"a job that is {state} cannot take '{trigger}'")
+    def __init__(self, state: State, trigger: Trigger, reason: str = "") -> None:
+        super().__init__(f"a job that is {state} cannot take '{trigger}'{reason}")
         self.state = state
         self.trigger = trigger
 
@@ -93,19 +92,28 @@ def record_event(session: Session, job: Job, type: str, data: dict[str, Any]) ->
 def apply(session: Session, job: Job, trigger: Trigger, **values: Any) -> Job:
     """Move a row-locked ``job`` along the table and set ``values`` with it; the caller commits.
 
+    A job that was asked to pause is not requeued but paused. One that began to publish can only be completed.
+
     Raises:
-        TransitionRefused: the table has no such pair; nothing was changed.
+        TransitionRefused: the table has no such pair, or the job may be published; nothing was changed.
     """
     before = State(job.state)
     after = TABLE.get((before, trigger))
     if after is None:
         raise TransitionRefused(before, trigger)
+    if job.may_be_published and trigger in (Trigger.CANCEL, Trigger.PAUSE):
+        raise TransitionRefused(before, trigger, ": its model may be published already, so it can only be completed")
+    if trigger is Trigger.REQUEUE and job.pause_requested:
+        after = State.PAUSED
     requested = trigger is Trigger.PAUSE and after is State.RUNNING
+    if trigger is Trigger.RETRY and after is State.RUNNING:
+        requested = job.pause_requested
     if after is before and job.pause_requested == requested and not values:
         return job
     now = dt.datetime.now(dt.UTC)
     job.state = after
     job.pause_requested = requested
+    job.may_be_published = job.may_be_published or trigger is Trigger.PUBLISH
     job.version += 1
     if after is not before:
         if after in TERMINAL:

@@ -77,6 +77,14 @@ def edit(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def deep_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 200_000)
+
+
+def odd_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
+
+
 def broken_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": ')
 
@@ -94,6 +102,12 @@ def broken_config(folder: Path) -> None:
         (broken_config, "config_invalid", "config.json"),
         (edit(model_type="mamba"), "unsupported_architecture", "llama, mistral, qwen2, qwen3"),
         (edit(num_attention_heads=5, head_dim=None), "config_invalid", "5 heads"),
+        (edit(num_hidden_layers=10**9), "config_invalid", "from 1 to 1024"),
+        (edit(vocab_size=10**12), "config_invalid", "vocab_size"),
+        (edit(num_hidden_layers=2), "config_invalid", "layers.2"),
+        (edit(hidden_act="nope"), "config_invalid", "nope"),
+        (deep_config, "config_invalid", "nested"),
+        (odd_index, "weights_corrupt", "no text"),
         (edit(num_key_value_heads=4), "config_invalid", "no multiple of 4"),
         (edit(intermediate_size=-1), "config_invalid", "intermediate_size"),
         (edit(intermediate_size=96), "config_invalid", "proj"),
@@ -177,6 +191,9 @@ def test_ratio_that_cannot_be_met(source: Path, tmp_path: Path) -> None:
         ({"target_ratio": float("nan")}, "finite"),
         ({"method": "magic"}, "allowed: piem-lsps, piem, lsps, magnitude, random"),
         ({"rounds": 0}, "greater than or equal to 1"),
+        ({"rounds": True}, "valid integer"),
+        ({"rounds": "2"}, "valid integer"),
+        ({"target_ratio": "0.2"}, "valid number"),
         ({"speed": 1}, "Extra inputs"),
         ({"calibration": {"dataset": "wikitext2", "texts": ["both"]}}, "not both"),
         ({"calibration": {"texts": ["short"], "sequence_length": 64}}, "64"),

@@ -70,8 +70,7 @@ def test_what_the_hub_says_no_to(hub: fake_hub.FakeHub, tokenizer: PreTrainedTok
     hub.create("org/mute", files={name: files[name] for name in files if not name.startswith("tokenizer")})
     hub.create("org/odd", files={**files, "config.json": b"[]"})
     hub.create("org/torn", files={**files, "model.safetensors": files["model.safetensors"][:5000]})
-    options: dict[str, Any]
-    for model_id, options, code in (
+    cases: list[tuple[str, dict[str, Any], str]] = [
         ("org/absent", {}, "model_not_found"),
         ("org/pickled", {}, "weights_missing"),
         ("org/mute", {}, "tokenizer_missing"),
@@ -79,7 +78,8 @@ def test_what_the_hub_says_no_to(hub: fake_hub.FakeHub, tokenizer: PreTrainedTok
         ("org/torn", {}, "weights_corrupt"),
         ("org/torn", {"revision": "nothing"}, "revision_not_found"),
         ("org/torn", {"gguf_file": "no.gguf"}, "model_not_found"),
-    ):
+    ]
+    for model_id, options, code in cases:
         with pytest.raises(PruningError) as caught:
             prune(model_id, ASKED, tmp_path / "out", **options, **reach)
         assert caught.value.code == code and not caught.value.retryable, model_id

@@ -90,6 +90,14 @@ def test_a_commit_whose_answer_was_lost_is_adopted(hub: FakeHub, client: Hugging
     assert len(hub.repositories[REPO].commits) == 2
 
 
+def test_our_commit_is_adopted_from_below_a_foreign_one(hub: FakeHub, client: HuggingFaceHub, folder: Path) -> None:
+    ours = publish(client, REPO, True, folder, "job-1")
+    repository = hub.repositories[REPO]
+    repository.add("theirs", {**repository.head.files, "theirs.txt": b"x"})
+    assert publish(client, REPO, True, folder, "job-1") == ours
+    assert "theirs.txt" in repository.head.files and len(repository.commits) == 3
+
+
 def test_one_who_always_loses_the_race_gives_up(hub: FakeHub, client: HuggingFaceHub, folder: Path) -> None:
     def interfere(repository: Repository) -> None:
         repository.add("foreign", dict(repository.head.files))
@@ -155,6 +163,8 @@ def test_folder_a_second_job_replaces_the_first(tmp_path: Path, folder: Path) ->
     assert publish(hub, REPO, True, folder, "job-1") == first, "its own commit is adopted"
     second = publish(hub, REPO, True, make_model(tmp_path / "output2", "job-2"), "job-2")
     assert second != first and hub.head(REPO, True) == second
+    assert publish(hub, REPO, True, folder, "job-1") == first, "from below the second's too"
+    assert hub.head(REPO, True) == second
     assert json.loads((tmp_path / "hub" / REPO / "secateur.json").read_text()) == {"job_id": "job-2"}
     with pytest.raises(HeadMoved):
         hub.commit(REPO, first, folder, "late")

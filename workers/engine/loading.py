@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import errors, snapshot_download
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from app.catalog.architectures import shape_from_config
 from app.catalog.errors import PruningError
-from app.catalog.sources import ModelSource, check_weight_files, hub_error, locate
+from app.catalog.sources import ModelSource, check_weight_files, hub_error, locate, read_shape
 from workers.engine.decoder import Decoder
 
 # Not every *.safetensors: some repositories hold the model a second time under other names.
@@ -48,12 +48,12 @@ def load(source: ModelSource, dtype: str, device: torch.device) -> Decoder:
         PruningError: ``unsupported_architecture``, ``config_invalid``, ``weights_missing``, ``weights_corrupt``,
             ``weights_not_finite``, ``tokenizer_missing``.
     """
-    assert source.path is not None and source.config is not None
+    assert source.path is not None
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
-    tokenizer = _load_tokenizer(source)
-    model = _load_model(source, dtype).to(device).eval().requires_grad_(False)
-    decoder = Decoder(model, tokenizer, shape_from_config(source.config))
+    tokenizer, shape = _load_tokenizer(source), read_shape(source)
+    model = _load_model(source, dtype, shape.family.layers).to(device).eval().requires_grad_(False)
+    decoder = Decoder(model, tokenizer, shape)
     _check(decoder, source)
     return decoder
 
@@ -70,7 +70,7 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_model(source: ModelSource, dtype: str) -> PreTrainedModel:
+def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel:
     wanted = "float32" if source.gguf_file and dtype == "auto" else dtype
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -89,14 +89,20 @@ def _load_model(source: ModelSource, dtype: str) -> PreTrainedModel:
     except Exception as error:  # as above
         if isinstance(error, torch.OutOfMemoryError):
             raise
+        code = "weights_corrupt" if isinstance(error, SafetensorError | OSError) else "config_invalid"
         raise PruningError(
-            "weights_corrupt",
-            f"The weights of {source.model_id} do not load into its config: {_first_line(error)}",
-            field="model_id",
+            code, f"{source.model_id} cannot be loaded: {_first_line(error)}", field="model_id"
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise PruningError("weights_missing", f"{source.model_id} lacks the tensor {missing[0]}.", field="model_id")
+    beyond = sorted(name for name in info["unexpected_keys"] if name.startswith(f"{layers}."))
+    if beyond:
+        raise PruningError(
+            "config_invalid",
+            f"The config of {source.model_id} has no place for its tensor {beyond[0]}.",
+            field="model_id",
+        )
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
         raise PruningError(

@@ -12,12 +12,19 @@ FAMILIES: tuple[Family, ...] = (LLAMA,)
 MODEL_TYPES: dict[str, Family] = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 
-def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+MOST_LAYERS = 1024
+LARGEST_SIZE = 2**24
+"""Beyond any model there is: a config is a stranger's text, and sizes turn into memory."""
+
+
+def _size(config: Mapping[str, Any], key: str, default: int | None = None, most: int = LARGEST_SIZE) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise PruningError(
-            "config_invalid", f"config.json: '{key}' must be a positive integer, not {value!r}.", field="model_id"
+            "config_invalid",
+            f"config.json: '{key}' must be an integer from 1 to {most}, not {str(value)[:40]}.",
+            field="model_id",
         )
     return value
 
@@ -59,7 +66,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
         raise PruningError(
             "config_invalid", f"config.json: {heads} heads are no multiple of {groups} KV heads.", field="model_id"
         )
-    layers = (LayerShape(groups, heads, head_dim, width),) * _size(config, "num_hidden_layers")
+    layers = (LayerShape(groups, heads, head_dim, width),) * _size(config, "num_hidden_layers", most=MOST_LAYERS)
     biased = family.biased(config)
     per_group = layers[0].heads_per_group * head_dim
     rows = {family.query: per_group, family.key: head_dim, family.value: head_dim}
