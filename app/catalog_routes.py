@@ -2,19 +2,17 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from app.catalog.errors import PruningError
 from app.catalog.methods import METHODS
-from app.deps import SettingsDep, get_owner
+from app.deps import EVERY_V1_ROUTE, SettingsDep
 from app.jobs import door
 from app.jobs.schemas import JobError, ModelRef
 from app.kit.problem import documented
 
-router = APIRouter(
-    prefix="/v1", tags=["catalog"], dependencies=[Depends(get_owner)], responses=documented(401, 422, 503)
-)
+router = APIRouter(prefix="/v1", tags=["catalog"], dependencies=EVERY_V1_ROUTE, responses=documented(401, 422, 503))
 
 
 class MethodDefaults(BaseModel):

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the job failed or was cancelled, 2 refused or misused, 3 s
 
 import datetime as dt
 import json
+import re
 import sys
 import time
 import uuid
@@ -36,6 +37,42 @@ JobId = Annotated[uuid.UUID, typer.Argument(help="The job's id.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
+def main() -> None:
+    """Run the command line. What is wrong with its surroundings is said in a line, without a traceback."""
+    try:
+        cli()
+    except Exception as error:
+        explained = _explain(error)
+        if explained is None:
+            raise
+        message, code = explained
+        typer.echo(message, err=True)
+        sys.exit(code)
+
+
+def _explain(error: Exception) -> tuple[str, int] | None:
+    """What to tell the operator, and the exit code; ``None`` for a defect of ours."""
+    from psycopg.errors import UndefinedColumn, UndefinedTable
+    from pydantic import ValidationError
+    from sqlalchemy.exc import OperationalError, ProgrammingError
+
+    from app.config import Settings
+
+    if isinstance(error, ValidationError) and error.title == Settings.__name__:
+        reasons = [f"{_variable(str(item['loc'][0]))}: {item['msg']}" for item in error.errors()]
+        return "\n".join(reasons), REFUSED
+    if isinstance(error, OperationalError):
+        return f"The database cannot be reached: {error.orig}", UNREACHABLE
+    if isinstance(error, ProgrammingError) and isinstance(error.orig, UndefinedTable | UndefinedColumn):
+        return "The database's schema is not up to date: run 'secateur migrate'.", REFUSED
+    return None
+
+
+def _variable(field: str) -> str:
+    """The environment variable of a setting; one that has an alias is named by it already."""
+    return field if field.isupper() else f"SECATEUR_{field.upper()}"
+
+
 def _stop(message: str, code: int) -> typer.Exit:
     typer.echo(message, err=True)
     return typer.Exit(code)
@@ -65,34 +102,31 @@ def _call(client: "httpx2.Client", method: str, path: str, **options: Any) -> "h
 def _connect(url: str, api_key: str) -> "httpx2.Client":
     import httpx2
 
+    if not api_key:
+        raise _stop("no API key: set SECATEUR_API_KEY or --api-key", REFUSED)
+    if not re.fullmatch(r"[\x21-\x7e]+", api_key):
+        raise _stop("The API key has characters that no API key has.", REFUSED)
     return httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {api_key}"}, timeout=LONG_POLL + 10)
 
 
 @contextmanager
 def _database() -> Iterator["Session"]:
-    from sqlalchemy.exc import OperationalError
+    from sqlalchemy.orm import Session
 
-    from app.db.session import session_factory
+    from app.config import get_settings
+    from app.db.session import make_engine
 
-    try:
-        with session_factory()() as session:
-            yield session
-    except OperationalError as error:
-        raise _stop(f"The database cannot be reached: {error.orig}", UNREACHABLE) from None
+    with Session(make_engine(get_settings().nearest_database_url()), expire_on_commit=False) as session:
+        yield session
 
 
 @cli.command()
 def migrate() -> None:
     """Bring the database's schema up to date."""
-    from sqlalchemy.exc import OperationalError
-
     from app.config import get_settings
     from app.db.migrate import upgrade
 
-    try:
-        upgrade(get_settings().database_url)
-    except OperationalError as error:
-        raise _stop(f"The database cannot be reached: {error.orig}", UNREACHABLE) from None
+    upgrade(get_settings().nearest_database_url())
     typer.echo("The schema is up to date.")
 
 
@@ -102,7 +136,10 @@ def keys_create(name: Annotated[str, typer.Argument(help="Whom or what it is for
     from app.auth import service
 
     with _database() as session:
-        key, secret = service.create(session, name)
+        try:
+            key, secret = service.create(session, name)
+        except ValueError as error:
+            raise _stop(f"NAME: {error}", REFUSED) from None
     if as_json:
         typer.echo(json.dumps({"id": str(key.id), "name": key.name, "secret": secret}))
     else:

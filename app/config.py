@@ -7,6 +7,11 @@ from typing import Annotated
 
 from pydantic import AfterValidator, AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+DATABASE_URL_FILE = "database-url"
+"""In the data folder: the URL of the database that ``secateur up`` runs there."""
 
 
 def _signing_secret(secret: SecretStr) -> SecretStr:
@@ -20,12 +25,24 @@ def _signing_secret(secret: SecretStr) -> SecretStr:
     return secret
 
 
+def _postgres_url(url: str) -> str:
+    try:
+        known = make_url(url).drivername in ("postgresql", "postgresql+psycopg")
+    except (ArgumentError, ValueError):
+        known = False
+    if not known:
+        raise ValueError("a database URL is 'postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME'")
+    return url
+
+
 class Settings(BaseSettings):
     """Everything an operator can set. Durations are seconds, paths are created on first use."""
 
-    model_config = SettingsConfigDict(env_prefix="SECATEUR_", populate_by_name=True)
+    model_config = SettingsConfigDict(env_prefix="SECATEUR_", populate_by_name=True, hide_input_in_errors=True)
 
-    database_url: str = "postgresql+psycopg://secateur:secateur@localhost:5432/secateur"
+    database_url: Annotated[str, AfterValidator(_postgres_url)] = (
+        "postgresql+psycopg://secateur:secateur@localhost:5432/secateur"
+    )
     broker_url: str = "redis://localhost:6379/0"
     data_dir: Path = Path(".secateur")
     """Holds ``models/`` (``local:NAME`` models), ``texts/`` (``local:NAME`` texts), ``jobs/`` (round checkpoints, artifacts)."""
@@ -58,6 +75,13 @@ class Settings(BaseSettings):
     @property
     def texts_dir(self) -> Path:
         return self.data_dir / "texts"
+
+    def nearest_database_url(self) -> str:
+        """``database_url`` where it is set; else that of the ``secateur up`` on this data folder, if there was one."""
+        file = self.data_dir / DATABASE_URL_FILE
+        if "database_url" in self.model_fields_set or not file.is_file():
+            return self.database_url
+        return file.read_text().strip()
 
     def job_dir(self, job_id: object) -> Path:
         """Round checkpoints and artifacts of one job; shared between workers and the API."""

@@ -7,7 +7,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from app.catalog.errors import PruningError
@@ -55,9 +56,11 @@ def install(app: FastAPI) -> None:
         code = CODES.get(error.status_code, "http_error")
         return respond(request, Problem(error.status_code, code, detail, headers=error.headers))
 
+    @app.exception_handler(PoolTimeout)
     @app.exception_handler(OperationalError)
-    def database(request: Request, error: OperationalError) -> JSONResponse:
-        log.warning("database unavailable: %s", error.orig)
+    @app.exception_handler(InterfaceError)
+    def database(request: Request, error: SQLAlchemyError) -> JSONResponse:
+        log.warning("database unavailable: %s", getattr(error, "orig", error))
         detail = "The database does not answer. Nothing was changed that was not confirmed; try again."
         return respond(request, Problem(503, "database_unavailable", detail, headers={"Retry-After": "5"}))
 

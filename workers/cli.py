@@ -8,13 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli import FAILED, REFUSED, Json, cli
+from app.cli import FAILED, REFUSED, Json, cli, main
 
 WORKER_FLAGS = ("--without-gossip", "--without-mingle", "--without-heartbeat")
-
-
-def main() -> None:
-    cli()
 
 
 def _stop(message: str, code: int) -> typer.Exit:
@@ -25,7 +21,9 @@ def _stop(message: str, code: int) -> typer.Exit:
 @cli.command()
 def up(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="Unset: 8000, or a free one when that is taken.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Unset: 8000, or a free one when that is taken.")
+    ] = None,
 ) -> None:
     """Run the whole service on this machine until Ctrl-C: database, broker, API, scheduler, worker.
 
@@ -75,7 +73,9 @@ def worker() -> None:
 def prune(
     model: Annotated[str, typer.Argument(help="A Hub id, 'local:NAME', or a folder.")],
     ratio: Annotated[float, typer.Option(help="Share of the prunable parameters to remove.")],
-    output: Annotated[Path, typer.Option(help="Folder for the pruned model; must not exist or be empty.")],
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for the pruned model; must not exist or be empty.")
+    ],
     method: Annotated[str, typer.Option(help="See GET /v1/methods.")] = "piem-lsps",
     rounds: Annotated[int | None, typer.Option(help="Unset: the method's default.")] = None,
     calibration: Annotated[
@@ -146,7 +146,10 @@ def _text_source(name: str | None) -> dict[str, Any]:
     """A file's text in the pieces that a request may hold, or the data set of that name."""
     if name is None or not Path(name).is_file():
         return {"dataset": name}
-    text = Path(name).read_text(encoding="utf-8")
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _stop(f"{name} cannot be read as UTF-8 text: {error}", REFUSED) from None
     return {"texts": [text[start : start + 1_000_000] for start in range(0, len(text), 1_000_000)]}
 
 

@@ -21,6 +21,7 @@ import httpx2
 from sqlalchemy.orm import Session
 
 from app.auth import service as auth
+from app.config import DATABASE_URL_FILE
 from app.db.migrate import upgrade
 from app.db.session import make_engine
 from workers.child import describe_exit, spawn
@@ -98,6 +99,7 @@ class Stack:
         port = _choose_port(self.host, self.port)
         self._start_servers()
         assert self._database_url is not None
+        _write_private(self.folder / DATABASE_URL_FILE, self._database_url)
         upgrade(self._database_url)
         self.api_key = self._keep_api_key()
         environment = os.environ | {
@@ -210,11 +212,16 @@ class Stack:
                 secret = path.read_text().strip()
             else:
                 secret = auth.create(session, "secateur up")[1]
-                path.touch(mode=0o600)
-                path.write_text(secret + "\n")
+                _write_private(path, secret)
             session.commit()
         engine.dispose()
         return secret
+
+
+def _write_private(path: Path, line: str) -> None:
+    """A file that nobody else can read."""
+    path.touch(mode=0o600)
+    path.write_text(line + "\n")
 
 
 def _choose_port(host: str, port: int | None) -> int:

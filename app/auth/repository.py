@@ -23,6 +23,11 @@ def find(session: Session, secret_sha256: str) -> ApiKey | None:
     return session.scalars(select(ApiKey).where(ApiKey.secret_sha256 == secret_sha256)).one_or_none()
 
 
+def is_live(session: Session, key_id: uuid.UUID) -> bool:
+    """Whether the key is there and not revoked."""
+    return session.scalar(select(ApiKey.id).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None))) is not None
+
+
 def every(session: Session) -> Sequence[ApiKey]:
     """All keys, oldest first."""
     return session.scalars(select(ApiKey).order_by(ApiKey.id)).all()

@@ -18,7 +18,13 @@ TOUCH_EVERY = 60.0
 
 
 def create(session: Session, name: str) -> tuple[ApiKey, str]:
-    """A new key and its secret, which cannot be had again; commits."""
+    """A new key and its secret, which cannot be had again; commits.
+
+    Raises:
+        ValueError: the name is none to show in a list.
+    """
+    if not name.strip() or not name.isprintable():
+        raise ValueError("a key's name has printable characters alone, and at least one that is no space")
     secret = PREFIX + secrets.token_urlsafe(32)
     key = repository.add(session, name, _hash(secret))
     session.commit()
@@ -35,6 +41,11 @@ def revoke(session: Session, key_id: uuid.UUID) -> ApiKey | None:
     key = repository.revoke(session, key_id)
     session.commit()
     return key
+
+
+def is_live(session: Session, key_id: uuid.UUID) -> bool:
+    """Whether a key that was authenticated earlier still is one."""
+    return repository.is_live(session, key_id)
 
 
 def authenticate(session: Session, secret: str) -> ApiKey | None:

@@ -85,6 +85,18 @@ class Recovery(_Part):
     kind: Literal["none"] = "none"
 
 
+def without_texts(request: dict[str, Any]) -> dict[str, Any]:
+    """A dumped spec or job request whose texts are named by count and hash: they are long, and nobody else's business."""
+    shown = {**request}
+    for part in ("calibration", "evaluation"):
+        source = shown[part] = {**request[part]}
+        texts = source.pop("texts", None)
+        if texts is not None:
+            digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+            source["texts"] = f"{len(texts)} texts, sha256 {digest}"
+    return shown
+
+
 class PruningSpec(_Part):
     """How to prune: `target_ratio`, `method` and `rounds` say it; the rest has defaults that suit the method."""
 
@@ -118,14 +130,8 @@ class PruningSpec(_Part):
         return name
 
     def published(self) -> dict[str, Any]:
-        """The spec as reports and model cards show it: texts of the request are named by their hash, never published."""
-        data = self.model_dump(mode="json")
-        for part in ("calibration", "evaluation"):
-            texts = data[part].pop("texts")
-            if texts is not None:
-                digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-                data[part]["texts"] = f"{len(texts)} texts, sha256 {digest}"
-        return data
+        """The spec as reports and model cards show it, see :func:`without_texts`."""
+        return without_texts(self.model_dump(mode="json"))
 
     @property
     def round_count(self) -> int:

@@ -25,9 +25,15 @@ def add(session: Session, job: Job) -> None:
     record_event(session, job, "state", {"from": None, "to": job.state, "trigger": "create", "error": None})
 
 
-def get(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, locked: bool = False) -> Job | None:
-    """The owner's job; ``locked`` until the transaction ends."""
-    job = lock(session, job_id) if locked else session.get(Job, job_id)
+def get(
+    session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, locked: bool = False, bare: bool = False
+) -> Job | None:
+    """The owner's job; ``locked`` until the transaction ends. The report is read when it is asked for.
+
+    ``bare`` is for those who look again and again: the request, which may have megabytes of texts, is left out too.
+    """
+    columns = [defer(Job.report)] + ([defer(Job.request, raiseload=True)] if bare else [])
+    job = lock(session, job_id) if locked else session.get(Job, job_id, options=columns)
     return job if job is not None and job.owner_id == owner_id else None
 
 
@@ -86,3 +92,4 @@ def queue_numbers(session: Session) -> QueueNumbers:
 def delete(session: Session, job: Job) -> None:
     """Delete the job and, by cascade, its events, rounds and webhooks; the caller commits."""
     session.delete(job)
+    session.flush()

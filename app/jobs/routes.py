@@ -14,9 +14,12 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import StringConstraints, TypeAdapter, ValidationError
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
 
+from app.auth import service as auth
 from app.db.session import session_factory
-from app.deps import FeedDep, Owner, SessionDep, SettingsDep
+from app.deps import EVERY_V1_ROUTE, FeedDep, Owner, SessionDep, SettingsDep, unauthorized
 from app.jobs import doorbell, service
 from app.jobs.schemas import (
     Artifact,
@@ -45,7 +48,9 @@ POLL_AFTER = 2
 """Seconds after which asking again makes sense (``Retry-After``)."""
 STREAM_BATCH = 100
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=documented(401, 422, 503))
+RANGE_PROBLEMS = {400: "range_malformed", 416: "range_not_satisfiable"}
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=EVERY_V1_ROUTE, responses=documented(401, 422, 503))
 
 IdempotencyKey = Annotated[
     Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")] | None,
@@ -54,7 +59,13 @@ IdempotencyKey = Annotated[
 IfNoneMatch = Annotated[str | None, Header(description="`ETag` of an earlier answer.")]
 LastEventId = Annotated[int, Header(ge=0, lt=2**63, description="The last event that was seen.")]
 Labels = TypeAdapter(dict[LabelName, LabelValue])
-LIST_PARAMETERS = {"state", "method", "model_id", "page_size", "page_token"}
+FILE_CONTENT = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+LABEL_PARAMETER = {
+    "name": "label.KEY",
+    "in": "query",
+    "description": "The value of the label KEY; any number of labels.",
+    "schema": {"type": "string"},
+}
 
 
 def _view(job: Any, response: Response) -> JobView:
@@ -64,10 +75,12 @@ def _view(job: Any, response: Response) -> JobView:
     return JobView.model_validate(job)
 
 
-async def _read(owner_id: uuid.UUID, job_id: uuid.UUID) -> Any:
+async def _read(owner_id: uuid.UUID, job_id: uuid.UUID, *, bare: bool = False) -> Any:
     def read() -> Any:
         with session_factory()() as session:
-            return service.get(session, owner_id, job_id)
+            if not auth.is_live(session, owner_id):
+                raise unauthorized()
+            return service.get(session, owner_id, job_id, bare=bare)
 
     return await run_in_threadpool(read)
 
@@ -75,18 +88,22 @@ async def _read(owner_id: uuid.UUID, job_id: uuid.UUID) -> Any:
 async def _wait(
     feed: FeedDep, owner_id: uuid.UUID, job_id: uuid.UUID, seconds: int, done: Callable[[Any], bool]
 ) -> Any:
-    """The job, as soon as it is ``done`` or ``seconds`` have passed."""
+    """The job, as soon as it is ``done`` or ``seconds`` have passed.
+
+    Raises:
+        Problem: 401 when the key is revoked meanwhile, 404 when the job is deleted.
+    """
     deadline = time.monotonic() + seconds
     with feed.bell(job_id) as bell:
         while True:
-            job = await _read(owner_id, job_id)
+            job = await _read(owner_id, job_id, bare=True)
             left = deadline - time.monotonic()
             if done(job) or left <= 0:
-                return job
+                return await _read(owner_id, job_id)
             await bell.wait(left)
 
 
-@router.post("", status_code=202, response_model=JobView, responses={200: {"model": Plan}, **documented(410)})
+@router.post("", status_code=202, response_model=JobView, responses={200: {"model": Plan}, **documented(410, 413)})
 async def create(
     body: JobRequest,
     response: Response,
@@ -118,7 +135,7 @@ async def create(
     return _view(job, response)
 
 
-@router.get("", response_model=JobPage)
+@router.get("", response_model=JobPage, openapi_extra={"parameters": [LABEL_PARAMETER]})
 def newest(
     request: Request,
     owner: Owner,
@@ -129,7 +146,7 @@ def newest(
     page_size: PageSize = 50,
     page_token: PageToken = None,
 ) -> JobPage:
-    """Jobs of this API key, newest first. `label.KEY=VALUE` narrows to jobs with that label; any number of them."""
+    """Jobs of this API key, newest first, narrowed by what is given."""
     wanted = JobFilter(state=state, method=method, model_id=model_id)
     before = pages.decode(page_token, uuid.UUID)
     jobs, cursor = service.page(session, owner.id, wanted, _labels(request), before, page_size)
@@ -138,12 +155,8 @@ def newest(
 
 
 def _labels(request: Request) -> dict[str, str]:
-    labels = {}
-    for name, value in request.query_params.multi_items():
-        if name.startswith("label."):
-            labels[name.removeprefix("label.")] = value
-        elif name not in LIST_PARAMETERS:
-            raise invalid(name, "unknown parameter", allowed=", ".join([*sorted(LIST_PARAMETERS), "label.KEY"]))
+    query = request.query_params
+    labels = {name.removeprefix("label."): value for name, value in query.items() if name.startswith("label.")}
     try:
         return Labels.validate_python(labels)
     except ValidationError as error:
@@ -205,7 +218,7 @@ def events(
     page_token: PageToken = None,
 ) -> EventPage:
     """What happened, oldest first."""
-    after = pages.decode(page_token, int) or 0
+    after = pages.decode(page_token, pages.read_id) or 0
     _, found = service.events(session, owner.id, job_id, after, page_size + 1)
     items = [EventView.model_validate(event) for event in found[:page_size]]
     return EventPage(items=items, next_page_token=pages.encode(items[-1].id) if len(found) > page_size else None)
@@ -228,17 +241,24 @@ async def stream(
     """What happened and happens, as Server-Sent Events.
 
     Events carry their id, from which `Last-Event-ID` resumes. `progress` frames have none: they show the job's
-    `progress` as it changes. The last frame is `end`, with the job's final state: a client closes then.
+    `progress` as it changes. The last frame is `end`, with the job's final state: a client closes then. It comes before
+    that, with the code `unauthorized`, when the API key is revoked.
     """
     after, shown = last_event_id, None
 
     def read() -> Any:
         with session_factory()() as session:
+            if not auth.is_live(session, owner.id):
+                return None
             return service.events(session, owner.id, job_id, after, STREAM_BATCH)
 
     with feed.bell(job_id) as bell:
         while True:
-            job, found = await run_in_threadpool(read)
+            answer = await run_in_threadpool(read)
+            if answer is None:
+                yield ServerSentEvent(data={"code": unauthorized().code}, event="end")
+                return
+            job, found = answer
             for event in found:
                 after = event.id
                 yield ServerSentEvent(data=EventView.model_validate(event), event=event.type, id=str(event.id))
@@ -272,14 +292,41 @@ def artifacts(job_id: uuid.UUID, owner: Owner, session: SessionDep, settings: Se
     found = service.artifacts(session, settings, owner.id, job_id)
     prefix = f"/v1/jobs/{job_id}/artifacts"
     return ArtifactList(
-        items=[Artifact(name=path.name, size=path.stat().st_size, url=f"{prefix}/{path.name}") for path in found]
+        items=[
+            Artifact(name=path.name, size=status.st_size, url=f"{prefix}/{path.name}") for path, status in found.items()
+        ]
     )
 
 
-@router.get("/{job_id}/artifacts/{name}", response_class=FileResponse, responses=documented(404, 416))
+class ArtifactResponse(FileResponse):
+    """A file, with problem details for the ranges that cannot be served."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def checked(message: Message) -> None:
+            code = RANGE_PROBLEMS.get(message["status"]) if message["type"] == "http.response.start" else None
+            if code is not None:
+                extent = Headers(raw=message["headers"]).get("content-range")
+                detail = f"Range '{Headers(scope=scope)['range']}' is none of this file: 'bytes=0-99' is its first 100."
+                headers = {"Content-Range": extent} if extent else None
+                raise Problem(message["status"], code, detail, headers=headers)
+            await send(message)
+
+        await super().__call__(scope, receive, checked)
+
+
+@router.head("/{job_id}/artifacts/{name}", response_class=ArtifactResponse, include_in_schema=False)
+@router.get(
+    "/{job_id}/artifacts/{name}",
+    response_class=ArtifactResponse,
+    responses={
+        200: {"description": "The file.", "content": FILE_CONTENT},
+        206: {"description": "The part asked for by `Range`.", "content": FILE_CONTENT},
+        **documented(400, 404, 416),
+    },
+)
 def artifact(job_id: uuid.UUID, name: str, owner: Owner, session: SessionDep, settings: SettingsDep) -> FileResponse:
     """One file; `Range` requests are served."""
-    for path in service.artifacts(session, settings, owner.id, job_id):
+    for path, status in service.artifacts(session, settings, owner.id, job_id).items():
         if path.name == name:
-            return FileResponse(path, filename=name)
+            return ArtifactResponse(path, filename=name, stat_result=status)
     raise Problem(404, "not_found", f"Job {job_id} has no artifact '{name}'.")

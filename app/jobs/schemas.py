@@ -6,10 +6,19 @@ from typing import Annotated, Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from pydantic import AfterValidator, AnyHttpUrl, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
+from pydantic import (
+    AfterValidator,
+    AnyHttpUrl,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+)
 
 from app.catalog.sources import LOCAL_NAME, LOCAL_PREFIX
-from app.catalog.spec import PruningSpec
+from app.catalog.spec import PruningSpec, without_texts
 from app.jobs.transitions import State
 
 LONGEST_RUN = 30 * 86_400
@@ -227,7 +236,9 @@ class JobView(JobSummary):
         },
     )
 
-    request: dict[str, Any] = Field(description="The request, with defaults filled in and `revision` resolved.")
+    request: Annotated[dict[str, Any], BeforeValidator(without_texts)] = Field(
+        description="The request, with defaults filled in and `revision` resolved; `texts` by their count and hash."
+    )
 
 
 class JobPage(BaseModel):

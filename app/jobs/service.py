@@ -1,8 +1,11 @@
 """The rules of jobs, between HTTP and the tables."""
 
+import os
 import shutil
+import stat
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +76,20 @@ def _replay(session: Session, settings: Settings, owner_id: uuid.UUID, key: str,
     return repository.get(session, owner_id, used.job_id)
 
 
-def get(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, locked: bool = False) -> Job:
-    """The owner's job.
+def get(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, locked: bool = False, bare: bool = False) -> Job:
+    """The owner's job; see :func:`app.jobs.repository.get`.
 
     Raises:
         Problem: 404, for another owner's too.
     """
-    job = repository.get(session, owner_id, job_id, locked=locked)
+    job = repository.get(session, owner_id, job_id, locked=locked, bare=bare)
     if job is None:
-        raise Problem(404, "not_found", f"There is no job {job_id}.")
+        raise _no_job(job_id)
     return job
+
+
+def _no_job(job_id: uuid.UUID) -> Problem:
+    return Problem(404, "not_found", f"There is no job {job_id}.")
 
 
 def page(
@@ -126,7 +133,7 @@ def ask(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, trigger: Trigg
 def delete(session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uuid.UUID) -> None:
     """Delete a finished job and its folder; commits.
 
-    The folder goes first: what fails half-way can be asked for again.
+    Within the transaction the folder only loses its name: to remove gigabytes takes longer than a row may be locked.
 
     Raises:
         Problem: 404, or 409 on a job that has not ended.
@@ -134,11 +141,15 @@ def delete(session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uu
     job = get(session, owner_id, job_id, locked=True)
     if job.state not in TERMINAL:
         raise Problem(409, "wrong_state", f"A job that is {job.state} cannot be deleted; cancel it.", state=job.state)
-    folder = settings.job_dir(job_id)
-    if folder.exists():
-        shutil.rmtree(folder)
     repository.delete(session, job)
-    session.commit()
+    folder = settings.job_dir(job_id)
+    trash = folder.with_name(f"{folder.name}.deleted-{uuid.uuid4().hex}")
+    with suppress(FileNotFoundError):
+        folder.rename(trash)
+    try:
+        session.commit()
+    finally:
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def events(
@@ -149,7 +160,7 @@ def events(
     Raises:
         Problem: 404.
     """
-    job = get(session, owner_id, job_id)
+    job = get(session, owner_id, job_id, bare=True)
     return job, repository.events(session, job_id, after, limit)
 
 
@@ -174,8 +185,10 @@ def report(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID) -> dict[str
     return job.report
 
 
-def artifacts(session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uuid.UUID) -> list[Path]:
-    """The files of the pruned model, by name; none before the job has succeeded.
+def artifacts(
+    session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uuid.UUID
+) -> dict[Path, os.stat_result]:
+    """The files of the pruned model, by name, and their sizes; none before the job has succeeded.
 
     Raises:
         Problem: 404.
@@ -183,5 +196,9 @@ def artifacts(session: Session, settings: Settings, owner_id: uuid.UUID, job_id:
     job = get(session, owner_id, job_id)
     folder = settings.job_dir(job_id) / "artifacts"
     if job.state != State.SUCCEEDED or not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_file())
+        return {}
+    try:
+        found = {path: path.stat() for path in sorted(folder.iterdir())}
+    except FileNotFoundError:  # the job was deleted meanwhile
+        raise _no_job(job_id) from None
+    return {path: status for path, status in found.items() if stat.S_ISREG(status.st_mode)}

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import re
 from collections.abc import Callable
 from typing import Annotated, TypeVar
 
@@ -11,6 +12,7 @@ from pydantic import AfterValidator
 from app.kit.problem import invalid
 
 LARGEST = 100
+LARGEST_ID = 2**63 - 1
 PageSize = Annotated[
     int,
     AfterValidator(lambda size: min(max(size, 1), LARGEST)),
@@ -24,6 +26,17 @@ Cursor = TypeVar("Cursor")
 def encode(cursor: object) -> str:
     """The token that means "after ``cursor``"."""
     return base64.urlsafe_b64encode(str(cursor).encode()).decode().rstrip("=")
+
+
+def read_id(text: str) -> int:
+    """A ``bigint`` id, for :func:`decode`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > LARGEST_ID:
+        raise ValueError(f"no id: {text}")
+    return int(text)
 
 
 def decode(token: str | None, read: Callable[[str], Cursor]) -> Cursor | None:

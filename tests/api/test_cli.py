@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from app.config import Settings
 from tests.api import play
 
 ROOT = Path(__file__).parents[2]
+JOB_ID = uuid.UUID(int=0)
 
 
 def run(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from app.cli import cli; cli()", *arguments],
+        [sys.executable, "-c", "from workers.cli import main; main()", *arguments],
         capture_output=True, text=True, timeout=60, env=os.environ | (environment or {}), cwd=ROOT,
     )  # fmt: skip
 
@@ -54,6 +56,27 @@ def test_migrate(empty_database_url: str) -> None:
     assert run("keys", "list", environment=environment).returncode == 0
     away = run("migrate", environment={"SECATEUR_DATABASE_URL": "postgresql+psycopg://x@127.0.0.1:9/x"})
     assert away.returncode == 3 and "cannot be reached" in away.stderr and "Traceback" not in away.stderr
+
+
+def test_what_is_wrong_around_it_is_said_without_a_traceback(settings: Settings, empty_database_url: str) -> None:
+    cases: list[tuple[list[str], dict[str, str], int, str]] = [
+        (["status", str(JOB_ID)], {}, 2, "no API key: set SECATEUR_API_KEY or --api-key"),
+        (["status", str(JOB_ID), "--api-key", "é"], {}, 2, "characters"),
+        (["keys", "list"], {"DATABASE_URL": "nonsense"}, 2, "SECATEUR_DATABASE_URL: "),
+        (["migrate"], {"DATABASE_URL": "mysql://hunter2@h/x"}, 2, "SECATEUR_DATABASE_URL: "),
+        (["up"], {"LEASE_TTL": "long"}, 2, "SECATEUR_LEASE_TTL: "),
+        (["keys", "list"], {"DATABASE_URL": empty_database_url}, 2, "run 'secateur migrate'"),
+        (["up", "--port", "99999"], {}, 2, "'--port'"),
+        (["keys", "create", ""], {}, 2, "NAME: "),
+        (["keys", "create", "a\nb"], {}, 2, "NAME: "),
+        (["prune", "m", "--ratio", "0.2", "--output", __file__], {}, 2, "'--output'"),
+        (["prune", "m", "--ratio", "0.2", "--output", "x", "--calibration", sys.executable], {}, 2, "UTF-8"),
+    ]
+    for arguments, variables, code, hint in cases:
+        ended = run(*arguments, environment={f"SECATEUR_{name}": value for name, value in variables.items()})
+        assert ended.returncode == code, (arguments, ended.stderr)
+        assert hint in ended.stderr and "Traceback" not in ended.stderr, (arguments, ended.stderr)
+        assert "hunter2" not in ended.stderr
 
 
 def test_submit_status_cancel(service: str, body: dict[str, Any], tmp_path: Path) -> None:

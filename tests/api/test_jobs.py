@@ -12,8 +12,9 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from app.config import Settings
+from app.db.session import session_factory
 from app.jobs.models import Job, JobEvent, JobRound
-from app.kit import idempotency
+from app.kit import idempotency, pages
 from app.kit.idempotency import IdempotencyKey
 from tests.api import play
 
@@ -180,6 +181,8 @@ class TestList:
             ("page_size=many", "page_size"),
             ("state=done", "state.0"),
             ("sate=queued", "sate"),
+            ("labl.team=nlp", "labl.team"),
+            ("label=nlp", "label"),
             ("label.=x", "label"),
             ("label.a%00=x", "label"),
             ("model_id=%00", "model_id"),
@@ -188,6 +191,30 @@ class TestList:
             response = api.get(f"/v1/jobs?{query}")
             assert response.status_code == 422, response.text
             assert response.json()["errors"][0]["field"] == field
+
+
+def test_a_misspelt_parameter_makes_nothing(api: httpx2.Client, body: Body, session: Session) -> None:
+    cases = [
+        ("POST", "/v1/jobs?validate_onyl=true", "validate_only"),
+        ("POST", "/v1/jobs?label.a=b", "validate_only"),
+        ("GET", "/v1/jobs?sate=queued", "label.KEY, method, model_id, page_size, page_token, state"),
+        ("GET", f"/v1/jobs/{uuid.uuid4()}?x", "no parameters"),
+        ("GET", "/v1/methods?x=", "no parameters"),
+    ]
+    for method, path, allowed in cases:
+        response = api.request(method, path, json=body if method == "POST" else None)
+        assert response.status_code == 422, path
+        [error] = response.json()["errors"]
+        assert (error["field"], error["allowed"]) == (path.partition("?")[2].partition("=")[0], allowed)
+    assert session.scalar(select(func.count()).select_from(Job)) == 0
+
+
+def test_texts_are_shown_by_their_hash(api: httpx2.Client, body: Body) -> None:
+    job = _make(api, body | {"calibration": {"texts": ["the secret " * 50, "b"]}})
+    shown = api.get(f"/v1/jobs/{job['id']}")
+    assert shown.json()["request"]["calibration"]["texts"].startswith("2 texts, sha256 ")
+    assert shown.json() == job == api.post(f"/v1/jobs/{job['id']}/pause").json() | {"state": "queued"}
+    assert "the secret" not in shown.text + api.get("/v1/jobs").text + api.get(f"/v1/jobs/{job['id']}/events").text
 
 
 class TestSteering:
@@ -233,6 +260,19 @@ class TestSteering:
         assert api.delete(f"/v1/jobs/{job_id}").status_code == 404
         for table in (Job, JobEvent, JobRound):
             assert session.scalar(select(func.count()).select_from(table)) == 0
+        assert list((settings.data_dir / "jobs").iterdir()) == []
+
+    def test_delete_at_once(self, api: httpx2.Client, body: Body, session: Session, settings: Settings) -> None:
+        job_id = _make(api, body)["id"]
+        play.succeed(session, settings, job_id, play.start(session, job_id))
+        for number in range(300):
+            (settings.job_dir(job_id) / "artifacts" / f"model-{number}").write_bytes(b"x")
+        with ThreadPoolExecutor(8) as pool:
+            deleted = [pool.submit(api.delete, f"/v1/jobs/{job_id}") for _ in range(4)]
+            listed = [pool.submit(api.get, f"/v1/jobs/{job_id}/artifacts") for _ in range(8)]
+        assert sorted(answer.result().status_code for answer in deleted) == [204, 404, 404, 404]
+        assert {answer.result().status_code for answer in listed} <= {200, 404}
+        assert list((settings.data_dir / "jobs").iterdir()) == []
 
 
 class TestResults:
@@ -268,6 +308,11 @@ class TestResults:
         assert [event["id"] for event in events] == sorted(event["id"] for event in events)
         assert second["next_page_token"] is None
 
+    @pytest.mark.parametrize("number", ["9" * 19, "9" * 40, "-1", "1_0", " 1", "x", ""])
+    def test_made_up_event_tokens(self, api: httpx2.Client, done: str, number: str) -> None:
+        response = api.get(f"{done}/events", params={"page_token": pages.encode(number)})
+        assert (response.status_code, response.json()["errors"][0]["field"]) == (422, "page_token")
+
     def test_artifacts(self, api: httpx2.Client, done: str) -> None:
         items = api.get(f"{done}/artifacts").json()["items"]
         assert [(item["name"], item["size"]) for item in items] == [("config.json", 8), ("model.safetensors", 10240)]
@@ -276,7 +321,32 @@ class TestResults:
         part = api.get(items[1]["url"], headers={"Range": "bytes=256-511"})
         assert (part.status_code, part.content) == (206, bytes(range(256)))
         assert part.headers["Content-Range"] == "bytes 256-511/10240"
-        assert api.get(items[1]["url"], headers={"Range": "bytes=99999-"}).status_code == 416
+        head = api.head(items[1]["url"])
+        assert (head.status_code, head.content, head.headers["Content-Length"]) == (200, b"", "10240")
+        assert api.head(f"{done}/artifacts/none").status_code == 404
+
+    def test_ranges_that_cannot_be_served(self, api: httpx2.Client, done: str) -> None:
+        for header, status, code in [
+            ("bytes=99999-", 416, "range_not_satisfiable"),
+            ("bytes=9-1", 400, "range_malformed"),
+            ("bytes", 400, "range_malformed"),
+            ("lines=1-2", 400, "range_malformed"),
+        ]:
+            response = api.get(f"{done}/artifacts/model.safetensors", headers={"Range": header})
+            assert (response.status_code, response.json()["code"]) == (status, code), header
+            assert response.headers["Content-Type"] == "application/problem+json"
+            assert response.headers.get("Content-Range") == ("bytes */10240" if status == 416 else None)
+
+    def test_a_download_holds_no_connection(
+        self, api: httpx2.Client, done: str, session: Session, settings: Settings
+    ) -> None:
+        job_id = done.rpartition("/")[2]
+        with (settings.job_dir(job_id) / "artifacts" / "large").open("wb") as large:
+            large.truncate(64 * 2**20)  # more than the sockets buffer
+        session.close()
+        with api.stream("GET", f"{done}/artifacts/large") as response:
+            assert next(response.iter_raw())
+            assert session_factory().kw["bind"].pool.checkedout() == 0
 
     def test_no_other_file(self, api: httpx2.Client, done: str) -> None:
         for name in ("none", "nested", "..%2fsecret.json", "%2e%2e%2fsecret.json", "nested/x", "config.json%00", "%00"):

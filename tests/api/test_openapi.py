@@ -76,6 +76,17 @@ def test_problems_keys_and_names_are_documented(document: dict[str, Any]) -> Non
     assert "HTTPValidationError" not in str(document)
 
 
+def test_parameters_and_statuses_that_no_signature_tells(document: dict[str, Any]) -> None:
+    paths = document["paths"]
+    assert {"label.KEY", "state"} <= {item["name"] for item in paths["/v1/jobs"]["get"]["parameters"]}
+    assert "413" in paths["/v1/jobs"]["post"]["responses"]
+    responses = paths["/v1/jobs/{job_id}/artifacts/{name}"]["get"]["responses"]
+    for status in ("400", "404", "416"):
+        assert list(responses[status]["content"]) == ["application/problem+json"]
+    for status in ("200", "206"):
+        assert list(responses[status]["content"]) == ["application/octet-stream"]
+
+
 def test_references_resolve(document: dict[str, Any]) -> None:
     def walk(node: Any) -> Iterator[str]:
         if isinstance(node, dict):

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from sqlalchemy.exc import InterfaceError, TimeoutError
 from sqlalchemy.orm import Session
 
 from app.auth import service as auth
@@ -123,6 +124,17 @@ def test_a_bug_is_answered_without_its_inside(api: httpx2.Client, monkeypatch: p
     monkeypatch.setattr(service, "page", broken)
     problem = _problem(api.get("/v1/jobs"), 500, "internal_error")
     assert "hunter2" not in json.dumps(problem)
+
+
+@pytest.mark.parametrize("kind", [TimeoutError("no connection"), InterfaceError("", None, Exception("closed"))])
+def test_a_database_that_is_away(api: httpx2.Client, monkeypatch: pytest.MonkeyPatch, kind: Exception) -> None:
+    def away(*arguments: object) -> None:
+        raise kind
+
+    monkeypatch.setattr(service, "page", away)
+    response = api.get("/v1/jobs")
+    _problem(response, 503, "database_unavailable")
+    assert int(response.headers["Retry-After"]) > 0
 
 
 def test_request_ids(api: httpx2.Client) -> None:

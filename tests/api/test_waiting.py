@@ -13,6 +13,7 @@ from fastapi import routing
 from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
+from app.auth import service as auth
 from app.config import Settings
 from app.kit.prefer import wait_seconds
 from tests.api import play
@@ -226,3 +227,32 @@ def test_a_deleted_job_ends_the_stream(api: httpx2.Client, job_id: str) -> None:
     api.post(f"/v1/jobs/{job_id}/cancel")
     with api.stream("GET", f"/v1/jobs/{job_id}/events/stream") as response:
         assert [frame["event"] for frame in _frames(response.iter_lines())] == ["state", "state", "end"]
+
+
+class TestARevokedKey:
+    @pytest.fixture
+    def revoke(self, session: Session) -> Callable[[], None]:
+        def revoke() -> None:
+            for key in auth.every(session):
+                auth.revoke(session, key.id)
+
+        return revoke
+
+    def test_ends_the_stream(
+        self, api: httpx2.Client, job_id: str, session: Session, revoke: Callable[[], None]
+    ) -> None:
+        with api.stream("GET", f"/v1/jobs/{job_id}/events/stream") as response:
+            arriving = _frames(response.iter_lines())
+            assert next(arriving)["event"] == "state"
+            revoke()
+            play.start(session, job_id)
+            [end] = arriving
+        assert (end["event"], json.loads(end["data"])) == ("end", {"code": "unauthorized"})
+
+    def test_ends_the_wait(
+        self, api: httpx2.Client, job_id: str, revoke: Callable[[], None], later: Callable[..., None]
+    ) -> None:
+        later(revoke)
+        begun = time.monotonic()
+        assert api.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=30"}).status_code == 401
+        assert time.monotonic() - begun < 20

@@ -1,15 +1,17 @@
 """``secateur up``: one command, all processes; nothing outlives it and nothing is lost."""
 
+import json
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import httpx2
 import psutil
 import pytest
 
-from tests.workers.conftest import Start, alive, wait_for
+from tests.workers.conftest import ROOT, Start, alive, wait_for
 
 
 @pytest.fixture
@@ -43,6 +45,9 @@ def test_up_survives_kill_9_and_ends_on_ctrl_c(start: Start, environment: Path) 
     assert httpx2.get(f"{url}/docs").status_code == 200
     assert (environment / "api-key").stat().st_mode & 0o777 == 0o600
 
+    assert (environment / "database-url").stat().st_mode & 0o777 == 0o600
+    _keys_can_be_managed(url)
+
     second = start("workers.cli", "up", stderr=subprocess.PIPE)
     _, complaint = second.communicate(timeout=30)
     assert second.returncode == 1 and f"process {up.pid}".encode() in complaint
@@ -70,6 +75,21 @@ def test_up_survives_kill_9_and_ends_on_ctrl_c(start: Start, environment: Path) 
     up.send_signal(signal.SIGINT)
     assert up.wait(30) == 0
     assert not any(alive(child.pid) for child in family)
+
+
+def _keys_can_be_managed(url: str) -> None:
+    """From another shell, which is told of the data folder alone."""
+
+    def keys(*arguments: str) -> str:
+        argv = [sys.executable, "-m", "workers.cli", "keys", *arguments]
+        return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30).stdout
+
+    key = json.loads(keys("create", "carol", "--json"))
+    headers = {"Authorization": f"Bearer {key['secret']}"}
+    assert httpx2.get(f"{url}/v1/jobs", headers=headers).status_code == 200
+    assert [row["name"] for row in json.loads(keys("list", "--json"))] == ["secateur up", "carol"]
+    keys("revoke", key["id"])
+    assert httpx2.get(f"{url}/v1/jobs", headers=headers).status_code == 401
 
 
 def _answers(url: str) -> bool:
