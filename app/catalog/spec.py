@@ -88,7 +88,7 @@ class Recovery(_Part):
 def without_texts(request: dict[str, Any]) -> dict[str, Any]:
     """A dumped spec or job request whose texts are named by count and hash: they are long, and nobody else's business."""
     shown = {**request}
-    for part in ("calibration", "evaluation"):
+    for part in {"calibration", "evaluation"} & request.keys():
         source = shown[part] = {**request[part]}
         texts = source.pop("texts", None)
         if texts is not None:

@@ -162,3 +162,4 @@ def test_narrow_layers_and_odd_widths_reach_what_they_can() -> None:
     odd = make_shape((1, 4, 100), 1, UnitCost(1000, 10, 0))  # 100 = 3 * 32 + 4
     odd.check_ratio(odd.max_ratio(32), 32)
     assert odd.max_ratio(32) == pytest.approx(680 / 2000)
+    odd.check_ratio((680 + 150) / 2000, 32)  # half a block beyond the last step

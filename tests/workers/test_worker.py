@@ -83,7 +83,7 @@ def test_kill_9_of_a_worker_leaves_nothing_running_and_loses_nothing(
     start_worker()
     start("workers.cli", "scheduler")
     job.wait_for_state("succeeded")
-    assert (job.row.attempt, job.row.failures) == (2, 1)
+    assert (job.row.attempt, job.row.failures) == (2, 0), "a round was completed since"
 
 
 def test_a_worker_replaces_the_process_that_supervises(

@@ -143,11 +143,10 @@ class ModelShape:
 
     def nearest_ratio(self, target_ratio: float, width_multiple: int | None = None) -> float:
         """The ratio nearest to the target that whole KV groups and whole blocks of channels make."""
+        multiple = self.width_multiple(width_multiple)
         groups, channels = self.split(target_ratio, width_multiple)
-        block = self.width_multiple(width_multiple) * self.cost.channel
-        whole = min(
-            round(channels / block) * block, self._removable(self.width_multiple(width_multiple))[1] * self.cost.channel
-        )
+        block, limit = multiple * self.cost.channel, self._removable(multiple)[1] * self.cost.channel
+        whole = min((min(round(channels / block) * block, limit), limit), key=lambda size: abs(size - channels))
         return (groups * self.cost.kv_group + whole) / self.prunable_parameters
 
     def check_ratio(self, target_ratio: float, width_multiple: int | None = None) -> None:
