@@ -106,7 +106,7 @@ def report_progress(
     if event is not None:
         transitions.record_event(session, job, event["type"], event["data"])
     else:
-        session.execute(select(func.pg_notify("secateur_jobs", str(job_id))))
+        transitions.wake(session, job)
     return _commit(session, job)
 
 

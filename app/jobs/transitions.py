@@ -84,8 +84,13 @@ class TransitionRefused(Exception):
 
 
 def record_event(session: Session, job: Job, type: str, data: dict[str, Any]) -> None:
-    """Append an event and wake whoever waits on the job (``NOTIFY secateur_jobs``, delivered at commit)."""
+    """Append an event and wake whoever waits on the job."""
     session.add(JobEvent(job_id=job.id, attempt=job.attempt, type=type, data=data))
+    wake(session, job)
+
+
+def wake(session: Session, job: Job) -> None:
+    """Tell whoever waits on the job that it changed (``NOTIFY secateur_jobs``, delivered at commit)."""
     session.execute(select(func.pg_notify("secateur_jobs", str(job.id))))
 
 

@@ -78,11 +78,11 @@ def prune(
     progress.stage("loading", 0)
     options = {"models_dir": models_dir, "token": token, "endpoint": endpoint, "allow_paths": allow_paths}
     source = locate(model_id, revision=_revision(resume, revision), gguf_file=gguf_file, **options)  # type: ignore[arg-type]
-    if source.config is not None:
+    if source.config is not None:  # else it is a GGUF file on the Hub: its sizes are known once it is here
         read_shape(source).check_ratio(spec.target_ratio, spec.allocation.width_multiple)
     source = download(source, token, endpoint)
+    read_shape(source).check_ratio(spec.target_ratio, spec.allocation.width_multiple)
     decoder = load(source, spec.dtype, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    decoder.shape.check_ratio(spec.target_ratio, spec.allocation.width_multiple)
     _check_resumable(resume, source, spec)
 
     progress.stage("calibrating", 0)

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from app.catalog.errors import PruningError
 from workers.engine.decoder import Decoder
-from workers.engine.export.checkpoint import probe_tokens
 
 SCRIPT = """
 import sys, torch
@@ -38,7 +37,7 @@ def check_checkpoint(decoder: Decoder, folder: Path) -> None:
     Raises:
         PruningError: ``export_invalid``; nothing may be published then.
     """
-    tokens = probe_tokens(decoder)
+    tokens = _probe_tokens(decoder)
     with torch.no_grad():
         logits = decoder.model(tokens.to(decoder.device), use_cache=False).logits.float().cpu()
     with tempfile.TemporaryDirectory() as scratch:
@@ -59,3 +58,10 @@ def check_checkpoint(decoder: Decoder, folder: Path) -> None:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise PruningError("export_invalid", f"The written checkpoint does not load as it should: {reason}")
+
+
+def _probe_tokens(decoder: Decoder, length: int = 48) -> torch.Tensor:
+    """Fixed random tokens ``[2, length]`` that a written checkpoint is checked with."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(length, decoder.shape.max_positions)
+    return torch.randint(decoder.shape.vocab_size, (2, length), generator=generator)

@@ -163,10 +163,3 @@ def _write_tokenizer(decoder: Decoder, source: ModelSource, folder: Path) -> Non
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def probe_tokens(decoder: Decoder, length: int = 48) -> torch.Tensor:
-    """Fixed random tokens ``[2, length]`` that a written checkpoint is checked with."""
-    generator = torch.Generator().manual_seed(0)
-    length = min(length, decoder.shape.max_positions)
-    return torch.randint(decoder.shape.vocab_size, (2, length), generator=generator)
