@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test bench check lint types contracts clean
+.PHONY: demo test bench-quality bench-speed check lint types contracts clean
 
 demo: .venv/.model
 	$(BIN)/python -m workers.demo
@@ -10,9 +10,14 @@ demo: .venv/.model
 test: .venv/.installed
 	$(BIN)/python -m pytest
 
-# Perplexity by method, ratio and rounds on SmolLM2-135M; CALIBRATION and EVALUATION are text files or data sets.
-bench: .venv/.model
-	$(BIN)/python -m workers.bench $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(if $(EVALUATION),--evaluation $(EVALUATION)) $(if $(SEEDS),--seeds $(SEEDS))
+# Perplexity of every method on SmolLM2-135M, at equal parameters on equal tokens, and the papers' ablations. CALIBRATION and
+# EVALUATION are text files or data sets; OPTIONS narrows it down: see --help. A run that was stopped goes on where it was.
+bench-quality: .venv/.model
+	$(BIN)/python -m workers.bench.quality $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(if $(EVALUATION),--evaluation $(EVALUATION)) $(if $(SEEDS),--seeds $(SEEDS)) $(or $(OPTIONS),--variants --ablations)
+
+# Seconds and peak memory of every method, against one forward pass over the calibration tokens.
+bench-speed: .venv/.model
+	$(BIN)/python -m workers.bench.speed $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(OPTIONS)
 
 check: lint types contracts
 

@@ -1,12 +1,12 @@
 """``/v1/methods`` and ``/v1/models/inspect``: what this service can do, before a job is made."""
 
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from app.catalog.errors import PruningError
-from app.catalog.methods import METHODS
+from app.catalog.methods import METHODS, Allocator, Method, RecoveryKind, Scorer
 from app.deps import EVERY_V1_ROUTE, SettingsDep
 from app.jobs import door
 from app.jobs.schemas import JobError, ModelRef
@@ -19,6 +19,9 @@ class MethodDefaults(BaseModel):
     """What a request that names the method alone gets."""
 
     rounds: int
+    scoring: str
+    allocation: str
+    recovery: str
 
 
 class MethodView(BaseModel):
@@ -36,10 +39,19 @@ class MethodView(BaseModel):
     defaults: MethodDefaults
 
 
+class Kinds(BaseModel):
+    """What a method's parts can be replaced by, in any combination."""
+
+    scoring: list[str] = Field(description="For `scoring.kind`.")
+    allocation: list[str] = Field(description="For `allocation.kind`.")
+    recovery: list[str] = Field(description="For `recovery.kind`.")
+
+
 class MethodList(BaseModel):
     """The methods, by name."""
 
     items: list[MethodView]
+    kinds: Kinds
 
 
 class Inspection(BaseModel):
@@ -58,12 +70,17 @@ class Inspection(BaseModel):
 @router.get("/methods", response_model=MethodList)
 def methods() -> MethodList:
     """Each method: its paper, what it scores, what it needs."""
-    return MethodList(
-        items=[
-            MethodView(**vars(method), defaults=MethodDefaults(rounds=method.default_rounds))
-            for method in METHODS.values()
-        ]
+    kinds = Kinds(
+        scoring=list(get_args(Scorer)), allocation=list(get_args(Allocator)), recovery=list(get_args(RecoveryKind))
     )
+    return MethodList(items=[_view(method) for method in METHODS.values()], kinds=kinds)
+
+
+def _view(method: Method) -> MethodView:
+    defaults = MethodDefaults(
+        rounds=method.default_rounds, scoring=method.scoring, allocation=method.allocation, recovery=method.recovery
+    )
+    return MethodView(**vars(method), needs_gradients=method.needs_gradients, defaults=defaults)
 
 
 @router.post("/models/inspect", response_model=Inspection)

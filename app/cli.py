@@ -32,6 +32,7 @@ cli.add_typer(keys, name="keys")
 
 Url = Annotated[str, typer.Option("--url", envvar="SECATEUR_URL", help="The service's address.")]
 ApiKey = Annotated[str, typer.Option("--api-key", envvar="SECATEUR_API_KEY", help="From 'secateur keys create'.")]
+RecoveryKind = Annotated[str | None, typer.Option("--recovery", help="See GET /v1/methods; unset: the method's own.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JobId = Annotated[uuid.UUID, typer.Argument(help="The job's id.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -185,10 +186,16 @@ def keys_revoke(key_id: Annotated[uuid.UUID, typer.Argument(help="From 'secateur
 @cli.command()
 def submit(
     model: Annotated[str | None, typer.Argument(help="A Hub id or local:NAME.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Share of the blocks' weights to remove, 0 to 0.9.")] = None,
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the blocks' weights to remove, 0 to 0.9; several make a model each."),
+    ] = None,
     method: Annotated[str | None, typer.Option(help="A method of GET /v1/methods.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Pruning rounds.")] = None,
-    repo_id: Annotated[str | None, typer.Option(help="Repository to publish to.")] = None,
+    recovery: RecoveryKind = None,
+    repo_id: Annotated[
+        str | None, typer.Option(help="Repository to publish to; of several ratios, the start of each one's name.")
+    ] = None,
     request: Annotated[
         Path | None, typer.Option(help="A JSON file with more of the request; '-' is standard input.")
     ] = None,
@@ -198,14 +205,21 @@ def submit(
 ) -> None:
     """Post a job and print its id."""
     body = _read_request(request)
-    given = {"model_id": model, "target_ratio": ratio, "method": method, "rounds": rounds}
+    given = {"model_id": model, "target_ratio": one_or_several(ratio), "method": method, "rounds": rounds}
     body |= {name: value for name, value in given.items() if value is not None}
+    if recovery is not None:
+        body["recovery"] = {**(body.get("recovery") or {}), "kind": recovery}
     if repo_id is not None:
         body["publish"] = {"repo_id": repo_id}
     with _connect(url, api_key) as client:
         # A key of its own makes the request safe to repeat for whatever lies between here and the service.
         job = _call(client, "POST", "/v1/jobs", json=body, headers={"Idempotency-Key": str(uuid.uuid4())}).json()
     typer.echo(json.dumps(job) if as_json else job["id"])
+
+
+def one_or_several(ratios: list[float] | None) -> float | list[float] | None:
+    """``target_ratio`` as a request has it, from all the ``--ratio`` options."""
+    return ratios[0] if ratios and len(ratios) == 1 else ratios or None
 
 
 def _read_request(path: Path | None) -> dict[str, Any]:
@@ -323,6 +337,7 @@ def _line(job: dict[str, Any]) -> str:
         parts += [f"{job['progress']['share']:.0%}", _time_left(job)]
     if job["error"]:
         parts.append(f"{job['error']['message']} ({job['error']['code']})")
-    if job["result"] and job["result"].get("repo_id"):
-        parts.append(f"published to {job['result']['repo_id']}")
+    results = (job["result"] or {}).get("targets") or [job["result"] or {}]
+    if published := [result["repo_id"] for result in results if "repo_id" in result]:
+        parts.append(f"published to {', '.join(published)}")
     return "  ".join(part for part in parts if part)

@@ -160,6 +160,41 @@ def test_the_main_job(service: Service, tmp_path: Path) -> None:
     assert not list((service.data / "jobs" / job["id"]).glob("round-*"))
 
 
+def test_several_targets_in_one_job(service: Service, tmp_path: Path) -> None:
+    job_id = service.submit(target_ratio=[0.2, 0.5], rounds=2, publish={"repo_id": "org/tiny-several"})
+    job = service.wait(job_id, "succeeded", "failed")
+    assert job["state"] == "succeeded", job["error"]
+    path = f"/v1/jobs/{job_id}"
+    rounds = service.client.get(f"{path}/rounds").json()["items"]
+    assert [row["number"] for row in rounds] == [0, 1, 2, 3, 4]
+    assert [row["data"]["target_ratio"] for row in rounds[1:]] == [0.2, 0.2, 0.5, 0.5]
+    reports = service.client.get(f"{path}/report").json()["targets"]
+    artifacts = {item["name"] for item in service.client.get(f"{path}/artifacts").json()["items"]}
+    for ratio, name, target, report in zip(
+        (0.2, 0.5), ("org/tiny-several-20", "org/tiny-several-50"), job["result"]["targets"], reports, strict=True
+    ):
+        assert (target["target_ratio"], target["repo_id"], report["ratio"]["target"]) == (ratio, name, ratio)
+        assert report["ratio"]["reached"] == pytest.approx(ratio, abs=0.03)
+        folder = service.data / "hub" / name
+        assert folder.resolve().name == target["commit_sha"]
+        assert f"ratio-{ratio:g}/model.safetensors" in artifacts
+    command = [sys.executable, "-c", STRANGER, str(folder)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["parameters"] == target["parameters"]["after"]
+    assert not list((service.data / "jobs" / job_id).glob("round-*"))
+
+
+def test_a_size_as_the_target(service: Service) -> None:
+    whole = service.client.post("/v1/models/inspect", json={"model_id": "local:tiny"}).json()["shape"]
+    wanted = whole["parameters"] - 0.3 * whole["prunable_parameters"]
+    job_id = service.submit(target_ratio=None, target={"parameters": wanted}, rounds=1, method="magnitude")
+    job = service.wait(job_id, "succeeded", "failed")
+    assert job["state"] == "succeeded", job["error"]
+    block = 32 * whole["parameters_per_channel"]
+    assert job["result"]["parameters"]["after"] == pytest.approx(wanted, abs=block)
+
+
 def test_a_model_that_is_broken_inside_fails_the_job_and_not_the_worker(service: Service) -> None:
     job = service.wait(service.submit(model_id="local:broken"), "failed", "succeeded")
     assert job["error"]["code"] == "weights_not_finite" and job["error"]["retryable"] is False

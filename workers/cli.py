@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli import FAILED, REFUSED, Json, cli, main
+from app.cli import FAILED, REFUSED, Json, RecoveryKind, cli, main, one_or_several
 
 WORKER_FLAGS = ("--without-gossip", "--without-mingle", "--without-heartbeat")
 
@@ -72,12 +72,13 @@ def worker() -> None:
 @cli.command()
 def prune(
     model: Annotated[str, typer.Argument(help="A Hub id, 'local:NAME', or a folder.")],
-    ratio: Annotated[float, typer.Option(help="Share of the prunable parameters to remove.")],
-    output: Annotated[
-        Path, typer.Option(file_okay=False, help="Folder for the pruned model; must not exist or be empty.")
+    ratio: Annotated[
+        list[float], typer.Option(help="Share of the prunable parameters to remove; several make a model each.")
     ],
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for what is made; must not exist or be empty.")],
     method: Annotated[str, typer.Option(help="See GET /v1/methods.")] = "piem-lsps",
     rounds: Annotated[int | None, typer.Option(help="Unset: the method's default.")] = None,
+    recovery: RecoveryKind = None,
     calibration: Annotated[
         str | None, typer.Option(help="A data set or text file; unset: the model's own text.")
     ] = None,
@@ -98,13 +99,14 @@ def prune(
     try:
         spec = PruningSpec.model_validate(
             {
-                "target_ratio": ratio,
+                "target_ratio": one_or_several(ratio),
                 "method": method,
                 "rounds": rounds,
                 "seed": seed,
                 "dtype": dtype,
                 "calibration": _text_source(calibration),
                 "evaluation": _text_source(evaluation),
+                "recovery": {"kind": recovery},
             }
         )
     except ValidationError as error:
@@ -137,7 +139,14 @@ def prune(
     if as_json:
         typer.echo(json.dumps(report))
         return
-    typer.echo(f"{output}: {report['parameters']['after']:,} of {report['parameters']['before']:,} parameters")
+    if "targets" not in report:
+        _show(output, report)
+    for target in report.get("targets", ()):
+        _show(output / f"ratio-{target['ratio']['target']:g}", target)
+
+
+def _show(folder: Path, report: dict[str, Any]) -> None:
+    typer.echo(f"{folder}: {report['parameters']['after']:,} of {report['parameters']['before']:,} parameters")
     typer.echo(f"ratio {report['ratio']['reached']:.4f}")
     typer.echo(f"perplexity {report['perplexity']['before']:.2f} -> {report['perplexity']['after']:.2f}")
 

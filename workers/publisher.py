@@ -12,6 +12,7 @@ from typing import Any
 
 from app.catalog.errors import PruningError
 from app.config import get_settings
+from app.jobs.naming import repo_ids
 from workers import parent
 from workers.hubs import FolderHub, HeadMoved, Hub, HuggingFaceHub
 from workers.parent import Parent
@@ -27,18 +28,24 @@ def work(supervisor: Parent) -> dict[str, Any]:
     """Publish ``output`` if the job asks for it, and keep it as the job's artifacts; the message with the result."""
     job = supervisor.job
     threading.Thread(target=show_life, args=(supervisor,), daemon=True).start()
-    result = {name: job["report"][name] for name in SUMMARY}
-    output = Path(job["output"])
-    wanted = job["request"].get("publish")
+    output, request, report = Path(job["output"]), job["request"], job["report"]
+    wanted, ratios = request.get("publish"), request.get("target_ratio")
+    reports, folders = [report], [output]
+    if isinstance(ratios, list):
+        reports, folders = report["targets"], [output / f"ratio-{ratio:g}" for ratio in ratios]
+    results = [{name: report[name] for name in SUMMARY} for report in reports]
     if wanted is not None:
-        repo_id = wanted["repo_id"]
         hub = configured_hub()
-        commit = publish(hub, repo_id, wanted["private"], output, job["job_id"])
-        result |= {"repo_id": repo_id, "commit_sha": commit, "url": hub.url(repo_id, commit)}
+        for result, folder, repo_id in zip(results, folders, repo_ids(wanted["repo_id"], ratios), strict=True):
+            commit = publish(hub, repo_id, wanted["private"], folder, job["job_id"])
+            result |= {"repo_id": repo_id, "commit_sha": commit, "url": hub.url(repo_id, commit)}
     artifacts = Path(job["folder"]) / "artifacts"
     shutil.rmtree(artifacts, ignore_errors=True)
     output.rename(artifacts)
-    return {"type": "result", "result": result}
+    if not isinstance(ratios, list):
+        return {"type": "result", "result": results[0]}
+    targets = [{"target_ratio": ratio, **result} for ratio, result in zip(ratios, results, strict=True)]
+    return {"type": "result", "result": {"targets": targets}}
 
 
 def publish(hub: Hub, repo_id: str, private: bool, folder: Path, job_id: str) -> str:

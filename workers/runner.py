@@ -8,6 +8,7 @@ from typing import Any
 
 from app.catalog.spec import PruningSpec
 from app.config import get_settings
+from app.jobs.naming import repo_ids
 from workers import parent
 from workers.parent import Parent
 
@@ -22,6 +23,12 @@ def work(supervisor: Parent) -> dict[str, Any]:
     if settings.torch_threads is not None:
         torch.set_num_threads(settings.torch_threads)
     folder, request = Path(job["folder"]), job["request"]
+    spec = PruningSpec(**{name: request[name] for name in PruningSpec.model_fields if name in request})
+    names = repo_ids(request["publish"]["repo_id"], spec.target_ratio) if request.get("publish") else None
+
+    def manifest_extra(ratio: float) -> dict[str, Any]:
+        ratios = spec.target_ratio if isinstance(spec.target_ratio, list) else [ratio]
+        return {"job_id": job["job_id"], "repo_id": names and names[ratios.index(ratio)]}
 
     def on_event(event: dict[str, Any]) -> None:
         if event["type"] == "round":
@@ -32,7 +39,7 @@ def work(supervisor: Parent) -> dict[str, Any]:
     try:
         result = prune(
             request["model_id"],
-            PruningSpec(**{name: request[name] for name in PruningSpec.model_fields if name in request}),
+            spec,
             Path(job["output"]),
             revision=request.get("revision"),
             gguf_file=request.get("gguf_file"),
@@ -40,10 +47,12 @@ def work(supervisor: Parent) -> dict[str, Any]:
             texts_dir=settings.texts_dir,
             token=settings.hf_token.get_secret_value() if settings.hf_token else None,
             endpoint=settings.hf_endpoint,
+            scratch=folder,
+            statistics_dir=settings.data_dir / "statistics",
             on_event=on_event,
             resume=load_checkpoint(folder, job["checkpoints"], supervisor),
             stop=supervisor.wants_pause,
-            manifest_extra={"job_id": job["job_id"], "repo_id": (request.get("publish") or {}).get("repo_id")},
+            manifest_extra=manifest_extra,
         )
     except Paused:
         return {"type": "paused"}

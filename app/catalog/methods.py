@@ -1,39 +1,63 @@
 """The named methods: which scorer, which allocator, which recovery. One table, one line each."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Scorer = Literal[
+    "flap", "llm-pruner", "loraprune", "lorap", "magnitude", "movement", "obs", "piem", "random", "slimllm", "wanda"
+]
+"""Names in ``workers.engine.scoring.SCORERS``."""
+
+Allocator = Literal["cosine", "inner", "loss", "lsps", "threshold", "uniform"]
+"""Names in ``workers.engine.allocation.ALLOCATORS``."""
+
+RecoveryKind = Literal["none", "bias", "linear-regression", "least-squares", "lora", "distill"]
+"""Names in ``workers.engine.recovery``: the first four mend a layer as it is cut, the others train when all is cut."""
+
+GRADIENT_SCORERS = frozenset({"llm-pruner", "loraprune", "movement", "piem"})
+GRADIENT_ALLOCATORS = frozenset({"lsps"})
 
 
 @dataclass(frozen=True)
 class Method:
-    """A pruning method as the papers name it.
-
-    ``scoring`` and ``allocation`` are names in ``workers.engine.scoring.SCORERS`` and
-    ``workers.engine.allocation.ALLOCATORS``; ``passes`` says what scoring costs a round, in words.
-    """
+    """A pruning method as the papers name it; ``passes`` says what a round costs beside measuring, in words."""
 
     name: str
     summary: str
     paper: str
     equations: str
-    scoring: str
-    allocation: str
-    recovery: str = "none"
-    needs_gradients: bool = False
+    scoring: Scorer
+    allocation: Allocator
+    recovery: RecoveryKind = "none"
     passes: str = "none"
     default_rounds: int = 1
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.scoring in GRADIENT_SCORERS or self.allocation in GRADIENT_ALLOCATORS
 
 
 PIEM_PAPER = "Wang, Structured Compression of Large Language Models with Sensitivity-aware Pruning Mechanisms"
 PIEM_PASSES = (
     "two forwards and one backward over the calibration tokens; where affordable, one partial forward for each KV group"
 )
+SWEEP = "one forward of every layer before and one after it is cut"
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("piem-lsps", "PIEM scores, LSPS layer ratios: the paper's full method", PIEM_PAPER, "section 3.2 and 3.3", "piem", "lsps", needs_gradients=True, passes=PIEM_PASSES, default_rounds=4),
-        Method("piem", "PIEM scores, the same ratio in every layer", PIEM_PAPER, "section 3.2", "piem", "uniform", needs_gradients=True, passes=PIEM_PASSES),
-        Method("lsps", "L1 scores, LSPS layer ratios", PIEM_PAPER, "section 3.3", "magnitude", "lsps", needs_gradients=True, passes="two forwards and one backward over the calibration tokens"),
+        Method("secateur", "ours: joint allocation by measured loss, second-order selection, cross-fitted least-squares refit on the pruned prefix", "Secateur, docs/methods.md", "docs/methods.md", "obs", "loss", "least-squares", passes="a few forwards"),
+        Method("piem-lsps", "PIEM scores, LSPS layer ratios: the paper's full method", PIEM_PAPER, "section 3.2 and 3.3", "piem", "lsps", passes=PIEM_PASSES, default_rounds=4),
+        Method("piem", "PIEM scores, the same ratio in every layer", PIEM_PAPER, "section 3.2", "piem", "uniform", passes=PIEM_PASSES),
+        Method("lsps", "L1 scores, LSPS layer ratios", PIEM_PAPER, "section 3.3", "magnitude", "lsps", passes="two forwards and one backward over the calibration tokens"),
+        Method("slimllm", "Pearson similarity of heads with greedy swaps, channels in feature space, cosine layer ratios, linear regression", "Guo et al., SlimLLM: Accurate Structured Pruning for Large Language Models", "4 to 11, algorithm 1", "slimllm", "cosine", "linear-regression", passes=f"one forward for the ratios, {SWEEP}"),
+        Method("flap", "fluctuation of the inputs times the output weights, standardised and compared across layers, bias compensation", "An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models", "3 to 8", "flap", "threshold", "bias", passes=f"one forward for the statistics, {SWEEP}"),
+        Method("wanda", "weight magnitude times input norm, summed over a unit's output weights", "Sun et al., A Simple and Effective Pruning Approach for Large Language Models", "1, structured as in An et al.", "wanda", "uniform", passes=SWEEP),
+        Method("sparsegpt", "optimal brain surgeon's error of a unit, with its update of the weights that stay", "Frantar and Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", "3 and 4, over whole units", "obs", "uniform", "least-squares", passes=SWEEP),
+        Method("llm-pruner", "first-order Taylor importance over coupled weights", "Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models", "3 to 5", "llm-pruner", "inner", passes="one forward and one backward over the calibration tokens"),
+        Method("loraprune", "the same importance from the gradients of low-rank adapters", "Zhang et al., LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning", "6 to 10", "loraprune", "inner", passes="a few training steps of adapters over the calibration tokens", default_rounds=4),
+        Method("lorap", "low-rank attention is not to be had in a stock checkpoint: its input-weighted norms for channels and, likewise, heads", "Li et al., LoRAP: Transformer Sub-Layers Deserve Differentiated Structured Compression for Large Language Models", "7 to 9", "lorap", "uniform", passes=SWEEP),
+        Method("movement", "accumulated −w·∂L/∂w over some training steps", "Sanh et al., Movement Pruning: Adaptive Sparsity by Fine-Tuning", "section 4", "movement", "uniform", passes="a few training steps over the calibration tokens", default_rounds=4),
         Method("magnitude", "L1 norm of a unit's weights, the same ratio in every layer", "Han et al., Learning both Weights and Connections for Efficient Neural Networks", "section 3", "magnitude", "uniform"),
         Method("random", "units drawn at random, the same ratio in every layer: the floor", "none", "none", "random", "uniform"),
     )

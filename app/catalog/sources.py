@@ -22,6 +22,7 @@ LOCAL_PREFIX = "local:"
 LOCAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 HUB_TIMEOUT = 10.0
 LARGEST_JSON = 64 * 2**20
+HALF_DTYPES = ("bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 # GGUF metadata ("{architecture}.…") by the name config.json has for it (GGUF specification, "Standardized key-value pairs").
@@ -53,6 +54,13 @@ class ModelSource:
         """As reports and model cards show it: of a path, the last part alone."""
         known = self.revision is not None or self.model_id.startswith(LOCAL_PREFIX)
         return self.model_id if known else Path(self.model_id).name
+
+    @property
+    def dtype(self) -> str:
+        """What ``auto`` stands for: the config's, float32 where it names none and for GGUF files, which are dequantised."""
+        config = self.config or {}
+        name = config.get("dtype") or config.get("torch_dtype")
+        return str(name) if name in HALF_DTYPES else "float32"
 
     def fingerprint(self) -> str:
         """Changes when the weights may have changed: the commit, or a hash over the names, sizes and times of the files."""

@@ -4,11 +4,15 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
-from app.catalog.methods import METHODS
+from app.catalog.architectures import ModelShape
+from app.catalog.errors import PruningError
+from app.catalog.methods import METHODS, Allocator, RecoveryKind, Scorer
 
 MAX_RATIO = 0.9
+MAX_TARGETS = 8
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Text = Annotated[str, Field(min_length=1, max_length=1_000_000, pattern=r"^[^\x00]*$")]
 """Postgres stores no NUL."""
@@ -54,20 +58,32 @@ class Evaluation(TextSource):
 
 
 class Scoring(_Part):
-    """PIEM's coefficients (section 3.2): I = λ1·‖W‖1 + λ2·ΔL, S = Ĩ + γ·|∂L/∂u|. Other scorers take none of them."""
+    """What a unit is scored by. The coefficients of a scorer that was not asked for are ignored."""
 
-    lambda_weight: float = Field(0.1, ge=0, le=100, description="λ1, the weight of the L1 norm.")
-    lambda_loss: float = Field(1.0, ge=0, le=100, description="λ2, the weight of the loss change.")
-    gamma: float = Field(0.5, ge=0, le=100, description="γ, the weight of the gradient term.")
+    kind: Scorer | None = Field(None, description="Unset: the method's own.")
+    lambda_weight: float = Field(0.1, ge=0, le=100, description="`piem`: λ1, the weight of the L1 norm.")
+    lambda_loss: float = Field(1.0, ge=0, le=100, description="`piem`: λ2, the weight of the loss change.")
+    gamma: float = Field(0.5, ge=0, le=100, description="`piem`: γ, the weight of the gradient term.")
     shielding: Literal["auto", "exact", "estimate"] = Field(
         "auto",
-        description="How a head's ΔL is found: by shielding it in a forward pass, by the estimate from its gate's gradient, or exactly where that is affordable.",
+        description="`piem`: how a head's ΔL is found: by shielding it in a forward pass, by the estimate from its gate's gradient, or exactly where that is affordable.",
+    )
+    greedy_swaps: bool = Field(True, description="`slimllm`: refine the choice of heads by Algorithm 1.")
+    feature_space: bool = Field(
+        True, description="`slimllm`: weigh output directions by their variance (equations 5 to 7); else all alike."
     )
 
 
 class Allocation(_Part):
     """How the ratio is spread over layers and rounds."""
 
+    kind: Allocator | None = Field(None, description="Unset: the method's own.")
+    alpha: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="`cosine`: α of SlimLLM's equation 11; unset: 10 up to a ratio of 0.2, 7 from 0.5 on, linear in between.",
+    )
     schedule: Literal["geometric", "cubic"] = Field(
         "geometric", description="Ratio by round: equal steps of what is left, or cubic (large steps first)."
     )
@@ -80,9 +96,42 @@ class Allocation(_Part):
 
 
 class Recovery(_Part):
-    """What is done to win back what pruning lost."""
+    """What is done to win back what pruning lost. Settings of a kind that was not asked for are ignored."""
 
-    kind: Literal["none"] = "none"
+    kind: RecoveryKind | None = Field(
+        None,
+        description="Unset: the method's own. `bias`, `linear-regression` and `least-squares` mend each layer as it is cut, from statistics; `lora` and `distill` train after the last round.",
+    )
+    damping: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="`least-squares`: pull towards the original weights, as a share of the mean diagonal of the Gram matrix; unset: chosen by held-out error.",
+    )
+    target: Literal["model", "layer"] = Field(
+        "model",
+        description="`least-squares`: fit each layer to what left it in the unpruned model, or to what it would do itself uncut.",
+    )
+    epochs: float = Field(2.0, gt=0, le=100, description="`lora`, `distill`: passes over the calibration windows.")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="`lora`, `distill`: peak of AdamW's.")
+    batch_size: int = Field(64, ge=1, le=4096, description="`lora`, `distill`: windows of one step.")
+    rank: int = Field(8, ge=1, le=1024, description="`lora`: rank of the adapters, which are merged afterwards.")
+    temperature: float = Field(1.0, gt=0, le=100, description="`distill`: of both models' softmax.")
+
+
+class Target(_Part):
+    """How large the pruned model may be; one of the two."""
+
+    parameters: float | None = Field(None, gt=0, allow_inf_nan=False, description="All of its parameters.")
+    bytes: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Bytes of its weights, in the dtype asked for."
+    )
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if (self.parameters is None) == (self.bytes is None):
+            raise ValueError("give either 'parameters' or 'bytes'")
+        return self
 
 
 def without_texts(request: dict[str, Any]) -> dict[str, Any]:
@@ -97,16 +146,22 @@ def without_texts(request: dict[str, Any]) -> dict[str, Any]:
     return shown
 
 
+Ratio = Annotated[float, Field(gt=0, le=MAX_RATIO, allow_inf_nan=False, strict=True)]
+Ratios = Annotated[list[Ratio], Field(min_length=1, max_length=MAX_TARGETS)]
+_ONE_RATIO: TypeAdapter[float] = TypeAdapter(Ratio)
+_RATIOS: TypeAdapter[list[float]] = TypeAdapter(Ratios)
+
+
 class PruningSpec(_Part):
     """How to prune: `target_ratio`, `method` and `rounds` say it; the rest has defaults that suit the method."""
 
-    target_ratio: float = Field(
-        gt=0,
-        le=MAX_RATIO,
-        allow_inf_nan=False,
-        strict=True,
-        description="Share of the parameters in the decoder blocks' attention and feed-forward weights to remove.",
+    target_ratio: Ratio | Ratios | None = Field(
+        None,
+        description="Share of the parameters in the decoder blocks' attention and feed-forward weights to remove; a list makes one pruned model for each, from one scoring of the source.",
         examples=[0.2],
+    )
+    target: Target | None = Field(
+        None, validate_default=True, description="Instead of `target_ratio`: how large the result may be."
     )
     method: str = Field(description="A name of `GET /v1/methods`.", examples=["piem-lsps"])
     rounds: int | None = Field(
@@ -128,6 +183,69 @@ class PruningSpec(_Part):
         if name not in METHODS:
             raise ValueError(f"no method '{name}'; allowed: {', '.join(METHODS)}")
         return name
+
+    @field_validator("target_ratio", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        """Checked as what it looks like: a union would tell what is wrong with it as either."""
+        if value is None:
+            return None
+        return _RATIOS.validate_python(value) if isinstance(value, list) else _ONE_RATIO.validate_python(value)
+
+    @field_validator("target_ratio")
+    @classmethod
+    def _ascending(cls, ratios: float | list[float] | None) -> float | list[float] | None:
+        if isinstance(ratios, list):
+            names = {f"{ratio:g}" for ratio in ratios}  # what folders and repositories are called by
+            if ratios != sorted(ratios) or len(names) < len(ratios):
+                raise ValueError("the ratios must ascend, and differ within six digits")
+        return ratios
+
+    @field_validator("target")
+    @classmethod
+    def _one_target(cls, target: Target | None, info: ValidationInfo) -> Target | None:
+        if "target_ratio" in info.data and (info.data["target_ratio"] is None) == (target is None):
+            raise ValueError("give either 'target_ratio' or 'target'")
+        return target
+
+    def ratios(self, shape: ModelShape, source_dtype: str) -> tuple[float, ...]:
+        """The ratios to reach on a model of this shape, ascending; ``source_dtype`` is what ``auto`` stands for.
+
+        Raises:
+            PruningError: ``target_unreachable`` when ``target`` asks for no less than the model has, or too little.
+        """
+        if self.target is None:
+            assert self.target_ratio is not None  # or validation would have failed
+            return tuple(self.target_ratio) if isinstance(self.target_ratio, list) else (self.target_ratio,)
+        size = DTYPE_BYTES[source_dtype if self.dtype == "auto" else self.dtype]
+        wanted = self.target.parameters or (self.target.bytes or 0) / size
+        ratio = (shape.parameters - wanted) / shape.prunable_parameters
+        if not 0 < ratio <= MAX_RATIO:
+            smallest = shape.parameters - MAX_RATIO * shape.prunable_parameters
+            raise PruningError(
+                "target_unreachable",
+                f"The target is {wanted:,.0f} parameters; this model has {shape.parameters:,} and can be pruned to "
+                f"{smallest:,.0f}.",
+                field="target",
+            )
+        return (ratio,)
+
+    @property
+    def target_count(self) -> int:
+        """How many pruned models are asked for."""
+        return len(self.target_ratio) if isinstance(self.target_ratio, list) else 1
+
+    @property
+    def scorer(self) -> Scorer:
+        return self.scoring.kind or METHODS[self.method].scoring
+
+    @property
+    def allocator(self) -> Allocator:
+        return self.allocation.kind or METHODS[self.method].allocation
+
+    @property
+    def recovery_kind(self) -> RecoveryKind:
+        return self.recovery.kind or METHODS[self.method].recovery
 
     def published(self) -> dict[str, Any]:
         """The spec as reports and model cards show it, see :func:`without_texts`."""

@@ -3,17 +3,17 @@
 What cannot be checked now (the Hub does not answer) is let in; the worker finds out.
 """
 
-import re
-
 import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from app.catalog.architectures import ModelShape
+from app.catalog.errors import PruningError
 from app.catalog.sources import LOCAL_NAME, LOCAL_PREFIX, ModelSource, locate, read_shape
 from app.config import Settings
-from app.jobs.schemas import JobRequest, ModelRef, Plan, Publish
+from app.jobs.naming import default_repo_id, repo_ids
+from app.jobs.schemas import JobRequest, ModelRef, Plan, PlannedTarget, Publish, check_repo_id
 from app.kit.problem import invalid
 
 UNAUTHORIZED = (401, 403)
@@ -43,19 +43,41 @@ def plan(request: JobRequest, settings: Settings) -> Plan:
         PruningError: the model is not there or cannot be pruned like that; retryable if the Hub does not answer.
     """
     source, shape = look(request, settings)
-    multiple = request.allocation.width_multiple
-    if shape is not None:
-        shape.check_ratio(request.target_ratio, multiple)
     return Plan(
         model_id=request.model_id,
         revision=source.revision,
         method=request.method,
         rounds=request.round_count,
-        target_ratio=request.target_ratio,
-        nearest_ratio=None if shape is None else shape.nearest_ratio(request.target_ratio, multiple),
+        targets=_targets(request, source, shape),
         publish=request.publish,
         shape=None if shape is None else shape.as_dict(),
     )
+
+
+def _targets(request: JobRequest, source: ModelSource, shape: ModelShape | None) -> list[PlannedTarget]:
+    """What each target comes to on this model."""
+    asked = request.target_ratio
+    found: list[tuple[float | None, float | None]]
+    if shape is None:
+        found = [(ratio, None) for ratio in (asked if isinstance(asked, list) else [asked])]
+    else:
+        found = [(ratio, _reachable(request, shape, ratio)) for ratio in request.ratios(shape, source.dtype)]
+    names = repo_ids(request.publish.repo_id, asked) if request.publish else [None] * len(found)
+    return [
+        PlannedTarget(target_ratio=ratio, nearest_ratio=nearest, repo_id=name)
+        for (ratio, nearest), name in zip(found, names, strict=True)
+    ]
+
+
+def _reachable(request: JobRequest, shape: ModelShape, ratio: float) -> float:
+    """The ratio that will be reached; a refusal names the field that asked for it."""
+    multiple = request.allocation.width_multiple
+    try:
+        shape.check_ratio(ratio, multiple)
+    except PruningError as error:
+        field = "target_ratio" if request.target is None else "target"
+        raise PruningError(error.code, error.message, field=field) from None
+    return shape.nearest_ratio(ratio, multiple)
 
 
 def admit(request: JobRequest, settings: Settings) -> JobRequest:
@@ -71,9 +93,16 @@ def admit(request: JobRequest, settings: Settings) -> JobRequest:
     for purpose, source in (("calibration", request.calibration), ("evaluation", request.evaluation)):
         if source.dataset is not None:
             _check_dataset(f"{purpose}.dataset", source.dataset, settings)
-    if request.publish is None and settings.hub_dir is not None:
-        return request.model_copy(update={"publish": Publish(repo_id=_default_repo_id(request))})
-    if request.publish is not None and settings.hub_dir is None:
+    if request.publish is None:
+        if settings.hub_dir is None:
+            return request
+        return request.model_copy(update={"publish": Publish(repo_id=default_repo_id(request))})
+    for name in repo_ids(request.publish.repo_id, request.target_ratio):
+        try:
+            check_repo_id(name)
+        except ValueError as error:
+            raise invalid("publish.repo_id", str(error)) from None
+    if settings.hub_dir is None:
         _check_may_write(request.publish.repo_id, settings)
     return request
 
@@ -94,13 +123,8 @@ def _check_dataset(field: str, dataset: str, settings: Settings) -> None:
             raise invalid(field, message, allowed="wikitext2, ptb, c4, org/name, org/name:config, local:NAME") from None
 
 
-def _default_repo_id(request: JobRequest) -> str:
-    """``secateur/<model>-<method>-<percent>``, as a Hub takes it."""
-    model = re.sub(r"[^A-Za-z0-9]+", "-", request.model_id.removeprefix("local:").split("/")[-1]).strip("-")
-    return f"secateur/{model[:60].rstrip('-')}-{request.method}-{request.target_ratio * 100:.3g}".replace(".", "_")
-
-
 def _check_may_write(repo_id: str, settings: Settings) -> None:
+    """The namespace alone decides, so this goes for the names made from ``repo_id`` too."""
     if settings.hf_token is None:
         raise invalid("publish.repo_id", "this service has no Hub token (SECATEUR_HF_TOKEN)", code="hub_forbidden")
     api = HfApi(endpoint=settings.hf_endpoint, token=settings.hf_token.get_secret_value())

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -293,7 +294,8 @@ def artifacts(job_id: uuid.UUID, owner: Owner, session: SessionDep, settings: Se
     prefix = f"/v1/jobs/{job_id}/artifacts"
     return ArtifactList(
         items=[
-            Artifact(name=path.name, size=status.st_size, url=f"{prefix}/{path.name}") for path, status in found.items()
+            Artifact(name=name, size=status.st_size, url=f"{prefix}/{quote(name)}")
+            for name, (_, status) in found.items()
         ]
     )
 
@@ -314,9 +316,9 @@ class ArtifactResponse(FileResponse):
         await super().__call__(scope, receive, checked)
 
 
-@router.head("/{job_id}/artifacts/{name}", response_class=ArtifactResponse, include_in_schema=False)
+@router.head("/{job_id}/artifacts/{name:path}", response_class=ArtifactResponse, include_in_schema=False)
 @router.get(
-    "/{job_id}/artifacts/{name}",
+    "/{job_id}/artifacts/{name:path}",
     response_class=ArtifactResponse,
     responses={
         200: {"description": "The file.", "content": FILE_CONTENT},
@@ -326,7 +328,8 @@ class ArtifactResponse(FileResponse):
 )
 def artifact(job_id: uuid.UUID, name: str, owner: Owner, session: SessionDep, settings: SettingsDep) -> FileResponse:
     """One file; `Range` requests are served."""
-    for path, status in service.artifacts(session, settings, owner.id, job_id).items():
-        if path.name == name:
-            return ArtifactResponse(path, filename=name, stat_result=status)
-    raise Problem(404, "not_found", f"Job {job_id} has no artifact '{name}'.")
+    found = service.artifacts(session, settings, owner.id, job_id).get(name)
+    if found is None:
+        raise Problem(404, "not_found", f"Job {job_id} has no artifact '{name}'.")
+    path, status = found
+    return ArtifactResponse(path, filename=path.name, stat_result=status)

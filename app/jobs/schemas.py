@@ -82,7 +82,7 @@ class Publish(_Request):
     """Where the pruned model goes."""
 
     repo_id: Annotated[str, StringConstraints(max_length=200), AfterValidator(check_repo_id)] = Field(
-        description="Repository; made if it is not there. The files of one that is there are all replaced, in one commit.",
+        description="Repository; made if it is not there. The files of one that is there are all replaced, in one commit. With a list of target ratios, there is one for each: `org/name-20` for 0.2, `org/name-12_5` for 0.125.",
         examples=["org/name"],
     )
     private: bool = Field(True, description="Of a repository that is made for this job.")
@@ -102,7 +102,11 @@ class ModelRef(_Request):
 
 
 class JobRequest(ModelRef, PruningSpec):
-    """`model_id`, `target_ratio`, `method` and `rounds` are the whole of it; the rest has defaults."""
+    """`model_id`, `target_ratio`, `method` and `rounds` are the whole of it; the rest has defaults.
+
+    With a list of ratios in `target_ratio`, the report is `{"targets": [...]}` and so is the result, one of what a single
+    ratio gives for each; the artifacts of each are in `ratio-0.2/` and so on.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -119,6 +123,18 @@ class JobRequest(ModelRef, PruningSpec):
                     "publish": {"repo_id": "org/smollm2-half", "private": True},
                     "labels": {"team": "nlp"},
                     "max_runtime_seconds": 7200,
+                },
+                {
+                    "model_id": "HuggingFaceTB/SmolLM2-135M",
+                    "target_ratio": [0.2, 0.3, 0.5],
+                    "method": "piem-lsps",
+                    "publish": {"repo_id": "org/smollm2"},
+                },
+                {
+                    "model_id": "HuggingFaceTB/SmolLM2-135M",
+                    "target": {"parameters": 110e6},
+                    "method": "flap",
+                    "recovery": {"kind": "lora", "epochs": 1, "rank": 16},
                 },
             ]
         }
@@ -139,6 +155,14 @@ class JobRequest(ModelRef, PruningSpec):
     )
 
 
+class PlannedTarget(BaseModel):
+    """One of the pruned models that a job would make. Nulls: known only once the model is there."""
+
+    target_ratio: float | None = Field(description="As asked for, or what the size asked for comes to.")
+    nearest_ratio: float | None = Field(description="The ratio that will be reached.")
+    repo_id: str | None = Field(description="Where it would be published; null: nowhere.")
+
+
 class Plan(BaseModel):
     """What a job would do: the answer to `validate_only`."""
 
@@ -146,10 +170,7 @@ class Plan(BaseModel):
     revision: str | None = Field(description="The commit that would be used; null for a local model.")
     method: str
     rounds: int
-    target_ratio: float
-    nearest_ratio: float | None = Field(
-        description="The ratio that will be reached; null where the sizes are known only once the model is there."
-    )
+    targets: list[PlannedTarget]
     publish: Publish | None
     shape: dict[str, Any] | None = Field(description="The model's sizes, as `POST /v1/models/inspect` gives them.")
 
@@ -159,7 +180,7 @@ class Progress(BaseModel):
 
     stage: str
     round: int = Field(0, description="0 is the measuring of the unpruned model.")
-    rounds: int
+    rounds: int = Field(description="Of all targets, and of training recovery.")
     share: float = Field(ge=0, le=1, description="Of the whole job.")
     estimated_finish_at: dt.datetime | None = None
 
@@ -189,7 +210,7 @@ class JobSummary(BaseModel):
     error: JobError | None = None
     result: dict[str, Any] | None = Field(
         None,
-        description="On success: repo_id, commit_sha, parameters, perplexity and latency before and after, widths.",
+        description="On success: repo_id, commit_sha, parameters, perplexity and latency before and after, widths; for a list of target ratios `targets`, with these and `target_ratio` in each.",
     )
     created_at: dt.datetime
     started_at: dt.datetime | None = None
@@ -281,14 +302,16 @@ class EventPage(BaseModel):
 
 
 class RoundView(BaseModel):
-    """A completed round. Round 0 is the unpruned model, measured."""
+    """A completed round. Round 0 is the unpruned model, measured; numbers run on from target to target."""
 
     model_config = ConfigDict(from_attributes=True)
 
     number: int
     attempt: int
     created_at: dt.datetime
-    data: dict[str, Any] = Field(description="Ratio, widths by layer, perplexity, loss curve, time, memory.")
+    data: dict[str, Any] = Field(
+        description="`target_ratio`, ratio, widths by layer, perplexity, loss curve, time, memory; of a round of training, `recovery`."
+    )
 
 
 class RoundList(BaseModel):
@@ -300,7 +323,9 @@ class RoundList(BaseModel):
 class Artifact(BaseModel):
     """A file of the pruned model."""
 
-    name: str = Field(examples=["config.json"])
+    name: str = Field(
+        description="With its folder `ratio-…/` where a list of target ratios was asked for.", examples=["config.json"]
+    )
     size: int = Field(description="Bytes.", examples=[1024])
     url: str = Field(examples=["/v1/jobs/0199a0c6-3f5c-7d3e-9a53-0d8f4c1b2a10/artifacts/config.json"])
 

@@ -187,8 +187,8 @@ def report(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID) -> dict[str
 
 def artifacts(
     session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uuid.UUID
-) -> dict[Path, os.stat_result]:
-    """The files of the pruned model, by name, and their sizes; none before the job has succeeded.
+) -> dict[str, tuple[Path, os.stat_result]]:
+    """The files of the pruned model, by name (their path, with ``/``); none before the job has succeeded.
 
     Raises:
         Problem: 404.
@@ -198,7 +198,7 @@ def artifacts(
     if job.state != State.SUCCEEDED or not folder.is_dir():
         return {}
     try:
-        found = {path: path.stat() for path in sorted(folder.iterdir())}
+        found = {path.relative_to(folder).as_posix(): (path, path.lstat()) for path in sorted(folder.rglob("*"))}
     except FileNotFoundError:  # the job was deleted meanwhile
         raise _no_job(job_id) from None
-    return {path: status for path, status in found.items() if stat.S_ISREG(status.st_mode)}
+    return {name: (path, status) for name, (path, status) in found.items() if stat.S_ISREG(status.st_mode)}

@@ -13,6 +13,7 @@ import httpx2
 import pytest
 from sqlalchemy.orm import Session
 
+from app.cli import _line
 from app.config import Settings
 from tests.api import play
 
@@ -70,6 +71,9 @@ def test_what_is_wrong_around_it_is_said_without_a_traceback(settings: Settings,
         (["keys", "create", ""], {}, 2, "NAME: "),
         (["keys", "create", "a\nb"], {}, 2, "NAME: "),
         (["prune", "m", "--ratio", "0.2", "--output", __file__], {}, 2, "'--output'"),
+        (["prune", "m", "--output", "x"], {}, 2, "'--ratio'"),
+        (["prune", "m", "--ratio", "0.2", "--ratio", "2", "--output", "x"], {}, 2, "target_ratio.1"),
+        (["prune", "m", "--ratio", "0.2", "--recovery", "x", "--output", "x"], {}, 2, "recovery.kind"),
         (["prune", "m", "--ratio", "0.2", "--output", "x", "--calibration", sys.executable], {}, 2, "UTF-8"),
     ]
     for arguments, variables, code, hint in cases:
@@ -93,6 +97,18 @@ def test_submit_status_cancel(service: str, body: dict[str, Any], tmp_path: Path
     request.write_text(json.dumps(body | {"labels": {"a": "b"}}))
     job = json.loads(run("submit", "--request", str(request), "--ratio", "0.3", "--json").stdout)
     assert (job["request"]["target_ratio"], job["labels"]) == (0.3, {"a": "b"})
+    request.write_text(json.dumps(body | {"recovery": {"rank": 4}}))
+    several = ("--ratio", "0.2", "--ratio", "0.5", "--recovery", "lora")
+    job = json.loads(run("submit", "--request", str(request), *several, "--json").stdout)
+    assert job["request"]["target_ratio"] == [0.2, 0.5]
+    assert (job["request"]["recovery"]["kind"], job["request"]["recovery"]["rank"]) == ("lora", 4)
+
+
+def test_a_job_of_several_targets_shows_every_repository() -> None:
+    job = {"id": str(JOB_ID), "state": "succeeded", "progress": None, "error": None}
+    published = {"targets": [{"repo_id": "org/a-20"}, {"repo_id": "org/a-50"}]}
+    assert _line({**job, "result": published}).endswith("succeeded  published to org/a-20, org/a-50")
+    assert "published" not in _line({**job, "result": {"targets": [{"target_ratio": 0.2}]}})
 
 
 def test_refusals(service: str, body: dict[str, Any], tmp_path: Path) -> None:

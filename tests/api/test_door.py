@@ -76,6 +76,32 @@ def test_who_may_publish_where(hub: fake.FakeHub, hub_api: httpx2.Client, monkey
     }
 
 
+def test_each_of_several_repositories_is_checked(hub: fake.FakeHub, hub_api: httpx2.Client) -> None:
+    several = REQUEST | {"target_ratio": [0.2, 0.5]}
+    accepted = hub_api.post("/v1/jobs?validate_only=true", json=several | {"publish": {"repo_id": "org/out"}})
+    assert [target["repo_id"] for target in accepted.json()["targets"]] == ["org/out-20", "org/out-50"]
+    refused = hub_api.post("/v1/jobs", json=several | {"publish": {"repo_id": "google/out"}})
+    assert (refused.status_code, refused.json()["code"]) == (422, "hub_forbidden")
+    unpublished = hub_api.post("/v1/jobs?validate_only=true", json=several).json()
+    assert [target["repo_id"] for target in unpublished["targets"]] == [None, None]
+
+
+def test_what_a_gguf_file_on_the_hub_comes_to_is_not_known_yet(hub: fake.FakeHub, hub_api: httpx2.Client) -> None:
+    hub.create("org/gguf", files={"model.gguf": b""})
+    wanted = {"model_id": "org/gguf", "gguf_file": "model.gguf", "method": "piem"}
+    cases: list[tuple[dict[str, Any], list[float | None]]] = [
+        ({"target_ratio": 0.2}, [0.2]),
+        ({"target_ratio": [0.2, 0.89]}, [0.2, 0.89]),
+        ({"target": {"parameters": 1e6}}, [None]),
+    ]
+    for target, ratios in cases:
+        response = hub_api.post("/v1/jobs?validate_only=true", json=wanted | target)
+        assert response.status_code == 200, response.text
+        assert [(found["target_ratio"], found["nearest_ratio"]) for found in response.json()["targets"]] == [
+            (ratio, None) for ratio in ratios
+        ]
+
+
 @pytest.mark.parametrize(("token", "message"), [("hf_wrong", "does not accept"), ("", "no Hub token")])
 def test_without_a_good_token(hub: fake.FakeHub, monkeypatch: pytest.MonkeyPatch, token: str, message: str) -> None:
     if token:
@@ -103,12 +129,23 @@ def test_a_hub_that_is_away_lets_jobs_in(
 
 
 def test_names_for_the_folder_hub(settings: Settings, make_model: Callable[..., str]) -> None:
-    for model_id, ratio, name in [
+    cases: list[tuple[str, Any, str]] = [
         ("org/SmolLM2-135M", 0.2, "secateur/SmolLM2-135M-piem-20"),
         ("local:Qwen2.5_7B..v1", 0.125, "secateur/Qwen2-5-7B-v1-piem-12_5"),
         ("local:" + "x" * 96, 0.5, f"secateur/{'x' * 60}-piem-50"),
-    ]:
-        request = JobRequest.model_validate({"model_id": model_id, "target_ratio": ratio, "method": "piem"})
+        ("org/a", 0.29, "secateur/a-piem-29"),
+        ("org/a", 1 / 3, "secateur/a-piem-33_3333"),
+        ("org/a", [0.2, 0.5], "secateur/a-piem"),
+        ("org/a", {"parameters": 110e6}, "secateur/a-piem-110m"),
+        ("org/a", {"parameters": 1.14e9}, "secateur/a-piem-1_14b"),
+        ("org/a", {"parameters": 999_999}, "secateur/a-piem-1m"),
+        ("org/a", {"parameters": 950}, "secateur/a-piem-950"),
+        ("org/a", {"bytes": 5e8}, "secateur/a-piem-500mb"),
+        ("org/a", {"bytes": 2.5e9}, "secateur/a-piem-2_5gb"),
+    ]
+    for model_id, ratio, name in cases:
+        target = {"target" if isinstance(ratio, dict) else "target_ratio": ratio}
+        request = JobRequest.model_validate({"model_id": model_id, "method": "piem"} | target)
         publish = admit(request, settings).publish
         assert publish is not None and publish.repo_id == name
         assert JobRequest.model_validate(request.model_dump() | {"publish": {"repo_id": name}})
@@ -139,8 +176,21 @@ def test_inspect(api: httpx2.Client, make_model: Callable[..., str]) -> None:
 def test_methods(api: httpx2.Client) -> None:
     methods = {method["name"]: method for method in api.get("/v1/methods").json()["items"]}
     assert {"piem-lsps", "piem", "lsps", "magnitude", "random"} <= set(methods)
-    assert methods["piem-lsps"]["needs_gradients"] and methods["piem-lsps"]["defaults"] == {"rounds": 4}
-    assert not methods["random"]["needs_gradients"]
+    assert methods["piem-lsps"]["needs_gradients"] and not methods["random"]["needs_gradients"]
+    parts = {"scoring": "piem", "allocation": "lsps", "recovery": "none"}
+    assert methods["piem-lsps"]["defaults"] == {"rounds": 4, **parts}
+
+
+def test_every_kind_that_is_listed_is_taken(api: httpx2.Client, body: dict[str, Any]) -> None:
+    answer = api.get("/v1/methods").json()
+    for part, kinds in answer["kinds"].items():
+        assert {method["defaults"][part] for method in answer["items"]} <= set(kinds)
+        for kind in kinds:
+            response = api.post("/v1/jobs?validate_only=true", json=body | {part: {"kind": kind}})
+            assert response.status_code == 200, response.text
+        refused = api.post("/v1/jobs", json=body | {part: {"kind": "no such"}}).json()
+        [error] = refused["errors"]
+        assert error["field"] == f"{part}.kind" and all(f"'{kind}'" in error["allowed"] for kind in kinds)
 
 
 def test_texts(api: httpx2.Client, body: dict[str, Any], settings: Settings) -> None:

@@ -4,6 +4,7 @@ import json
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -17,6 +18,7 @@ from app.jobs.models import Job, JobEvent, JobRound
 from app.kit import idempotency, pages
 from app.kit.idempotency import IdempotencyKey
 from tests.api import play
+from tests.api.conftest import CONFIG
 
 Body = dict[str, Any]
 
@@ -53,10 +55,48 @@ def test_validate_only_makes_nothing(api: httpx2.Client, body: Body, session: Se
     assert response.status_code == 200
     plan = response.json()
     assert plan["rounds"] == 4
-    assert abs(plan["nearest_ratio"] - 0.2) < 0.05
+    [target] = plan["targets"]
+    assert (target["target_ratio"], target["repo_id"]) == (0.2, "secateur/tiny-piem-lsps-20")
+    assert abs(target["nearest_ratio"] - 0.2) < 0.05
     assert [layer["heads"] for layer in plan["shape"]["layers"]] == [8, 8, 8, 8]
     assert session.scalar(select(func.count()).select_from(Job)) == 0
     assert api.post("/v1/jobs?validate_only=true", json=body | {"model_id": "local:none"}).status_code == 422
+
+
+def test_a_plan_of_several_targets(api: httpx2.Client, body: Body) -> None:
+    several = body | {"target_ratio": [0.125, 0.2, 0.5], "publish": {"repo_id": "org/name"}}
+    plan = api.post("/v1/jobs?validate_only=true", json=several).json()
+    assert [target["target_ratio"] for target in plan["targets"]] == [0.125, 0.2, 0.5]
+    assert [target["repo_id"] for target in plan["targets"]] == ["org/name-12_5", "org/name-20", "org/name-50"]
+    half_a_block = 32 * 3 * 64 / (4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 256)) / 2
+    for target in plan["targets"]:
+        assert abs(target["nearest_ratio"] - target["target_ratio"]) <= half_a_block + 1e-9
+    one = api.post("/v1/jobs?validate_only=true", json=several | {"target_ratio": [0.2]}).json()
+    assert [target["repo_id"] for target in one["targets"]] == ["org/name-20"]
+    job = _make(api, several)
+    assert job["request"]["target_ratio"] == [0.125, 0.2, 0.5]
+    assert job["request"]["publish"]["repo_id"] == "org/name"
+
+
+# The model of tests.api.conftest: 4 layers of 61,440 weights, 6,400 of tied embeddings, 9 norms of 64.
+@pytest.mark.parametrize(
+    ("target", "change", "dtype"),
+    [
+        ({"parameters": 203_584}, {}, "auto"),
+        ({"bytes": 4 * 203_584}, {}, "auto"),
+        ({"bytes": 2 * 203_584}, {"dtype": "bfloat16"}, "auto"),
+        ({"bytes": 2 * 203_584}, {"torch_dtype": "float16"}, "auto"),
+        ({"bytes": 4 * 203_584}, {"dtype": ["odd"]}, "auto"),
+        ({"bytes": 2 * 203_584}, {"dtype": "float32"}, "bfloat16"),
+        ({"bytes": 4 * 203_584}, {"dtype": "bfloat16"}, "float32"),
+    ],
+)
+def test_a_size_as_the_target(
+    api: httpx2.Client, make_model: Callable[..., str], target: Body, change: Body, dtype: str
+) -> None:
+    request = {"model_id": make_model("sized", CONFIG | change), "target": target, "method": "piem", "dtype": dtype}
+    plan = api.post("/v1/jobs?validate_only=true", json=request).json()
+    assert [planned["target_ratio"] for planned in plan["targets"]] == [pytest.approx(0.2)]
 
 
 def test_conditional_get(api: httpx2.Client, body: Body, session: Session) -> None:
@@ -324,6 +364,37 @@ class TestResults:
         head = api.head(items[1]["url"])
         assert (head.status_code, head.content, head.headers["Content-Length"]) == (200, b"", "10240")
         assert api.head(f"{done}/artifacts/none").status_code == 404
+
+    def test_artifacts_of_several_targets(
+        self, api: httpx2.Client, done: str, settings: Settings, tmp_path: Path
+    ) -> None:
+        folder = settings.job_dir(done.rpartition("/")[2]) / "artifacts"
+        for ratio in ("0.2", "0.5"):
+            (folder / f"ratio-{ratio}").mkdir()
+            (folder / f"ratio-{ratio}" / "model.safetensors").write_bytes(ratio.encode() * 100)
+        (tmp_path / "outside.json").write_text("no artifact")
+        (folder / "ratio-0.2" / "link.json").symlink_to(tmp_path / "outside.json")
+        (folder / "linked").symlink_to(tmp_path)
+        items = {item["name"]: item for item in api.get(f"{done}/artifacts").json()["items"]}
+        nested = "ratio-0.5/model.safetensors"
+        assert list(items) == ["config.json", "model.safetensors", "ratio-0.2/model.safetensors", nested]
+        assert (items[nested]["url"], items[nested]["size"]) == (f"{done}/artifacts/{nested}", 300)
+        part = api.get(items[nested]["url"], headers={"Range": "bytes=0-2"})
+        assert (part.status_code, part.content) == (206, b"0.5")
+        assert 'filename="model.safetensors"' in part.headers["Content-Disposition"]
+        assert api.head(items[nested]["url"]).headers["Content-Length"] == "300"
+        for name in (
+            "ratio-0.2",
+            "ratio-0.2/",
+            "ratio-0.2/link.json",
+            "linked/outside.json",
+            "ratio-0.2//model.safetensors",
+            "ratio-0.2/%2e%2e/config.json",
+            "ratio-0.2/..%2f..%2f..%2fsecret.json",
+            "%2fetc%2fpasswd",
+        ):
+            response = api.get(f"{done}/artifacts/{name}")
+            assert (response.status_code, response.json()["code"]) == (404, "not_found"), name
 
     def test_ranges_that_cannot_be_served(self, api: httpx2.Client, done: str) -> None:
         for header, status, code in [

@@ -11,7 +11,18 @@ from app.catalog.sources import ModelSource
 from app.jobs import door, schemas
 from app.jobs.schemas import JobRequest
 from app.kit.problem import ProblemDetails
-from tests.api.conftest import CONFIG
+
+SMOLLM2_135M: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "vocab_size": 49_152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 
 
 @pytest.fixture
@@ -29,16 +40,16 @@ def _operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, 
 def test_every_request_example_is_accepted(
     api: httpx2.Client, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "locate", lambda model_id, **_: ModelSource(model_id, None, "0" * 40, None, CONFIG))
+    monkeypatch.setattr(door, "locate", lambda model_id, **_: ModelSource(model_id, None, "0" * 40, None, SMOLLM2_135M))
     examples = document["components"]["schemas"]["JobRequest"]["examples"]
-    assert len(examples) == 2
+    assert len(examples) == 4
     for example in examples:
         response = api.post("/v1/jobs", json=example)
         assert response.status_code == 202, response.text
         stored = response.json()["request"]
-        assert {name: stored[name] for name in ("model_id", "target_ratio", "method")} == {
-            name: example[name] for name in ("model_id", "target_ratio", "method")
-        }
+        for name, value in (example | {"revision": "0" * 40}).items():
+            kept = stored[name]
+            assert {**kept, **value} == kept if isinstance(value, dict) else value == kept, name
 
 
 def test_every_response_example_is_one(document: dict[str, Any]) -> None:

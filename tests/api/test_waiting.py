@@ -99,8 +99,9 @@ def test_create_waits_for_the_end(
     api: httpx2.Client, body: Body, session: Session, settings: Settings, later: Callable[..., None]
 ) -> None:
     def work() -> None:
-        [job] = api.get("/v1/jobs").json()["items"]
-        play.fail(session, job["id"], play.start(session, job["id"]))
+        while not (jobs := api.get("/v1/jobs").json()["items"]):
+            time.sleep(0.05)
+        play.fail(session, jobs[0]["id"], play.start(session, jobs[0]["id"]))
 
     later(work)
     response = api.post("/v1/jobs", json=body, headers={"Prefer": "wait=20"})

@@ -144,6 +144,7 @@ def test_what_is_written(name: str, cases: dict[str, Case]) -> None:
     source = json.loads((case.folder / "source" / "config.json").read_text())
     added = {
         "per_layer_config",
+        "added_biases",
         "allow_global_per_layer_attribute_access",
         "auto_map",
         "architectures",
@@ -159,6 +160,7 @@ def test_what_is_written(name: str, cases: dict[str, Case]) -> None:
         "num_key_value_heads": 1,
         "intermediate_size": 64,
     }
+    assert config["added_biases"] == []
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert Plan.from_dict(manifest["plan"]) == case.plan and manifest["job_id"] == "j"
     assert set(manifest["files"]) == {file.name for file in out.iterdir()} - {"secateur.json"}

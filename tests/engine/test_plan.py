@@ -12,8 +12,8 @@ from app.catalog.architectures import LayerShape, ModelShape, UnitCost, shape_fr
 from app.catalog.architectures.llama import LLAMA
 from app.catalog.errors import PruningError
 from tests.engine.models import FAMILIES, decoder_of, make_model
+from workers.engine.allocation import Share, UnitCounts, best, whole_units
 from workers.engine.allocation.base import fill
-from workers.engine.allocation.budget import select_units
 from workers.engine.plan import LayerPlan, Plan
 from workers.engine.schedule import cumulative_ratios, round_targets
 from workers.engine.scoring import Scores
@@ -45,18 +45,23 @@ def test_plans_compose() -> None:
     ]
 
 
-def test_selection_by_hand() -> None:
+def test_whole_units_by_hand() -> None:
     shapes = [LayerShape(2, 2, 4, 8)] * 2
     cost = UnitCost(kv_group=40, channel=10, fixed=0)  # 160 a layer
-    scores = Scores(
-        [torch.tensor([1.0, 2.0]), torch.tensor([4.0, 3.0])],
-        [torch.arange(8.0), -torch.arange(8.0)],
-    )
-    plan = select_units(shapes, scores, [80, 40], 2, cost, width_multiple=2)
-    # layer 0 gives half: one group (score 1) and 4 channels; layer 1 a quarter: half a group, rounded up, and no channel
-    assert plan.layers == (LayerPlan((1,), (4, 5, 6, 7)), LayerPlan((0,), tuple(range(8))))
-    plan = select_units(shapes, scores, [80, 40], 1, cost, width_multiple=2)
-    assert plan.layers == (LayerPlan((1,), (4, 5, 6, 7)), LayerPlan((0, 1), (0, 1, 2, 3)))
+    scores = Scores([torch.tensor([1.0, 2.0]), torch.tensor([4.0, 3.0])], [torch.arange(8.0)] * 2)
+    # layer 0 gives half: one group and 4 channels; layer 1 a quarter: half a group, rounded up, and no channel
+    assert whole_units(shapes, Share([80, 40]), 2, scores, cost, 2) == [UnitCounts(1, 4), UnitCounts(1, 0)]
+    assert whole_units(shapes, Share([80, 40]), 1, scores, cost, 2) == [UnitCounts(1, 4), UnitCounts(0, 4)]
+    # both would give half a group: the one whose group scores least does; without scores, the larger fraction
+    assert whole_units(shapes, Share([40, 50]), 1, scores, cost, 2) == [UnitCounts(1, 0), UnitCounts(0, 4)]
+    assert whole_units(shapes, Share([40, 50]), 1, None, cost, 2) == [UnitCounts(0, 4), UnitCounts(1, 0)]
+    # a share that names groups has its own; what one layer has no channels for, the next gives
+    assert whole_units(shapes, Share([80, 40], [0, 1]), 2, scores, cost, 2) == [UnitCounts(0, 6), UnitCounts(1, 2)]
+
+
+def test_the_best_stay() -> None:
+    assert best(torch.tensor([1.0, 3.0, 1.0, 0.5]), 2) == (1, 2), "of equals the first goes"
+    assert best(torch.tensor([2.0, 1.0]), 0) == (0, 1)
 
 
 def make_shape(widths: tuple[int, int, int], layers: int, cost: UnitCost) -> ModelShape:
@@ -75,11 +80,11 @@ def problems(draw: st.DrawFn) -> tuple[ModelShape, int, float, int]:
 
 
 @settings(max_examples=400, deadline=None)
-@given(problems(), st.integers(0, 100), st.sampled_from(["geometric", "cubic"]))
+@given(problems(), st.integers(0, 100), st.sampled_from(["geometric", "cubic"]), st.booleans())
 def test_what_the_door_lets_in_is_met_to_within_half_a_block(
-    problem: tuple[ModelShape, int, float, int], seed: int, schedule: Literal["geometric", "cubic"]
+    problem: tuple[ModelShape, int, float, int], seed: int, schedule: Literal["geometric", "cubic"], scored: bool
 ) -> None:
-    """Over any number of rounds, with uneven budgets and random scores; and what is refused would have been missed."""
+    """Over any number of rounds, with uneven budgets, random scores or none; and what is refused would have been missed."""
     shape, multiple, ratio, rounds = problem
     cost, wanted = shape.cost, ratio * shape.prunable_parameters
     try:
@@ -103,23 +108,16 @@ def test_what_the_door_lets_in_is_met_to_within_half_a_block(
         assert sum(budgets) == pytest.approx(total) and all(
             b <= limit + 1e-6 for b, limit in zip(budgets, limits, strict=True)
         )
-        scores = Scores(
-            *(
-                [torch.rand(n, generator=generator) for n in widths]
-                for widths in zip(*((s.kv_groups, s.intermediate_size) for s in layers), strict=True)
-            )
-        )
-        plan = select_units(layers, scores, budgets, groups, cost, multiple)
-        for was, kept, heads, values in zip(layers, plan.layers, scores.heads, scores.channels, strict=True):
-            width = len(kept.channels)
-            assert len(kept.kv_groups) >= 1 and width >= min(multiple, was.intermediate_size)
+        scores = Scores([torch.rand(s.kv_groups, generator=generator) for s in layers], []) if scored else None
+        counts = whole_units(layers, Share(budgets), groups, scores, cost, multiple)
+        for was, gone in zip(layers, counts, strict=True):
+            width = was.intermediate_size - gone.channels
+            assert gone.kv_groups < was.kv_groups and width >= min(multiple, was.intermediate_size)
             assert width == was.intermediate_size or width % multiple == 0
-            for units, unit_scores in ((kept.kv_groups, heads), (kept.channels, values)):
-                gone = [float(v) for i, v in enumerate(unit_scores) if i not in set(units)]
-                assert not gone or max(gone) <= min(float(unit_scores[i]) for i in units)
         layers = [
-            LayerShape(len(kept.kv_groups), len(kept.kv_groups) * was.heads_per_group, 16, len(kept.channels))
-            for was, kept in zip(layers, plan.layers, strict=True)
+            LayerShape(left, left * was.heads_per_group, 16, was.intermediate_size - gone.channels)
+            for was, gone in zip(layers, counts, strict=True)
+            for left in [was.kv_groups - gone.kv_groups]
         ]
     missed = abs(shape.prunable_parameters - sum(map(shape.layer_parameters, layers)) - wanted)
     half = multiple * cost.channel / 2

@@ -1,5 +1,6 @@
 """A runner without an engine: its rounds are as long, and it ends as badly, as the job's ``script`` says."""
 
+import json
 import os
 import signal
 import time
@@ -56,11 +57,18 @@ def work(supervisor: Parent) -> dict[str, Any]:
         supervisor.tell({"type": "round", "number": number, "data": {"perplexity": 10.0 + number}, **saved})
         if supervisor.wants_pause():
             return {"type": "paused"}
-    output = Path(job["output"])
-    output.mkdir()
-    (output / "secateur.json").write_text(f'{{"job_id": "{job["job_id"]}"}}')
-    (output / "model.safetensors").write_bytes(b"weights" * 100)
-    return {"type": "result", "report": REPORT}
+    ratio, output = job["request"]["target_ratio"], Path(job["output"])
+    if not isinstance(ratio, list):
+        return {"type": "result", "report": write_model(output, ratio, job["job_id"])}
+    reports = [write_model(output / f"ratio-{each:g}", each, job["job_id"]) for each in ratio]
+    return {"type": "result", "report": {"targets": reports}}
+
+
+def write_model(folder: Path, ratio: float, job_id: str) -> dict[str, Any]:
+    folder.mkdir(parents=True)
+    (folder / "secateur.json").write_text(json.dumps({"job_id": job_id, "ratio": ratio}))
+    (folder / "model.safetensors").write_bytes(b"weights" * 100)
+    return {**REPORT, "ratio": {"target": ratio, "reached": ratio}}
 
 
 if __name__ == "__main__":

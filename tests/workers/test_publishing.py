@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from app.catalog.errors import PruningError
+from app.config import Settings
 from tests import hub as fake
 from tests.hub import TOKEN, FakeHub, Repository
 from tests.workers.conftest import ROOT, MakeJob, Start, wait_for
@@ -144,6 +145,46 @@ def test_a_worker_killed_between_the_commit_and_its_record(
     assert job.row.state == "succeeded" and job.row.result is not None
     repository = hub.repositories[REPO]
     assert len(repository.commits) == 2 and job.row.result["commit_sha"] == repository.head.sha
+
+
+def test_several_targets_are_published_once_each(
+    hub: FakeHub, make_job: MakeJob, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SECATEUR_HUB_DIR")
+    monkeypatch.setenv("SECATEUR_HF_TOKEN", TOKEN)
+    monkeypatch.setenv("SECATEUR_HF_ENDPOINT", hub.url)
+    job = make_job(target_ratio=[0.125, 0.5], publish={"repo_id": REPO, "private": True})
+    worker = start("tests.workers.one_attempt", job.id)
+    hub.after_commit = lambda repository: worker.kill()  # after the first of the two commits
+    worker.wait()
+    hub.after_commit = lambda repository: None
+    wait_for(lambda: f"{REPO}-12_5" in hub.repositories and len(hub.repositories[f"{REPO}-12_5"].commits) == 2)
+    first = hub.repositories[f"{REPO}-12_5"].head.sha
+    job.sql("state = 'queued', lease_expires_at = NULL")
+    start("tests.workers.one_attempt", job.id).wait()
+    row = job.row
+    assert row.state == "succeeded" and row.result is not None and row.report is not None
+    assert set(hub.repositories) == {f"{REPO}-12_5", f"{REPO}-50"}
+    for ratio, name, target in zip([0.125, 0.5], ["12_5", "50"], row.result["targets"], strict=True):
+        repository = hub.repositories[f"{REPO}-{name}"]
+        assert len(repository.commits) == 2
+        assert json.loads(repository.head.files["secateur.json"]) == {"job_id": str(job.id), "ratio": ratio}
+        assert (target["target_ratio"], target["ratio"]["reached"]) == (ratio, ratio)
+        assert (target["repo_id"], target["commit_sha"]) == (f"{REPO}-{name}", repository.head.sha)
+        assert target["url"].endswith(f"/{REPO}-{name}/tree/{repository.head.sha}")
+        assert (job.folder / "artifacts" / f"ratio-{ratio:g}" / "model.safetensors").is_file()
+    assert row.result["targets"][0]["commit_sha"] == first
+    assert [report["ratio"]["target"] for report in row.report["targets"]] == [0.125, 0.5]
+
+
+def test_several_targets_without_publishing(make_job: MakeJob, start: Start, settings: Settings) -> None:
+    job = make_job(target_ratio=[0.2])
+    start("tests.workers.one_attempt", job.id).wait()
+    assert job.row.state == "succeeded" and job.row.result is not None
+    [target] = job.row.result["targets"]
+    assert target["target_ratio"] == 0.2 and "repo_id" not in target
+    assert (job.folder / "artifacts" / "ratio-0.2" / "model.safetensors").is_file()
+    assert settings.hub_dir is not None and not settings.hub_dir.exists()
 
 
 def test_a_forbidden_repository_fails_the_job(

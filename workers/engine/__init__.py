@@ -2,7 +2,8 @@
 
 from app.catalog.errors import PruningError
 from app.catalog.spec import Allocation, Calibration, Evaluation, PruningSpec, Recovery, Scoring
-from workers.engine.pipeline import Paused, PruningResult, prune
+from workers.engine.pipeline import PruningResult, prune
+from workers.engine.targets import Paused
 
 __all__ = [
     "Allocation",

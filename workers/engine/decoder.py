@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.catalog.architectures import Family, LayerShape, ModelShape
 
+Part = Literal["heads", "channels"]
+PARTS: tuple[Part, Part] = ("heads", "channels")
+
 
 class Layer:
-    """One decoder layer: its module, the projections that pruning cuts, and its widths now."""
+    """One decoder layer: its module, the projections that pruning cuts, and its widths now.
+
+    Its two parts, heads and channels, have the same make: input projections with rows for each unit, and an output
+    projection with columns for it.
+    """
 
     def __init__(self, module: nn.Module, family: Family, head_dim: int, heads_per_group: int) -> None:
         self.module = module
@@ -48,6 +56,22 @@ class Layer:
     def channels(self) -> int:
         return self.channel_output.in_features
 
+    def inputs(self, part: Part) -> list[nn.Linear]:
+        """The part's input projections: query, key and value, or those of the channels."""
+        names = self.family.attention_inputs if part == "heads" else self.family.channel_inputs
+        return [self[name] for name in names]
+
+    def output(self, part: Part) -> nn.Linear:
+        """The part's output projection."""
+        return self.attention_output if part == "heads" else self.channel_output
+
+    def width(self, part: Part) -> int:
+        """Inputs of the output projection that belong to one unit."""
+        return self.group_width if part == "heads" else 1
+
+    def units(self, part: Part) -> int:
+        return self.output(part).in_features // self.width(part)
+
     @property
     def shape(self) -> LayerShape:
         groups = self.kv_groups
@@ -76,6 +100,11 @@ class Decoder:
         return sum(self.shape.layer_parameters(layer.shape) for layer in self.layers)
 
     @property
+    def reached_ratio(self) -> float:
+        """Share of the source's prunable parameters that is gone."""
+        return 1 - self.prunable_parameters / self.shape.prunable_parameters
+
+    @property
     def parameters(self) -> int:
         """All parameters; tied ones count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
@@ -97,7 +126,23 @@ class Decoder:
                 hook.remove()
         return captured
 
-    def run_layer(self, captured: "Captured", index: int, hidden: Tensor) -> Tensor:
+    @torch.no_grad()
+    def enter(self, tokens: Tensor) -> "Entered":
+        """What enters the first layer for ``tokens`` ``[windows, length]``, and the arguments of every layer. Runs no layer."""
+        layers = self.model.get_submodule(self.shape.family.layers)
+        assert isinstance(layers, nn.ModuleList)
+        entered = Entered(torch.empty(0), [])
+        real = list(layers)
+        try:
+            for index, layer in enumerate(real):
+                layers[index] = _Recorder(layer, entered)
+            self.model(tokens, use_cache=False, logits_to_keep=1)
+        finally:
+            for index, layer in enumerate(real):
+                layers[index] = layer
+        return entered
+
+    def run_layer(self, captured: "Captured | Entered", index: int, hidden: Tensor) -> Tensor:
         """What leaves layer ``index`` when ``hidden`` ``[windows, length, hidden]`` enters it."""
         output = self.layers[index].module(hidden, **captured.kwargs[index])
         return output[0] if isinstance(output, tuple) else output
@@ -114,6 +159,36 @@ class Decoder:
         for index in range(start, len(self.layers)):
             hidden = self.run_layer(captured, index, hidden)
         return self.head(hidden)
+
+
+@dataclass
+class Entered:
+    """Hidden states ``[windows, length, hidden]`` entering the first layer, and the arguments that each layer gets with
+    its own (masks, rotary embeddings)."""
+
+    hidden: Tensor
+    kwargs: list[dict[str, Any]]
+
+
+class _Recorder(nn.Module):
+    """Stands for a layer: writes down what it is called with and passes the hidden states on."""
+
+    def __init__(self, layer: nn.Module, entered: Entered) -> None:
+        super().__init__()
+        self.layer = layer
+        self._entered = entered
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # models ask their layers what kind they are
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        if not self._entered.kwargs:
+            self._entered.hidden = hidden_states
+        self._entered.kwargs.append(kwargs)
+        return hidden_states
 
 
 class Captured:

@@ -1,5 +1,6 @@
-"""``prune(model, spec)``: load, calibrate, and per round score, allocate, slice, measure; then export and check."""
+"""``prune(model, spec)``: load, calibrate, per round score, allocate, cut, mend and measure; train; then export and check."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 
 from app.catalog.errors import PruningError
-from app.catalog.methods import METHODS
 from app.catalog.sources import ModelSource, locate, read_shape
 from app.catalog.spec import PruningSpec
 from workers.engine.calibration import SAMPLED, Windows, read_windows
@@ -20,18 +20,13 @@ from workers.engine.export import check_checkpoint, staged, versions, write_chec
 from workers.engine.loading import download, load
 from workers.engine.plan import Plan
 from workers.engine.progress import Progress
-from workers.engine.rounds import prune_round
-from workers.engine.schedule import round_targets
-from workers.engine.scoring import Context
-from workers.engine.slicing import apply_plan
+from workers.engine.recovery import TRAINED
+from workers.engine.statistics import Statistics
+from workers.engine.targets import Targets
 
 FLOPS_TOKENS = 256
 BATCH_TOKENS = 2048
 """Tokens of one forward or backward pass: bounds activations, and the logits that are the largest of them."""
-
-
-class Paused(Exception):
-    """``stop()`` said so after a completed round; its ``round`` event holds what resuming needs."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +50,22 @@ def prune(
     endpoint: str | None = None,
     allow_paths: bool = True,
     device: str | None = None,
+    scratch: Path | None = None,
+    statistics_dir: Path | None = None,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     resume: dict[str, Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
-    manifest_extra: dict[str, Any] | None = None,
+    manifest_extra: Callable[[float], dict[str, Any]] = lambda ratio: {},
 ) -> PruningResult:
     """Prune a model as ``spec`` says and write it to ``output_dir``, checked to load without this project.
 
-    ``model_id`` is a Hub id, ``local:NAME`` under ``models_dir``, or (``allow_paths``) a folder or GGUF file.
+    ``model_id`` is a Hub id, ``local:NAME`` under ``models_dir``, or (``allow_paths``) a folder or GGUF file. A list of
+    ratios makes a folder ``ratio-R`` of each, and a report ``{"targets": [...]}``.
     ``on_event`` gets JSON-able dicts: ``progress`` {stage, round, rounds, share, remaining_seconds}, ``warning``
-    {message}, and after the unpruned model is measured (0) and after every round ``round`` {number, data, state};
-    ``resume`` takes such a ``state`` and goes on after that round. ``stop`` is asked after every round.
+    {message}, and after the unpruned model is measured (0), after every round and every stretch of training ``round``
+    {number, data, state}; ``resume`` takes such a ``state`` and goes on after it, given the ``scratch`` folder in which
+    the weights that a recovery changed are kept. ``stop`` is asked before every round. ``statistics_dir`` keeps what is
+    known of the source for later jobs. ``manifest_extra`` gives, for a target's ratio, what its manifest also says.
 
     Raises:
         PruningError: what a person can act on; ``output_dir`` is not made then.
@@ -74,86 +74,112 @@ def prune(
     started = time.monotonic()
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise PruningError("output_exists", f"{output_dir} is there already and no empty folder.")
-    progress = Progress(on_event, spec.round_count)
-    progress.stage("loading", 0)
+    progress = Progress(on_event, spec.round_count, spec.target_count, spec.recovery_kind in TRAINED)
+    progress.stage("loading")
     options = {"models_dir": models_dir, "token": token, "endpoint": endpoint, "allow_paths": allow_paths}
     source = locate(model_id, revision=_revision(resume, revision), gguf_file=gguf_file, **options)  # type: ignore[arg-type]
     if source.config is not None:  # else it is a GGUF file on the Hub: its sizes are known once it is here
-        read_shape(source).check_ratio(spec.target_ratio, spec.allocation.width_multiple)
+        _ratios(source, spec)
     source = download(source, token, endpoint)
-    read_shape(source).check_ratio(spec.target_ratio, spec.allocation.width_multiple)
-    decoder = load(source, spec.dtype, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    ratios = _ratios(source, spec)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    decoder = load(source, spec.dtype, where)
     _check_resumable(resume, source, spec)
 
-    progress.stage("calibrating", 0)
+    progress.stage("calibrating")
     calibration, evaluation = read_windows(
         decoder, spec.calibration, spec.evaluation, spec.seed, texts_dir, token, progress.share, allow_paths
     )
     for message in _shortfalls(spec, calibration, evaluation):
         on_event({"type": "warning", "message": message})
 
-    state = resume or {"plan": None, "rounds": [], "baseline": None}
-    if state["baseline"] is None:
-        progress.stage("evaluating", 0)
-        state = {**_identity(source, spec), **state, "baseline": _measure(decoder, evaluation, spec, progress)}
-        on_event({"type": "round", "number": 0, "data": state["baseline"], "state": state})
-    plan = Plan.full(decoder.shape.layers) if state["plan"] is None else Plan.from_dict(state["plan"])
-    apply_plan(decoder, plan)
+    def measure(decoder: Decoder, latency: bool = True) -> dict[str, Any]:
+        progress.stage("evaluating")
+        return _measure(decoder, evaluation, spec, progress, latency)
 
-    multiple = decoder.shape.width_multiple(spec.allocation.width_multiple)
-    targets = round_targets(decoder.shape, spec.target_ratio, spec.round_count, spec.allocation.schedule, multiple)
-    for number in range(len(state["rounds"]) + 1, spec.round_count + 1):
-        if stop():
-            raise Paused
-        begun = time.monotonic()
-        progress.stage("scoring", number)
-        context = Context(
-            decoder, calibration.tokens, _batch(calibration), spec.scoring, spec.seed + number, progress.share
-        )
-        plan = plan.then(prune_round(context, METHODS[spec.method], targets[number - 1], multiple))
-        progress.stage("evaluating", number)
-        data = {
-            "number": number,
-            "ratio": {"target": targets[number - 1].ratio, "reached": _ratio(decoder)},
-            "widths": plan.widths(decoder.shape),
-            **context.details,
-            **_measure(decoder, evaluation, spec, progress, latency=number == spec.round_count),
-            "seconds": time.monotonic() - begun,
-        }
-        state = {**state, "plan": plan.as_dict(), "rounds": [*state["rounds"], data]}
-        on_event({"type": "round", "number": number, "data": data, "state": state})
+    state = resume
+    if state is None:
+        baseline = measure(decoder)
+        state = {**_identity(source, spec), "baseline": baseline, "targets": []}
+        on_event({"type": "round", "number": 0, "data": baseline, "state": state})
+    targets = Targets(
+        spec=spec,
+        ratios=ratios,
+        decoder=decoder,
+        load=lambda: load(source, spec.dtype, where),
+        tokens=calibration.tokens,
+        batch_windows=_batch(calibration),
+        measure=measure,
+        statistics=Statistics(statistics_dir, _statistics_key(source, spec, calibration)),
+        scratch=scratch,
+        progress=progress,
+        on_event=on_event,
+        stop=stop,
+        state=state,
+    )
+    del decoder
+    for index in range(len(ratios)):
+        targets.prune(index)
 
-    _check_reached(decoder, spec, multiple)
-    progress.stage("exporting", spec.round_count)
-    report = _report(decoder, source, spec, plan, state, calibration, evaluation)
-    report["seconds"] = time.monotonic() - started
-    with staged(output_dir) as folder:
-        write_checkpoint(decoder, source, plan, folder, report, manifest_extra or {})
-        progress.stage("checking", spec.round_count)
-        check_checkpoint(decoder, folder)
+    several = isinstance(spec.target_ratio, list)
+    reports: list[dict[str, Any]] = []
+    with staged(output_dir) as staging:
+        for index in reversed(range(len(ratios))):  # the last one is in memory
+            decoder, done = targets.pruned(index), targets.state["targets"][index]
+            _check_reached(decoder, ratios[index], spec)
+            progress.stage("exporting")
+            report = _report(decoder, source, spec, state["baseline"], done, calibration, evaluation)
+            report["seconds"] = time.monotonic() - started
+            folder = staging / f"ratio-{ratios[index]:g}" if several else staging
+            folder.mkdir(exist_ok=True)
+            write_checkpoint(
+                decoder, source, Plan.from_dict(done["plan"]), folder, report, manifest_extra(ratios[index])
+            )
+            progress.stage("checking")
+            check_checkpoint(decoder, folder)
+            reports.insert(0, report)
     progress.done()
-    return PruningResult(output_dir, report)
+    return PruningResult(output_dir, {"targets": reports} if several else reports[0])
 
 
-def _check_reached(decoder: Decoder, spec: PruningSpec, multiple: int) -> None:
+def _ratios(source: ModelSource, spec: PruningSpec) -> tuple[float, ...]:
+    """The ratios asked for, all of which can be met."""
+    shape = read_shape(source)
+    ratios = spec.ratios(shape, source.dtype)
+    for ratio in ratios:
+        shape.check_ratio(ratio, spec.allocation.width_multiple)
+    return ratios
+
+
+def _statistics_key(source: ModelSource, spec: PruningSpec, calibration: Windows) -> dict[str, Any]:
+    """All that statistics of the source depend on beside their name."""
+    return {
+        "fingerprint": source.fingerprint(),
+        "source": [source.name, source.gguf_file],
+        "dtype": spec.dtype,
+        "tokens": hashlib.sha256(calibration.tokens.cpu().numpy().tobytes()).hexdigest(),
+        "seed": spec.seed,
+        "scoring": spec.scoring.model_dump(),
+        "versions": versions(),
+    }
+
+
+def _check_reached(decoder: Decoder, ratio: float, spec: PruningSpec) -> None:
     """The promise, held against what was cut: the target is met to within one block of channels."""
-    missed = abs(_ratio(decoder) - spec.target_ratio) * decoder.shape.prunable_parameters
-    if missed > multiple * decoder.shape.cost.channel:
-        raise PruningError(
-            "ratio_missed", f"The target {spec.target_ratio:g} was missed: {_ratio(decoder):.6f} was reached."
-        )
+    shape, reached = decoder.shape, decoder.reached_ratio
+    if (
+        abs(reached - ratio) * shape.prunable_parameters
+        > shape.width_multiple(spec.allocation.width_multiple) * shape.cost.channel
+    ):
+        raise PruningError("ratio_missed", f"The target {ratio:g} was missed: {reached:.6f} was reached.")
 
 
 def _batch(windows: Windows) -> int:
     return max(1, BATCH_TOKENS // windows.tokens.shape[1])
 
 
-def _ratio(decoder: Decoder) -> float:
-    return 1 - decoder.prunable_parameters / decoder.shape.prunable_parameters
-
-
 def _measure(
-    decoder: Decoder, evaluation: Windows, spec: PruningSpec, progress: Progress, latency: bool = True
+    decoder: Decoder, evaluation: Windows, spec: PruningSpec, progress: Progress, latency: bool
 ) -> dict[str, Any]:
     value = perplexity(decoder, evaluation.tokens, _batch(evaluation), progress.share)
     return {
@@ -204,12 +230,13 @@ def _report(
     decoder: Decoder,
     source: ModelSource,
     spec: PruningSpec,
-    plan: Plan,
-    state: dict[str, Any],
+    before: dict[str, Any],
+    done: dict[str, Any],
     calibration: Windows,
     evaluation: Windows,
 ) -> dict[str, Any]:
-    before, after = state["baseline"], state["rounds"][-1]
+    """``before`` is what the unpruned model measured, ``done`` the target's part of the state."""
+    after, plan = done["rounds"][-1], Plan.from_dict(done["plan"])
 
     def pair(key: str) -> dict[str, Any]:
         return {"before": before[key], "after": after[key]}
@@ -228,8 +255,8 @@ def _report(
         },
         "spec": spec.published(),
         "ratio": {
-            "target": spec.target_ratio,
-            "reached": _ratio(decoder),
+            "target": done["ratio"],
+            "reached": decoder.reached_ratio,
             "of_all_parameters": 1 - after["parameters"] / before["parameters"],
             "of_flops": 1 - after["flops"] / before["flops"],
         },
@@ -247,7 +274,7 @@ def _report(
             "before": Plan.full(decoder.shape.layers).widths(decoder.shape),
             "after": plan.widths(decoder.shape),
         },
-        "rounds": state["rounds"],
+        "rounds": done["rounds"],
         "calibration": calibration.as_dict(),
         "evaluation": evaluation.as_dict(),
         "dtype": str(decoder.model.dtype).removeprefix("torch."),

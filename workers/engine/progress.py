@@ -8,7 +8,15 @@ INTERVAL = 0.5
 UNLIKE = ("loading", "calibrating")
 """Stages whose time says nothing of the others': they read files, or nothing."""
 # Rough cost of each stage in forward passes over the calibration text: only the shape of the bar depends on them.
-STAGE_COST = {"loading": 1.0, "calibrating": 1.0, "scoring": 4.0, "evaluating": 1.5, "exporting": 0.5, "checking": 1.0}
+STAGE_COST = {
+    "loading": 1.0,
+    "calibrating": 1.0,
+    "scoring": 4.0,
+    "evaluating": 1.5,
+    "training": 20.0,
+    "exporting": 0.5,
+    "checking": 1.0,
+}
 
 
 class Progress:
@@ -18,44 +26,47 @@ class Progress:
     still to come.
     """
 
-    def __init__(self, on_event: Callable[[dict[str, Any]], None], rounds: int) -> None:
+    def __init__(
+        self, on_event: Callable[[dict[str, Any]], None], rounds: int, targets: int = 1, trained: bool = False
+    ) -> None:
         self._on_event = on_event
-        self._rounds = rounds
-        per_round = ["scoring", "evaluating"]
-        self._stages = ["loading", "calibrating", "evaluating", *per_round * rounds, "exporting", "checking"]
+        per_target = [("scoring", "evaluating")] * rounds + [("training", "evaluating")] * trained
+        self._stages = ["loading", "calibrating", "evaluating"]
+        self._rounds_of = [0, 0, 0]
+        for number, pair in enumerate(per_target * targets, start=1):
+            self._stages += pair
+            self._rounds_of += [number, number]
+        self._rounds = self._rounds_of[-1]
+        self._stages += ["exporting", "checking"] * targets
+        self._rounds_of += [self._rounds] * 2 * targets
         self._total = sum(STAGE_COST[stage] for stage in self._stages)
-        self._index = -1
-        self._round = 0
+        self._index, self._done = -1, 0.0
         self._seconds: dict[str, list[float]] = {}
         self._began = time.monotonic()
         self._sent = 0.0
 
-    def stage(self, name: str, number: int) -> None:
-        """Stage ``name`` of round ``number`` begins; stages that a resumed job skips are passed over."""
+    def stage(self, name: str, number: int | None = None) -> None:
+        """The next stage of that ``name`` begins, of round ``number`` where a resumed job skips some."""
         now = time.monotonic()
         if self._index >= 0:
             self._seconds.setdefault(self._stages[self._index], []).append(now - self._began)
         self._index = next(
             index
             for index in range(self._index + 1, len(self._stages))
-            if self._stages[index] == name and self._number(index) == number
+            if self._stages[index] == name and number in (None, self._rounds_of[index])
         )
-        self._round, self._began = number, now
+        self._began, self._done = now, 0.0
         self._send(0.0)
 
     def share(self, done: float) -> None:
-        """``done`` of 1 of this stage is done."""
+        """``done`` of 1 of this stage is done; of the several passes that a stage may make, the furthest counts."""
+        self._done = max(self._done, done)
         if time.monotonic() - self._sent >= INTERVAL:
-            self._send(done)
+            self._send(self._done)
 
     def done(self) -> None:
         self._index += 1
         self._on_event(self._event("done", 1.0, 0.0))
-
-    def _number(self, index: int) -> int:
-        """The round that stage ``index`` belongs to."""
-        before = 3
-        return min(max(0, (index - before) // 2 + 1), self._rounds)
 
     def _send(self, done: float) -> None:
         self._sent = time.monotonic()
@@ -68,7 +79,7 @@ class Progress:
         return {
             "type": "progress",
             "stage": stage,
-            "round": self._round,
+            "round": self._rounds_of[min(self._index, len(self._stages) - 1)],
             "rounds": self._rounds,
             "share": round(share, 4),
             "remaining_seconds": remaining,

@@ -1,29 +1,95 @@
-"""One pruning round on a model in memory: score, allocate, cut."""
+"""One pruning round on a model in memory: score, allocate, then layer by layer choose, cut and mend."""
 
-from app.catalog.methods import Method
-from workers.engine.allocation import ALLOCATORS, select_units
-from workers.engine.plan import Plan
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from workers.engine.allocation import ALLOCATORS, LayerLimit, UnitCounts, best, whole_units
+from workers.engine.decoder import PARTS, Layer, Part
+from workers.engine.plan import LayerPlan, Plan
+from workers.engine.recovery import MENDS, Cut
 from workers.engine.schedule import RoundTarget
-from workers.engine.scoring import SCORERS, Context
-from workers.engine.slicing import apply_plan
+from workers.engine.scoring import MODEL_SCORERS, PART_SCORERS, Context, PartContext, Scores
+from workers.engine.slicing import cut, expand
+from workers.engine.sweep import Sweep
 
 
-def prune_round(context: Context, method: Method, target: RoundTarget, width_multiple: int) -> Plan:
-    """Cut the model in place until ``target`` of the *source* is gone.
+def prune_round(context: Context, target: RoundTarget, width_multiple: int) -> Plan:
+    """Cut the model in place until ``target`` of the *source* is gone, and mend what stays as the request says.
 
-    Units are scored on the model as it is now; what every layer gives is decided; the tensors are cut. Returns the plan
-    over the model as it was when the round began.
+    Returns the plan over the model as it was when the round began.
     """
+    spec = context.spec
+    if spec.scorer in MODEL_SCORERS:
+        context.scores = _model_scores(context)
+    counts = _counts(context, target, width_multiple)
+    sweep = _sweep(context)
+    layers: Iterable[Layer] = context.decoder.layers if sweep is None else sweep.layers()
+    plans = []
+    for index, layer in enumerate(layers):
+        kept = {part: _cut_part(context, sweep, layer, index, part, counts[index].removed(part)) for part in PARTS}
+        plans.append(LayerPlan(kept["heads"], kept["channels"]))
+        context.progress((index + 1) / len(counts))
+    return Plan(tuple(plans))
+
+
+def _model_scores(context: Context) -> Scores:
+    def compute() -> list[Tensor]:
+        scores = MODEL_SCORERS[context.spec.scorer](context)
+        return [*scores.heads, *scores.channels]
+
+    tensors, layers = context.memo(f"scores-{context.spec.scorer}", compute), len(context.decoder.layers)
+    return Scores(tensors[:layers], tensors[layers:])
+
+
+def _counts(context: Context, target: RoundTarget, width_multiple: int) -> list[UnitCounts]:
+    """How many units every layer gives, so that of the source just as much is gone as the round asks."""
     decoder, cost = context.decoder, context.decoder.shape.cost
     source, widths = decoder.shape.layers, [layer.shape for layer in decoder.layers]
     groups = target.kv_groups - sum(was.kv_groups - now.kv_groups for was, now in zip(source, widths, strict=True))
-    channels = target.channel_parameters - cost.channel * sum(
-        was.intermediate_size - now.intermediate_size for was, now in zip(source, widths, strict=True)
+    gone = decoder.shape.prunable_parameters - decoder.prunable_parameters
+    total = max(target.kv_groups * cost.kv_group + target.channel_parameters - gone, 0.0)
+    limits = [
+        LayerLimit(kv_groups, channels, kv_groups * cost.kv_group + channels * cost.channel)
+        for kv_groups, channels in (decoder.shape.removable(width, width_multiple) for width in widths)
+    ]
+    share = ALLOCATORS[context.spec.allocator](context, limits, total)
+    return whole_units(widths, share, max(groups, 0), context.scores, cost, width_multiple)
+
+
+def _sweep(context: Context) -> Sweep | None:
+    """The stream of hidden states, where scores or the mending need one."""
+    spec = context.spec
+    if context.scores is not None and spec.recovery_kind not in MENDS:
+        return None
+    refits = spec.recovery_kind == "least-squares" and spec.recovery.target == "model"
+    return Sweep(context.decoder, context.tokens, context.batch_windows, context.reference if refits else None)
+
+
+def _cut_part(
+    context: Context, sweep: Sweep | None, layer: Layer, index: int, part: Part, removed: int
+) -> tuple[int, ...]:
+    """Choose, cut and mend one part; returns the units that stay."""
+    spec, output = context.spec, layer.output(part)
+    moments = sweep.moments(part) if sweep is not None else None
+    if context.scores is not None:
+        scores = context.scores.of(part)[index]
+    else:
+        assert moments is not None
+        scores = PART_SCORERS[spec.scorer](PartContext(layer, part, moments, removed, spec.scoring))
+    kept = best(scores, removed)
+    mend = MENDS.get(spec.recovery_kind)
+    if mend is None:
+        cut(layer, part, kept)
+        return kept
+    assert moments is not None
+    inputs = expand(torch.tensor(kept, device=output.weight.device), layer.width(part))
+    before = Cut(output.weight.float(), None if output.bias is None else output.bias.float(), moments, inputs)
+    weight, bias = mend(before, spec.recovery)
+    cut(layer, part, kept)
+    output.weight = nn.Parameter(weight.to(output.weight.dtype), requires_grad=False)
+    output.register_parameter(
+        "bias", None if bias is None else nn.Parameter(bias.to(output.weight.dtype), requires_grad=False)
     )
-    limits = [decoder.shape.removable(width, width_multiple) for width in widths]
-    removable = [count * cost.kv_group + width * cost.channel for count, width in limits]
-    scores = SCORERS[method.scoring](context)
-    budgets = ALLOCATORS[method.allocation](context, removable, groups * cost.kv_group + max(channels, 0.0))
-    plan = select_units(widths, scores, budgets, groups, cost, width_multiple)
-    apply_plan(decoder, plan)
-    return plan
+    return kept

@@ -1,35 +1,33 @@
 """Real removal: a plan becomes smaller tensors. No mask is left behind."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from workers.engine.decoder import Decoder, Layer
-from workers.engine.plan import LayerPlan, Plan
+from workers.engine.decoder import Decoder, Layer, Part
+from workers.engine.plan import Plan
 
 
 def apply_plan(decoder: Decoder, plan: Plan) -> None:
     """Cut every layer in place to the units that ``plan`` keeps, by their index in the model *as it is now*."""
     for layer, kept in zip(decoder.layers, plan.layers, strict=True):
-        _cut_layer(layer, kept)
+        cut(layer, "heads", kept.kv_groups)
+        cut(layer, "channels", kept.channels)
 
 
-def _cut_layer(layer: Layer, kept: LayerPlan) -> None:
-    family, device = layer.family, layer.attention_output.weight.device
-    groups, channels = (torch.tensor(units, device=device) for units in (kept.kv_groups, kept.channels))
-    if len(groups) < layer.kv_groups:
-        queries = _expand(groups, layer.group_width)
-        keys = _expand(groups, layer.head_dim)
-        _cut_rows(layer[family.query], queries)
-        _cut_rows(layer[family.key], keys)
-        _cut_rows(layer[family.value], keys)
-        _cut_columns(layer.attention_output, queries)
-    if len(channels) < layer.channels:
-        for name in family.channel_inputs:
-            _cut_rows(layer[name], channels)
-        _cut_columns(layer.channel_output, channels)
+def cut(layer: Layer, part: Part, kept: Sequence[int]) -> None:
+    """Cut one part of a layer in place to the units ``kept``, ascending."""
+    if len(kept) == layer.units(part):
+        return
+    output, units = layer.output(part), layer.units(part)
+    indices = torch.tensor(kept, device=output.weight.device)
+    _cut_columns(output, expand(indices, output.in_features // units))
+    for projection in layer.inputs(part):
+        _cut_rows(projection, expand(indices, projection.out_features // units))
 
 
-def _expand(units: Tensor, width: int) -> Tensor:
+def expand(units: Tensor, width: int) -> Tensor:
     """Indices of the rows of blocks of ``width``: ``[units * width]``."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 

@@ -1,12 +1,16 @@
-"""How much each layer gives: the allocators, by the name a method gives them, and the way from a budget to a plan."""
+"""How much each layer gives: the allocators, by the name a method gives them, and the way from a share to whole units."""
 
-from workers.engine.allocation import lsps, uniform
-from workers.engine.allocation.base import Allocator
-from workers.engine.allocation.budget import select_units
+from workers.engine.allocation import cosine, loss, lsps, threshold, uniform
+from workers.engine.allocation.base import Allocator, LayerLimit, Share
+from workers.engine.allocation.budget import UnitCounts, best, whole_units
 
 ALLOCATORS: dict[str, Allocator] = {
+    "cosine": cosine.allocate,
+    "inner": uniform.allocate_inner,
+    "loss": loss.allocate,
     "lsps": lsps.allocate,
+    "threshold": threshold.allocate,
     "uniform": uniform.allocate,
 }
 
-__all__ = ["ALLOCATORS", "Allocator", "select_units"]
+__all__ = ["ALLOCATORS", "Allocator", "LayerLimit", "Share", "UnitCounts", "best", "whole_units"]

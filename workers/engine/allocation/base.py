@@ -1,22 +1,64 @@
 """The one function shape of all allocators."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from app.catalog.architectures import UnitCost
 from workers.engine.scoring.base import Context
 
-Allocator = Callable[[Context, Sequence[int], float], list[float]]
-"""``(context, removable, total) -> budgets``: parameters to remove by layer, adding up to ``total``.
 
-``removable`` is the most that each layer can give. ``total`` is at most their sum.
-"""
+@dataclass(frozen=True)
+class LayerLimit:
+    """The most that a layer can give, in units and, together, in parameters."""
+
+    kv_groups: int
+    channels: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """What each layer gives: parameters, ``[layers]``, and how many KV groups are among them where that is decided too."""
+
+    budgets: list[float]
+    kv_groups: list[int] | None = None
+
+
+Allocator = Callable[[Context, Sequence[LayerLimit], float], Share]
+"""``(context, limits, total) -> share``: ``total`` parameters, spread over layers that can give so much each."""
+
+
+def layer_parameters(context: Context) -> list[float]:
+    """Prunable parameters of each layer, as it is now."""
+    decoder = context.decoder
+    return [float(decoder.shape.layer_parameters(layer.shape)) for layer in decoder.layers]
+
+
+def nearest_groups(wished: int, limits: Sequence[LayerLimit], total: float, cost: UnitCost) -> int:
+    """How many KV groups go: as near to ``wished`` as channels can make up the rest of ``total``."""
+    channels = sum(limit.channels for limit in limits) * cost.channel
+
+    def miss(count: int) -> float:
+        left = total - count * cost.kv_group
+        return max(-left, left - channels, 0.0)
+
+    return min(
+        range(sum(limit.kv_groups for limit in limits) + 1), key=lambda count: (miss(count), abs(count - wished))
+    )
 
 
 def fill(weights: Sequence[float], limits: Sequence[float], total: float) -> list[float]:
     """Budgets in proportion to ``weights``, none above its limit, that add up to ``total`` (at most the limits' sum).
 
-    Solves Σ_l min(c·w_l, limit_l) = total exactly: limits that bind are set, the rest share what is left.
+    Solves Σ_l min(c·w_l, limit_l) = total exactly: limits that bind are set, the rest share what is left. Layers without
+    weight give nothing, unless the others cannot give enough.
     """
     budgets = [0.0] * len(weights)
+    reach = sum(limit for weight, limit in zip(weights, limits, strict=True) if weight > 0)
+    if reach < total:
+        idle = [0.0 if weight > 0 else limit for weight, limit in zip(weights, limits, strict=True)]
+        rest = fill(idle, idle, total - reach)
+        return [limit if weight > 0 else more for weight, limit, more in zip(weights, limits, rest, strict=True)]
     open_layers = {index for index, weight in enumerate(weights) if weight > 0}
     while open_layers:
         left = total - sum(budgets)

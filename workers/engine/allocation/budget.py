@@ -6,72 +6,73 @@ channels so that the whole meets the target to within half a block.
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from app.catalog.architectures import LayerShape, UnitCost, channel_steps
-from workers.engine.plan import LayerPlan, Plan
+from workers.engine.allocation.base import Share
+from workers.engine.decoder import Part
 from workers.engine.scoring.base import Scores
 
 
-def select_units(
+@dataclass(frozen=True)
+class UnitCounts:
+    """Whole units that a layer gives."""
+
+    kv_groups: int
+    channels: int
+
+    def removed(self, part: Part) -> int:
+        return self.kv_groups if part == "heads" else self.channels
+
+
+def whole_units(
     shapes: Sequence[LayerShape],
-    scores: Scores,
-    budgets: Sequence[float],
+    share: Share,
     kv_groups: int,
+    scores: Scores | None,
     cost: UnitCost,
     width_multiple: int,
-) -> Plan:
-    """Keep the best-scored units of every layer under its budget, ``M(l) = {u : S(u) < quantile_τ(l)}``.
+) -> list[UnitCounts]:
+    """Turn each layer's share into KV groups and channels, ``M(l) = {u : S(u) < quantile_τ(l)}``.
 
     The paper prints Quantile_{1−τ} with one letter for threshold and ratio; that the *lowest* τ(l) of a layer goes is the
-    reading that makes sense. ``budgets`` are parameters to remove by layer, ``kv_groups`` how many groups all layers together
-    give; channels make up the rest of the budgets, whose sum is met to within half a block of ``width_multiple`` channels
-    as long as the layers have them to give.
+    reading that makes sense. ``kv_groups`` is how many groups all layers together give where the share leaves that open;
+    channels make up the rest of the budgets, whose sum is met to within half a block of ``width_multiple`` channels as
+    long as the layers have them to give.
     """
-    group_order = [torch.argsort(values, stable=True).tolist() for values in scores.heads]
-    groups = _spread_groups(shapes, scores, group_order, budgets, kv_groups, cost)
-    left = [budget - count * cost.kv_group for budget, count in zip(budgets, groups, strict=True)]
+    groups = share.kv_groups or _spread_groups(shapes, scores, share.budgets, kv_groups, cost)
+    left = [budget - count * cost.kv_group for budget, count in zip(share.budgets, groups, strict=True)]
     steps = [channel_steps(shape.intermediate_size, width_multiple) for shape in shapes]
     removed = _spread_channels(steps, left, cost.channel)
-    return Plan(
-        tuple(
-            LayerPlan(tuple(sorted(order[count:])), _best(values, shape.intermediate_size - channels))
-            for shape, order, count, values, channels in zip(
-                shapes, group_order, groups, scores.channels, removed, strict=True
-            )
-        )
-    )
+    return [UnitCounts(count, channels) for count, channels in zip(groups, removed, strict=True)]
 
 
-def _best(scores: Tensor, count: int) -> tuple[int, ...]:
-    return tuple(sorted(torch.argsort(scores, stable=True)[len(scores) - count :].tolist()))
+def best(scores: Tensor, removed: int) -> tuple[int, ...]:
+    """All units but the ``removed`` lowest-scored, ascending."""
+    return tuple(sorted(torch.argsort(scores, stable=True)[removed:].tolist()))
 
 
 def _spread_groups(
-    shapes: Sequence[LayerShape],
-    scores: Scores,
-    order: list[list[int]],
-    budgets: Sequence[float],
-    count: int,
-    cost: UnitCost,
+    shapes: Sequence[LayerShape], scores: Scores | None, budgets: Sequence[float], count: int, cost: UnitCost
 ) -> list[int]:
     """``count`` KV groups to remove, by layer: each layer's share of its budget, rounded down or up.
 
     A layer has few groups, so most of its share is a fraction. Which layers round up is decided by the score of the
-    group that would go: scores are comparable across layers, by α(l).
+    group that would go, where scores are known and so comparable across layers (by α(l)); else by the largest fraction.
     """
+    ascending = None if scores is None else [values.sort().values.tolist() for values in scores.heads]
     shares = [
         shape.kv_groups * budget / _parameters(shape, cost) for shape, budget in zip(shapes, budgets, strict=True)
     ]
     removed = [0] * len(shapes)
 
     def claim(index: int) -> tuple[int, float, int]:
-        candidate = order[index][removed[index]]
         missing = shares[index] - removed[index]
         urgency = 0 if missing >= 1 else 1 if missing > 1e-6 else 2
-        return (urgency, float(scores.heads[index][candidate]), index)
+        return (urgency, -missing if ascending is None else ascending[index][removed[index]], index)
 
     heap = [claim(index) for index, shape in enumerate(shapes) if shape.kv_groups > 1]
     heapq.heapify(heap)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from workers.engine.allocation.base import fill
+from workers.engine.allocation.base import LayerLimit, Share, fill, layer_parameters
 from workers.engine.scoring.base import Context
 
 STEEPNESS = 0.9
@@ -18,15 +18,12 @@ def sensitivity(context: Context) -> list[float]:
     return [mean / largest for mean in means]
 
 
-def allocate(context: Context, removable: Sequence[int], total: float) -> list[float]:
+def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Share:
     """τ(l) = min(c·(1 − β·α(l)), the most the layer can give), c solved so that the whole meets the target exactly.
 
     The paper says that τ(l) falls as α(l) rises and that the whole must meet τ, not by which function; a straight line
     has one parameter, β (:data:`STEEPNESS`).
     """
-    decoder = context.decoder
-    weights = [
-        (1 - STEEPNESS * alpha) * decoder.shape.layer_parameters(layer.shape)
-        for alpha, layer in zip(sensitivity(context), decoder.layers, strict=True)
-    ]
-    return fill(weights, removable, total)
+    sizes = layer_parameters(context)
+    weights = [(1 - STEEPNESS * alpha) * size for alpha, size in zip(sensitivity(context), sizes, strict=True)]
+    return Share(fill(weights, [limit.parameters for limit in limits], total))

@@ -116,12 +116,24 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
             for layer in plan.widths(shape)
         },
         allow_global_per_layer_attribute_access=True,
+        added_biases=sorted(_added_biases(decoder, config)),
     )
     dtype_key = "dtype" if "dtype" in config else "torch_dtype"
     config[dtype_key] = str(model.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     keys = (family.heads_key, family.kv_heads_key, family.width_key)
     (folder / "modeling_pruned.py").write_text(TEMPLATE.read_text().format(stock=stock, keys=json.dumps(keys)))
+
+
+def _added_biases(decoder: Decoder, config: dict[str, Any]) -> set[str]:
+    """Projections that have a bias now and had none; in one layer is in all, for the modeling file's sake."""
+    family = decoder.shape.family
+    stock = family.biased(config)
+    return {
+        name
+        for name in family.projections
+        if name not in stock and any(layer[name].bias is not None for layer in decoder.layers)
+    }
 
 
 def _plain_config(decoder: Decoder) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a scorer returns, and what it is given: one function shape for all."""
+"""What a scorer returns, and what it is given: one function shape for all that look at the whole model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.catalog.spec import Scoring
-from workers.engine.decoder import Decoder
+from app.catalog.spec import PruningSpec
+from workers.engine.decoder import Decoder, Part
 from workers.engine.gates import GateStatistics, Progress, gate_statistics
+from workers.engine.statistics import Statistics
+from workers.engine.survey import Survey, survey
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class Scores:
     heads: list[Tensor]
     channels: list[Tensor]
 
+    def of(self, part: Part) -> list[Tensor]:
+        return self.heads if part == "heads" else self.channels
+
 
 @dataclass
 class Context:
@@ -28,16 +33,40 @@ class Context:
     decoder: Decoder
     tokens: Tensor
     batch_windows: int
-    scoring: Scoring
+    spec: PruningSpec
+    target_ratio: float
+    """Of the whole job, not of this round."""
     seed: int
     progress: Progress
+    reference: Decoder | None = None
+    """The unpruned model, where it is at hand: ``decoder`` itself in the first round."""
+    scores: Scores | None = None
+    """Of the whole model, once they are taken."""
+    statistics: Statistics | None = None
+    """Where what is known of the unpruned model is kept; none in later rounds."""
     details: dict[str, Any] = field(default_factory=dict)
-    """What the scorer decided for itself, for the round's report."""
+    """What was decided on the way, for the round's report."""
+
+    def memo(self, name: str, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What ``compute`` finds out about the model, from an earlier target or job if it was found out there."""
+        return compute() if self.statistics is None else self.statistics.get(name, compute)
 
     @cached_property
     def gates(self) -> list[GateStatistics]:
         """Gate statistics of every layer: one forward and backward, shared by scorer and allocator."""
-        return gate_statistics(self.decoder, self.tokens, self.batch_windows, self.progress)
+
+        def compute() -> list[Tensor]:
+            found = gate_statistics(self.decoder, self.tokens, self.batch_windows, self.progress)
+            return [tensor for layer in found for tensor in vars(layer).values()]
+
+        tensors = self.memo("gates", compute)
+        return [GateStatistics(*tensors[start : start + 4]) for start in range(0, len(tensors), 4)]
+
+    @cached_property
+    def survey(self) -> Survey:
+        """First moments of every layer: one forward, shared by scorer and allocator."""
+        tensors = self.memo("survey", lambda: survey(self.decoder, self.tokens, self.batch_windows, self.progress))
+        return Survey.of(tensors)
 
 
 Scorer = Callable[[Context], Scores]

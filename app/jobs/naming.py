@@ -1,0 +1,35 @@
+"""The names of the repositories that a job publishes to."""
+
+import re
+
+from app.catalog.spec import Target
+from app.jobs.schemas import JobRequest
+
+COUNTS = ("", "k", "m", "b", "t")
+BYTES = ("b", "kb", "mb", "gb", "tb")
+
+
+def repo_ids(repo_id: str, target_ratio: float | list[float] | None) -> list[str]:
+    """One name a target, in their order; where a list was asked for, by the percentage that goes: ``org/name-12_5``."""
+    return [f"{repo_id}-{_percent(ratio)}" for ratio in target_ratio] if isinstance(target_ratio, list) else [repo_id]
+
+
+def default_repo_id(request: JobRequest) -> str:
+    """``secateur/<model>-<method>`` as a Hub takes it; with ``-20`` (%), ``-110m`` or ``-500mb`` if there is one target."""
+    model = re.sub(r"[^A-Za-z0-9]+", "-", request.model_id.removeprefix("local:").split("/")[-1]).strip("-")
+    name = f"secateur/{model[:60].rstrip('-')}-{request.method}"
+    if request.target is not None:
+        return f"{name}-{_size(request.target)}"
+    return name if isinstance(request.target_ratio, list) else f"{name}-{_percent(request.target_ratio or 0.0)}"
+
+
+def _percent(ratio: float) -> str:
+    return f"{float(f'{ratio:g}') * 100:g}".replace(".", "_")  # of the six digits by which ratios differ
+
+
+def _size(target: Target) -> str:
+    """Three digits and a unit, a thousand of each in the next."""
+    size, units = (target.parameters, COUNTS) if target.parameters is not None else (target.bytes or 0.0, BYTES)
+    rounded = f"{size:.2e}"
+    power = min(max(int(rounded.partition("e")[2]) // 3, 0), len(units) - 1)
+    return f"{float(rounded) / 1000**power:g}{units[power]}".replace(".", "_")

@@ -1,0 +1,225 @@
+"""Every allocator against its budget, on made-up models of all shapes, and each against what it promises."""
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from app.catalog.architectures import LayerShape, ModelShape, UnitCost
+from app.catalog.architectures.llama import LLAMA
+from app.catalog.errors import PruningError
+from app.catalog.spec import PruningSpec
+from workers.engine.allocation import ALLOCATORS, LayerLimit, whole_units
+from workers.engine.allocation.base import Share, fill
+from workers.engine.gates import GateStatistics
+from workers.engine.scoring import Scores
+from workers.engine.survey import Survey
+
+
+def convex(units: int, generator: torch.Generator) -> Tensor:
+    """A made-up cost of removing 0, 1, 2… of ``units`` units: rising ever faster."""
+    steps = torch.rand(units - 1, generator=generator, dtype=torch.float64).sort().values
+    return torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)])
+
+
+def context_of(shape: ModelShape, ratio: float, seed: int, **allocation: Any) -> Any:
+    """What an allocator looks at, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> Tensor:
+        return torch.randn(count, generator=generator, dtype=torch.float64)
+
+    gates = [
+        GateStatistics(*(draw(n) for n in (layer.kv_groups, layer.intermediate_size) * 2)) for layer in shape.layers
+    ]
+    curves = [
+        convex(units, generator) * float(draw(1).exp())
+        for layer in shape.layers
+        for units in (layer.kv_groups, layer.intermediate_size)
+    ]
+    return SimpleNamespace(
+        decoder=SimpleNamespace(shape=shape, layers=[SimpleNamespace(shape=layer) for layer in shape.layers]),
+        spec=PruningSpec(target_ratio=ratio, method="random", allocation=allocation),
+        target_ratio=ratio,
+        gates=gates,
+        survey=Survey(draw(len(shape.layers)).tanh().tolist(), {}),
+        scores=Scores(
+            [draw(layer.kv_groups) for layer in shape.layers], [draw(s.intermediate_size) for s in shape.layers]
+        ),
+        memo=lambda name, compute: curves,
+        details={},
+        curves=curves,
+    )
+
+
+def limits_of(shape: ModelShape, multiple: int) -> list[LayerLimit]:
+    cost = shape.cost
+    return [
+        LayerLimit(groups, channels, groups * cost.kv_group + channels * cost.channel)
+        for groups, channels in (shape.removable(layer, multiple) for layer in shape.layers)
+    ]
+
+
+def make_shape(widths: list[tuple[int, int]], cost: UnitCost) -> ModelShape:
+    layers = tuple(LayerShape(groups, groups, 16, channels) for groups, channels in widths)
+    return ModelShape(LLAMA, "llama", 64, 100, True, 128, layers, cost, other_parameters=0)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[ModelShape, int, float]:
+    """Layers of different widths, as they are after a round, and a ratio that the door lets in."""
+    multiple = draw(st.sampled_from([1, 8, 32]))
+    widths = st.tuples(st.integers(1, 8), st.integers(1, multiple * 12))
+    shape = make_shape(
+        draw(st.lists(widths, min_size=2, max_size=8)),
+        UnitCost(draw(st.integers(1, 5000)), draw(st.integers(1, 300)), 0),
+    )
+    ratio = draw(st.floats(0.05, 0.9))
+    try:
+        shape.check_ratio(ratio, multiple)
+    except PruningError:
+        assume(False)
+    return shape, multiple, ratio
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+@settings(max_examples=150, deadline=None)
+@given(problem=problems(), seed=st.integers(0, 100))
+def test_every_allocator_spends_its_budget(name: str, problem: tuple[ModelShape, int, float], seed: int) -> None:
+    shape, multiple, ratio = problem
+    cost, limits, context = shape.cost, limits_of(shape, multiple), context_of(shape, ratio, seed)
+    groups, channel_parameters = shape.split(ratio, multiple)
+    total = groups * cost.kv_group + channel_parameters
+    share = ALLOCATORS[name](context, limits, total)
+    half = multiple * cost.channel / 2
+    assert len(share.budgets) == len(limits)
+    assert all(-1e-6 <= b <= limit.parameters + 1e-6 for b, limit in zip(share.budgets, limits, strict=True))
+    assert sum(share.budgets) == pytest.approx(total, abs=max(half, 1e-6 * total))
+    counts = whole_units(shape.layers, share, groups, context.scores, cost, multiple)
+    for was, gone, limit in zip(shape.layers, counts, limits, strict=True):
+        assert 0 <= gone.kv_groups <= limit.kv_groups and 0 <= gone.channels <= limit.channels
+        left = was.intermediate_size - gone.channels
+        assert gone.channels == 0 or left % multiple == 0
+    given_up = sum(gone.kv_groups * cost.kv_group + gone.channels * cost.channel for gone in counts)
+    assert abs(given_up - ratio * shape.prunable_parameters) <= half + 1e-6
+
+
+SMOL = make_shape([(3, 1536)] * 30, UnitCost(294_912, 1728, 0))
+
+
+def budgets(name: str, shape: ModelShape, ratio: float, context: Any = None) -> Share:
+    context = context or context_of(shape, ratio, 0)
+    return ALLOCATORS[name](context, limits_of(shape, 32), ratio * shape.prunable_parameters)
+
+
+def test_uniform_gives_the_same_ratio_everywhere() -> None:
+    shape = make_shape([(3, 1536), (2, 96), (1, 640)], UnitCost(30_000, 100, 0))
+    sizes = [shape.layer_parameters(layer) for layer in shape.layers]
+    assert budgets("uniform", shape, 0.3).budgets == pytest.approx([0.3 * size for size in sizes])
+
+
+def test_inner_spares_the_outer_layers() -> None:
+    given_up = budgets("inner", SMOL, 0.2).budgets
+    assert [index for index, budget in enumerate(given_up) if budget == 0] == [0, 1, 2, 3, 28, 29]
+    assert given_up[4:28] == pytest.approx([0.2 * 30 / 24 * SMOL.prunable_parameters / 30] * 24)
+    assert min(budgets("inner", SMOL, 0.85).budgets) > 0, "unless the others cannot do alone"
+
+
+@pytest.mark.parametrize(("ratio", "alpha", "skipped"), [(0.1, 10, 6), (0.2, 10, 6), (0.5, 7, 2), (0.35, 8.5, 4)])
+def test_cosine_is_equation_11_with_the_first_and_last_layer_kept(ratio: float, alpha: float, skipped: int) -> None:
+    context = context_of(SMOL, ratio, 3)
+    context.survey = Survey([0.9 + 0.002 * (index * 7 % 30) for index in range(30)], {})
+    cosines = context.survey.cosines
+    given_up = budgets("cosine", SMOL, ratio, context).budgets
+    kept = [index for index, budget in enumerate(given_up) if budget == 0]
+    assert {0, 29} <= set(kept) and len(kept) == round(skipped / 32 * 30)
+    inner = sorted(set(range(30)) - {0, 29}, key=cosines.__getitem__)
+    assert set(kept) == {0, 29, *inner[: len(kept) - 2]}, "those that turn hidden states most"
+    softmax = torch.tensor([cosines[index] for index in range(30) if index not in kept]).mul(alpha).softmax(0)
+    wanted = (softmax * ratio * SMOL.prunable_parameters).tolist()
+    assert [budget for budget in given_up if budget > 0] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_cosine_takes_the_alpha_of_the_request() -> None:
+    context = context_of(SMOL, 0.3, 3, alpha=0)
+    inner = [budget for budget in budgets("cosine", SMOL, 0.3, context).budgets if budget > 0]
+    assert inner == pytest.approx([inner[0]] * len(inner)) and len(inner) < 29
+
+
+def test_threshold_takes_the_lowest_scores_of_the_whole_model() -> None:
+    shape = make_shape([(2, 4), (3, 4)], UnitCost(10, 3, 0))
+    context = context_of(shape, 0.2, 0)
+    context.scores = Scores(
+        [torch.tensor([0.5, 7.0]), torch.tensor([3.0, 0.2, 9.0])],
+        [torch.tensor([0.1, 0.3, 8.0, 0.9]), torch.tensor([0.4, 5.0, 6.0, 0.6])],
+    )
+    limits = limits_of(shape, 1)
+    # ascending: channel .1, group .2, channels .3 and .4, group .5, channels .6 and .9, group 3, channel 5 …
+    for total, expected, groups in (
+        (3, [3, 0], [0, 0]),
+        (13, [3, 10], [0, 1]),
+        (19, [6, 13], [0, 1]),
+        (29, [16, 13], [1, 1]),
+        (32, [16, 16], [1, 1]),
+        (45, [19, 26], [1, 2]),
+    ):
+        share = ALLOCATORS["threshold"](context, limits, total)
+        assert share.budgets == pytest.approx(expected) and share.kv_groups == groups, total
+
+
+def test_lsps_falls_in_a_line_with_sensitivity() -> None:
+    context = context_of(SMOL, 0.3, 0)
+    found = torch.tensor(budgets("lsps", SMOL, 0.3, context).budgets)
+    means = torch.stack([torch.cat([gate.head_gradient, gate.channel_gradient]).abs().mean() for gate in context.gates])
+    line = 1 - 0.9 * means / means.max()
+    assert torch.allclose(found / found.sum(), (line / line.sum()).float(), rtol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(2, 5)), min_size=2, max_size=2),
+    st.integers(1, 40),
+    st.integers(1, 20),
+    st.integers(0, 1000),
+    st.floats(0.01, 0.99),
+)
+def test_loss_is_the_cheapest_of_all_ways(
+    widths: list[tuple[int, int]], per_group: int, per_channel: int, seed: int, where: float
+) -> None:
+    """On convex curves, at every budget that a price hits, enumeration finds nothing that costs less."""
+    shape = make_shape(widths, UnitCost(per_group, per_channel, 0))
+    context, limits = context_of(shape, 0.3, seed), limits_of(shape, 1)
+    curves = context.curves
+    prices = [per_group, per_channel] * 2
+    choices = [range(most + 1) for limit in limits for most in (limit.kv_groups, limit.channels)]
+
+    def parameters(units: tuple[int, ...]) -> int:
+        return sum(price * count for price, count in zip(prices, units, strict=True))
+
+    def loss(units: tuple[int, ...]) -> float:
+        return sum(float(curve[count]) for curve, count in zip(curves, units, strict=True))
+
+    ways = list(itertools.product(*choices))
+    rate = where * 2 * max(float(curve.diff().max()) for curve in curves if len(curve) > 1) / per_channel
+    hit = min(ways, key=lambda units: loss(units) - rate * parameters(units))
+    share = ALLOCATORS["loss"](context, limits, parameters(hit))
+    assert share.kv_groups is not None
+    channels = [
+        (budget - count * per_group) / per_channel for budget, count in zip(share.budgets, share.kv_groups, strict=True)
+    ]
+    assert channels == pytest.approx([round(count) for count in channels], abs=1e-6)
+    found = tuple(int(units) for pair in zip(share.kv_groups, map(round, channels), strict=True) for units in pair)
+    assert parameters(found) == parameters(hit)
+    cheapest = min(loss(units) for units in ways if parameters(units) >= parameters(hit))
+    assert loss(found) == pytest.approx(cheapest)
+
+
+def test_fill_asks_the_idle_only_when_it_must() -> None:
+    assert fill([1, 0, 3], [10, 10, 10], 8) == [2, 0, 6]
+    assert fill([1, 0, 3], [10, 10, 10], 16) == [6, 0, 10]
+    assert fill([1, 0, 3], [10, 10, 10], 24) == [10, 4, 10]

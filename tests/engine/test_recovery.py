@@ -1,0 +1,211 @@
+"""Moments against stored activations, and each layer-wise recovery against a fit that stores them too."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from app.catalog.spec import PruningSpec, Recovery
+from tests.engine.models import VOCABULARY, decoder_of, make_model
+from workers.engine.decoder import PARTS, Decoder, Part
+from workers.engine.recovery import MENDS, Cut, least_squares
+from workers.engine.rounds import prune_round
+from workers.engine.schedule import round_targets
+from workers.engine.scoring import Context
+from workers.engine.slicing import cut
+from workers.engine.sweep import Moments, Sweep
+
+TOKENS = torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(2))
+KEPT: dict[Part, list[list[int]]] = {
+    "heads": [[0, 2], [1], [0, 1, 2]],
+    "channels": [list(range(0, 160, 2)), list(range(64)), list(range(5, 133))],
+}
+
+
+def activations(decoder: Decoder, index: int) -> dict[str, Tensor]:
+    """Of one layer, from a plain forward: what enters it, leaves it, and reaches its projections; ``[tokens, ...]``."""
+    layer, seen = decoder.layers[index], {}
+
+    def keep(module: nn.Module, name: str) -> Any:
+        return module.register_forward_hook(
+            lambda _, args, out: seen.update({f"{name}-in": args[0] if args else None, f"{name}-out": out}),
+        )
+
+    hooks = [keep(layer.module, "layer")]
+    for part in PARTS:
+        hooks += [keep(layer.output(part), part), keep(layer.inputs(part)[0], f"{part}-entering")]
+    decoder.model(TOKENS)
+    for hook in hooks:
+        hook.remove()
+    return {
+        name: (value[0] if isinstance(value, tuple) else value).flatten(0, 1).double() for name, value in seen.items()
+    }
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    assert found.shape == expected.shape
+    assert float((found.double() - expected).norm() / expected.norm()) < tolerance
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "qwen3"])
+@pytest.mark.parametrize("reference", ["none", "itself", "another"])
+def test_moments_are_sums_over_stored_activations(
+    name: str, reference: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """While layer after layer is cut: layers before, and heads before channels, are gone from what is seen."""
+    decoder, whole = (decoder_of(make_model(name), tokenizer) for _ in range(2))
+    sweep = Sweep(decoder, TOKENS, 2, {"none": None, "itself": decoder, "another": whole}[reference])
+    for index, layer in enumerate(sweep.layers()):
+        wanted = activations(whole, index)
+        targets = {"heads": wanted["layer-in"] + wanted["heads-out"], "channels": wanted["layer-out"]}
+        for part in PARTS:
+            found, now = sweep.moments(part), activations(decoder, index)
+            inputs, entering = now[f"{part}-in"], now[f"{part}-entering-in"]
+            weights = torch.ones(len(inputs), 1, dtype=torch.float64)
+            if reference == "none":
+                assert found.missing is None
+            else:
+                weights = 1 / targets[part].square().mean(1, keepdim=True)
+                left = now["layer-in"] + now["heads-out"] if part == "heads" else now["layer-out"]
+                expected = (inputs * weights).T @ (targets[part] - left)
+                assert found.missing is not None
+                if index == 0 and part == "heads":  # nothing is cut yet
+                    assert float(found.missing.norm()) < 1e-4 * float((inputs * weights).norm())
+                else:
+                    assert_close(found.missing, expected, 1e-3)
+            assert found.weight == pytest.approx(float(weights.sum()), rel=1e-4)
+            assert_close(found.inputs, (weights * inputs).sum(0))
+            assert_close(found.gram, (weights * inputs).T @ inputs)
+            assert_close(found.entering, (weights * entering.square()).sum(0))
+            mean = (weights * inputs).sum(0) / weights.sum()
+            centred = inputs - mean
+            assert_close(found.mean, mean)
+            assert_close(found.covariance, (weights * centred).T @ centred / weights.sum(), 1e-3)
+            cut(layer, part, KEPT[part][index])
+    assert_close(torch.cat(sweep.hidden).flatten(0, 1), activations(decoder, 2)["layer-out"])
+
+
+def problem(inputs: int = 12, out: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Weight ``[out, in]``, correlated inputs ``[tokens, in]``, token weights ``[tokens, 1]``, e ``[tokens, out]``, kept."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    activations = draw(60, inputs) @ draw(inputs, inputs) + draw(inputs)
+    return draw(out, inputs), activations, draw(60, 1).exp(), 3 * draw(60, out), torch.tensor([0, 1, 4, 5, 9, 11])
+
+
+def moments_of(inputs: Tensor, weights: Tensor | None = None, missing: Tensor | None = None) -> Moments:
+    weights = torch.ones(len(inputs), 1, dtype=inputs.dtype) if weights is None else weights
+    weighted = weights * inputs
+    return Moments(
+        float(weights.sum()),
+        weighted.sum(0).float(),
+        (weighted.T @ inputs).float(),
+        torch.zeros(1),
+        None if missing is None else (weighted.T @ missing).float(),
+    )
+
+
+@pytest.mark.parametrize("damping", [None, 0.01, 3.0])
+@pytest.mark.parametrize("with_missing", [False, True])
+def test_least_squares_is_one_stacked_least_squares(damping: float | None, with_missing: bool) -> None:
+    weight, inputs, token_weights, missing, kept = problem()
+    moments = moments_of(inputs, token_weights, missing if with_missing else None)
+    bias = torch.ones(5)
+    recovery = Recovery(damping=damping)
+    found, same_bias = MENDS["least-squares"](Cut(weight.float(), bias, moments, kept), recovery)
+    assert same_bias is bias
+    used = token_weights.sqrt() * inputs[:, kept]
+    ridge = ((damping or least_squares.DAMPING) * used.square().sum(0).mean()).sqrt() * torch.eye(len(kept)).double()
+    wanted = inputs @ weight.T + (least_squares.CARRIED * missing if with_missing else 0)
+    stacked = torch.cat([used, ridge])
+    expected = torch.linalg.lstsq(
+        stacked, torch.cat([token_weights.sqrt() * wanted, ridge @ weight[:, kept].T])
+    ).solution
+    assert_close(found, expected.T, 1e-3)
+
+
+def test_linear_regression_is_a_line_for_every_output_dimension() -> None:
+    weight, inputs, token_weights, _, kept = problem()
+    bias = torch.arange(5.0)
+    for weights in (torch.ones_like(token_weights), token_weights):
+        moments = moments_of(inputs, weights)
+        mended, offset = MENDS["linear-regression"](Cut(weight.float(), bias, moments, kept), Recovery())
+        assert offset is not None
+        for dimension in range(5):
+            pruned, whole = inputs[:, kept] @ weight[dimension, kept], inputs @ weight[dimension] + dimension
+            slope, intercept = np.polyfit(pruned.numpy(), whole.numpy(), 1, w=weights[:, 0].sqrt().numpy())
+            assert_close(mended[dimension], slope * weight[dimension, kept], 1e-4)
+            assert float(offset[dimension]) == pytest.approx(intercept, rel=1e-3)
+
+
+def test_linear_regression_leaves_what_does_not_vary() -> None:
+    weight, inputs, _, _, kept = problem()
+    weight[2, kept] = 0
+    mended, offset = MENDS["linear-regression"](Cut(weight.float(), None, moments_of(inputs), kept), Recovery())
+    assert offset is not None and bool(mended.isfinite().all()) and not mended[2].any()
+    assert float(offset[2]) == pytest.approx(float((inputs @ weight[2]).mean()), rel=1e-3)
+
+
+def test_bias_is_the_mean_of_what_went() -> None:
+    weight, inputs, _, _, kept = problem()
+    gone = [index for index in range(12) if index not in kept.tolist()]
+    for bias in (None, torch.arange(5.0)):
+        mended, offset = MENDS["bias"](Cut(weight.float(), bias, moments_of(inputs), kept), Recovery())
+        expected = (inputs[:, gone] @ weight[:, gone].T).mean(0) + (0 if bias is None else bias)
+        assert offset is not None and torch.equal(mended, weight[:, kept].float())
+        assert_close(offset, expected)
+
+
+@pytest.mark.parametrize("kind", MENDS)
+def test_every_recovery_comes_nearer_to_the_layer_than_truncation(kind: str) -> None:
+    weight, inputs, _, _, kept = problem()
+    whole = inputs @ weight.T
+    mended, offset = MENDS[kind](Cut(weight.float(), None, moments_of(inputs), kept), Recovery(target="layer"))
+    error = (inputs[:, kept] @ mended.double().T + (0 if offset is None else offset) - whole).square().sum()
+    truncated = (inputs[:, kept] @ weight[:, kept].T - whole).square().sum()
+    assert float(error) < 0.95 * float(truncated)
+
+
+@pytest.mark.parametrize("kind", MENDS)
+def test_where_nothing_goes_nothing_changes(kind: str) -> None:
+    weight, inputs, token_weights, _, _ = problem()
+    cut_nothing = Cut(weight.float(), None, moments_of(inputs, token_weights), torch.arange(12))
+    mended, offset = MENDS[kind](cut_nothing, Recovery(target="layer"))
+    assert_close(mended, weight, 1e-4)
+    assert offset is None or float(offset.abs().max()) < 1e-3 * float((inputs @ weight.T).abs().mean())
+    if kind == "bias":
+        assert torch.equal(mended, weight.float()) and not offset.any()
+
+
+def pruned(decoder: Decoder, whole: Decoder, **recovery: Any) -> Decoder:
+    spec = PruningSpec(target_ratio=0.4, method="wanda", recovery=recovery)
+    reference = whole if spec.recovery_kind == "least-squares" and spec.recovery.target == "model" else None
+    context = Context(decoder, TOKENS, 2, spec, 0.4, 0, lambda share: None, reference)
+    prune_round(context, round_targets(decoder.shape, 0.4, 1, "geometric", 32)[0], 32)
+    return decoder
+
+
+@pytest.mark.parametrize(
+    "recovery", [{"kind": kind} for kind in MENDS] + [{"kind": "least-squares", "target": "layer"}]
+)
+def test_a_mended_model_is_nearer_to_the_whole_one(
+    recovery: dict[str, Any], trained: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """What leaves the last layer, when every layer was mended on what the mended ones before it send on."""
+    whole, plain, mended = (decoder_of(copy.deepcopy(trained), tokenizer) for _ in range(3))
+    wanted = activations(whole, 2)["layer-out"]
+    errors = [
+        float((activations(pruned(decoder, whole, **asked), 2)["layer-out"] - wanted).square().sum())
+        for decoder, asked in ((plain, {}), (mended, recovery))
+    ]
+    assert errors[1] < errors[0]
+    layer = mended.layers[1]
+    assert (layer.channel_output.bias is None) == (recovery["kind"] == "least-squares")
+    assert not any(parameter.requires_grad for parameter in mended.model.parameters())

@@ -1,0 +1,118 @@
+"""The benchmarks' pure parts: an exact rewrite of the model, results that outlive a kill, cases and tables."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from app.catalog.methods import METHODS
+from tests.engine.models import SIZES, VOCABULARY, decoder_of, english, make_model, make_tokenizer
+from workers.bench.ablations import ablations
+from workers.bench.case import Case, projection_parameters, prune
+from workers.bench.model import repeat_kv_heads
+from workers.bench.results import Results
+from workers.bench.sections import grid, trained, variants
+from workers.bench.table import excess_loss, markdown, mean_cell, perplexity_cell
+from workers.engine.statistics import Statistics
+
+BASE = Case("random", 0.5, 1, 0, "repeated", 24, 256)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-biased", "qwen2", "qwen3"])
+def test_repeating_kv_heads_changes_no_logit(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    decoder = decoder_of(make_model(family).double(), tokenizer)
+    before = {name: tensor.clone() for name, tensor in decoder.model.state_dict().items()}
+    repeated = repeat_kv_heads(decoder)
+    tokens = torch.arange(40).view(2, 20) * 7 % VOCABULARY
+    assert [layer.kv_groups for layer in repeated.layers] == [SIZES["num_attention_heads"]] * len(repeated.layers)
+    assert repeated.shape.layers[0].heads_per_group == 1
+    assert projection_parameters(repeated) == repeated.shape.prunable_parameters > projection_parameters(decoder)
+    torch.testing.assert_close(repeated.model(tokens).logits, decoder.model(tokens).logits, rtol=1e-10, atol=1e-10)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in decoder.model.state_dict().items())
+
+
+def test_a_case_prunes_to_its_ratio_and_says_so_when_it_cannot(tokenizer: PreTrainedTokenizerFast) -> None:
+    finest = {"allocation": {"width_multiple": 1}}
+    case = Case("sparsegpt", 0.4, 2, 0, "repeated", 4, 32, finest)
+    ids = torch.tensor(tokenizer("\n\n".join(english("calibration"))).input_ids)
+    tokens = ids[: case.samples * case.sequence_length].view(case.samples, -1)
+    whole, pruned, biased = (repeat_kv_heads(decoder_of(make_model("llama"), tokenizer)) for _ in range(3))
+    prune(pruned, whole, case, tokens, Statistics(None, {}))
+    assert projection_parameters(pruned) == pytest.approx(0.6 * projection_parameters(whole), rel=0.005)
+    assert projection_parameters(whole) == whole.shape.prunable_parameters
+    with pytest.raises(RuntimeError, match="flap left 100"):  # its biases are many for a model as small as this one
+        prune(biased, whole, replace(case, method="flap"), tokens, Statistics(None, {}))
+
+
+def test_results_outlive_the_process(tmp_path: Path) -> None:
+    changed = Case("piem", 0.2, 1, 0, "repeated", 24, 256, {"scoring": {"gamma": 0.0}})
+    results = Results(tmp_path / "quality.json", {"dtype": "bfloat16"})
+    assert results.get(BASE) is None
+    results.add(BASE, {"perplexity": 30.0})
+    results.add(changed, {"perplexity": 40.0})
+    again = Results(tmp_path / "quality.json", {"dtype": "bfloat16"})
+    assert again.get(BASE) == {"perplexity": 30.0} and again.get(changed) == {"perplexity": 40.0}
+    assert again.get(Case("piem", 0.2, 1, 0, "repeated", 24, 256)) is None
+    with pytest.raises(SystemExit, match="dtype"):
+        Results(tmp_path / "quality.json", {"dtype": "float32"})
+
+
+def test_every_case_of_every_table_is_a_valid_request() -> None:
+    sections = [
+        grid(BASE, list(METHODS), [0.2, 0.4, 0.5], [1, 4], [0, 1, 2]),
+        *variants(BASE, list(METHODS), [0.2], [0]),
+        *ablations(BASE, [0, 1, 2]),
+        trained(BASE, [0]),
+    ]
+    cases = [case for section in sections for case in section.cases()]
+    for case in cases:
+        spec = case.spec
+        assert (spec.method, spec.target_ratio, spec.round_count) == (case.method, case.ratio, case.rounds)
+    assert len({case.key for case in cases[: len(METHODS) * 18]}) == len(METHODS) * 18
+    assert len({section.title for section in sections}) == len(sections)
+    by_title = {section.title: [row.case.spec for row in section.rows] for section in sections}
+    slimllm = by_title["SlimLLM, table 4: its strategies"]
+    assert [spec.allocator for spec in slimllm] == ["cosine", "cosine", "cosine", "uniform"]
+    assert [spec.recovery_kind for spec in by_title["SlimLLM, table 6: linear regression"]] == [
+        "linear-regression",
+        "none",
+    ]
+    assert [spec.recovery_kind for spec in by_title["With training"]] == ["distill", "lora"]
+
+
+def test_a_table_shows_what_is_known_by_ratio_and_seed() -> None:
+    section = grid(BASE, ["flap", "wanda"], [0.2, 0.4], [1], [0, 1])
+    known = {
+        case.key: {"perplexity": perplexity, "unpruned": 20.0, "seconds": 3.0}
+        for case, perplexity in zip(section.cases(), [20.0, 80.0, 5000.0], strict=False)
+    }
+    lines = section.render(lambda case: known.get(case.key)).splitlines()
+    assert lines[0] == "## KV heads repeated to the query heads, 24 × 256 tokens"
+    assert lines[2].count("|") == lines[3].count("|") == lines[4].count("|") == 9
+    excess, spread = math.log(4) / 2, math.log(4) / math.sqrt(2)
+    assert lines[4] == (
+        f"| flap | 1 | 40.0 (20.0 to 80.0) | {excess:.3f} ± {spread:.3f} | 3 | 5.0e+03 | {math.log(250):.3f} | 3 |"
+    )
+    assert lines[5] == "| wanda | 1 | – | – | – | – | – | – |"
+
+
+def test_excess_loss_is_in_nats_over_the_unpruned_model() -> None:
+    assert excess_loss(27.1 * math.e, 27.1) == pytest.approx(1)
+    assert excess_loss(27.1, 27.1) == 0
+
+
+def test_cells() -> None:
+    assert perplexity_cell([10.0, 40.0]) == "20.0 (10.0 to 40.0)"
+    assert perplexity_cell([27.101, 27.102]) == "27.1"
+    assert mean_cell([1.0, 3.0], 2) == "2.00 ± 1.41"
+    assert mean_cell([math.inf, 1.0], 1) == "inf"
+    assert perplexity_cell([]) == mean_cell([], 1) == "–"
+    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"

@@ -1,0 +1,132 @@
+"""One pruning of a benchmark: what is asked for, and the engine's own rounds that do it."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from app.catalog.spec import Calibration, Evaluation, PruningSpec
+from workers.bench.model import KvHeads
+from workers.engine.calibration import Windows, read_windows
+from workers.engine.decoder import Decoder
+from workers.engine.pipeline import BATCH_TOKENS
+from workers.engine.recovery import TRAINED, train
+from workers.engine.rounds import prune_round
+from workers.engine.schedule import round_targets
+from workers.engine.scoring import Context
+from workers.engine.statistics import Statistics
+
+RATIO_TOLERANCE = 0.005
+EVALUATION_WINDOWS = (24, 256)
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that tells one result of a benchmark from another; ``changes`` are those to the method, as in a request."""
+
+    method: str
+    ratio: float
+    rounds: int
+    seed: int
+    kv_heads: KvHeads
+    samples: int
+    sequence_length: int
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> PruningSpec:
+        asked = {"method": self.method, "target_ratio": self.ratio, "rounds": self.rounds, "seed": self.seed}
+        return PruningSpec.model_validate({**asked, **self.changes})
+
+    @property
+    def calibration(self) -> tuple[KvHeads, int, int, int]:
+        """What the statistics of the unpruned model depend on."""
+        return self.kv_heads, self.samples, self.sequence_length, self.seed
+
+    @property
+    def key(self) -> str:
+        return json.dumps(vars(self), sort_keys=True)
+
+
+def read_texts(decoder: Decoder, case: Case, calibration: str, evaluation: str) -> tuple[Windows, Windows]:
+    """Calibration windows drawn by the case's seed, and the first 24 × 256 tokens of the evaluation text.
+
+    Both texts are files or data sets.
+    """
+    windows, length = EVALUATION_WINDOWS
+    return read_windows(
+        decoder,
+        Calibration(dataset=calibration, samples=case.samples, sequence_length=case.sequence_length),
+        Evaluation(dataset=evaluation, samples=windows, sequence_length=length),
+        case.seed,
+        texts_dir=None,
+        token=None,
+        progress=_quiet,
+        allow_paths=True,
+    )
+
+
+def prune(decoder: Decoder, reference: Decoder, case: Case, tokens: Tensor, statistics: Statistics) -> None:
+    """Prune ``decoder`` in place as the case says, on ``tokens`` ``[windows, length]``.
+
+    ``reference`` is the unpruned model; where there is one round and no training, it may be ``decoder`` itself.
+
+    Raises:
+        RuntimeError: the parameters left are not what was asked for, to 0.5 %.
+    """
+    spec, shape, batch = case.spec, decoder.shape, batch_windows(tokens)
+    multiple = shape.width_multiple(spec.allocation.width_multiple)
+    targets = round_targets(shape, case.ratio, case.rounds, spec.allocation.schedule, multiple)
+    refits = spec.recovery_kind == "least-squares" and spec.recovery.target == "model"
+    for number, target in enumerate(targets, start=1):
+        context = Context(
+            decoder,
+            tokens,
+            batch,
+            spec,
+            case.ratio,
+            spec.seed + number,
+            _quiet,
+            reference=reference if refits else None,
+            statistics=statistics if number == 1 else None,
+        )
+        prune_round(context, target, multiple)
+    if spec.recovery_kind in TRAINED:
+        _train(decoder, reference, spec, tokens, batch)
+    share = projection_parameters(decoder) / shape.prunable_parameters / (1 - case.ratio)
+    if abs(share - 1) > RATIO_TOLERANCE:
+        raise RuntimeError(f"{case.method} left {share:.2%} of the parameters that {case.ratio:.0%} should leave.")
+
+
+def batch_windows(tokens: Tensor) -> int:
+    """Windows of one forward, as in the engine."""
+    return max(1, BATCH_TOKENS // tokens.shape[1])
+
+
+def projection_parameters(decoder: Decoder) -> int:
+    """Parameters of all layers' projections, biases that a recovery added included."""
+    return sum(
+        parameter.numel()
+        for layer in decoder.layers
+        for name in layer.family.projections
+        for parameter in layer[name].parameters()
+    )
+
+
+def _train(decoder: Decoder, reference: Decoder, spec: PruningSpec, tokens: Tensor, batch: int) -> None:
+    kind: Literal["lora", "distill"] = "lora" if spec.recovery_kind == "lora" else "distill"
+
+    @torch.no_grad()
+    def teacher(windows: Tensor) -> Tensor:
+        logits: Tensor = reference.model(windows, use_cache=False).logits
+        return logits
+
+    given = teacher if kind == "distill" else None
+    for _ in train(decoder, given, tokens, batch, spec.recovery, kind, spec.seed, _quiet, None):
+        pass
+
+
+def _quiet(share: float) -> None:
+    """Progress is told case by case."""

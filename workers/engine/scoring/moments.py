@@ -1,0 +1,136 @@
+"""Scorers of one part of one layer from the second moments of what reaches its output projection.
+
+They see the hidden states that the layers cut before it send on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from app.catalog.spec import Scoring
+from workers.engine.decoder import Layer, Part
+from workers.engine.sweep import Moments
+
+
+@dataclass(frozen=True)
+class PartContext:
+    """A part of a layer in a sweep: how many units go is known, which ones is asked."""
+
+    layer: Layer
+    part: Part
+    moments: Moments
+    removed: int
+    scoring: Scoring
+
+    @property
+    def output_weight(self) -> Tensor:
+        """``[out, in]``, float32."""
+        return self.layer.output(self.part).weight.float()
+
+    def by_unit(self, values: Tensor) -> Tensor:
+        """Sums over each unit's inputs: ``[in] -> [units]``."""
+        return values.view(-1, self.layer.width(self.part)).sum(1)
+
+
+PartScorer = Callable[[PartContext], Tensor]
+"""``[units]``, the lowest go first."""
+
+
+def wanda(context: PartContext) -> Tensor:
+    """Σ over a unit's output columns j of mean_i |W_ij|·‖x_j‖ (Sun et al., equation 1; structured as An et al. compare it)."""
+    norms = context.moments.gram.diagonal().clamp_min(0).sqrt()
+    return context.by_unit(context.output_weight.abs().mean(0) * norms)
+
+
+def lorap(context: PartContext) -> Tensor:
+    """I_j = ‖x_j‖·‖W_out^j‖ + Σ over input projections of ‖|W_in^j|·X_L2‖ (Li et al., equations 7 to 9).
+
+    Their criterion for channels. For heads, whose inputs and outputs are blocks, squares are added up within the block.
+    """
+    return _group_importance(context, context.output_weight.square().sum(0))
+
+
+def slimllm(context: PartContext) -> Tensor:
+    """Heads by Pearson similarity and greedy swaps (equation 4, algorithm 1), channels in feature space (equations 5 to 8)."""
+    return _pearson(context) if context.part == "heads" else _feature_space(context)
+
+
+def _group_importance(context: PartContext, output_importance: Tensor) -> Tensor:
+    """Equation 8 with ``output_importance`` ``[in]`` for the square of I^d."""
+    outputs = context.by_unit(context.moments.gram.diagonal().clamp_min(0) * output_importance).sqrt()
+    units = context.layer.units(context.part)
+    for projection in context.layer.inputs(context.part):
+        rows = projection.weight.float().square() @ context.moments.entering
+        outputs = outputs + rows.view(units, -1).sum(1).sqrt()
+    return outputs
+
+
+def _feature_space(context: PartContext) -> Tensor:
+    """Channels: the output projection's columns in the eigenbasis of its output, each direction weighed by sigmoid(M_i/mean M).
+
+    The lowest hundredth of channels is kept, as the authors' code does: small inputs are not always small effects.
+    """
+    weight = context.output_weight
+    importance = weight.square().sum(0)
+    if context.scoring.feature_space:
+        values, directions = torch.linalg.eigh((weight @ context.moments.covariance @ weight.T).double())
+        values = values.clamp_min(0)
+        factors = torch.sigmoid(values / values.mean().clamp_min(1e-300))
+        importance = ((weight.T.double() @ directions) * factors).square().sum(1).float()
+    scores = _group_importance(context, importance)
+    spared = min(round(SPARED_SHARE * len(scores)), len(scores) - context.removed)
+    scores[scores.argsort(stable=True)[:spared]] = torch.inf
+    return scores
+
+
+SPARED_SHARE = 0.01
+
+
+def _pearson(context: PartContext) -> Tensor:
+    """Heads: −Σ over output dimensions of Pearson(output, output without the head), refined by algorithm 1.
+
+    All of it follows from the covariance of the heads' outputs in each dimension, ``[out, units, units]``. A head of the
+    kept set that the search puts out goes first, whatever it scored.
+    """
+    covariance = _head_covariance(context)
+    units = covariance.shape[1]
+    everything = torch.ones(units, dtype=torch.bool, device=covariance.device)
+
+    def similarity(kept: Tensor) -> Tensor:
+        """Of what the heads ``kept`` ``[sets, units]`` give to what all give: ``[sets]``."""
+        sets = kept.to(covariance.dtype)
+        shared = sets @ covariance.sum(2).T  # [sets, out]
+        own = torch.einsum("su,duv,sv->sd", sets, covariance, sets)
+        total = covariance.sum((1, 2))
+        return (shared / (own * total).clamp_min(1e-300).sqrt()).abs().sum(1)
+
+    without = everything.repeat(units, 1)
+    without.fill_diagonal_(False)
+    scores = -similarity(without)
+    if context.scoring.greedy_swaps and 0 < context.removed < units:
+        order = scores.argsort(stable=True)
+        kept = everything.clone()
+        kept[order[: context.removed]] = False
+        best = similarity(kept[None])[0]
+        for candidate in order[: context.removed].tolist():
+            present = kept.nonzero()[:, 0]
+            swapped = kept.repeat(len(present), 1)
+            swapped[torch.arange(len(present)), present] = False
+            swapped[:, candidate] = True
+            reached = similarity(swapped)
+            if reached.max() > best:
+                best, kept = reached.max(), swapped[reached.argmax()]
+        scores = torch.where(kept, scores, scores - (scores.max() - scores.min() + 1))
+    return scores
+
+
+def _head_covariance(context: PartContext) -> Tensor:
+    """Covariance over tokens of the units' contributions to each output dimension: ``[out, units, units]``, float64."""
+    width = context.layer.width(context.part)
+    blocks = context.output_weight.double().view(context.output_weight.shape[0], -1, width)  # [out, units, width]
+    units = blocks.shape[1]
+    inputs = context.moments.covariance.double().view(units, width, units, width)
+    half = torch.einsum("duw,uwvx->duvx", blocks, inputs)
+    return torch.einsum("duvx,dvx->duv", half, blocks)

@@ -1,0 +1,66 @@
+"""One forward over the calibration tokens: how each layer turns hidden states, and how its units' outputs vary."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from workers.engine.decoder import PARTS, Decoder, Part
+
+
+@dataclass(frozen=True)
+class Survey:
+    """By layer, float64 on the CPU."""
+
+    cosines: list[float]
+    """Mean over tokens of the cosine between what enters a layer and what leaves it."""
+    variances: dict[Part, list[Tensor]]
+    """Of the inputs of the output projections over tokens, ``[in]``."""
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> "Survey":
+        """From what :func:`survey` returns."""
+        cosines, *variances = tensors
+        layers = len(cosines)
+        return cls(cosines.tolist(), {"heads": variances[:layers], "channels": variances[layers:]})
+
+
+@torch.no_grad()
+def survey(decoder: Decoder, tokens: Tensor, batch_windows: int, progress: Callable[[float], None]) -> list[Tensor]:
+    """Take moments of ``tokens`` ``[windows, length]`` in one forward; :meth:`Survey.of` reads them."""
+    cosines = [0.0] * len(decoder.layers)
+    sums: dict[Part, list[Tensor]] = {part: [torch.zeros(2, 1, dtype=torch.float64)] * len(cosines) for part in PARTS}
+
+    def turned(index: int, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        leaving = output[0] if isinstance(output, tuple) else output
+        similarity = nn.functional.cosine_similarity(args[0].float(), leaving.float(), dim=-1)
+        cosines[index] += float(similarity.double().sum())
+
+    def seen(index: int, part: Part, inputs: Tensor) -> None:
+        flat = inputs.flatten(0, 1).double()
+        sums[part][index] = sums[part][index] + torch.stack([flat.sum(0), flat.square().sum(0)]).cpu()
+
+    hooks = []
+    for number, layer in enumerate(decoder.layers):
+        hooks.append(
+            layer.module.register_forward_hook(lambda _, args, output, number=number: turned(number, args, output))
+        )
+        for part in PARTS:
+            hooks.append(
+                layer.output(part).register_forward_pre_hook(
+                    lambda _, args, number=number, part=part: seen(number, part, args[0])
+                )
+            )
+    try:
+        for start in range(0, len(tokens), batch_windows):
+            decoder.model(tokens[start : start + batch_windows], use_cache=False, logits_to_keep=1)
+            progress(min(start + batch_windows, len(tokens)) / len(tokens))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    count = tokens.numel()
+    variances = [
+        (squares / count - (total / count).square()).clamp_min(0) for part in PARTS for total, squares in sums[part]
+    ]
+    return [torch.tensor(cosines, dtype=torch.float64) / count, *variances]

@@ -1,0 +1,226 @@
+"""The targets of a pruning, one after the other: rounds, then training where that was asked for, each step resumable."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from app.catalog.spec import PruningSpec
+from workers.engine import tensor_files
+from workers.engine.decoder import Decoder
+from workers.engine.plan import Plan
+from workers.engine.progress import Progress
+from workers.engine.recovery import MENDS, TRAINED, Segment, train
+from workers.engine.rounds import prune_round
+from workers.engine.schedule import round_targets
+from workers.engine.scoring import Context
+from workers.engine.slicing import apply_plan
+from workers.engine.statistics import Statistics
+
+
+class Paused(Exception):
+    """``stop()`` said so between two rounds; the last ``round`` event holds what resuming needs."""
+
+
+class Targets:
+    """Prunes one model to several ratios. ``state`` is JSON-able and changes only when a step is complete.
+
+    Of each target ``state["targets"]`` has ``ratio``, ``plan``, ``rounds`` (their data), ``tensors`` (a reference to the
+    weights that a recovery changed, see :mod:`workers.engine.tensor_files`) and, in mid-training, ``training``.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: PruningSpec,
+        ratios: tuple[float, ...],
+        decoder: Decoder,
+        load: Callable[[], Decoder],
+        tokens: Tensor,
+        batch_windows: int,
+        measure: Callable[..., dict[str, Any]],
+        statistics: Statistics,
+        scratch: Path | None,
+        progress: Progress,
+        on_event: Callable[[dict[str, Any]], None],
+        stop: Callable[[], bool],
+        state: dict[str, Any],
+    ) -> None:
+        """``decoder`` is the unpruned model, which ``load`` can load again; ``measure(decoder, latency)`` measures."""
+        self.state = state
+        self._spec, self._ratios = spec, ratios
+        self._decoder: Decoder | None = decoder
+        self._holds: int | None = None
+        """The target that the model in memory was cut for; ``None``: it is unpruned."""
+        self._load, self._tokens, self._batch_windows, self._measure = load, tokens, batch_windows, measure
+        self._statistics, self._scratch = statistics, scratch
+        self._progress, self._on_event, self._stop = progress, on_event, stop
+
+    def prune(self, index: int) -> None:
+        """Bring target ``index`` from where its state has it to its end.
+
+        Raises:
+            Paused: see there.
+            PruningError: see :func:`workers.engine.pipeline.prune`.
+        """
+        if index == len(self.state["targets"]):
+            fresh: dict[str, Any] = {
+                "ratio": self._ratios[index],
+                "plan": None,
+                "rounds": [],
+                "tensors": None,
+                "training": None,
+            }
+            self.state = {**self.state, "targets": [*self.state["targets"], fresh]}
+        done = len(self.state["targets"][index]["rounds"])
+        trained = self._spec.recovery_kind in TRAINED
+        if done == self._spec.round_count + trained:
+            return
+        decoder = self.pruned(index)
+        for number in range(done + 1, self._spec.round_count + 1):
+            self._pause_if_asked()
+            self._prune_round(decoder, index, number)
+        if trained:
+            self._pause_if_asked()
+            self._train(decoder, index)
+
+    def pruned(self, index: int) -> Decoder:
+        """The model as the state of target ``index`` has it."""
+        target = self.state["targets"][index]
+        if self._holds == index:
+            assert self._decoder is not None
+            return self._decoder
+        if self._holds is not None:
+            self._decoder = None
+            gc.collect()  # or two models would be in memory
+            self._decoder = self._load()
+        assert self._decoder is not None
+        self._holds = index
+        if target["plan"] is not None:
+            apply_plan(self._decoder, Plan.from_dict(target["plan"]))
+        if target["tensors"] is not None:
+            put(self._decoder, tensor_files.read(self._scratch, target["tensors"]))
+        return self._decoder
+
+    def _prune_round(self, decoder: Decoder, index: int, number: int) -> None:
+        spec, target = self._spec, self.state["targets"][index]
+        multiple = decoder.shape.width_multiple(spec.allocation.width_multiple)
+        goals = round_targets(decoder.shape, target["ratio"], spec.round_count, spec.allocation.schedule, multiple)
+        self._progress.stage("scoring", self._round(index, number))
+        refits = spec.recovery_kind == "least-squares" and spec.recovery.target == "model"
+        context = Context(
+            decoder,
+            self._tokens,
+            self._batch_windows,
+            spec,
+            target["ratio"],
+            spec.seed + number,
+            self._progress.share,
+            reference=None if not refits else decoder if number == 1 else self._load(),
+            statistics=self._statistics if number == 1 else None,
+        )
+        plan = Plan.full(decoder.shape.layers) if target["plan"] is None else Plan.from_dict(target["plan"])
+        plan = plan.then(prune_round(context, goals[number - 1], multiple))
+        data = {
+            "target_ratio": target["ratio"],
+            "ratio": {"target": goals[number - 1].ratio, "reached": decoder.reached_ratio},
+            "widths": plan.widths(decoder.shape),
+            **context.details,
+            **self._measure(decoder, latency=number == spec.round_count),
+        }
+        changed = self._keep(index, changed_by_mending(decoder)) if spec.recovery_kind in MENDS else None
+        self._finish(index, data, plan=plan.as_dict(), tensors=changed)
+
+    def _train(self, decoder: Decoder, index: int) -> None:
+        """Train from the state's last stretch on; stretches but the last are checkpoints, the last is a round."""
+        spec, target = self._spec, self.state["targets"][index]
+        kind: Any = spec.recovery_kind
+        teacher = self._load() if kind == "distill" else None
+        begun = target["training"]
+        resume = None
+        if begun is not None:
+            resume = Segment(
+                begun["step"], begun["steps"], begun["loss"], tensor_files.read(self._scratch, begun["tensors"])
+            )
+        self._progress.stage("training", self._round(index, spec.round_count + 1))
+        segments = train(
+            decoder,
+            None if teacher is None else lambda windows: teacher.model(windows, use_cache=False).logits,
+            self._tokens,
+            self._batch_windows,
+            spec.recovery,
+            kind,
+            spec.seed,
+            self._progress.share,
+            resume,
+        )
+        curve: dict[str, Any] = {}
+        for segment in segments:
+            curve = {"step": segment.step, "steps": segment.steps, "loss": segment.losses}
+            if segment.step < segment.steps:
+                training = {**curve, "tensors": self._keep(index, segment.tensors)}
+                data = {"target_ratio": target["ratio"], "recovery": {"kind": kind, **curve}}
+                self._record(index, data, training=training)
+        widths = Plan.from_dict(target["plan"]).widths(decoder.shape)
+        data = {
+            "target_ratio": target["ratio"],
+            "ratio": {"target": target["ratio"], "reached": decoder.reached_ratio},
+            "widths": widths,
+            "recovery": {"kind": kind, **curve},
+            **self._measure(decoder, latency=True),
+        }
+        layers = decoder.model.get_submodule(decoder.shape.family.layers)
+        prefix = decoder.shape.family.layers
+        tensors = {f"{prefix}.{name}": tensor for name, tensor in layers.state_dict().items()}
+        self._finish(index, data, training=None, tensors=self._keep(index, tensors))
+
+    def _round(self, index: int, number: int) -> int:
+        """Round ``number`` of target ``index``, counted over all targets."""
+        return index * (self._spec.round_count + (self._spec.recovery_kind in TRAINED)) + number
+
+    def _pause_if_asked(self) -> None:
+        if self._stop():
+            raise Paused
+
+    def _keep(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+        return None if self._scratch is None else tensor_files.write(self._scratch, f"target-{index}", tensors)
+
+    def _finish(self, index: int, data: dict[str, Any], **changes: Any) -> None:
+        """A round of target ``index`` is over."""
+        rounds = self.state["targets"][index]["rounds"]
+        data = {"number": self._number(), **data}
+        self._record(index, data, rounds=[*rounds, data], **changes)
+
+    def _record(self, index: int, data: dict[str, Any], **changes: Any) -> None:
+        """Move the state of target ``index`` on, and tell."""
+        targets = list(self.state["targets"])
+        targets[index] = {**targets[index], **changes}
+        number = self._number()
+        self.state = {**self.state, "targets": targets, "steps": number}
+        self._on_event({"type": "round", "number": number, "data": {"number": number, **data}, "state": self.state})
+
+    def _number(self) -> int:
+        """Of the step that is next; 0 was the unpruned model."""
+        return int(self.state.get("steps", 0)) + 1
+
+
+def changed_by_mending(decoder: Decoder) -> dict[str, Tensor]:
+    """The output projections of all layers: a layer-wise recovery rewrites no others."""
+    names = {decoder.shape.family.attention_output, decoder.shape.family.channel_output}
+    return {
+        f"{decoder.shape.family.layers}.{index}.{name}.{kind}": tensor
+        for index, layer in enumerate(decoder.layers)
+        for name in names
+        for kind, tensor in layer[name].state_dict().items()
+    }
+
+
+def put(decoder: Decoder, tensors: dict[str, Tensor]) -> None:
+    """Give the model's parameters these values, by name; a bias is made where there was none."""
+    for name, tensor in tensors.items():
+        owner, _, kind = name.rpartition(".")
+        module = decoder.model.get_submodule(owner)
+        value = nn.Parameter(tensor.to(decoder.device), requires_grad=False)
+        module.register_parameter(kind, value)

@@ -1,0 +1,43 @@
+"""Tensors that a state refers to: written whole or not at all, read only if they are what was written."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from app.catalog.errors import PruningError
+
+
+def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write ``round-NAME.safetensors``; the JSON-able reference that :func:`read` takes."""
+    content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    digest = hashlib.sha256(content).hexdigest()
+    path = folder / f"round-{name}-{digest[:12]}.safetensors"
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    return {"file": path.name, "sha256": digest}
+
+
+def read(folder: Path | None, reference: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors, on the CPU.
+
+    Raises:
+        PruningError: ``checkpoint_damaged`` when the file is missing or not what was written.
+    """
+    try:
+        content = b"" if folder is None else (folder / reference["file"]).read_bytes()
+    except FileNotFoundError:
+        content = b""
+    if hashlib.sha256(content).hexdigest() != reference["sha256"]:
+        raise PruningError(
+            "checkpoint_damaged", f"The checkpoint file {reference['file']} is missing or damaged; start the job anew."
+        )
+    tensors: dict[str, Tensor] = load(content)
+    return tensors
