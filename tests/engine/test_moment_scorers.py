@@ -39,7 +39,8 @@ def places(decoder: Decoder) -> Iterator[Where]:
 def stored(decoder: Decoder, where: Where) -> tuple[Tensor, Tensor, Tensor]:
     """What enters a part, what enters its output projection and what leaves that: ``[tokens, ...]``, from a plain forward."""
     index, part = where
-    layer, seen = decoder.layers[index], {}
+    layer = decoder.layers[index]
+    seen: dict[str, Tensor] = {}
     hooks = [
         layer.inputs(part)[-1].register_forward_hook(lambda _, args, __: seen.update(entering=args[0])),
         layer.output(part).register_forward_hook(lambda _, args, out: seen.update(inputs=args[0], leaving=out)),
@@ -47,7 +48,7 @@ def stored(decoder: Decoder, where: Where) -> tuple[Tensor, Tensor, Tensor]:
     decoder.model(TOKENS)
     for hook in hooks:
         hook.remove()
-    return tuple(seen[name].flatten(0, 1) for name in ("entering", "inputs", "leaving"))  # type: ignore[return-value]
+    return seen["entering"].flatten(0, 1), seen["inputs"].flatten(0, 1), seen["leaving"].flatten(0, 1)
 
 
 def scored(decoder: Decoder, where: Where, scorer: str, removed: int = 1, **settings: Any) -> Tensor:

@@ -181,7 +181,7 @@ def test_where_nothing_goes_nothing_changes(kind: str) -> None:
     assert_close(mended, weight, 1e-4)
     assert offset is None or float(offset.abs().max()) < 1e-3 * float((inputs @ weight.T).abs().mean())
     if kind == "bias":
-        assert torch.equal(mended, weight.float()) and not offset.any()
+        assert offset is not None and torch.equal(mended, weight.float()) and not offset.any()
 
 
 def pruned(decoder: Decoder, whole: Decoder, **recovery: Any) -> Decoder:

@@ -13,6 +13,7 @@ import torch
 from app.catalog.errors import PruningError
 from app.catalog.sources import ModelSource, locate, read_shape
 from app.catalog.spec import PruningSpec
+from workers.engine import tensor_files
 from workers.engine.calibration import SAMPLED, Windows, read_windows
 from workers.engine.decoder import Decoder
 from workers.engine.evaluation import forward_flops, measure_latency, perplexity, weight_bytes
@@ -64,7 +65,7 @@ def prune(
     ``on_event`` gets JSON-able dicts: ``progress`` {stage, round, rounds, share, remaining_seconds}, ``warning``
     {message}, and after the unpruned model is measured (0), after every round and every stretch of training ``round``
     {number, data, state}; ``resume`` takes such a ``state`` and goes on after it, given the ``scratch`` folder in which
-    the weights that a recovery changed are kept. ``stop`` is asked before every round. ``statistics_dir`` keeps what is
+    the weights that a recovery changed are kept (unset: one beside ``output_dir`` that goes in the end). ``stop`` is asked before every round. ``statistics_dir`` keeps what is
     known of the source for later jobs. ``manifest_extra`` gives, for a target's ratio, what its manifest also says.
 
     Raises:
@@ -102,42 +103,43 @@ def prune(
         baseline = measure(decoder)
         state = {**_identity(source, spec), "baseline": baseline, "targets": []}
         on_event({"type": "round", "number": 0, "data": baseline, "state": state})
-    targets = Targets(
-        spec=spec,
-        ratios=ratios,
-        decoder=decoder,
-        load=lambda: load(source, spec.dtype, where),
-        tokens=calibration.tokens,
-        batch_windows=_batch(calibration),
-        measure=measure,
-        statistics=Statistics(statistics_dir, _statistics_key(source, spec, calibration)),
-        scratch=scratch,
-        progress=progress,
-        on_event=on_event,
-        stop=stop,
-        state=state,
-    )
-    del decoder
-    for index in range(len(ratios)):
-        targets.prune(index)
+    with tensor_files.folder(scratch, output_dir.parent) as kept:
+        targets = Targets(
+            spec=spec,
+            ratios=ratios,
+            decoder=decoder,
+            load=lambda: load(source, spec.dtype, where),
+            tokens=calibration.tokens,
+            batch_windows=_batch(calibration),
+            measure=measure,
+            statistics=Statistics(statistics_dir, _statistics_key(source, spec, calibration)),
+            scratch=kept,
+            progress=progress,
+            on_event=on_event,
+            stop=stop,
+            state=state,
+        )
+        del decoder
+        for index in range(len(ratios)):
+            targets.prune(index)
 
-    several = isinstance(spec.target_ratio, list)
-    reports: list[dict[str, Any]] = []
-    with staged(output_dir) as staging:
-        for index in reversed(range(len(ratios))):  # the last one is in memory
-            decoder, done = targets.pruned(index), targets.state["targets"][index]
-            _check_reached(decoder, ratios[index], spec)
-            progress.stage("exporting")
-            report = _report(decoder, source, spec, state["baseline"], done, calibration, evaluation)
-            report["seconds"] = time.monotonic() - started
-            folder = staging / f"ratio-{ratios[index]:g}" if several else staging
-            folder.mkdir(exist_ok=True)
-            write_checkpoint(
-                decoder, source, Plan.from_dict(done["plan"]), folder, report, manifest_extra(ratios[index])
-            )
-            progress.stage("checking")
-            check_checkpoint(decoder, folder)
-            reports.insert(0, report)
+        several = isinstance(spec.target_ratio, list)
+        reports: list[dict[str, Any]] = []
+        with staged(output_dir) as staging:
+            for index in reversed(range(len(ratios))):  # the last one is in memory
+                decoder, done = targets.pruned(index), targets.state["targets"][index]
+                _check_reached(decoder, ratios[index], spec)
+                progress.stage("exporting")
+                report = _report(decoder, source, spec, state["baseline"], done, calibration, evaluation)
+                report["seconds"] = time.monotonic() - started
+                folder = staging / f"ratio-{ratios[index]:g}" if several else staging
+                folder.mkdir(exist_ok=True)
+                write_checkpoint(
+                    decoder, source, Plan.from_dict(done["plan"]), folder, report, manifest_extra(ratios[index])
+                )
+                progress.stage("checking")
+                check_checkpoint(decoder, folder)
+                reports.insert(0, report)
     progress.done()
     return PruningResult(output_dir, {"targets": reports} if several else reports[0])
 

@@ -42,7 +42,7 @@ class Targets:
         batch_windows: int,
         measure: Callable[..., dict[str, Any]],
         statistics: Statistics,
-        scratch: Path | None,
+        scratch: Path,
         progress: Progress,
         on_event: Callable[[dict[str, Any]], None],
         stop: Callable[[], bool],
@@ -184,8 +184,8 @@ class Targets:
         if self._stop():
             raise Paused
 
-    def _keep(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-        return None if self._scratch is None else tensor_files.write(self._scratch, f"target-{index}", tensors)
+    def _keep(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        return tensor_files.write(self._scratch, f"target-{index}", tensors)
 
     def _finish(self, index: int, data: dict[str, Any], **changes: Any) -> None:
         """A round of target ``index`` is over."""

@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,17 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from app.catalog.errors import PruningError
+
+
+@contextmanager
+def folder(given: Path | None, beside: Path) -> Iterator[Path]:
+    """The folder ``given``, or one in ``beside`` that goes when the context ends."""
+    if given is not None:
+        yield given
+        return
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".scratch.", dir=beside) as temporary:
+        yield Path(temporary)
 
 
 def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -25,14 +39,14 @@ def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]
     return {"file": path.name, "sha256": digest}
 
 
-def read(folder: Path | None, reference: dict[str, Any]) -> dict[str, Tensor]:
+def read(folder: Path, reference: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors, on the CPU.
 
     Raises:
         PruningError: ``checkpoint_damaged`` when the file is missing or not what was written.
     """
     try:
-        content = b"" if folder is None else (folder / reference["file"]).read_bytes()
+        content = (folder / reference["file"]).read_bytes()
     except FileNotFoundError:
         content = b""
     if hashlib.sha256(content).hexdigest() != reference["sha256"]:

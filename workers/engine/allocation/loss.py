@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from workers.engine.allocation.base import LayerLimit, Share, fill
-from workers.engine.decoder import PARTS, Part
+from workers.engine.allocation.base import LayerLimit, Share, fill, nearest_groups
+from workers.engine.decoder import PARTS
 from workers.engine.recovery.least_squares import refit
 from workers.engine.scoring.base import Context
 from workers.engine.scoring.second_order import eliminate
@@ -31,46 +31,49 @@ def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Sh
     measured by cutting the part alone.
     """
     cost = context.decoder.shape.cost
-    limit: dict[Part, list[int]] = {
-        "heads": [layer.kv_groups for layer in limits],
-        "channels": [layer.channels for layer in limits],
-    }
-    price: dict[Part, int] = {"heads": cost.kv_group, "channels": cost.channel}
     curves = context.memo("loss-curves", lambda: _curves(context))
-    by_part = {part: curves[number :: len(PARTS)] for number, part in enumerate(PARTS)}
+    heads = [curve[: limit.kv_groups + 1] for curve, limit in zip(curves[0::2], limits, strict=True)]
+    channels = [curve[: limit.channels + 1] for curve, limit in zip(curves[1::2], limits, strict=True)]
+    prices = [cost.kv_group] * len(heads) + [cost.channel] * len(channels)
+    groups = _cheapest(heads + channels, prices, total)[: len(heads)]
+    while sum(groups) != (count := nearest_groups(sum(groups), limits, total, cost)):
+        step = 1 if sum(groups) < count else -1
+        groups[_cheapest_step(heads, groups, step)] += step
+    left = total - sum(groups) * cost.kv_group
+    given = [count * float(cost.channel) for count in _cheapest(channels, prices[len(heads) :], left)]
+    room = [limit.channels * cost.channel - taken for limit, taken in zip(limits, given, strict=True)]
+    rest = min(max(left - sum(given), 0.0), sum(room))
+    more = fill([min(taken + cost.channel, open_) for taken, open_ in zip(given, room, strict=True)], room, rest)
+    budgets = [count * cost.kv_group + taken + added for count, taken, added in zip(groups, given, more, strict=True)]
+    return Share(budgets, groups)
 
-    def given(rate: float) -> dict[Part, list[int]]:
-        """Units that each layer's part gives when a removed parameter is worth ``rate`` nats."""
-        return {
-            part: [
-                int((curve[: most + 1] - rate * price[part] * torch.arange(most + 1)).argmin())
-                for curve, most in zip(by_part[part], limit[part], strict=True)
-            ]
-            for part in PARTS
-        }
 
-    def parameters(units: dict[Part, list[int]]) -> float:
-        return float(sum(price[part] * sum(units[part]) for part in PARTS))
-
-    low, high = 0.0, max(float(curve.max()) for curve in curves) + 1.0
+def _cheapest(curves: list[Tensor], prices: list[int], total: float) -> list[int]:
+    """Units off each curve that cost least together, for no more than ``total`` parameters: one price on parameters."""
+    low, high = 0.0, sum(float(curve.max()) for curve in curves) + 1.0
+    units = [0] * len(curves)
     for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if parameters(given(middle)) <= total else (low, middle)
-    units = given(low)
-    channels = [count * float(cost.channel) for count in units["channels"]]
-    room = [most * cost.channel - taken for most, taken in zip(limit["channels"], channels, strict=True)]
-    missing = total - parameters(units)
-    more = fill([min(taken + cost.channel, left) for taken, left in zip(channels, room, strict=True)], room, missing)
-    budgets = [
-        groups * cost.kv_group + taken + added
-        for groups, taken, added in zip(units["heads"], channels, more, strict=True)
-    ]
-    return Share(budgets, units["heads"])
+        rate = (low + high) / 2
+        tried = [
+            int((curve - rate * price * torch.arange(len(curve))).argmin())
+            for curve, price in zip(curves, prices, strict=True)
+        ]
+        if sum(count * price for count, price in zip(tried, prices, strict=True)) <= total:
+            low, units = rate, tried
+        else:
+            high = rate
+    return units
+
+
+def _cheapest_step(curves: list[Tensor], units: list[int], step: int) -> int:
+    """The curve on which going one unit up or down costs least."""
+    open_ = [index for index, curve in enumerate(curves) if 0 <= units[index] + step < len(curve)]
+    return min(open_, key=lambda index: float(curves[index][units[index] + step] - curves[index][units[index]]))
 
 
 @torch.no_grad()
 def _curves(context: Context) -> list[Tensor]:
-    """By layer and part, the divergence in nats a token that removing 0, 1, 2… units would cost: ``[units + 1]``."""
+    """By layer and part, the divergence in nats a token that removing 0, 1, 2… units would cost: ``[units]``."""
     decoder, tokens = context.decoder, context.tokens
     probe = tokens[: max(1, PROBE_TOKENS // tokens.shape[1])]
     captured = decoder.capture(probe)
