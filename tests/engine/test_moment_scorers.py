@@ -90,7 +90,11 @@ def group_importance(decoder: Decoder, where: Where) -> list[float]:
 
 def test_lorap(decoder: Decoder) -> None:
     for where in places(decoder):
-        assert_close(scored(decoder, where, "lorap"), group_importance(decoder, where))
+        expected, found = torch.tensor(group_importance(decoder, where)), scored(decoder, where, "lorap")
+        order = expected.argsort()
+        spared = order[:2] if where[1] == "channels" else order[:0]  # a hundredth of 160
+        assert set(found.isinf().nonzero()[:, 0].tolist()) == set(spared.tolist())
+        assert_close(found[order[len(spared) :]], expected[order[len(spared) :]])
 
 
 def pearson(one: Tensor, other: Tensor) -> float:

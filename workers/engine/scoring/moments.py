@@ -13,6 +13,8 @@ from app.catalog.spec import Scoring
 from workers.engine.decoder import Layer, Part
 from workers.engine.sweep import Moments
 
+SPARED_SHARE = 0.01
+
 
 @dataclass(frozen=True)
 class PartContext:
@@ -47,9 +49,11 @@ def wanda(context: PartContext) -> Tensor:
 def lorap(context: PartContext) -> Tensor:
     """I_j = ‖x_j‖·‖W_out^j‖ + Σ over input projections of ‖|W_in^j|·X_L2‖ (Li et al., equations 7 to 9).
 
-    Their criterion for channels. For heads, whose inputs and outputs are blocks, squares are added up within the block.
+    Their criterion for channels, of which the lowest are spared. For heads, whose inputs and outputs are blocks, squares
+    are added up within the block.
     """
-    return _group_importance(context, context.output_weight.square().sum(0))
+    scores = _group_importance(context, context.output_weight.square().sum(0))
+    return scores if context.part == "heads" else _spare_lowest(context, scores)
 
 
 def slimllm(context: PartContext) -> Tensor:
@@ -68,10 +72,7 @@ def _group_importance(context: PartContext, output_importance: Tensor) -> Tensor
 
 
 def _feature_space(context: PartContext) -> Tensor:
-    """Channels: the output projection's columns in the eigenbasis of its output, each direction weighed by sigmoid(M_i/mean M).
-
-    The lowest hundredth of channels is kept, as the authors' code does: small inputs are not always small effects.
-    """
+    """Channels: the output projection's columns in the eigenbasis of its output, each direction weighed by sigmoid(M_i/mean M)."""
     weight = context.output_weight
     importance = weight.square().sum(0)
     if context.scoring.feature_space:
@@ -79,13 +80,14 @@ def _feature_space(context: PartContext) -> Tensor:
         values = values.clamp_min(0)
         factors = torch.sigmoid(values / values.mean().clamp_min(1e-300))
         importance = ((weight.T.double() @ directions) * factors).square().sum(1).float()
-    scores = _group_importance(context, importance)
+    return _spare_lowest(context, _group_importance(context, importance))
+
+
+def _spare_lowest(context: PartContext, scores: Tensor) -> Tensor:
+    """The lowest hundredth is kept, as LoRAP's and SlimLLM's authors do: small inputs are not always small effects."""
     spared = min(round(SPARED_SHARE * len(scores)), len(scores) - context.removed)
     scores[scores.argsort(stable=True)[:spared]] = torch.inf
     return scores
-
-
-SPARED_SHARE = 0.01
 
 
 def _pearson(context: PartContext) -> Tensor:
