@@ -2,13 +2,17 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test bench-quality bench-speed check lint types contracts clean
+.PHONY: demo test test-slow bench-quality bench-speed check lint types contracts clean
 
 demo: .venv/.model
 	$(BIN)/python -m workers.demo
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+# What takes minutes: every method through the whole service.
+test-slow: .venv/.installed
+	$(BIN)/python -m pytest -m slow
 
 # Perplexity of every method on SmolLM2-135M, at equal parameters on equal tokens, and the papers' ablations. CALIBRATION and
 # EVALUATION are text files or data sets; OPTIONS narrows it down: see --help. A run that was stopped goes on where it was.

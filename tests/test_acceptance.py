@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from app.catalog.methods import METHODS
 from tests.engine.models import SIZES, english, make_tokenizer, save, train
 from tests.workers.conftest import SHORT, wait_for
 from tests.workers.test_stack import announced
@@ -183,6 +184,23 @@ def test_several_targets_in_one_job(service: Service, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["parameters"] == target["parameters"]["after"]
     assert not list((service.data / "jobs" / job_id).glob("round-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": name, "rounds": None} for name in METHODS]
+    + [{"method": "secateur", "rounds": 1, "recovery": {"kind": kind}} for kind in ("lora", "distill")],
+    ids=lambda changes: "-".join([changes["method"], *changes.get("recovery", {}).values()]),
+)
+def test_every_method_through_the_whole_service(changes: dict[str, Any], service: Service, tmp_path: Path) -> None:
+    job = service.wait(service.submit(**changes, publish={"repo_id": "org/each"}), "succeeded", "failed")
+    assert job["state"] == "succeeded", job["error"]
+    assert job["result"]["ratio"]["reached"] == pytest.approx(0.3, abs=0.03)
+    folder = service.data / "hub" / "org" / "each"
+    done = subprocess.run([sys.executable, "-c", STRANGER, str(folder)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["parameters"] == job["result"]["parameters"]["after"]
 
 
 def test_a_size_as_the_target(service: Service) -> None:
