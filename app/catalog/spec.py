@@ -106,7 +106,7 @@ class Recovery(_Part):
         None,
         gt=0,
         le=100,
-        description="`least-squares`: pull towards the original weights, as a share of the mean diagonal of the Gram matrix; unset: chosen by held-out error.",
+        description="`least-squares`: pull towards the original weights, as a share of the mean diagonal of the Gram matrix; unset: 0.3.",
     )
     target: Literal["model", "layer"] = Field(
         "model",
