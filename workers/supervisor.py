@@ -107,7 +107,8 @@ class Attempt:
         except (LeaseLost, DatabaseLost) as reason:
             log.warning("%s: given up: %s", name, reason)
         finally:
-            shutil.rmtree(self.output, ignore_errors=True)
+            for leftover in (self.output, *self.folder.glob(f".{self.output.name}.*")):  # whole, and half written
+                shutil.rmtree(leftover, ignore_errors=True)
         log.info("%s: ended", name)
 
     def _run(self, runner: list[str], publisher: list[str]) -> None:
@@ -132,7 +133,7 @@ class Attempt:
 
     def _prune_and_publish(self, runner: list[str], publisher: list[str]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("attempt-*"):
+        for leftover in (*self.folder.glob("attempt-*"), *self.folder.glob(".attempt-*")):
             shutil.rmtree(leftover, ignore_errors=True)
         rounds = self._write(lambda session, job_id, attempt: repository.rounds(session, job_id))
         checkpoints = [{"number": row.number, "path": row.path, "sha256": row.sha256} for row in reversed(rounds)]

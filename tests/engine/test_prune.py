@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from app.catalog.errors import PruningError
 from app.catalog.methods import GRADIENT_ALLOCATORS, GRADIENT_SCORERS, METHODS
 from app.catalog.spec import Calibration, Evaluation, PruningSpec, Scoring
 from tests.engine.models import english, make_tokenizer, save
-from workers.engine import Paused, PruningResult, pipeline, progress, prune
+from workers.engine import Paused, PruningResult, loading, pipeline, progress, prune
 from workers.engine.allocation import loss
+from workers.engine.decoder import Decoder
 from workers.engine.export import check_checkpoint
 from workers.engine.scoring import base
 
@@ -195,6 +197,22 @@ def test_several_targets_are_as_many_jobs(changes: dict[str, Any], trained_folde
         assert target["perplexity"] == alone["perplexity"] and target["widths"] == alone["widths"]
 
 
+def test_several_targets_have_one_model_in_memory_at_a_time(
+    trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Decoder]] = []
+
+    def load(*args: Any) -> Decoder:
+        assert not any(known() for known in loaded), "another model is still in memory"
+        decoder = loading.load(*args)
+        loaded.append(weakref.ref(decoder))
+        return decoder
+
+    monkeypatch.setattr(pipeline, "load", load)
+    run(trained_folder, tmp_path / "out", spec(method="magnitude", rounds=1, target_ratio=[0.2, 0.35, 0.5]))
+    assert len(loaded) == 3
+
+
 @pytest.mark.parametrize("method", ["piem-lsps", "flap", "slimllm", "secateur"])
 def test_statistics_that_are_kept_are_not_taken_again(
     method: str, trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -346,6 +364,11 @@ def test_progress_only_grows(trained_folder: Path, tmp_path: Path, monkeypatch: 
         "checking",
         "done",
     ]
+    events.clear()
+    run(trained_folder, tmp_path / "several", spec(method="magnitude", target_ratio=[0.2, 0.5]), on_event=events.append)
+    told = [(event["stage"], event["round"]) for event in events if event["type"] == "progress"]
+    assert [told.index(("exporting", number)) < told.index(("checking", number)) for number in (2, 4)] == [True, True]
+    assert told.index(("checking", 2)) < told.index(("scoring", 3))
 
 
 def test_sampling_ignores_the_models_own_generation_settings(trained_folder: Path, tmp_path: Path) -> None:

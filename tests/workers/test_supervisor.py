@@ -56,6 +56,18 @@ def test_without_a_repository_the_files_are_artifacts(
     assert settings.hub_dir is not None and not settings.hub_dir.exists()
 
 
+def test_what_attempts_left_half_written_goes(make_job: MakeJob, supervise: Supervise) -> None:
+    job = make_job({"hang_in_round": 2})
+    (job.folder / ".attempt-0.killed").mkdir(parents=True)
+    supervisor = supervise(job)
+    job.wait_for_round(1)
+    assert not list(job.folder.glob(".attempt-*"))
+    (job.folder / ".attempt-1.cancelled").mkdir()
+    ask(job, Trigger.CANCEL)
+    supervisor.wait()
+    assert not list(job.folder.glob(".attempt-*"))
+
+
 def test_a_job_that_is_not_there_to_be_taken_is_left_alone(make_job: MakeJob, supervise: Supervise) -> None:
     job = make_job()
     job.sql("state = 'paused'")

@@ -1,4 +1,5 @@
-"""``prune(model, spec)``: load, calibrate, per round score, allocate, cut, mend and measure; train; then export and check."""
+"""``prune(model, spec)``: load, calibrate; per target rounds of scoring, allocating, cutting, mending and measuring, training,
+export and check."""
 
 import hashlib
 import math
@@ -120,26 +121,27 @@ def prune(
             state=state,
         )
         del decoder
-        for index in range(len(ratios)):
-            targets.prune(index)
-
         several = isinstance(spec.target_ratio, list)
-        reports: list[dict[str, Any]] = []
+
+        def finish(index: int, staging: Path) -> dict[str, Any]:
+            """Prune to one target and write it. Its model goes with this frame, before the next one's is loaded."""
+            decoder = targets.prune(index)
+            done = targets.state["targets"][index]
+            _check_reached(decoder, ratios[index], spec)
+            progress.stage("exporting")
+            report = _report(decoder, source, spec, targets.state["baseline"], done, calibration, evaluation)
+            report["seconds"] = time.monotonic() - started
+            folder = staging / f"ratio-{ratios[index]:g}" if several else staging
+            folder.mkdir(exist_ok=True)
+            write_checkpoint(
+                decoder, source, Plan.from_dict(done["plan"]), folder, report, manifest_extra(ratios[index])
+            )
+            progress.stage("checking")
+            check_checkpoint(decoder, folder)
+            return report
+
         with staged(output_dir) as staging:
-            for index in reversed(range(len(ratios))):  # the last one is in memory
-                decoder, done = targets.pruned(index), targets.state["targets"][index]
-                _check_reached(decoder, ratios[index], spec)
-                progress.stage("exporting")
-                report = _report(decoder, source, spec, state["baseline"], done, calibration, evaluation)
-                report["seconds"] = time.monotonic() - started
-                folder = staging / f"ratio-{ratios[index]:g}" if several else staging
-                folder.mkdir(exist_ok=True)
-                write_checkpoint(
-                    decoder, source, Plan.from_dict(done["plan"]), folder, report, manifest_extra(ratios[index])
-                )
-                progress.stage("checking")
-                check_checkpoint(decoder, folder)
-                reports.insert(0, report)
+            reports = [finish(index, staging) for index in range(len(ratios))]
     progress.done()
     return PruningResult(output_dir, {"targets": reports} if several else reports[0])
 

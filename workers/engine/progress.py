@@ -30,15 +30,16 @@ class Progress:
         self, on_event: Callable[[dict[str, Any]], None], rounds: int, targets: int = 1, trained: bool = False
     ) -> None:
         self._on_event = on_event
-        per_target = [("scoring", "evaluating")] * rounds + [("training", "evaluating")] * trained
+        per_target = ["scoring"] * rounds + ["training"] * trained
         self._stages = ["loading", "calibrating", "evaluating"]
         self._rounds_of = [0, 0, 0]
-        for number, pair in enumerate(per_target * targets, start=1):
-            self._stages += pair
-            self._rounds_of += [number, number]
+        for _ in range(targets):
+            for number, stage in enumerate(per_target, start=self._rounds_of[-1] + 1):
+                self._stages += [stage, "evaluating"]
+                self._rounds_of += [number, number]
+            self._stages += ["exporting", "checking"]
+            self._rounds_of += [self._rounds_of[-1]] * 2
         self._rounds = self._rounds_of[-1]
-        self._stages += ["exporting", "checking"] * targets
-        self._rounds_of += [self._rounds] * 2 * targets
         self._total = sum(STAGE_COST[stage] for stage in self._stages)
         self._index, self._done = -1, 0.0
         self._seconds: dict[str, list[float]] = {}

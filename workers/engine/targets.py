@@ -52,14 +52,15 @@ class Targets:
         self.state = state
         self._spec, self._ratios = spec, ratios
         self._decoder: Decoder | None = decoder
-        self._holds: int | None = None
-        """The target that the model in memory was cut for; ``None``: it is unpruned."""
+        """The unpruned model, until the first target takes it."""
         self._load, self._tokens, self._batch_windows, self._measure = load, tokens, batch_windows, measure
         self._statistics, self._scratch = statistics, scratch
         self._progress, self._on_event, self._stop = progress, on_event, stop
 
-    def prune(self, index: int) -> None:
-        """Bring target ``index`` from where its state has it to its end.
+    def prune(self, index: int) -> Decoder:
+        """Bring target ``index`` from where its state has it to its end; returns the model.
+
+        Let it go before the next target is pruned, or two models are in memory.
 
         Raises:
             Paused: see there.
@@ -76,33 +77,25 @@ class Targets:
             self.state = {**self.state, "targets": [*self.state["targets"], fresh]}
         done = len(self.state["targets"][index]["rounds"])
         trained = self._spec.recovery_kind in TRAINED
-        if done == self._spec.round_count + trained:
-            return
-        decoder = self.pruned(index)
+        decoder = self._pruned(index)
         for number in range(done + 1, self._spec.round_count + 1):
             self._pause_if_asked()
             self._prune_round(decoder, index, number)
-        if trained:
+        if trained and done <= self._spec.round_count:
             self._pause_if_asked()
             self._train(decoder, index)
+        return decoder
 
-    def pruned(self, index: int) -> Decoder:
+    def _pruned(self, index: int) -> Decoder:
         """The model as the state of target ``index`` has it."""
         target = self.state["targets"][index]
-        if self._holds == index:
-            assert self._decoder is not None
-            return self._decoder
-        if self._holds is not None:
-            self._decoder = None
-            gc.collect()  # or two models would be in memory
-            self._decoder = self._load()
-        assert self._decoder is not None
-        self._holds = index
+        gc.collect()  # what is left of the last target's model
+        decoder, self._decoder = self._decoder or self._load(), None
         if target["plan"] is not None:
-            apply_plan(self._decoder, Plan.from_dict(target["plan"]))
+            apply_plan(decoder, Plan.from_dict(target["plan"]))
         if target["tensors"] is not None:
-            put(self._decoder, tensor_files.read(self._scratch, target["tensors"]))
-        return self._decoder
+            put(decoder, tensor_files.read(self._scratch, target["tensors"]))
+        return decoder
 
     def _prune_round(self, decoder: Decoder, index: int, number: int) -> None:
         spec, target = self._spec, self.state["targets"][index]
