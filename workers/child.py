@@ -70,10 +70,13 @@ class Child:
             reader.start()
         self._send(job)
 
-    def renew(self, deadline: float, pause: bool) -> None:
-        """Let it live until ``deadline`` (``time.monotonic()``) and tell it whether to stop at the round's end."""
+    def renew(self, deadline: float, pause: bool, recorded: bool = False) -> None:
+        """Let it live until ``deadline`` (``time.monotonic()``) and tell it whether to stop at the round's end.
+
+        ``recorded``: the round that it told of last is, and it may go on.
+        """
         self.deadline = deadline
-        self._send({"deadline": deadline, "pause": pause})
+        self._send({"deadline": deadline, "pause": pause, "recorded": recorded})
 
     def receive(self, timeout: float) -> dict[str, Any] | None:
         """The next message, or ``None`` after ``timeout`` seconds.

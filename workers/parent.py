@@ -27,14 +27,17 @@ class Parent:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         self._lock = threading.Lock()
         self._pause = False
+        self._recorded = threading.Semaphore(0)
         self.job: dict[str, Any] = json.loads(self._in.readline())
         threading.Thread(target=self._obey, daemon=True).start()
 
     def tell(self, message: dict[str, Any]) -> None:
-        """Send one message."""
+        """Send one message; of a ``round``, wait until it is recorded: what only earlier rounds need may go then."""
         with self._lock:
             self._out.write(json.dumps(_storable(message)) + "\n")
             self._out.flush()
+        if message["type"] == "round":
+            self._recorded.acquire()
 
     def wants_pause(self) -> bool:
         """Whether to stop at the next round's end."""
@@ -44,6 +47,8 @@ class Parent:
         for line in self._in:
             renewal = json.loads(line)
             self._pause = renewal["pause"]
+            if renewal["recorded"]:
+                self._recorded.release()
             # Against the clock, not as a span: a renewal that lay in the pipe while we were stopped is not fresh.
             signal.setitimer(signal.ITIMER_REAL, max(0.001, renewal["deadline"] - time.monotonic()))
         os.kill(os.getpid(), signal.SIGKILL)  # the pipe is closed: nobody owns this work any more

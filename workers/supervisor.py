@@ -199,7 +199,7 @@ class Attempt:
                     event = {"type": "warning", "data": message}
                     self._heed(child, self._write(leases.report_progress, self.progress, event))
                 case "round":
-                    self._heed(child, self._write(leases.record_round, **message))
+                    self._heed(child, self._write(leases.record_round, **message), recorded=True)
                 case "paused":
                     raise Paused
                 case "error":
@@ -220,11 +220,11 @@ class Attempt:
         self.next_beat = sent + self.settings.heartbeat_interval
         self._heed(child, beat)
 
-    def _heed(self, child: Child, beat: Beat) -> None:
+    def _heed(self, child: Child, beat: Beat, recorded: bool = False) -> None:
         """Do what was asked of the job, and pass the lease's end on to the child."""
         if beat.cancel:
             raise Cancelled
-        child.renew(self.deadline, beat.pause)
+        child.renew(self.deadline, beat.pause, recorded)
 
     def _deadline(self, sent: float) -> float:
         """For a lease taken by a query sent at ``sent``: before sending, as only the database knows when it began."""

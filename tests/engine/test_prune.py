@@ -161,18 +161,29 @@ STEPWISE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", STEPWISE)
 def test_resume_after_every_state_with_a_recovery(kind: str, trained_folder: Path, tmp_path: Path) -> None:
-    """Through JSON and the scratch folder alone, to the same bits; and without the folder's file, not at all."""
+    """Through JSON and the scratch folder alone, to the same bits; and without the folder's file, not at all.
+
+    With the scratch folder as it was when the next state was told: until that one is safe, this one must do.
+    """
     asked = spec(**{"calibration": SHORT, **STEPWISE[kind]})
     assert asked.recovery_kind == kind
-    scratch, events = tmp_path / "scratch", []  # type: ignore[var-annotated]
+    scratch, states = tmp_path / "scratch", []
     scratch.mkdir()
-    straight = run(trained_folder, tmp_path / "straight", asked, scratch=scratch, on_event=events.append).report
-    states = [event for event in events if event["type"] == "round"]
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["type"] == "round":
+            shutil.copytree(scratch, tmp_path / f"scratch-{event['number'] - 1}")
+            states.append(event)
+
+    straight = run(trained_folder, tmp_path / "straight", asked, scratch=scratch, on_event=on_event).report
+    scratch.rename(tmp_path / f"scratch-{len(states) - 1}")
     steps = {"least-squares": 4, "lora": 4, "distill": 3}.get(kind, 2)
     assert [event["number"] for event in states] == list(range(steps + 1))
     for event in states:
         out, state = tmp_path / f"resumed-{event['number']}", json.loads(json.dumps(event["state"]))
-        report = run(trained_folder, out, asked, scratch=scratch, resume=state).report
+        kept = tmp_path / f"scratch-{event['number']}"
+        report = run(trained_folder, out, asked, scratch=kept, resume=state).report
+        assert len(list(kept.glob("round-*"))) <= asked.target_count + 1, "one a target, and one that the last replaced"
         for one, other in zip(report.get("targets", [report]), straight.get("targets", [straight]), strict=True):
             assert one["perplexity"] == other["perplexity"] and one["rounds"] == other["rounds"]
         for folder in {file.parent.relative_to(out) for file in out.rglob("model.safetensors")}:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.config import Settings
 from app.db.session import make_engine
 from app.jobs import leases, transitions
-from app.jobs.models import Job
+from app.jobs.models import Job, JobRound
 from app.jobs.transitions import Trigger
 from tests.workers.conftest import JobHandle, MakeJob, alive, wait_for
 
@@ -73,6 +73,20 @@ def test_a_job_that_is_not_there_to_be_taken_is_left_alone(make_job: MakeJob, su
     job.sql("state = 'paused'")
     assert supervise(job).wait() == 0
     assert (job.row.state, job.row.attempt) == ("paused", 0)
+
+
+def test_a_round_ends_when_it_is_recorded(make_job: MakeJob, supervise: Supervise) -> None:
+    """The engine deletes what only earlier rounds need: a later attempt must not be sent back to them."""
+    job = make_job({"round_seconds": 0.3})
+    supervisor = supervise(job)
+    job.wait_for_round(0)
+    transitions.lock(job.session, job.id)  # the supervisor cannot write
+    recorded = job.session.execute(select(func.max(JobRound.number)).where(JobRound.job_id == job.id)).scalar_one()
+    time.sleep(1.2)
+    assert job.worked[-1] == (1, recorded + 1)
+    job.session.rollback()
+    supervisor.wait()
+    assert job.row.state == "succeeded"
 
 
 def test_the_runner_dies_with_its_supervisor(make_job: MakeJob, supervise: Supervise, settings: Settings) -> None:

@@ -1,7 +1,7 @@
 """The targets of a pruning, one after the other: rounds, then training where that was asked for, each step resumable."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -188,15 +188,24 @@ class Targets:
 
     def _record(self, index: int, data: dict[str, Any], **changes: Any) -> None:
         """Move the state of target ``index`` on, and tell."""
-        targets = list(self.state["targets"])
+        before, targets = self.state, list(self.state["targets"])
         targets[index] = {**targets[index], **changes}
         number = self._number()
-        self.state = {**self.state, "targets": targets, "steps": number}
+        self.state = {**before, "targets": targets, "steps": number}
         self._on_event({"type": "round", "number": number, "data": {"number": number, **data}, "state": self.state})
+        tensor_files.keep(self._scratch, [*_references(self.state), *_references(before)])
 
     def _number(self) -> int:
         """Of the step that is next; 0 was the unpruned model."""
         return int(self.state.get("steps", 0)) + 1
+
+
+def _references(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """To all tensors that a state needs."""
+    for target in state["targets"]:
+        for holder in (target, target["training"]):
+            if holder is not None and holder["tensors"] is not None:
+                yield holder["tensors"]
 
 
 def changed_by_mending(decoder: Decoder) -> dict[str, Tensor]:

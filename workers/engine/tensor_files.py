@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,14 @@ def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]
         os.fsync(file.fileno())
     temporary.rename(path)
     return {"file": path.name, "sha256": digest}
+
+
+def keep(folder: Path, references: Iterable[dict[str, Any]]) -> None:
+    """Delete all that :func:`write` has put into ``folder`` but what ``references`` are of."""
+    kept = {reference["file"] for reference in references}
+    for path in folder.glob("round-*.safetensors"):
+        if path.name not in kept:
+            path.unlink()
 
 
 def read(folder: Path, reference: dict[str, Any]) -> dict[str, Tensor]:
