@@ -19,7 +19,7 @@ from workers.engine import Paused, PruningResult, loading, pipeline, progress, p
 from workers.engine.allocation import loss
 from workers.engine.decoder import Decoder
 from workers.engine.export import check_checkpoint
-from workers.engine.scoring import base
+from workers.engine.scoring import base, llm_pruner, piem
 
 UNIT = 32 * 3 * 48
 """Parameters of one block of channels of the trained model."""
@@ -224,13 +224,13 @@ def test_several_targets_have_one_model_in_memory_at_a_time(
     assert len(loaded) == 3
 
 
-@pytest.mark.parametrize("method", ["piem-lsps", "flap", "slimllm", "secateur"])
+@pytest.mark.parametrize("method", ["piem-lsps", "flap", "slimllm", "secateur", "llm-pruner"])
 def test_statistics_that_are_kept_are_not_taken_again(
     method: str, trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, folder = spec(method=method, rounds=1), tmp_path / "statistics"
     run(trained_folder, tmp_path / "plain", asked)
-    run(trained_folder, tmp_path / "first", asked, statistics_dir=folder)
+    first = run(trained_folder, tmp_path / "first", asked, statistics_dir=folder).report
     assert list(folder.glob("*.safetensors")) and same_weights(tmp_path / "plain", tmp_path / "first")
 
     def taken(*args: Any) -> Any:
@@ -240,7 +240,12 @@ def test_statistics_that_are_kept_are_not_taken_again(
         patch.setattr(base, "gate_statistics", taken)
         patch.setattr(base, "survey", taken)
         patch.setattr(loss, "_curves", taken)
-        run(trained_folder, tmp_path / "second", asked, statistics_dir=folder)
+        patch.setattr(piem, "shielded_loss_change", taken)
+        patch.setattr(llm_pruner, "gradients_from_the_end", taken)
+        second = run(trained_folder, tmp_path / "second", asked, statistics_dir=folder).report
+        assert second["rounds"][0].get("shielding") == first["rounds"][0].get("shielding")
+        weighed = spec(method=method, rounds=1, scoring=Scoring(gamma=0.0))
+        run(trained_folder, tmp_path / "weighed", weighed, statistics_dir=folder)
         run(trained_folder, tmp_path / "other", spec(method=method, rounds=1, target_ratio=0.5), statistics_dir=folder)
         assert same_weights(tmp_path / "plain", tmp_path / "second")
         with pytest.raises(AssertionError, match="taken again"):  # of other tokens nothing is known
@@ -251,6 +256,12 @@ def test_statistics_that_are_kept_are_not_taken_again(
         file.write_bytes(file.read_bytes()[:50])
     run(trained_folder, tmp_path / "damaged", asked, statistics_dir=folder)
     assert same_weights(tmp_path / "plain", tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_scores_that_cost_no_pass_are_not_kept(method: str, trained_folder: Path, tmp_path: Path) -> None:
+    run(trained_folder, tmp_path / "out", spec(method=method), statistics_dir=tmp_path / "statistics")
+    assert not (tmp_path / "statistics").exists()
 
 
 @pytest.mark.parametrize(

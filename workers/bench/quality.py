@@ -42,10 +42,10 @@ def main() -> None:
         started = time.monotonic()
         unpruned = measure(decoder, evaluation)
         estimate.evaluation_seconds = time.monotonic() - started
-        known: dict[str, Statistics] = defaultdict(lambda: Statistics(None, {}))
+        statistics = Statistics(None, {})
         for case in cases:
             try:
-                result = run(decoder, case, calibration, evaluation, known[json.dumps(case.changes.get("scoring"))])
+                result = run(decoder, case, calibration, evaluation, statistics)
             except PruningError as error:
                 say(f"{title(case)}: {error}")
                 continue

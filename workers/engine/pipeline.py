@@ -114,7 +114,7 @@ def prune(
             tokens=calibration.tokens,
             batch_windows=_batch(calibration),
             measure=measure,
-            statistics=Statistics(statistics_dir, _statistics_key(source, spec, calibration)),
+            statistics=Statistics(statistics_dir, _statistics_key(source, spec, calibration, where)),
             scratch=kept,
             progress=progress,
             on_event=on_event,
@@ -156,7 +156,9 @@ def _ratios(source: ModelSource, spec: PruningSpec) -> tuple[float, ...]:
     return ratios
 
 
-def _statistics_key(source: ModelSource, spec: PruningSpec, calibration: Windows) -> dict[str, Any]:
+def _statistics_key(
+    source: ModelSource, spec: PruningSpec, calibration: Windows, where: torch.device
+) -> dict[str, Any]:
     """All that statistics of the source depend on beside their name."""
     return {
         "fingerprint": source.fingerprint(),
@@ -164,7 +166,7 @@ def _statistics_key(source: ModelSource, spec: PruningSpec, calibration: Windows
         "dtype": spec.dtype,
         "tokens": hashlib.sha256(calibration.tokens.cpu().numpy().tobytes()).hexdigest(),
         "seed": spec.seed,
-        "scoring": spec.scoring.model_dump(),
+        "device": where.type,
         "versions": versions(),
     }
 

@@ -3,14 +3,14 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from workers.engine.allocation import ALLOCATORS, LayerLimit, UnitCounts, best, whole_units
 from workers.engine.decoder import PARTS, Layer, Part
 from workers.engine.plan import LayerPlan, Plan
 from workers.engine.recovery import MENDS, Cut
 from workers.engine.schedule import RoundTarget
-from workers.engine.scoring import MODEL_SCORERS, PART_SCORERS, Context, PartContext, Scores
+from workers.engine.scoring import MODEL_SCORERS, PART_SCORERS, Context, PartContext
 from workers.engine.slicing import cut, expand
 from workers.engine.sweep import Sweep
 
@@ -22,7 +22,7 @@ def prune_round(context: Context, target: RoundTarget, width_multiple: int) -> P
     """
     spec = context.spec
     if spec.scorer in MODEL_SCORERS:
-        context.scores = _model_scores(context)
+        context.scores = MODEL_SCORERS[spec.scorer](context)
     counts = _counts(context, target, width_multiple)
     sweep = _sweep(context)
     layers: Iterable[Layer] = context.decoder.layers if sweep is None else sweep.layers()
@@ -32,15 +32,6 @@ def prune_round(context: Context, target: RoundTarget, width_multiple: int) -> P
         plans.append(LayerPlan(kept["heads"], kept["channels"]))
         context.progress((index + 1) / len(counts))
     return Plan(tuple(plans))
-
-
-def _model_scores(context: Context) -> Scores:
-    def compute() -> list[Tensor]:
-        scores = MODEL_SCORERS[context.spec.scorer](context)
-        return [*scores.heads, *scores.channels]
-
-    tensors, layers = context.memo(f"scores-{context.spec.scorer}", compute), len(context.decoder.layers)
-    return Scores(tensors[:layers], tensors[layers:])
 
 
 def _counts(context: Context, target: RoundTarget, width_multiple: int) -> list[UnitCounts]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 import torch
@@ -48,7 +48,10 @@ class Context:
     """What was decided on the way, for the round's report."""
 
     def memo(self, name: str, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """What ``compute`` finds out about the model, from an earlier target or job if it was found out there."""
+        """What ``compute`` finds out about the model, from an earlier target or job if it was found out there.
+
+        It may depend on model, tokens and seed, and on nothing else in the request.
+        """
         return compute() if self.statistics is None else self.statistics.get(name, compute)
 
     @cached_property
@@ -70,6 +73,21 @@ class Context:
 
 
 Scorer = Callable[[Context], Scores]
+
+
+def memoised(score: Scorer) -> Scorer:
+    """For a scorer whose own passes over the model are what costs: its scores are looked up first, see :meth:`Context.memo`."""
+
+    @wraps(score)
+    def look_up(context: Context) -> Scores:
+        def compute() -> list[Tensor]:
+            scores = score(context)
+            return [*scores.heads, *scores.channels]
+
+        tensors, layers = context.memo(f"scores-{context.spec.scorer}", compute), len(context.decoder.layers)
+        return Scores(tensors[:layers], tensors[layers:])
+
+    return look_up
 
 
 def by_group(rows: Tensor, groups: int) -> Tensor:

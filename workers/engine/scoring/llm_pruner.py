@@ -1,9 +1,10 @@
 """LLM-Pruner's first-order Taylor importance (Ma et al. 2023, equations 3 to 5)."""
 
-from workers.engine.scoring.base import Context, Scores
+from workers.engine.scoring.base import Context, Scores, memoised
 from workers.engine.scoring.taylor import coupled, gradients_from_the_end, sums_by_unit, unit_weights
 
 
+@memoised
 def score(context: Context) -> Scores:
     """I(u) = Σ_{w in u} |w·∂L/∂w| over all weights and biases that go with the unit, L the mean token loss.
 

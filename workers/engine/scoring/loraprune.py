@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from workers.engine.scoring.base import Context, Scores
+from workers.engine.scoring.base import Context, Scores, memoised
 from workers.engine.scoring.taylor import (
     added,
     coupled,
@@ -25,6 +25,7 @@ DECAY = 0.9
 """Of the moving average. This and the four above: the authors' settings."""
 
 
+@memoised
 def score(context: Context) -> Scores:
     """S ← 0.9·S + 0.1·s over steps of AdamW that train adapters B·A beside every projection, the model itself frozen.
 

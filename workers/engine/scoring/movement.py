@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.engine.scoring.base import Context, Scores
+from workers.engine.scoring.base import Context, Scores, memoised
 from workers.engine.scoring.taylor import (
     Tensors,
     added,
@@ -22,6 +22,7 @@ LEARNING_RATE = 1e-2
 """A thirtieth of where, on a small trained model, the loss stops falling at every step: fine-tuning, no overshooting."""
 
 
+@memoised
 def score(context: Context) -> Scores:
     """S(u) = −Σ_t Σ_{w in u} w_t·∂L/∂w_t over the steps t of plain SGD: high where training moves weights away from zero.
 

@@ -27,8 +27,11 @@ def score(context: Context) -> Scores:
     norms, gates = l1_norms(context.decoder), context.gates
     head_changes = [layer.head_loss_change for layer in gates]
     if exact:
-        head_changes = shielded_loss_change(
-            context.decoder, context.tokens, context.batch_windows, lambda share: report((1 + share) / 2)
+        head_changes = context.memo(
+            "shielded",
+            lambda: shielded_loss_change(
+                context.decoder, context.tokens, context.batch_windows, lambda share: report((1 + share) / 2)
+            ),
         )
 
     def combine(norms: list[Tensor], changes: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
