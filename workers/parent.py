@@ -40,7 +40,7 @@ class Parent:
             self._recorded.acquire()
 
     def wants_pause(self) -> bool:
-        """Whether to stop at the next round's end."""
+        """Whether to stop at the end of the next round, or stretch of training."""
         return self._pause
 
     def _obey(self) -> None:

@@ -86,6 +86,11 @@ def test_extreme_targets(ratio: float, trained_folder: Path, tmp_path: Path) -> 
     assert abs(report["ratio"]["reached"] - ratio) <= 8 * 3 * 48 / report["parameters"]["prunable_before"]
 
 
+def timeless(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All but how long they took."""
+    return [{name: value for name, value in data.items() if name != "seconds"} for data in rounds]
+
+
 def test_resume_goes_on_as_if_nothing_had_happened(trained_folder: Path, tmp_path: Path) -> None:
     asked = spec(rounds=3)
     events: list[dict[str, Any]] = []
@@ -99,6 +104,8 @@ def test_resume_goes_on_as_if_nothing_had_happened(trained_folder: Path, tmp_pat
         assert [e["number"] for e in again if e["type"] == "round"] == list(range(event["number"] + 1, 4))
         assert report["widths"] == straight["widths"] and report["perplexity"] == straight["perplexity"]
         assert report["rounds"][: event["number"]] == straight["rounds"][: event["number"]]
+        assert timeless(report["rounds"]) == timeless(straight["rounds"])
+        assert all(data["seconds"] > 0 for data in report["rounds"])
         weights, expected = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "straight"))
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
@@ -115,6 +122,19 @@ def test_pause_after_a_round(trained_folder: Path, tmp_path: Path) -> None:
         )
     assert [event["number"] for event in events if event["type"] == "round"] == [0, 1]
     assert not (tmp_path / "out").exists()
+
+
+def test_pause_within_training(trained_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    asked = spec(**{"calibration": SHORT, **STEPWISE["distill"]})
+    events: list[dict[str, Any]] = []
+    options: dict[str, Any] = {"scratch": tmp_path / "scratch", "on_event": events.append}
+    with pytest.raises(Paused):
+        run(trained_folder, tmp_path / "out", asked, **options, stop=lambda: events[-1].get("number") == 2)
+    last = events[-1]
+    assert last["type"] == "round" and last["data"]["recovery"]["step"] < last["data"]["recovery"]["steps"]
+    rounds = run(trained_folder, tmp_path / "out", asked, **options, resume=last["state"]).report["rounds"]
+    assert rounds[-1]["seconds"] > last["state"]["targets"][0]["training"]["seconds"] > 0
 
 
 def same_weights(*folders: Path) -> bool:
@@ -185,7 +205,7 @@ def test_resume_after_every_state_with_a_recovery(kind: str, trained_folder: Pat
         report = run(trained_folder, out, asked, scratch=kept, resume=state).report
         assert len(list(kept.glob("round-*"))) <= asked.target_count + 1, "one a target, and one that the last replaced"
         for one, other in zip(report.get("targets", [report]), straight.get("targets", [straight]), strict=True):
-            assert one["perplexity"] == other["perplexity"] and one["rounds"] == other["rounds"]
+            assert one["perplexity"] == other["perplexity"] and timeless(one["rounds"]) == timeless(other["rounds"])
         for folder in {file.parent.relative_to(out) for file in out.rglob("model.safetensors")}:
             assert same_weights(out / folder, tmp_path / "straight" / folder)
     with pytest.raises(PruningError) as caught:

@@ -67,8 +67,9 @@ def prune(
     {message}, and after the unpruned model is measured (0), after every round and every stretch of training ``round``
     {number, data, state}; ``resume`` takes such a ``state`` and goes on after it, given the ``scratch`` folder in which
     the weights that a recovery changed are kept (unset: one beside ``output_dir`` that goes in the end): those of the last
-    two states, so ``on_event`` returns when a state is safe. ``stop`` is asked before every round. ``statistics_dir`` keeps
-    what is known of the source for later jobs. ``manifest_extra`` gives, for a target's ratio, what its manifest also says.
+    two states, so ``on_event`` returns when a state is safe. ``stop`` is asked before every round and
+    after every stretch of training. ``statistics_dir`` keeps what is known of the source for later jobs. ``manifest_extra``
+    gives, for a target's ratio, what its manifest also says.
 
     Raises:
         PruningError: what a person can act on; ``output_dir`` is not made then.

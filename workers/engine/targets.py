@@ -1,6 +1,7 @@
 """The targets of a pruning, one after the other: rounds, then training where that was asked for, each step resumable."""
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from workers.engine.statistics import Statistics
 
 
 class Paused(Exception):
-    """``stop()`` said so between two rounds; the last ``round`` event holds what resuming needs."""
+    """``stop()`` said so between two steps; the last ``round`` event holds what resuming needs."""
 
 
 class Targets:
     """Prunes one model to several ratios. ``state`` is JSON-able and changes only when a step is complete.
 
-    Of each target ``state["targets"]`` has ``ratio``, ``plan``, ``rounds`` (their data), ``tensors`` (a reference to the
-    weights that a recovery changed, see :mod:`workers.engine.tensor_files`) and, in mid-training, ``training``.
+    Of each target ``state["targets"]`` has ``ratio``, ``plan``, ``rounds`` (their data; ``seconds`` are with measuring),
+    ``tensors`` (a reference to the weights that a recovery changed, see :mod:`workers.engine.tensor_files`) and, in
+    mid-training, ``training``.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Targets:
         return decoder
 
     def _prune_round(self, decoder: Decoder, index: int, number: int) -> None:
+        began = time.monotonic()
         spec, target = self._spec, self.state["targets"][index]
         multiple = decoder.shape.width_multiple(spec.allocation.width_multiple)
         goals = round_targets(decoder.shape, target["ratio"], spec.round_count, spec.allocation.schedule, multiple)
@@ -122,6 +125,7 @@ class Targets:
             "widths": plan.widths(decoder.shape),
             **context.details,
             **self._measure(decoder, latency=number == spec.round_count),
+            "seconds": time.monotonic() - began,
         }
         changed = self._keep(index, changed_by_mending(decoder)) if spec.recovery_kind in MENDS else None
         self._finish(index, data, plan=plan.as_dict(), tensors=changed)
@@ -130,10 +134,11 @@ class Targets:
         """Train from the state's last stretch on; stretches but the last are checkpoints, the last is a round."""
         spec, target = self._spec, self.state["targets"][index]
         kind: Any = spec.recovery_kind
+        began, begun = time.monotonic(), target["training"]
         teacher = self._load() if kind == "distill" else None
-        begun = target["training"]
         resume = None
         if begun is not None:
+            began -= begun["seconds"]
             resume = Segment(
                 begun["step"], begun["steps"], begun["loss"], tensor_files.read(self._scratch, begun["tensors"])
             )
@@ -153,9 +158,11 @@ class Targets:
         for segment in segments:
             curve = {"step": segment.step, "steps": segment.steps, "loss": segment.losses}
             if segment.step < segment.steps:
-                training = {**curve, "tensors": self._keep(index, segment.tensors)}
+                tensors = self._keep(index, segment.tensors)
+                training = {**curve, "seconds": time.monotonic() - began, "tensors": tensors}
                 data = {"target_ratio": target["ratio"], "recovery": {"kind": kind, **curve}}
                 self._record(index, data, training=training)
+                self._pause_if_asked()
         widths = Plan.from_dict(target["plan"]).widths(decoder.shape)
         data = {
             "target_ratio": target["ratio"],
@@ -163,11 +170,12 @@ class Targets:
             "widths": widths,
             "recovery": {"kind": kind, **curve},
             **self._measure(decoder, latency=True),
+            "seconds": time.monotonic() - began,
         }
         layers = decoder.model.get_submodule(decoder.shape.family.layers)
         prefix = decoder.shape.family.layers
-        tensors = {f"{prefix}.{name}": tensor for name, tensor in layers.state_dict().items()}
-        self._finish(index, data, training=None, tensors=self._keep(index, tensors))
+        trained = {f"{prefix}.{name}": tensor for name, tensor in layers.state_dict().items()}
+        self._finish(index, data, training=None, tensors=self._keep(index, trained))
 
     def _round(self, index: int, number: int) -> int:
         """Round ``number`` of target ``index``, counted over all targets."""
