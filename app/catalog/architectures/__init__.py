@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from app.catalog.architectures.base import Family, LayerShape, ModelShape, UnitCost, channel_steps
+from app.catalog.architectures.base import Family, LayerShape, ModelShape, UnitCost, channel_steps, nearest_groups
 from app.catalog.architectures.llama import LLAMA
 from app.catalog.errors import PruningError
 
@@ -98,5 +98,6 @@ __all__ = [
     "ModelShape",
     "UnitCost",
     "channel_steps",
+    "nearest_groups",
     "shape_from_config",
 ]

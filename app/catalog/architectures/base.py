@@ -83,6 +83,16 @@ def channel_steps(width: int, multiple: int) -> list[int]:
     return ([odd] if odd else []) + [multiple] * (width // multiple - 1)
 
 
+def nearest_groups(wished: float, groups: int, channels: int, total: float, cost: UnitCost) -> int:
+    """How many of ``groups`` go: as near to ``wished`` as ``channels`` can make up the rest of ``total`` parameters."""
+
+    def miss(count: int) -> float:
+        left = total - count * cost.kv_group
+        return max(-left, left - channels * cost.channel, 0.0)
+
+    return min(range(groups + 1), key=lambda count: (miss(count), abs(count - wished)))
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a model, from its config alone."""
@@ -132,14 +142,9 @@ class ModelShape:
         """
         wanted = ratio * self.prunable_parameters
         groups, channels = self._removable(self.width_multiple(width_multiple))
-        limit, share = channels * self.cost.channel, ratio * sum(layer.kv_groups for layer in self.layers)
-
-        def miss(count: int) -> float:
-            left = wanted - count * self.cost.kv_group
-            return max(-left, left - limit, 0.0)
-
-        count = min(range(groups + 1), key=lambda count: (miss(count), abs(count - share)))
-        return count, min(max(wanted - count * self.cost.kv_group, 0.0), limit)
+        share = ratio * sum(layer.kv_groups for layer in self.layers)
+        count = nearest_groups(share, groups, channels, wanted, self.cost)
+        return count, min(max(wanted - count * self.cost.kv_group, 0.0), channels * self.cost.channel)
 
     def nearest_ratio(self, target_ratio: float, width_multiple: int | None = None) -> float:
         """The ratio nearest to the target that whole KV groups and whole blocks of channels make."""

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from app.catalog.architectures import UnitCost
 from workers.engine.scoring.base import Context
 
 
@@ -32,19 +31,6 @@ def layer_parameters(context: Context) -> list[float]:
     """Prunable parameters of each layer, as it is now."""
     decoder = context.decoder
     return [float(decoder.shape.layer_parameters(layer.shape)) for layer in decoder.layers]
-
-
-def nearest_groups(wished: int, limits: Sequence[LayerLimit], total: float, cost: UnitCost) -> int:
-    """How many KV groups go: as near to ``wished`` as channels can make up the rest of ``total``."""
-    channels = sum(limit.channels for limit in limits) * cost.channel
-
-    def miss(count: int) -> float:
-        left = total - count * cost.kv_group
-        return max(-left, left - channels, 0.0)
-
-    return min(
-        range(sum(limit.kv_groups for limit in limits) + 1), key=lambda count: (miss(count), abs(count - wished))
-    )
 
 
 def fill(weights: Sequence[float], limits: Sequence[float], total: float) -> list[float]:

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from workers.engine.allocation.base import LayerLimit, Share, fill, nearest_groups
+from app.catalog.architectures import nearest_groups
+from workers.engine.allocation.base import LayerLimit, Share, fill
 from workers.engine.decoder import PARTS
 from workers.engine.recovery.least_squares import refit
 from workers.engine.scoring.base import Context
@@ -36,7 +37,8 @@ def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Sh
     channels = [curve[: limit.channels + 1] for curve, limit in zip(curves[1::2], limits, strict=True)]
     prices = [cost.kv_group] * len(heads) + [cost.channel] * len(channels)
     groups = _cheapest(heads + channels, prices, total)[: len(heads)]
-    while sum(groups) != (count := nearest_groups(sum(groups), limits, total, cost)):
+    most = sum(limit.kv_groups for limit in limits), sum(limit.channels for limit in limits)
+    while sum(groups) != (count := nearest_groups(sum(groups), *most, total, cost)):
         step = 1 if sum(groups) < count else -1
         groups[_cheapest_step(heads, groups, step)] += step
     left = total - sum(groups) * cost.kv_group

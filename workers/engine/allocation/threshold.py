@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workers.engine.allocation.base import LayerLimit, Share, nearest_groups
+from app.catalog.architectures import nearest_groups
+from workers.engine.allocation.base import LayerLimit, Share
 from workers.engine.scoring.base import Context
 
 
@@ -25,7 +26,8 @@ def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Sh
         if price <= left:
             left -= price
             wished += is_group
-    count = nearest_groups(wished, limits, total, cost)
+    most = sum(limit.kv_groups for limit in limits), sum(limit.channels for limit in limits)
+    count = nearest_groups(wished, *most, total, cost)
     budgets, groups, left = [0.0] * len(limits), [0] * len(limits), total - count * cost.kv_group
     for _, layer in heads[:count]:
         budgets[layer] += cost.kv_group
