@@ -138,6 +138,19 @@ def test_from_a_gguf_file(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) ->
     assert prune(str(tmp_path / "models" / "tiny" / "tiny.gguf"), ASKED, tmp_path / "by-path").folder.is_dir()
 
 
+@pytest.mark.parametrize("named", ["bfloat16", None])
+def test_the_door_and_the_engine_agree_on_auto(
+    named: str | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folder = save(make_model("llama").bfloat16(), tokenizer, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("dtype") == "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config | ({} if named is None else {"dtype": named})))
+    source = locate(str(folder), allow_paths=True)
+    assert source.dtype == (named or "float32")
+    assert load(source, "auto", torch.device("cpu")).model.dtype == getattr(torch, source.dtype)
+
+
 def test_a_torn_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + b"\x03" * 40)
     with pytest.raises(PruningError) as caught:

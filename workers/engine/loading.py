@@ -42,7 +42,7 @@ def download(source: ModelSource, token: str | None, endpoint: str | None) -> Mo
 def load(source: ModelSource, dtype: str, device: torch.device) -> Decoder:
     """Load a downloaded model, frozen and in evaluation mode.
 
-    ``dtype`` ``auto`` is the checkpoint's own, float32 for GGUF files (which are dequantised).
+    ``dtype`` ``auto`` is :attr:`ModelSource.dtype`.
 
     Raises:
         PruningError: ``unsupported_architecture``, ``config_invalid``, ``weights_missing``, ``weights_corrupt``,
@@ -71,14 +71,13 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel:
-    wanted = "float32" if source.gguf_file and dtype == "auto" else dtype
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             gguf_file=source.gguf_file,
             # Where transformers has kernels for them, weights would stay packed: they could not be scored or cut.
             quantization_config=GgufConfig(dequantize=True) if source.gguf_file else None,
-            dtype=wanted if wanted == "auto" else getattr(torch, wanted),
+            dtype=getattr(torch, source.dtype if dtype == "auto" else dtype),
             use_safetensors=None if source.gguf_file else True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # reported below by name, where transformers would only print a table
