@@ -1,6 +1,6 @@
 """A loaded model seen as a stack of prunable decoder layers, whatever its family."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.catalog.architectures import Family, LayerShape, ModelShape
+from app.catalog.errors import PruningError
 
 Part = Literal["heads", "channels"]
 PARTS: tuple[Part, Part] = ("heads", "channels")
@@ -227,3 +228,17 @@ def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     precise = logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     flat = nn.functional.cross_entropy(precise, tokens[:, 1:].flatten(), reduction="none")
     return flat.view(tokens.shape[0], -1)
+
+
+def check_gradients(gradients: Iterable[Tensor]) -> None:
+    """Refuse what no score can be made of.
+
+    Raises:
+        PruningError: ``loss_not_finite`` when one is NaN or infinite.
+    """
+    if not all(torch.isfinite(gradient).all() for gradient in gradients):
+        raise PruningError(
+            "loss_not_finite",
+            "The loss's gradients overflow in this dtype. Try dtype 'bfloat16' or 'float32'.",
+            field="dtype",
+        )

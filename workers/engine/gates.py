@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from app.catalog.errors import PruningError
-from workers.engine.decoder import Decoder, gated, token_losses
+from workers.engine.decoder import Decoder, check_gradients, gated, token_losses
 
 Progress = Callable[[float], None]
 
@@ -69,12 +68,7 @@ def gate_statistics(decoder: Decoder, tokens: Tensor, batch_windows: int, progre
                 sums[2 * kind] += by_window.sum(0)
                 sums[2 * kind + 1] += by_window.square().sum(0)
         progress(min(start + batch_windows, len(tokens)) / len(tokens))
-    if not all(torch.isfinite(total).all() for sums in totals for total in sums):
-        raise PruningError(
-            "loss_not_finite",
-            "The loss's gradients overflow in this dtype. Try dtype 'bfloat16' or 'float32'.",
-            field="dtype",
-        )
+    check_gradients(total for sums in totals for total in sums)
     count = len(tokens) * (tokens.shape[1] - 1)
     return [GateStatistics(*(total / count for total in sums)) for sums in totals]
 

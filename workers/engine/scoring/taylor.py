@@ -6,8 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from app.catalog.errors import PruningError
-from workers.engine.decoder import Decoder, Layer, token_losses
+from workers.engine.decoder import Decoder, Layer, check_gradients, token_losses
 from workers.engine.scoring.base import Context, Scores, by_group
 
 Tensors = dict[str, list[Tensor]]
@@ -62,12 +61,7 @@ def gradients_from_the_end(
         for leaf, total in zip(wanted, totals, strict=True):
             leaf.requires_grad_(False)
             total /= count
-        if not all(torch.isfinite(total).all() for total in totals):
-            raise PruningError(
-                "loss_not_finite",
-                "The loss's gradients overflow in this dtype. Try dtype 'bfloat16' or 'float32'.",
-                field="dtype",
-            )
+        check_gradients(totals)
         left = iter(totals)
         yield index, {name: [next(left) for _ in tensors] for name, tensors in leaves[index].items()}
 
