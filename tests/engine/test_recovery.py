@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from app.catalog.errors import PruningError
 from app.catalog.spec import PruningSpec, Recovery
 from tests.engine.models import VOCABULARY, decoder_of, make_model
 from workers.engine.decoder import PARTS, Decoder, Part
@@ -129,6 +130,15 @@ def test_least_squares_is_one_stacked_least_squares(damping: float | None, with_
         stacked, torch.cat([token_weights.sqrt() * wanted, ridge @ weight[:, kept].T])
     ).solution
     assert_close(found, expected.T, 1e-3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_moments_that_are_not_finite_are_reported(value: float) -> None:
+    weight, inputs, _, _, kept = problem()
+    inputs[3, 4] = value
+    with pytest.raises(PruningError) as caught:
+        MENDS["least-squares"](Cut(weight.float(), None, moments_of(inputs), kept), Recovery())
+    assert (caught.value.code, caught.value.field) == ("loss_not_finite", "dtype")
 
 
 def test_linear_regression_is_a_line_for_every_output_dimension() -> None:

@@ -3,10 +3,22 @@
 import torch
 from torch import Tensor
 
+from app.catalog.errors import PruningError
+
 
 def damped(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Cholesky factor of gram + λ·mean(diag)·I, and the λ·mean(diag) that it took: more where rounding asks for it."""
+    """Cholesky factor of gram + λ·mean(diag)·I, and the λ·mean(diag) that it took: more where rounding asks for it.
+
+    Raises:
+        PruningError: ``loss_not_finite`` when ``gram`` is not finite.
+    """
     size = gram.diagonal().mean().clamp_min(1e-12)
+    if not size.isfinite():  # a Gram matrix overflows on its diagonal first; no damping would ever do
+        raise PruningError(
+            "loss_not_finite",
+            "Hidden states overflow in this dtype. Try dtype 'bfloat16' or 'float32'.",
+            field="dtype",
+        )
     while True:
         added = damping * size
         matrix = gram.clone()
