@@ -16,7 +16,7 @@ from workers.engine.decoder import PARTS, Decoder, Part
 from workers.engine.recovery import MENDS, Cut, least_squares
 from workers.engine.rounds import prune_round
 from workers.engine.schedule import round_targets
-from workers.engine.scoring import Context
+from workers.engine.scoring import PART_SCORERS, Context, PartContext
 from workers.engine.slicing import cut
 from workers.engine.sweep import Moments, Sweep
 
@@ -200,6 +200,31 @@ def pruned(decoder: Decoder, whole: Decoder, **recovery: Any) -> Decoder:
     context = Context(decoder, TOKENS, 2, spec, 0.4, 0, lambda share: None, reference)
     prune_round(context, round_targets(decoder.shape, 0.4, 1, "geometric", 32)[0], 32)
     return decoder
+
+
+@pytest.mark.parametrize("recovery", ["none", "bias"])
+def test_parts_that_give_nothing_are_not_scored(
+    recovery: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, asked, taken = decoder_of(make_model("llama"), tokenizer), [], []
+    score, moments = PART_SCORERS["wanda"], Sweep.moments
+
+    def scored(context: PartContext) -> Tensor:
+        asked.append(context.removed)
+        return score(context)
+
+    def summed(sweep: Sweep, part: Part) -> Moments:
+        taken.append(part)
+        return moments(sweep, part)
+
+    monkeypatch.setitem(PART_SCORERS, "wanda", scored)
+    monkeypatch.setattr(Sweep, "moments", summed)
+    spec = PruningSpec(target_ratio=0.1, method="wanda", recovery={"kind": recovery})
+    context = Context(decoder, TOKENS, 2, spec, 0.1, 0, lambda share: None)
+    plan = prune_round(context, round_targets(decoder.shape, 0.1, 1, "geometric", 32)[0], 32)
+    gone = [3 - len(layer.kv_groups) for layer in plan.layers] + [160 - len(layer.channels) for layer in plan.layers]
+    assert 0 in gone and sorted(asked) == sorted(count for count in gone if count)
+    assert len(taken) == (len(asked) if recovery == "none" else len(gone))
 
 
 @pytest.mark.parametrize(

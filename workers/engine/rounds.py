@@ -61,16 +61,16 @@ def _sweep(context: Context) -> Sweep | None:
 def _cut_part(
     context: Context, sweep: Sweep | None, layer: Layer, index: int, part: Part, removed: int
 ) -> tuple[int, ...]:
-    """Choose, cut and mend one part; returns the units that stay."""
-    spec, output = context.spec, layer.output(part)
-    moments = sweep.moments(part) if sweep is not None else None
-    if context.scores is not None:
-        scores = context.scores.of(part)[index]
+    """Choose, cut and mend one part; returns the units that stay. One that gives nothing may have losses before it to mend."""
+    spec, output, mend = context.spec, layer.output(part), MENDS.get(context.spec.recovery_kind)
+    moments = sweep.moments(part) if sweep is not None and (removed or mend is not None) else None
+    if removed == 0:
+        kept = tuple(range(layer.units(part)))
+    elif context.scores is not None:
+        kept = best(context.scores.of(part)[index], removed)
     else:
         assert moments is not None
-        scores = PART_SCORERS[spec.scorer](PartContext(layer, part, moments, removed, spec.scoring))
-    kept = best(scores, removed)
-    mend = MENDS.get(spec.recovery_kind)
+        kept = best(PART_SCORERS[spec.scorer](PartContext(layer, part, moments, removed, spec.scoring)), removed)
     if mend is None:
         cut(layer, part, kept)
         return kept
