@@ -247,6 +247,11 @@ class PruningSpec(_Part):
     def recovery_kind(self) -> RecoveryKind:
         return self.recovery.kind or METHODS[self.method].recovery
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether layers are mended towards the unpruned model."""
+        return self.recovery_kind == "least-squares" and self.recovery.target == "model"
+
     def published(self) -> dict[str, Any]:
         """The spec as reports and model cards show it, see :func:`without_texts`."""
         return without_texts(self.model_dump(mode="json"))

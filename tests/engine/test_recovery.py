@@ -196,8 +196,7 @@ def test_where_nothing_goes_nothing_changes(kind: str) -> None:
 
 def pruned(decoder: Decoder, whole: Decoder, **recovery: Any) -> Decoder:
     spec = PruningSpec(target_ratio=0.4, method="wanda", recovery=recovery)
-    reference = whole if spec.recovery_kind == "least-squares" and spec.recovery.target == "model" else None
-    context = Context(decoder, TOKENS, 2, spec, 0.4, 0, lambda share: None, reference)
+    context = Context(decoder, TOKENS, 2, spec, 0.4, 0, lambda share: None, whole if spec.needs_reference else None)
     prune_round(context, round_targets(decoder.shape, 0.4, 1, "geometric", 32)[0], 32)
     return decoder
 

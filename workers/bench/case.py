@@ -79,7 +79,6 @@ def prune(decoder: Decoder, reference: Decoder, case: Case, tokens: Tensor, stat
     spec, shape, batch = case.spec, decoder.shape, batch_windows(tokens)
     multiple = shape.width_multiple(spec.allocation.width_multiple)
     targets = round_targets(shape, case.ratio, case.rounds, spec.allocation.schedule, multiple)
-    refits = spec.recovery_kind == "least-squares" and spec.recovery.target == "model"
     for number, target in enumerate(targets, start=1):
         context = Context(
             decoder,
@@ -89,7 +88,7 @@ def prune(decoder: Decoder, reference: Decoder, case: Case, tokens: Tensor, stat
             case.ratio,
             spec.seed + number,
             _quiet,
-            reference=reference if refits else None,
+            reference=reference if spec.needs_reference else None,
             statistics=statistics if number == 1 else None,
         )
         prune_round(context, target, multiple)

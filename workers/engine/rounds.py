@@ -54,8 +54,7 @@ def _sweep(context: Context) -> Sweep | None:
     spec = context.spec
     if context.scores is not None and spec.recovery_kind not in MENDS:
         return None
-    refits = spec.recovery_kind == "least-squares" and spec.recovery.target == "model"
-    return Sweep(context.decoder, context.tokens, context.batch_windows, context.reference if refits else None)
+    return Sweep(context.decoder, context.tokens, context.batch_windows, context.reference)
 
 
 def _cut_part(

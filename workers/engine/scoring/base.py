@@ -39,7 +39,7 @@ class Context:
     seed: int
     progress: Progress
     reference: Decoder | None = None
-    """The unpruned model, where it is at hand: ``decoder`` itself in the first round."""
+    """The unpruned model, where layers are mended towards it: ``decoder`` itself in the first round."""
     scores: Scores | None = None
     """Of the whole model, once they are taken."""
     statistics: Statistics | None = None
