@@ -18,6 +18,7 @@ from tests.engine.models import english, make_tokenizer, save
 from workers.engine import Paused, PruningResult, loading, pipeline, progress, prune
 from workers.engine.allocation import loss
 from workers.engine.decoder import Decoder
+from workers.engine.evaluation import latency
 from workers.engine.export import check_checkpoint
 from workers.engine.scoring import base, llm_pruner, piem
 
@@ -242,6 +243,32 @@ def test_several_targets_have_one_model_in_memory_at_a_time(
     monkeypatch.setattr(pipeline, "load", load)
     run(trained_folder, tmp_path / "out", spec(method="magnitude", rounds=1, target_ratio=[0.2, 0.35, 0.5]))
     assert len(loaded) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": "secateur", "rounds": 3}, {"method": "magnitude", "recovery": {"kind": "distill", **TRAINED}}],
+)
+def test_the_unpruned_model_is_loaded_again_once_and_gone_when_memory_is_measured(
+    changes: dict[str, Any], trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Decoder]] = []
+    alive: list[int] = []
+
+    def load(*args: Any) -> Decoder:
+        decoder = loading.load(*args)
+        loaded.append(weakref.ref(decoder))
+        return decoder
+
+    def measure_latency(decoder: Decoder) -> dict[str, Any]:
+        alive.append(sum(known() is not None for known in loaded))
+        return latency.measure_latency(decoder)
+
+    monkeypatch.setattr(pipeline, "load", load)
+    monkeypatch.setattr(pipeline, "measure_latency", measure_latency)
+    asked = spec(**changes, calibration=SHORT, evaluation={**SHORT, "latency": True})
+    run(trained_folder, tmp_path / "out", asked)
+    assert len(loaded) == 2 and alive and set(alive) == {1}
 
 
 @pytest.mark.parametrize("method", ["piem-lsps", "flap", "slimllm", "secateur", "llm-pruner"])

@@ -55,6 +55,8 @@ class Targets:
         self._spec, self._ratios = spec, ratios
         self._decoder: Decoder | None = decoder
         """The unpruned model, until the first target takes it."""
+        self._reference: Decoder | None = None
+        """The unpruned model beside the one being cut, from a target's second round on, or trained."""
         self._load, self._tokens, self._batch_windows, self._measure = load, tokens, batch_windows, measure
         self._statistics, self._scratch = statistics, scratch
         self._progress, self._on_event, self._stop = progress, on_event, stop
@@ -105,7 +107,8 @@ class Targets:
         multiple = decoder.shape.width_multiple(spec.allocation.width_multiple)
         goals = round_targets(decoder.shape, target["ratio"], spec.round_count, spec.allocation.schedule, multiple)
         self._progress.stage("scoring", self._round(index, number))
-        refits = spec.recovery_kind == "least-squares" and spec.recovery.target == "model"
+        if spec.needs_reference and number > 1:
+            self._reference = self._reference or self._load()
         context = Context(
             decoder,
             self._tokens,
@@ -114,11 +117,13 @@ class Targets:
             target["ratio"],
             spec.seed + number,
             self._progress.share,
-            reference=None if not refits else decoder if number == 1 else self._load(),
+            reference=None if not spec.needs_reference else decoder if number == 1 else self._reference,
             statistics=self._statistics if number == 1 else None,
         )
         plan = Plan.full(decoder.shape.layers) if target["plan"] is None else Plan.from_dict(target["plan"])
         plan = plan.then(prune_round(context, goals[number - 1], multiple))
+        if number == spec.round_count:
+            self._reference = context.reference = None  # or it would be measured as the pruned model's memory
         data = {
             "target_ratio": target["ratio"],
             "ratio": {"target": goals[number - 1].ratio, "reached": decoder.reached_ratio},
@@ -135,7 +140,8 @@ class Targets:
         spec, target = self._spec, self.state["targets"][index]
         kind: Any = spec.recovery_kind
         began, begun = time.monotonic(), target["training"]
-        teacher = self._load() if kind == "distill" else None
+        if kind == "distill":
+            self._reference = self._load()
         resume = None
         if begun is not None:
             began -= begun["seconds"]
@@ -145,7 +151,7 @@ class Targets:
         self._progress.stage("training", self._round(index, spec.round_count + 1))
         segments = train(
             decoder,
-            None if teacher is None else lambda windows: teacher.model(windows, use_cache=False).logits,
+            self._teach if kind == "distill" else None,
             self._tokens,
             self._batch_windows,
             spec.recovery,
@@ -163,6 +169,7 @@ class Targets:
                 data = {"target_ratio": target["ratio"], "recovery": {"kind": kind, **curve}}
                 self._record(index, data, training=training)
                 self._pause_if_asked()
+        self._reference = None  # or it would be measured as the pruned model's memory
         widths = Plan.from_dict(target["plan"]).widths(decoder.shape)
         data = {
             "target_ratio": target["ratio"],
@@ -176,6 +183,12 @@ class Targets:
         prefix = decoder.shape.family.layers
         trained = {f"{prefix}.{name}": tensor for name, tensor in layers.state_dict().items()}
         self._finish(index, data, training=None, tensors=self._keep(index, trained))
+
+    def _teach(self, windows: Tensor) -> Tensor:
+        """The unpruned model's logits ``[windows, length, vocabulary]``."""
+        assert self._reference is not None
+        logits: Tensor = self._reference.model(windows, use_cache=False).logits
+        return logits
 
     def _round(self, index: int, number: int) -> int:
         """Round ``number`` of target ``index``, counted over all targets."""
