@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from app.catalog.methods import METHODS
 from tests.engine.models import SIZES, VOCABULARY, decoder_of, english, make_model, make_tokenizer
 from workers.bench.ablations import ablations
-from workers.bench.case import Case, projection_parameters, prune
+from workers.bench.case import Case, prune
 from workers.bench.model import repeat_kv_heads
 from workers.bench.results import Results
 from workers.bench.sections import grid, trained, variants
@@ -34,7 +34,7 @@ def test_repeating_kv_heads_changes_no_logit(family: str, tokenizer: PreTrainedT
     tokens = torch.arange(40).view(2, 20) * 7 % VOCABULARY
     assert [layer.kv_groups for layer in repeated.layers] == [SIZES["num_attention_heads"]] * len(repeated.layers)
     assert repeated.shape.layers[0].heads_per_group == 1
-    assert projection_parameters(repeated) == repeated.shape.prunable_parameters > projection_parameters(decoder)
+    assert repeated.projection_parameters == repeated.shape.prunable_parameters > decoder.projection_parameters
     torch.testing.assert_close(repeated.model(tokens).logits, decoder.model(tokens).logits, rtol=1e-10, atol=1e-10)
     assert all(torch.equal(tensor, before[name]) for name, tensor in decoder.model.state_dict().items())
 
@@ -46,8 +46,8 @@ def test_a_case_prunes_to_its_ratio_and_says_so_when_it_cannot(tokenizer: PreTra
     tokens = ids[: case.samples * case.sequence_length].view(case.samples, -1)
     whole, pruned, other = (repeat_kv_heads(decoder_of(make_model("llama"), tokenizer)) for _ in range(3))
     prune(pruned, whole, case, tokens, Statistics(None, {}))
-    assert projection_parameters(pruned) == pytest.approx(0.6 * projection_parameters(whole), rel=0.005)
-    assert projection_parameters(whole) == whole.shape.prunable_parameters
+    assert pruned.projection_parameters == pytest.approx(0.6 * whole.projection_parameters, rel=0.005)
+    assert whole.projection_parameters == whole.shape.prunable_parameters
     # No sum of whole heads (1536 parameters) and blocks of 32 channels (4608) comes nearer than 1.2 % to this ratio.
     coarse = replace(case, method="magnitude", ratio=0.405, rounds=1, changes={"allocation": {"width_multiple": 32}})
     with pytest.raises(RuntimeError, match="magnitude left"):

@@ -4,14 +4,12 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from app.catalog.spec import Calibration, Evaluation, PruningSpec
 from workers.bench.model import KvHeads
-from workers.engine.calibration import Windows, read_windows
+from workers.engine.calibration import Windows, batch_windows, read_windows
 from workers.engine.decoder import Decoder
-from workers.engine.pipeline import BATCH_TOKENS
 from workers.engine.recovery import TRAINED, train
 from workers.engine.rounds import prune_round
 from workers.engine.schedule import round_targets
@@ -94,36 +92,15 @@ def prune(decoder: Decoder, reference: Decoder, case: Case, tokens: Tensor, stat
         prune_round(context, target, multiple)
     if spec.recovery_kind in TRAINED:
         _train(decoder, reference, spec, tokens, batch)
-    share = projection_parameters(decoder) / shape.prunable_parameters / (1 - case.ratio)
+    share = decoder.projection_parameters / shape.prunable_parameters / (1 - case.ratio)
     if abs(share - 1) > RATIO_TOLERANCE:
         raise RuntimeError(f"{case.method} left {share:.2%} of the parameters that {case.ratio:.0%} should leave.")
 
 
-def batch_windows(tokens: Tensor) -> int:
-    """Windows of one forward, as in the engine."""
-    return max(1, BATCH_TOKENS // tokens.shape[1])
-
-
-def projection_parameters(decoder: Decoder) -> int:
-    """Parameters of all layers' projections, biases that a recovery added included."""
-    return sum(
-        parameter.numel()
-        for layer in decoder.layers
-        for name in layer.family.projections
-        for parameter in layer[name].parameters()
-    )
-
-
 def _train(decoder: Decoder, reference: Decoder, spec: PruningSpec, tokens: Tensor, batch: int) -> None:
     kind: Literal["lora", "distill"] = "lora" if spec.recovery_kind == "lora" else "distill"
-
-    @torch.no_grad()
-    def teacher(windows: Tensor) -> Tensor:
-        logits: Tensor = reference.model(windows, use_cache=False).logits
-        return logits
-
-    given = teacher if kind == "distill" else None
-    for _ in train(decoder, given, tokens, batch, spec.recovery, kind, spec.seed, _quiet, None):
+    teacher = (lambda windows: reference.model(windows, use_cache=False).logits) if kind == "distill" else None
+    for _ in train(decoder, teacher, tokens, batch, spec.recovery, kind, spec.seed, _quiet, None):
         pass
 
 

@@ -17,11 +17,11 @@ from typing import Any
 from app.catalog.errors import PruningError
 from app.catalog.methods import METHODS
 from workers.bench.ablations import ablations
-from workers.bench.case import EVALUATION_WINDOWS, Case, batch_windows, projection_parameters, prune, read_texts
+from workers.bench.case import EVALUATION_WINDOWS, Case, prune, read_texts
 from workers.bench.model import MODEL, KvHeads, load_smollm2, repeat_kv_heads
 from workers.bench.results import Results
 from workers.bench.sections import Section, grid, trained, variants
-from workers.engine.calibration import Windows
+from workers.engine.calibration import Windows, batch_windows
 from workers.engine.decoder import Decoder
 from workers.engine.evaluation import perplexity
 from workers.engine.export import versions
@@ -105,7 +105,7 @@ def run(
     return {
         "perplexity": measure(pruned, evaluation),
         "seconds": seconds,
-        "parameters": projection_parameters(pruned),
+        "parameters": pruned.projection_parameters,
     }
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from app.catalog.methods import METHODS
-from workers.bench.case import Case, batch_windows, prune, read_texts
+from workers.bench.case import Case, prune, read_texts
 from workers.bench.model import MODEL, load_smollm2
 from workers.bench.results import Results
 from workers.bench.table import markdown
+from workers.engine.calibration import batch_windows
 from workers.engine.decoder import Decoder
 from workers.engine.evaluation import weight_bytes
 from workers.engine.evaluation.latency import _now, _peak, _reset_peak

@@ -19,6 +19,8 @@ from workers.engine.decoder import Decoder
 HELD_OUT_SHARE = 0.2
 EVALUATION_SEED_OFFSET = 1_000_003
 SAMPLING_BATCH = 16
+BATCH_TOKENS = 2048
+"""Tokens of one forward or backward pass: bounds activations, and the logits that are the largest of them."""
 
 # name -> (Hub data set, configuration, text column, calibration split, evaluation split)
 DATASETS: dict[str, tuple[str, str | None, str, str, str]] = {
@@ -38,6 +40,11 @@ class Windows:
     def as_dict(self) -> dict[str, Any]:
         windows, length = self.tokens.shape
         return {"source": self.source, "windows": windows, "sequence_length": length, "tokens": windows * length}
+
+
+def batch_windows(tokens: Tensor) -> int:
+    """Windows of ``tokens`` ``[windows, length]`` in one forward or backward pass."""
+    return max(1, BATCH_TOKENS // tokens.shape[1])
 
 
 def read_windows(

@@ -97,8 +97,18 @@ class Decoder:
 
     @property
     def prunable_parameters(self) -> int:
-        """Parameters in the projections of all layers, as they are now."""
+        """Parameters in the projections of all layers, by their widths now."""
         return sum(self.shape.layer_parameters(layer.shape) for layer in self.layers)
+
+    @property
+    def projection_parameters(self) -> int:
+        """Counted in the projections themselves: biases that a recovery added are among them."""
+        return sum(
+            parameter.numel()
+            for layer in self.layers
+            for name in layer.family.projections
+            for parameter in layer[name].parameters()
+        )
 
     @property
     def reached_ratio(self) -> float:

@@ -119,17 +119,11 @@ def _check(decoder: Decoder, source: ModelSource) -> None:
             raise PruningError(
                 "weights_not_finite", f"The tensor {name} of {source.model_id} holds NaN or infinity.", field="model_id"
             )
-    counted = sum(
-        parameter.numel()
-        for layer in decoder.layers
-        for name in layer.family.projections
-        for parameter in layer[name].parameters()
-    )
-    if counted != decoder.shape.prunable_parameters:
+    if decoder.projection_parameters != decoder.shape.prunable_parameters:
         raise PruningError(
             "config_invalid",
             f"The config of {source.model_id} makes {decoder.shape.prunable_parameters} prunable parameters, "
-            f"its weights have {counted}.",
+            f"its weights have {decoder.projection_parameters}.",
             field="model_id",
         )
 

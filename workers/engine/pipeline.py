@@ -15,7 +15,7 @@ from app.catalog.errors import PruningError
 from app.catalog.sources import ModelSource, locate, read_shape
 from app.catalog.spec import PruningSpec
 from workers.engine import tensor_files
-from workers.engine.calibration import SAMPLED, Windows, read_windows
+from workers.engine.calibration import SAMPLED, Windows, batch_windows, read_windows
 from workers.engine.decoder import Decoder
 from workers.engine.evaluation import forward_flops, measure_latency, perplexity, weight_bytes
 from workers.engine.export import check_checkpoint, staged, versions, write_checkpoint
@@ -27,8 +27,6 @@ from workers.engine.statistics import Statistics
 from workers.engine.targets import Targets
 
 FLOPS_TOKENS = 256
-BATCH_TOKENS = 2048
-"""Tokens of one forward or backward pass: bounds activations, and the logits that are the largest of them."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def prune(
             decoder=decoder,
             load=lambda: load(source, spec.dtype, where),
             tokens=calibration.tokens,
-            batch_windows=_batch(calibration),
+            batch_windows=batch_windows(calibration.tokens),
             measure=measure,
             statistics=Statistics(statistics_dir, _statistics_key(source, spec, calibration, where)),
             scratch=kept,
@@ -182,14 +180,10 @@ def _check_reached(decoder: Decoder, ratio: float, spec: PruningSpec) -> None:
         raise PruningError("ratio_missed", f"The target {ratio:g} was missed: {reached:.6f} was reached.")
 
 
-def _batch(windows: Windows) -> int:
-    return max(1, BATCH_TOKENS // windows.tokens.shape[1])
-
-
 def _measure(
     decoder: Decoder, evaluation: Windows, spec: PruningSpec, progress: Progress, latency: bool
 ) -> dict[str, Any]:
-    value = perplexity(decoder, evaluation.tokens, _batch(evaluation), progress.share)
+    value = perplexity(decoder, evaluation.tokens, batch_windows(evaluation.tokens), progress.share)
     return {
         "perplexity": value if math.isfinite(value) else None,  # JSON has no infinity
         "parameters": decoder.parameters,
