@@ -15,16 +15,15 @@ from statistics import mean
 from typing import Any
 
 from app.catalog.errors import PruningError
-from app.catalog.methods import METHODS
+from workers.bench import common
 from workers.bench.ablations import ablations
 from workers.bench.case import EVALUATION_WINDOWS, Case, prune, read_texts
-from workers.bench.model import MODEL, KvHeads, load_smollm2, repeat_kv_heads
+from workers.bench.model import KvHeads, load_smollm2, repeat_kv_heads
 from workers.bench.results import Results
 from workers.bench.sections import Section, grid, trained, variants
 from workers.engine.calibration import Windows, batch_windows
 from workers.engine.decoder import Decoder
 from workers.engine.evaluation import perplexity
-from workers.engine.export import versions
 from workers.engine.statistics import Statistics
 
 
@@ -33,7 +32,11 @@ def main() -> None:
     sections = plan(arguments)
     as_it_is = load_smollm2(arguments.dtype, "as-is")
     decoders: dict[KvHeads, Decoder] = {"as-is": as_it_is, "repeated": repeat_kv_heads(as_it_is)}
-    settings = describe(arguments, as_it_is)
+    settings = {
+        **common.settings(arguments, as_it_is.device.type),
+        "evaluation": Path(arguments.evaluation).name,
+        "evaluation_windows": list(EVALUATION_WINDOWS),
+    }
     results = Results(arguments.output / "quality.json", settings)
     estimate = Estimate(sections, results)
     for cases in estimate.groups():
@@ -62,21 +65,15 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m workers.bench.quality", description=__doc__)
-    parser.add_argument("--calibration", default="wikitext2", help="a text file or data set")
-    parser.add_argument("--evaluation", default="wikitext2", help="likewise, held out")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser = common.parser("quality", __doc__, "bfloat16")
+    parser.add_argument("--evaluation", default="wikitext2", help="a text file or data set, held out")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4, 0.5])
     parser.add_argument("--rounds", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the calibration windows")
-    parser.add_argument("--samples", type=int, default=24, help="calibration windows")
-    parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--kv-heads", choices=["repeated", "as-is"], default="repeated")
     parser.add_argument("--variants", action="store_true", help="also as-is, with 32 x 128, and with 128 x 256 tokens")
     parser.add_argument("--ablations", action="store_true", help="also the papers' ablations")
     parser.add_argument("--trained", action="store_true", help="also two methods with training at 40 %%")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     return parser.parse_args()
 
 
@@ -147,19 +144,6 @@ def _work(case: Case) -> int:
     return case.rounds * case.samples * case.sequence_length
 
 
-def describe(arguments: argparse.Namespace, decoder: Decoder) -> dict[str, Any]:
-    """What all results of the file have in common. Of files the names alone: where they lay is nobody's business."""
-    return {
-        "model": MODEL,
-        "dtype": arguments.dtype,
-        "device": decoder.device.type,
-        "calibration": Path(arguments.calibration).name,
-        "evaluation": Path(arguments.evaluation).name,
-        "evaluation_windows": list(EVALUATION_WINDOWS),
-        "versions": versions(),
-    }
-
-
 def render(settings: dict[str, Any], sections: Sequence[Section], results: Results) -> str:
     windows, length = settings["evaluation_windows"]
     unpruned = sorted({f"{result['unpruned']:.2f}" for result in results.all()})
@@ -171,7 +155,7 @@ for to 0.5 %. Over calibration seeds: geometric mean of the perplexity, smallest
 ln(ppl) − ln(ppl of the unpruned model), mean ± standard deviation. No training but where it says so. `s` is seconds to prune, \
 with statistics of the unpruned model shared between cases; times and memory of each method by itself: [speed](speed.md).
 
-Versions: {", ".join(f"{name} {version}" for name, version in settings["versions"].items())}.
+{common.versions_line(settings)}
 """
     return "\n".join([head, *(section.render(results.get) + "\n" for section in sections)])
 

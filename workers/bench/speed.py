@@ -3,26 +3,24 @@
 Every method starts from nothing in a process of its own. Writes ``speed.json`` after each, and ``speed.md``.
 """
 
-import argparse
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from app.catalog.methods import METHODS
+from workers.bench import common
 from workers.bench.case import Case, prune, read_texts
-from workers.bench.model import MODEL, load_smollm2
+from workers.bench.model import load_smollm2
 from workers.bench.results import Results
 from workers.bench.table import markdown
 from workers.engine.calibration import batch_windows
 from workers.engine.decoder import Decoder
 from workers.engine.evaluation import weight_bytes
-from workers.engine.evaluation.latency import _now, _peak, _reset_peak
-from workers.engine.export import versions
+from workers.engine.evaluation.latency import now, peak_memory, reset_peak_memory
 from workers.engine.statistics import Statistics
 
 RATIO = 0.5
@@ -33,16 +31,9 @@ MOST_MEMORY = 1.5
 
 
 def main() -> None:
-    arguments = parse()
-    settings = {
-        "model": MODEL,
-        "ratio": RATIO,
-        "dtype": arguments.dtype,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "calibration": Path(arguments.calibration).name,
-        "versions": versions(),
-    }
+    arguments = common.parser("speed", __doc__, "float32").parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {**common.settings(arguments, device), "ratio": RATIO, "threads": torch.get_num_threads()}
     results = Results(arguments.output / "speed.json", settings)
     cases = [
         Case(method, RATIO, 1, 0, "repeated", arguments.samples, arguments.sequence_length)
@@ -59,17 +50,6 @@ def main() -> None:
     print(text)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m workers.bench.speed", description=__doc__)
-    parser.add_argument("--calibration", default="wikitext2", help="a text file or data set")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--samples", type=int, default=24, help="calibration windows")
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
-    return parser.parse_args()
-
-
 def measure(case: Case, text: str, dtype: str) -> dict[str, float]:
     """Seconds of a forward pass and of the pruning, and bytes: the model's, one batch of hidden states', and the peak.
 
@@ -80,27 +60,27 @@ def measure(case: Case, text: str, dtype: str) -> dict[str, float]:
     model_bytes = weight_bytes(decoder)
     forward(decoder, tokens[: batch_windows(tokens)])  # warms up
     forward_seconds = min(forward(decoder, tokens) for _ in range(2))
-    _reset_peak(decoder.device)
-    before, started = _peak(decoder.device), _now(decoder.device)
+    reset_peak_memory(decoder.device)
+    before, started = peak_memory(decoder.device), now(decoder.device)
     prune(decoder, decoder, case, tokens, Statistics(None, {}))
-    seconds = _now(decoder.device) - started
+    seconds = now(decoder.device) - started
     states = batch_windows(tokens) * tokens.shape[1] * decoder.shape.hidden_size
     return {
         "forward_seconds": forward_seconds,
         "seconds": seconds,
         "model_bytes": model_bytes,
         "states_bytes": states * decoder.model.dtype.itemsize,
-        "peak_bytes": model_bytes + _peak(decoder.device) - before,
+        "peak_bytes": model_bytes + peak_memory(decoder.device) - before,
     }
 
 
 @torch.no_grad()
 def forward(decoder: Decoder, tokens: Tensor) -> float:
     """Seconds of one forward pass over ``tokens`` ``[windows, length]``, logits included, in the engine's batches."""
-    started = _now(decoder.device)
+    started = now(decoder.device)
     for batch in tokens.split(batch_windows(tokens)):
         decoder.model(batch, use_cache=False)
-    return _now(decoder.device) - started
+    return now(decoder.device) - started
 
 
 def render(settings: dict[str, Any], cases: list[Case], results: Results) -> str:
@@ -138,7 +118,7 @@ Limits: {MOST_PASSES:g} forward passes without gradients, {MOST_MEMORY:g} times 
 
 {table}
 
-Versions: {", ".join(f"{name} {version}" for name, version in settings["versions"].items())}.
+{common.versions_line(settings)}
 """
 
 

@@ -27,16 +27,16 @@ def measure_latency(decoder: Decoder) -> dict[str, Any]:
     model, device = decoder.model, decoder.device
     length = min(PREFILL_TOKENS, decoder.shape.max_positions - DECODE_TOKENS)
     tokens = (torch.arange(length, device=device) % decoder.shape.vocab_size)[None]
-    _reset_peak(device)
+    reset_peak_memory(device)
     prefill, decode = [], []
     for repeat in range(REPEATS + 1):
-        started = _now(device)
+        started = now(device)
         output = model(tokens, use_cache=True, logits_to_keep=1)
-        filled = _now(device)
+        filled = now(device)
         for _ in range(DECODE_TOKENS):
             token = output.logits[:, -1:].argmax(-1)
             output = model(token, past_key_values=output.past_key_values, use_cache=True)
-        ended = _now(device)
+        ended = now(device)
         if repeat:  # the first one warms up
             prefill.append((filled - started) * 1000)
             decode.append((ended - filled) * 1000 / DECODE_TOKENS)
@@ -46,19 +46,21 @@ def measure_latency(decoder: Decoder) -> dict[str, Any]:
         "spread": {"prefill_ms": [min(prefill), max(prefill)], "decode_ms_per_token": [min(decode), max(decode)]},
         "prefill_tokens": length,
         "batch_size": 1,
-        "peak_memory_bytes": _peak(device),
+        "peak_memory_bytes": peak_memory(device),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
     }
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, when all that the device was given to do is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
+    """From here on :func:`peak_memory` counts, as far as the system allows."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -71,7 +73,8 @@ def _reset_peak(device: torch.device) -> None:
         pass
 
 
-def _peak(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the device's peak on CUDA, the process's peak resident set on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
