@@ -40,7 +40,11 @@ class MethodView(BaseModel):
 
 
 class Kinds(BaseModel):
-    """What a method's parts can be replaced by, in any combination."""
+    """What a method's parts can be replaced by.
+
+    In any combination but one: the allocation `threshold` needs scores of the whole model, which the scorings `lorap`,
+    `obs`, `slimllm` and `wanda` do not give.
+    """
 
     scoring: list[str] = Field(description="For `scoring.kind`.")
     allocation: list[str] = Field(description="For `allocation.kind`.")

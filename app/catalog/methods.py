@@ -6,7 +6,7 @@ from typing import Literal
 Scorer = Literal[
     "flap", "llm-pruner", "loraprune", "lorap", "magnitude", "movement", "obs", "piem", "random", "slimllm", "wanda"
 ]
-"""Names in ``workers.engine.scoring.SCORERS``."""
+"""Names in ``MODEL_SCORERS`` and ``PART_SCORERS`` of ``workers.engine.scoring``."""
 
 Allocator = Literal["cosine", "inner", "loss", "lsps", "threshold", "uniform"]
 """Names in ``workers.engine.allocation.ALLOCATORS``."""
@@ -16,6 +16,10 @@ RecoveryKind = Literal["none", "bias", "linear-regression", "least-squares", "lo
 
 GRADIENT_SCORERS = frozenset({"llm-pruner", "loraprune", "movement", "piem"})
 GRADIENT_ALLOCATORS = frozenset({"lsps"})
+LAYERWISE_SCORERS = frozenset({"lorap", "obs", "slimllm", "wanda"})
+"""They see one layer at a time, when those before it are cut: ``PART_SCORERS`` of ``workers.engine.scoring``."""
+RANKING_ALLOCATORS = frozenset({"threshold"})
+"""They rank the units of all layers before anything is cut: no layer-wise scorer will do."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ SWEEP = "one forward of every layer before and one after it is cut"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("secateur", "ours: joint allocation by measured loss, second-order selection, cross-fitted least-squares refit on the pruned prefix", "Secateur, docs/methods.md", "docs/methods.md", "obs", "loss", "least-squares", passes="a few forwards"),
+        Method("secateur", "ours: joint allocation by measured loss, second-order selection, damped least-squares refit on the pruned prefix", "Secateur, docs/methods.md", "docs/methods.md", "obs", "loss", "least-squares", passes="a few forwards"),
         Method("piem-lsps", "PIEM scores, LSPS layer ratios: the paper's full method", PIEM_PAPER, "section 3.2 and 3.3", "piem", "lsps", passes=PIEM_PASSES, default_rounds=4),
         Method("piem", "PIEM scores, the same ratio in every layer", PIEM_PAPER, "section 3.2", "piem", "uniform", passes=PIEM_PASSES),
         Method("lsps", "L1 scores, LSPS layer ratios", PIEM_PAPER, "section 3.3", "magnitude", "lsps", passes="two forwards and one backward over the calibration tokens"),

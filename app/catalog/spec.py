@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
 from app.catalog.architectures import ModelShape
 from app.catalog.errors import PruningError
-from app.catalog.methods import METHODS, Allocator, RecoveryKind, Scorer
+from app.catalog.methods import LAYERWISE_SCORERS, METHODS, RANKING_ALLOCATORS, Allocator, RecoveryKind, Scorer
 
 MAX_RATIO = 0.9
 MAX_TARGETS = 8
@@ -174,7 +174,7 @@ class PruningSpec(_Part):
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     scoring: Scoring = Scoring()
-    allocation: Allocation = Allocation()
+    allocation: Allocation = Field(Allocation(), validate_default=True)
     recovery: Recovery = Recovery()
 
     @field_validator("method")
@@ -207,6 +207,19 @@ class PruningSpec(_Part):
         if "target_ratio" in info.data and (info.data["target_ratio"] is None) == (target is None):
             raise ValueError("give either 'target_ratio' or 'target'")
         return target
+
+    @field_validator("allocation")
+    @classmethod
+    def _scores_to_rank(cls, allocation: Allocation, info: ValidationInfo) -> Allocation:
+        if {"method", "scoring"} <= info.data.keys():  # or they are at fault themselves
+            method = METHODS[info.data["method"]]
+            scorer, allocator = info.data["scoring"].kind or method.scoring, allocation.kind or method.allocation
+            if scorer in LAYERWISE_SCORERS and allocator in RANKING_ALLOCATORS:
+                allowed = ", ".join(kind for kind in get_args(Allocator) if kind not in RANKING_ALLOCATORS)
+                raise ValueError(
+                    f"'{allocator}' needs scores of the whole model, '{scorer}' has none; allowed: {allowed}"
+                )
+        return allocation
 
     def ratios(self, shape: ModelShape, source_dtype: str) -> tuple[float, ...]:
         """The ratios to reach on a model of this shape, ascending; ``source_dtype`` is what ``auto`` stands for.

@@ -1,0 +1,40 @@
+"""What the catalogue names is what the engine has, and no mix of parts is let in that cannot work."""
+
+from itertools import product
+from typing import get_args
+
+import pytest
+from pydantic import ValidationError
+
+from app.catalog.methods import (
+    GRADIENT_ALLOCATORS,
+    GRADIENT_SCORERS,
+    LAYERWISE_SCORERS,
+    RANKING_ALLOCATORS,
+    Allocator,
+    RecoveryKind,
+    Scorer,
+)
+from app.catalog.spec import PruningSpec
+from workers.engine.allocation import ALLOCATORS
+from workers.engine.recovery import MENDS, TRAINED
+from workers.engine.scoring import MODEL_SCORERS, PART_SCORERS
+
+
+def test_every_name_has_its_function() -> None:
+    assert set(get_args(Scorer)) == MODEL_SCORERS.keys() | PART_SCORERS.keys()
+    assert set(get_args(Allocator)) == ALLOCATORS.keys()
+    assert set(get_args(RecoveryKind)) == {"none", *MENDS, *TRAINED}
+    assert PART_SCORERS.keys() == LAYERWISE_SCORERS and not MODEL_SCORERS.keys() & LAYERWISE_SCORERS
+    assert MODEL_SCORERS.keys() > GRADIENT_SCORERS and ALLOCATORS.keys() > GRADIENT_ALLOCATORS | RANKING_ALLOCATORS
+
+
+@pytest.mark.parametrize(("scorer", "allocator"), product(get_args(Scorer), get_args(Allocator)))
+def test_every_mix_is_let_in_but_ranking_what_has_no_scores_yet(scorer: Scorer, allocator: Allocator) -> None:
+    parts = {"scoring": {"kind": scorer}, "allocation": {"kind": allocator}}
+    if scorer in PART_SCORERS and allocator == "threshold":
+        with pytest.raises(ValidationError, match="allowed: cosine, inner, loss, lsps, uniform") as caught:
+            PruningSpec.model_validate({"target_ratio": 0.2, "method": "random", **parts})
+        assert [error["loc"] for error in caught.value.errors()] == [("allocation",)]
+    else:
+        PruningSpec.model_validate({"target_ratio": 0.2, "method": "random", **parts})
