@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, inspect
@@ -42,6 +43,30 @@ def test_a_missing_column_would_be_noticed(empty_database_url: str) -> None:
         connection.exec_driver_sql("ALTER TABLE jobs DROP COLUMN report")
     engine.dispose()
     assert len(_differences(empty_database_url)) == 1
+
+
+@pytest.mark.parametrize("has_it", [False, True])
+def test_jobs_outlive_the_upgrade_to_0002(has_it: bool, empty_database_url: str) -> None:
+    upgrade(empty_database_url, "0001")
+    engine = create_engine(empty_database_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO api_keys (id, name, secret_sha256) VALUES (gen_random_uuid(), 'a', 'x')"
+        )
+        for state in ("queued", "publishing"):
+            connection.exec_driver_sql(
+                "INSERT INTO jobs (id, owner_id, state, version, request, model_id, method, labels, attempt, failures,"
+                f" pause_requested) SELECT gen_random_uuid(), id, '{state}', 1, '{{}}', 'm', 'random', '{{}}', 0, 0, false"
+                " FROM api_keys"
+            )
+        if has_it:
+            connection.exec_driver_sql("ALTER TABLE jobs ADD may_be_published boolean NOT NULL DEFAULT false")
+    upgrade(empty_database_url)
+    with engine.begin() as connection:
+        found = connection.exec_driver_sql("SELECT state, may_be_published FROM jobs ORDER BY state").all()
+    engine.dispose()
+    assert [tuple(row) for row in found] == [("publishing", True), ("queued", False)]
+    assert _differences(empty_database_url) == []
 
 
 def test_migrators_at_the_same_time(empty_database_url: str) -> None:

@@ -52,7 +52,6 @@ def upgrade() -> None:
         _time("dispatched_at"),
         _time("not_before"),
         sa.Column("pause_requested", sa.Boolean, nullable=False),
-        sa.Column("may_be_published", sa.Boolean, nullable=False),
         sa.Column("progress", JSONB),
         sa.Column("error", JSONB),
         sa.Column("result", JSONB),
