@@ -95,7 +95,7 @@ def inspect(body: ModelRef, settings: SettingsDep) -> Inspection:
     except PruningError as error:
         if error.code != "unsupported_architecture":
             raise
-        reason = JobError(code=error.code, message=error.message, retryable=False)
+        reason = JobError(**error.as_dict())
         return Inspection(model_id=body.model_id, revision=body.revision, supported=False, reason=reason, shape=None)
     return Inspection(
         model_id=body.model_id,

@@ -67,7 +67,7 @@ def run(work: Callable[[Parent], dict[str, Any]]) -> None:
 
 
 def explain(error: Exception, folder: str) -> dict[str, Any]:
-    """What the job's owner is told: {code, message, retryable}."""
+    """What the job's owner is told: {code, message, retryable} and, of what a person can mend, the field."""
     if isinstance(error, PruningError):
         return error.as_dict()
     traceback.print_exception(error, file=sys.stderr)

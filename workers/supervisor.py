@@ -51,11 +51,11 @@ class DatabaseLost(Exception):
 
 
 class Failed(Exception):
-    """The attempt failed; ``error`` is {code, message, retryable}."""
+    """The attempt failed; ``error`` is {code, message, retryable, field}."""
 
-    def __init__(self, code: str, message: str, retryable: bool) -> None:
+    def __init__(self, code: str, message: str, retryable: bool, field: str | None = None) -> None:
         super().__init__(message)
-        self.error = {"code": code, "message": message, "retryable": retryable}
+        self.error = {"code": code, "message": message, "retryable": retryable, "field": field}
 
 
 def supervise(

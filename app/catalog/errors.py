@@ -1,5 +1,7 @@
 """The one error that says why a model cannot be pruned as asked; API, engine and command line all show it."""
 
+from typing import Any
+
 
 class PruningError(Exception):
     """A job cannot be done. ``code`` is stable, ``message`` says what to do, ``retryable`` whether trying again may help.
@@ -14,6 +16,6 @@ class PruningError(Exception):
         self.retryable = retryable
         self.field = field
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         """As stored in ``jobs.error`` and shown by the API."""
-        return {"code": self.code, "message": self.message, "retryable": self.retryable}
+        return {"code": self.code, "message": self.message, "retryable": self.retryable, "field": self.field}

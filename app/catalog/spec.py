@@ -225,13 +225,22 @@ class PruningSpec(_Part):
         """The ratios to reach on a model of this shape, ascending; ``source_dtype`` is what ``auto`` stands for.
 
         Raises:
-            PruningError: ``target_unreachable`` when ``target`` asks for no less than the model has, or too little.
+            PruningError: ``target_unreachable`` when ``target`` asks for no less than the model has, or too little;
+                ``ratio_unreachable`` when whole units do not come near enough to it or to a ratio.
         """
         if self.target is None:
             assert self.target_ratio is not None  # or validation would have failed
-            return tuple(self.target_ratio) if isinstance(self.target_ratio, list) else (self.target_ratio,)
+            ratios = tuple(self.target_ratio) if isinstance(self.target_ratio, list) else (self.target_ratio,)
+        else:
+            ratios = (self._ratio_of(self.target, shape, source_dtype),)
+        for ratio in ratios:
+            field = "target_ratio" if self.target is None else "target"
+            shape.check_ratio(ratio, self.allocation.width_multiple, field=field)
+        return ratios
+
+    def _ratio_of(self, target: Target, shape: ModelShape, source_dtype: str) -> float:
         size = DTYPE_BYTES[source_dtype if self.dtype == "auto" else self.dtype]
-        wanted = self.target.parameters or (self.target.bytes or 0) / size
+        wanted = target.parameters or (target.bytes or 0) / size
         ratio = (shape.parameters - wanted) / shape.prunable_parameters
         if not 0 < ratio <= MAX_RATIO:
             smallest = shape.parameters - MAX_RATIO * shape.prunable_parameters
@@ -241,7 +250,7 @@ class PruningSpec(_Part):
                 f"{smallest:,.0f}.",
                 field="target",
             )
-        return (ratio,)
+        return ratio
 
     @property
     def target_count(self) -> int:

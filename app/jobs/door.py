@@ -9,7 +9,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from app.catalog.architectures import ModelShape
-from app.catalog.errors import PruningError
 from app.catalog.sources import LOCAL_NAME, LOCAL_PREFIX, ModelSource, locate, read_shape
 from app.config import Settings
 from app.jobs.naming import default_repo_id, repo_ids
@@ -61,23 +60,13 @@ def _targets(request: JobRequest, source: ModelSource, shape: ModelShape | None)
     if shape is None:
         found = [(ratio, None) for ratio in (asked if isinstance(asked, list) else [asked])]
     else:
-        found = [(ratio, _reachable(request, shape, ratio)) for ratio in request.ratios(shape, source.dtype)]
+        multiple = request.allocation.width_multiple
+        found = [(ratio, shape.nearest_ratio(ratio, multiple)) for ratio in request.ratios(shape, source.dtype)]
     names = repo_ids(request.publish.repo_id, asked) if request.publish else [None] * len(found)
     return [
         PlannedTarget(target_ratio=ratio, nearest_ratio=nearest, repo_id=name)
         for (ratio, nearest), name in zip(found, names, strict=True)
     ]
-
-
-def _reachable(request: JobRequest, shape: ModelShape, ratio: float) -> float:
-    """The ratio that will be reached; a refusal names the field that asked for it."""
-    multiple = request.allocation.width_multiple
-    try:
-        shape.check_ratio(ratio, multiple)
-    except PruningError as error:
-        field = "target_ratio" if request.target is None else "target"
-        raise PruningError(error.code, error.message, field=field) from None
-    return shape.nearest_ratio(ratio, multiple)
 
 
 def admit(request: JobRequest, settings: Settings) -> JobRequest:

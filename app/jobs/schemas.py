@@ -191,6 +191,7 @@ class JobError(BaseModel):
     code: str
     message: str
     retryable: bool
+    field: str | None = Field(None, description="The field of the request that is at fault, where one is.")
 
 
 class JobSummary(BaseModel):

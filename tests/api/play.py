@@ -42,5 +42,5 @@ def succeed(session: Session, settings: Settings, job_id: str, attempt: int) -> 
 
 
 def fail(session: Session, job_id: str, attempt: int) -> None:
-    error = {"code": "nan_weights", "message": "The weights have NaN.", "retryable": False}
+    error = {"code": "nan_weights", "message": "The weights have NaN.", "retryable": False, "field": "model_id"}
     leases.fail(session, uuid.UUID(job_id), attempt, error, 3, 0)

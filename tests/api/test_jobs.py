@@ -283,6 +283,7 @@ class TestSteering:
         play.fail(session, job_id, play.start(session, job_id))
         failed = api.get(f"/v1/jobs/{job_id}").json()
         assert (failed["state"], failed["failures"], failed["error"]["code"]) == ("failed", 1, "nan_weights")
+        assert failed["error"]["field"] == "model_id"
         retried = api.post(f"/v1/jobs/{job_id}/retry").json()
         assert (retried["state"], retried["failures"], retried["error"]) == ("queued", 0, None)
         assert play.start(session, job_id) == 2

@@ -181,6 +181,9 @@ def test_ratio_that_cannot_be_met(source: Path, tmp_path: Path) -> None:
     with pytest.raises(PruningError, match="nearest") as caught:
         prune(str(source), asked(target_ratio=0.9), tmp_path / "out")
     assert caught.value.code == "ratio_unreachable" and caught.value.field == "target_ratio"
+    with pytest.raises(PruningError, match="nearest") as caught:
+        prune(str(source), asked(target_ratio=None, target={"parameters": 127_000}), tmp_path / "out")
+    assert caught.value.code == "ratio_unreachable" and caught.value.field == "target"
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,8 @@ def test_an_error_a_person_can_act_on_fails_the_job_at_once(make_job: MakeJob, s
     job = make_job({"error_in_round": 1})
     supervise(job).wait()
     assert job.row.state == "failed"
-    assert job.row.error == {"code": "nan_weights", "message": "The model has NaN weights.", "retryable": False}
+    said = {"code": "nan_weights", "message": "The model has NaN weights.", "retryable": False}
+    assert job.row.error == {**said, "field": "model_id"}
 
 
 def test_a_bug_is_tried_again(make_job: MakeJob, supervise: Supervise) -> None:

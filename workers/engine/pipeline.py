@@ -81,9 +81,9 @@ def prune(
     options = {"models_dir": models_dir, "token": token, "endpoint": endpoint, "allow_paths": allow_paths}
     source = locate(model_id, revision=_revision(resume, revision), gguf_file=gguf_file, **options)  # type: ignore[arg-type]
     if source.config is not None:  # else it is a GGUF file on the Hub: its sizes are known once it is here
-        _ratios(source, spec)
+        spec.ratios(read_shape(source), source.dtype)
     source = download(source, token, endpoint)
-    ratios = _ratios(source, spec)
+    ratios = spec.ratios(read_shape(source), source.dtype)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     decoder = load(source, spec.dtype, where)
     _check_resumable(resume, source, spec)
@@ -144,15 +144,6 @@ def prune(
             reports = [finish(index, staging) for index in range(len(ratios))]
     progress.done()
     return PruningResult(output_dir, {"targets": reports} if several else reports[0])
-
-
-def _ratios(source: ModelSource, spec: PruningSpec) -> tuple[float, ...]:
-    """The ratios asked for, all of which can be met."""
-    shape = read_shape(source)
-    ratios = spec.ratios(shape, source.dtype)
-    for ratio in ratios:
-        shape.check_ratio(ratio, spec.allocation.width_multiple)
-    return ratios
 
 
 def _statistics_key(

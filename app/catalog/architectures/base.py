@@ -154,8 +154,12 @@ class ModelShape:
         whole = min((min(round(channels / block) * block, limit), limit), key=lambda size: abs(size - channels))
         return (groups * self.cost.kv_group + whole) / self.prunable_parameters
 
-    def check_ratio(self, target_ratio: float, width_multiple: int | None = None) -> None:
+    def check_ratio(
+        self, target_ratio: float, width_multiple: int | None = None, *, field: str = "target_ratio"
+    ) -> None:
         """Refuse a target that misses by more than half a block of channels, or that would remove nothing.
+
+        ``field`` is the request's that asked for it.
 
         Raises:
             PruningError: ``ratio_unreachable``, naming the nearest ratio that can be met.
@@ -171,7 +175,7 @@ class ModelShape:
             f"This model cannot be pruned by {target_ratio:g}: the nearest ratio that can be met is "
             f"{nearest or smallest:.6f} (at most {self.max_ratio(width_multiple):.6f}: one KV group and one block of "
             f"{multiple} channels stay in every layer).",
-            field="target_ratio",
+            field=field,
         )
 
     def _removable(self, multiple: int) -> tuple[int, int]:
