@@ -11,13 +11,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from app.catalog.errors import PruningError
+from workers.files import sync, write_whole
 
 KEPT = ".gitattributes"
 """The Hub's own file, made with the repository."""
@@ -131,10 +132,10 @@ class FolderHub:
             shutil.rmtree(snapshot, ignore_errors=True)  # what a kill left half-made
             shutil.copytree(folder, snapshot, copy_function=_link_or_copy)
             for path in [*snapshot.rglob("*"), snapshot, snapshot.parent]:
-                _sync(path)
+                sync(path)
             record = json.dumps({"parent": parent, "message": message})
-            _replace(self._record(repo_id, commit), lambda new: new.write_text(record))
-            _replace(self._repository(repo_id) / "refs" / "main", lambda new: new.write_text(commit))
+            write_whole(self._record(repo_id, commit), record.encode())
+            write_whole(self._repository(repo_id) / "refs" / "main", commit.encode())
             self._link(repo_id, commit)
             return commit
 
@@ -169,8 +170,11 @@ class FolderHub:
     def _link(self, repo_id: str, commit: str) -> None:
         link = self.root / repo_id
         link.parent.mkdir(parents=True, exist_ok=True)
-        target = os.path.relpath(self._snapshot(repo_id, commit), link.parent)
-        _replace(link, lambda new: new.symlink_to(target))
+        new = link.with_name(f".{link.name}.new")
+        new.unlink(missing_ok=True)
+        new.symlink_to(os.path.relpath(self._snapshot(repo_id, commit), link.parent))
+        new.replace(link)
+        sync(link.parent)
 
 
 def _digest(folder: Path, header: str) -> str:
@@ -188,22 +192,3 @@ def _link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copy2(source, target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace(path: Path, make: Any) -> None:
-    """Have ``make`` write a new file or link beside ``path``, then put it in its place in one step."""
-    new = path.with_name(f".{path.name}.new")
-    new.unlink(missing_ok=True)
-    make(new)
-    if not new.is_symlink():
-        _sync(new)
-    new.replace(path)
-    _sync(path.parent)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from app.catalog.spec import PruningSpec
 from app.config import get_settings
 from app.jobs.naming import repo_ids
 from workers import parent
+from workers.files import write_whole
 from workers.parent import Parent
 
 
@@ -63,17 +63,7 @@ def save_checkpoint(folder: Path, number: int, attempt: int, state: dict[str, An
     """Write a round's state so that it is whole or absent; returns its ``path`` in ``folder`` and its ``sha256``."""
     name = f"round-{number}.attempt-{attempt}.json"
     content = json.dumps(state).encode()
-    temporary = folder / f"{name}.tmp"
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(folder / name)
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    write_whole(folder / name, content)
     return {"path": name, "sha256": hashlib.sha256(content).hexdigest()}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.bench.case import Case
+from workers.files import write_whole
 
 
 class Results:
@@ -35,6 +36,4 @@ class Results:
         self._known[case.key] = result
         self._content["results"].append({"case": vars(case), "result": result})
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(self._content, indent=1) + "\n")
-        fresh.rename(self._path)
+        write_whole(self._path, (json.dumps(self._content, indent=1) + "\n").encode())

@@ -1,7 +1,6 @@
 """Tensors that a state refers to: written whole or not at all, read only if they are what was written."""
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from app.catalog.errors import PruningError
+from workers.files import write_whole
 
 
 @contextmanager
@@ -30,12 +30,7 @@ def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]
     content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
     digest = hashlib.sha256(content).hexdigest()
     path = folder / f"round-{name}-{digest[:12]}.safetensors"
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    write_whole(path, content)
     return {"file": path.name, "sha256": digest}
 
 
