@@ -93,7 +93,7 @@ def prune(
     from pydantic import ValidationError
 
     from app.catalog.errors import PruningError
-    from app.catalog.spec import PruningSpec
+    from app.catalog.spec import PruningSpec, target_folder
     from app.config import get_settings
 
     try:
@@ -142,7 +142,7 @@ def prune(
     if "targets" not in report:
         _show(output, report)
     for target in report.get("targets", ()):
-        _show(output / f"ratio-{target['ratio']['target']:g}", target)
+        _show(output / target_folder(target["ratio"]["target"]), target)
 
 
 def _show(folder: Path, report: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from app.catalog.errors import PruningError
+from app.catalog.spec import PruningSpec, target_folder
 from app.config import get_settings
 from app.jobs.naming import repo_ids
 from workers import parent
@@ -29,22 +30,21 @@ def work(supervisor: Parent) -> dict[str, Any]:
     job = supervisor.job
     threading.Thread(target=show_life, args=(supervisor,), daemon=True).start()
     output, request, report = Path(job["output"]), job["request"], job["report"]
-    wanted, ratios = request.get("publish"), request.get("target_ratio")
-    reports, folders = [report], [output]
-    if isinstance(ratios, list):
-        reports, folders = report["targets"], [output / f"ratio-{ratio:g}" for ratio in ratios]
+    wanted, spec = request.get("publish"), PruningSpec.of_request(request)
+    reports = report["targets"] if spec.several else [report]
+    folders = [output / target_folder(each["ratio"]["target"]) if spec.several else output for each in reports]
     results = [{name: report[name] for name in SUMMARY} for report in reports]
     if wanted is not None:
         hub = configured_hub()
-        for result, folder, repo_id in zip(results, folders, repo_ids(wanted["repo_id"], ratios), strict=True):
+        for result, folder, repo_id in zip(results, folders, repo_ids(wanted["repo_id"], spec), strict=True):
             commit = publish(hub, repo_id, wanted["private"], folder, job["job_id"])
             result |= {"repo_id": repo_id, "commit_sha": commit, "url": hub.url(repo_id, commit)}
     artifacts = Path(job["folder"]) / "artifacts"
     shutil.rmtree(artifacts, ignore_errors=True)
     output.rename(artifacts)
-    if not isinstance(ratios, list):
+    if not spec.several:
         return {"type": "result", "result": results[0]}
-    targets = [{"target_ratio": ratio, **result} for ratio, result in zip(ratios, results, strict=True)]
+    targets = [{"target_ratio": result["ratio"]["target"], **result} for result in results]
     return {"type": "result", "result": {"targets": targets}}
 
 

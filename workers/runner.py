@@ -23,12 +23,11 @@ def work(supervisor: Parent) -> dict[str, Any]:
     if settings.torch_threads is not None:
         torch.set_num_threads(settings.torch_threads)
     folder, request = Path(job["folder"]), job["request"]
-    spec = PruningSpec(**{name: request[name] for name in PruningSpec.model_fields if name in request})
-    names = repo_ids(request["publish"]["repo_id"], spec.target_ratio) if request.get("publish") else None
+    spec = PruningSpec.of_request(request)
+    names = repo_ids(request["publish"]["repo_id"], spec) if request.get("publish") else None
 
-    def manifest_extra(ratio: float) -> dict[str, Any]:
-        ratios = spec.target_ratio if isinstance(spec.target_ratio, list) else [ratio]
-        return {"job_id": job["job_id"], "repo_id": names and names[ratios.index(ratio)]}
+    def manifest_extra(index: int) -> dict[str, Any]:
+        return {"job_id": job["job_id"], "repo_id": names and names[index]}
 
     def on_event(event: dict[str, Any]) -> None:
         if event["type"] == "round":

@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app.catalog.methods import METHODS
+from app.catalog.spec import PruningSpec
 from app.config import Settings
 from app.jobs import leases, repository
 from app.jobs.leases import Beat, Claim, LeaseLost
@@ -94,8 +94,7 @@ class Attempt:
         self.next_beat = claimed + settings.heartbeat_interval
         limit = claim.request.get("max_runtime_seconds")
         self.time_limit = claimed + limit if limit is not None else float("inf")
-        rounds = claim.request.get("rounds") or METHODS[claim.request["method"]].default_rounds
-        self.progress: dict[str, Any] = {"stage": "start", "round": 0, "rounds": rounds, "share": 0.0}
+        self.progress: dict[str, Any] = {"stage": "start", "round": 0, "share": 0.0}
         self.folder = settings.job_dir(claim.job_id).resolve()
         self.output = self.folder / f"attempt-{claim.attempt}"
 
@@ -132,6 +131,7 @@ class Attempt:
             self._write(leases.fail, reason, settings.max_failures, settings.retry_backoff)
 
     def _prune_and_publish(self, runner: list[str], publisher: list[str]) -> None:
+        self.progress["rounds"] = PruningSpec.of_request(self.claim.request).total_rounds
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in (*self.folder.glob("attempt-*"), *self.folder.glob(".attempt-*")):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -12,8 +12,10 @@ Allocator = Literal["cosine", "inner", "loss", "lsps", "threshold", "uniform"]
 """Names in ``workers.engine.allocation.ALLOCATORS``."""
 
 RecoveryKind = Literal["none", "bias", "linear-regression", "least-squares", "lora", "distill"]
-"""Names in ``workers.engine.recovery``: the first four mend a layer as it is cut, the others train when all is cut."""
+"""``none``, names in ``workers.engine.recovery.MENDS``, which mend a layer as it is cut, and :data:`TRAINED`."""
 
+TRAINED = frozenset({"lora", "distill"})
+"""Recoveries that train when all is cut: one more round of each target."""
 GRADIENT_SCORERS = frozenset({"llm-pruner", "loraprune", "movement", "piem"})
 GRADIENT_ALLOCATORS = frozenset({"lsps"})
 LAYERWISE_SCORERS = frozenset({"lorap", "obs", "slimllm", "wanda"})

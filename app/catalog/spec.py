@@ -8,7 +8,15 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, 
 
 from app.catalog.architectures import ModelShape
 from app.catalog.errors import PruningError
-from app.catalog.methods import LAYERWISE_SCORERS, METHODS, RANKING_ALLOCATORS, Allocator, RecoveryKind, Scorer
+from app.catalog.methods import (
+    LAYERWISE_SCORERS,
+    METHODS,
+    RANKING_ALLOCATORS,
+    TRAINED,
+    Allocator,
+    RecoveryKind,
+    Scorer,
+)
 
 MAX_RATIO = 0.9
 MAX_TARGETS = 8
@@ -134,6 +142,11 @@ class Target(_Part):
         return self
 
 
+def target_folder(ratio: float) -> str:
+    """The folder of one target's files, where a list of ratios was asked for."""
+    return f"ratio-{ratio:g}"
+
+
 def without_texts(request: dict[str, Any]) -> dict[str, Any]:
     """A dumped spec or job request whose texts are named by count and hash: they are long, and nobody else's business."""
     shown = {**request}
@@ -228,17 +241,17 @@ class PruningSpec(_Part):
             PruningError: ``target_unreachable`` when ``target`` asks for no less than the model has, or too little;
                 ``ratio_unreachable`` when whole units do not come near enough to it or to a ratio.
         """
-        if self.target is None:
-            assert self.target_ratio is not None  # or validation would have failed
-            ratios = tuple(self.target_ratio) if isinstance(self.target_ratio, list) else (self.target_ratio,)
-        else:
-            ratios = (self._ratio_of(self.target, shape, source_dtype),)
+        field = "target_ratio" if self.target is None else "target"
+        ratios = tuple(
+            self._ratio_of_target(shape, source_dtype) if ratio is None else ratio for ratio in self.asked_ratios
+        )
         for ratio in ratios:
-            field = "target_ratio" if self.target is None else "target"
             shape.check_ratio(ratio, self.allocation.width_multiple, field=field)
         return ratios
 
-    def _ratio_of(self, target: Target, shape: ModelShape, source_dtype: str) -> float:
+    def _ratio_of_target(self, shape: ModelShape, source_dtype: str) -> float:
+        target = self.target
+        assert target is not None  # or validation would have failed
         size = DTYPE_BYTES[source_dtype if self.dtype == "auto" else self.dtype]
         wanted = target.parameters or (target.bytes or 0) / size
         ratio = (shape.parameters - wanted) / shape.prunable_parameters
@@ -252,10 +265,25 @@ class PruningSpec(_Part):
             )
         return ratio
 
+    @classmethod
+    def of_request(cls, request: dict[str, Any]) -> Self:
+        """The part of a stored job request that says how to prune."""
+        return cls.model_validate({name: request[name] for name in cls.model_fields if name in request})
+
+    @property
+    def several(self) -> bool:
+        """Whether a list of ratios was asked for, even of one: reports, folders and repositories are then by target."""
+        return isinstance(self.target_ratio, list)
+
+    @property
+    def asked_ratios(self) -> tuple[float | None, ...]:
+        """One for each target; ``None``: a size was asked for."""
+        return tuple(self.target_ratio) if isinstance(self.target_ratio, list) else (self.target_ratio,)
+
     @property
     def target_count(self) -> int:
         """How many pruned models are asked for."""
-        return len(self.target_ratio) if isinstance(self.target_ratio, list) else 1
+        return len(self.asked_ratios)
 
     @property
     def scorer(self) -> Scorer:
@@ -280,5 +308,15 @@ class PruningSpec(_Part):
 
     @property
     def round_count(self) -> int:
-        """``rounds``, or the method's default."""
+        """Rounds of pruning for one target: ``rounds``, or the method's default."""
         return self.rounds or METHODS[self.method].default_rounds
+
+    @property
+    def rounds_per_target(self) -> int:
+        """Rounds of pruning, and the one of training where a recovery trains."""
+        return self.round_count + (self.recovery_kind in TRAINED)
+
+    @property
+    def total_rounds(self) -> int:
+        """Of all targets."""
+        return self.target_count * self.rounds_per_target

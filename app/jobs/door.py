@@ -55,14 +55,13 @@ def plan(request: JobRequest, settings: Settings) -> Plan:
 
 def _targets(request: JobRequest, source: ModelSource, shape: ModelShape | None) -> list[PlannedTarget]:
     """What each target comes to on this model."""
-    asked = request.target_ratio
     found: list[tuple[float | None, float | None]]
     if shape is None:
-        found = [(ratio, None) for ratio in (asked if isinstance(asked, list) else [asked])]
+        found = [(ratio, None) for ratio in request.asked_ratios]
     else:
         multiple = request.allocation.width_multiple
         found = [(ratio, shape.nearest_ratio(ratio, multiple)) for ratio in request.ratios(shape, source.dtype)]
-    names = repo_ids(request.publish.repo_id, asked) if request.publish else [None] * len(found)
+    names = repo_ids(request.publish.repo_id, request) if request.publish else [None] * len(found)
     return [
         PlannedTarget(target_ratio=ratio, nearest_ratio=nearest, repo_id=name)
         for (ratio, nearest), name in zip(found, names, strict=True)
@@ -86,7 +85,7 @@ def admit(request: JobRequest, settings: Settings) -> JobRequest:
         if settings.hub_dir is None:
             return request
         return request.model_copy(update={"publish": Publish(repo_id=default_repo_id(request))})
-    for name in repo_ids(request.publish.repo_id, request.target_ratio):
+    for name in repo_ids(request.publish.repo_id, request):
         try:
             check_repo_id(name)
         except ValueError as error:

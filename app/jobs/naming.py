@@ -2,16 +2,16 @@
 
 import re
 
-from app.catalog.spec import Target
+from app.catalog.spec import PruningSpec, Target
 from app.jobs.schemas import JobRequest
 
 COUNTS = ("", "k", "m", "b", "t")
 BYTES = ("b", "kb", "mb", "gb", "tb")
 
 
-def repo_ids(repo_id: str, target_ratio: float | list[float] | None) -> list[str]:
+def repo_ids(repo_id: str, spec: PruningSpec) -> list[str]:
     """One name a target, in their order; where a list was asked for, by the percentage that goes: ``org/name-12_5``."""
-    return [f"{repo_id}-{_percent(ratio)}" for ratio in target_ratio] if isinstance(target_ratio, list) else [repo_id]
+    return [f"{repo_id}-{_percent(ratio)}" if spec.several else repo_id for ratio in spec.asked_ratios]
 
 
 def default_repo_id(request: JobRequest) -> str:
@@ -20,10 +20,11 @@ def default_repo_id(request: JobRequest) -> str:
     name = f"secateur/{model[:60].rstrip('-')}-{request.method}"
     if request.target is not None:
         return f"{name}-{_size(request.target)}"
-    return name if isinstance(request.target_ratio, list) else f"{name}-{_percent(request.target_ratio or 0.0)}"
+    return name if request.several else f"{name}-{_percent(request.asked_ratios[0])}"
 
 
-def _percent(ratio: float) -> str:
+def _percent(ratio: float | None) -> str:
+    assert ratio is not None  # or it would be named by its size
     return f"{float(f'{ratio:g}') * 100:g}".replace(".", "_")  # of the six digits by which ratios differ
 
 

@@ -11,13 +11,14 @@ from app.catalog.methods import (
     GRADIENT_SCORERS,
     LAYERWISE_SCORERS,
     RANKING_ALLOCATORS,
+    TRAINED,
     Allocator,
     RecoveryKind,
     Scorer,
 )
 from app.catalog.spec import PruningSpec
 from workers.engine.allocation import ALLOCATORS
-from workers.engine.recovery import MENDS, TRAINED
+from workers.engine.recovery import MENDS
 from workers.engine.scoring import MODEL_SCORERS, PART_SCORERS
 
 
@@ -27,6 +28,13 @@ def test_every_name_has_its_function() -> None:
     assert set(get_args(RecoveryKind)) == {"none", *MENDS, *TRAINED}
     assert PART_SCORERS.keys() == LAYERWISE_SCORERS and not MODEL_SCORERS.keys() & LAYERWISE_SCORERS
     assert MODEL_SCORERS.keys() > GRADIENT_SCORERS and ALLOCATORS.keys() > GRADIENT_ALLOCATORS | RANKING_ALLOCATORS
+
+
+def test_rounds_in_all_are_those_of_every_target_and_its_training() -> None:
+    plain = {"target_ratio": [0.2, 0.3, 0.5], "method": "piem-lsps"}
+    assert PruningSpec.model_validate(plain).total_rounds == 3 * 4, "the method's default"
+    assert PruningSpec.model_validate({**plain, "rounds": 2, "recovery": {"kind": "lora"}}).total_rounds == 3 * (2 + 1)
+    assert PruningSpec.model_validate({**plain, "target_ratio": 0.2, "recovery": {"kind": "bias"}}).total_rounds == 4
 
 
 @pytest.mark.parametrize(("scorer", "allocator"), product(get_args(Scorer), get_args(Allocator)))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from app.catalog.errors import PruningError
+from app.catalog.spec import PruningSpec, target_folder
 from workers import parent
 from workers.parent import Parent
 from workers.runner import load_checkpoint, save_checkpoint
@@ -57,11 +58,13 @@ def work(supervisor: Parent) -> dict[str, Any]:
         supervisor.tell({"type": "round", "number": number, "data": {"perplexity": 10.0 + number}, **saved})
         if supervisor.wants_pause():
             return {"type": "paused"}
-    ratio, output = job["request"]["target_ratio"], Path(job["output"])
-    if not isinstance(ratio, list):
-        return {"type": "result", "report": write_model(output, ratio, job["job_id"])}
-    reports = [write_model(output / f"ratio-{each:g}", each, job["job_id"]) for each in ratio]
-    return {"type": "result", "report": {"targets": reports}}
+    spec, output = PruningSpec.of_request(job["request"]), Path(job["output"])
+    reports = [
+        write_model(output / target_folder(ratio) if spec.several else output, ratio, job["job_id"])
+        for ratio in spec.asked_ratios
+        if ratio is not None
+    ]
+    return {"type": "result", "report": {"targets": reports} if spec.several else reports[0]}
 
 
 def write_model(folder: Path, ratio: float, job_id: str) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from app.catalog.methods import TRAINED
 from app.catalog.spec import Calibration, Evaluation, PruningSpec
 from workers.bench.model import KvHeads
 from workers.engine.calibration import Windows, batch_windows, read_windows
 from workers.engine.decoder import Decoder
-from workers.engine.recovery import TRAINED, train
+from workers.engine.recovery import train
 from workers.engine.rounds import prune_round
 from workers.engine.schedule import round_targets
 from workers.engine.scoring import Context

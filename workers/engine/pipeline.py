@@ -13,7 +13,7 @@ import torch
 
 from app.catalog.errors import PruningError
 from app.catalog.sources import ModelSource, locate, read_shape
-from app.catalog.spec import PruningSpec
+from app.catalog.spec import PruningSpec, target_folder
 from workers.engine import tensor_files
 from workers.engine.calibration import SAMPLED, Windows, batch_windows, read_windows
 from workers.engine.decoder import Decoder
@@ -22,7 +22,6 @@ from workers.engine.export import check_checkpoint, staged, versions, write_chec
 from workers.engine.loading import download, load
 from workers.engine.plan import Plan
 from workers.engine.progress import Progress
-from workers.engine.recovery import TRAINED
 from workers.engine.statistics import Statistics
 from workers.engine.targets import Targets
 
@@ -55,7 +54,7 @@ def prune(
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     resume: dict[str, Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
-    manifest_extra: Callable[[float], dict[str, Any]] = lambda ratio: {},
+    manifest_extra: Callable[[int], dict[str, Any]] = lambda index: {},
 ) -> PruningResult:
     """Prune a model as ``spec`` says and write it to ``output_dir``, checked to load without this project.
 
@@ -65,9 +64,9 @@ def prune(
     {message}, and after the unpruned model is measured (0), after every round and every stretch of training ``round``
     {number, data, state}; ``resume`` takes such a ``state`` and goes on after it, given the ``scratch`` folder in which
     the weights that a recovery changed are kept (unset: one beside ``output_dir`` that goes in the end): those of the last
-    two states, so ``on_event`` returns when a state is safe. ``stop`` is asked before every round and
-    after every stretch of training. ``statistics_dir`` keeps what is known of the source for later jobs. ``manifest_extra``
-    gives, for a target's ratio, what its manifest also says.
+    two states, so ``on_event`` returns when a state is safe. ``stop`` is asked before every round and after every stretch
+    of training. ``statistics_dir`` keeps what is known of the source for later jobs. ``manifest_extra`` gives, for a
+    target's index, what its manifest also says.
 
     Raises:
         PruningError: what a person can act on; ``output_dir`` is not made then.
@@ -76,7 +75,7 @@ def prune(
     started = time.monotonic()
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise PruningError("output_exists", f"{output_dir} is there already and no empty folder.")
-    progress = Progress(on_event, spec.round_count, spec.target_count, spec.recovery_kind in TRAINED)
+    progress = Progress(on_event, spec)
     progress.stage("loading")
     options = {"models_dir": models_dir, "token": token, "endpoint": endpoint, "allow_paths": allow_paths}
     source = locate(model_id, revision=_revision(resume, revision), gguf_file=gguf_file, **options)  # type: ignore[arg-type]
@@ -121,7 +120,6 @@ def prune(
             state=state,
         )
         del decoder
-        several = isinstance(spec.target_ratio, list)
 
         def finish(index: int, staging: Path) -> dict[str, Any]:
             """Prune to one target and write it. Its model goes with this frame, before the next one's is loaded."""
@@ -131,11 +129,9 @@ def prune(
             progress.stage("exporting")
             report = _report(decoder, source, spec, targets.state["baseline"], done, calibration, evaluation)
             report["seconds"] = time.monotonic() - started
-            folder = staging / f"ratio-{ratios[index]:g}" if several else staging
+            folder = staging / target_folder(ratios[index]) if spec.several else staging
             folder.mkdir(exist_ok=True)
-            write_checkpoint(
-                decoder, source, Plan.from_dict(done["plan"]), folder, report, manifest_extra(ratios[index])
-            )
+            write_checkpoint(decoder, source, Plan.from_dict(done["plan"]), folder, report, manifest_extra(index))
             progress.stage("checking")
             check_checkpoint(decoder, folder)
             return report
@@ -143,7 +139,7 @@ def prune(
         with staged(output_dir) as staging:
             reports = [finish(index, staging) for index in range(len(ratios))]
     progress.done()
-    return PruningResult(output_dir, {"targets": reports} if several else reports[0])
+    return PruningResult(output_dir, {"targets": reports} if spec.several else reports[0])
 
 
 def _statistics_key(

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from app.catalog.spec import PruningSpec
+
 INTERVAL = 0.5
 UNLIKE = ("loading", "calibrating")
 """Stages whose time says nothing of the others': they read files, or nothing."""
@@ -26,20 +28,19 @@ class Progress:
     still to come.
     """
 
-    def __init__(
-        self, on_event: Callable[[dict[str, Any]], None], rounds: int, targets: int = 1, trained: bool = False
-    ) -> None:
+    def __init__(self, on_event: Callable[[dict[str, Any]], None], spec: PruningSpec) -> None:
         self._on_event = on_event
-        per_target = ["scoring"] * rounds + ["training"] * trained
+        trained = spec.rounds_per_target - spec.round_count
+        per_target = ["scoring"] * spec.round_count + ["training"] * trained
         self._stages = ["loading", "calibrating", "evaluating"]
         self._rounds_of = [0, 0, 0]
-        for _ in range(targets):
+        for _ in range(spec.target_count):
             for number, stage in enumerate(per_target, start=self._rounds_of[-1] + 1):
                 self._stages += [stage, "evaluating"]
                 self._rounds_of += [number, number]
             self._stages += ["exporting", "checking"]
             self._rounds_of += [self._rounds_of[-1]] * 2
-        self._rounds = self._rounds_of[-1]
+        self._rounds = spec.total_rounds
         self._total = sum(STAGE_COST[stage] for stage in self._stages)
         self._index, self._done = -1, 0.0
         self._seconds: dict[str, list[float]] = {}

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from app.catalog.methods import TRAINED
 from app.catalog.spec import PruningSpec
 from workers.engine import tensor_files
 from workers.engine.decoder import Decoder
 from workers.engine.plan import Plan
 from workers.engine.progress import Progress
-from workers.engine.recovery import MENDS, TRAINED, Segment, train
+from workers.engine.recovery import MENDS, Segment, train
 from workers.engine.rounds import prune_round
 from workers.engine.schedule import round_targets
 from workers.engine.scoring import Context
@@ -80,12 +81,11 @@ class Targets:
             }
             self.state = {**self.state, "targets": [*self.state["targets"], fresh]}
         done = len(self.state["targets"][index]["rounds"])
-        trained = self._spec.recovery_kind in TRAINED
         decoder = self._pruned(index)
         for number in range(done + 1, self._spec.round_count + 1):
             self._pause_if_asked()
             self._prune_round(decoder, index, number)
-        if trained and done <= self._spec.round_count:
+        if self._spec.recovery_kind in TRAINED and done < self._spec.rounds_per_target:
             self._pause_if_asked()
             self._train(decoder, index)
         return decoder
@@ -192,7 +192,7 @@ class Targets:
 
     def _round(self, index: int, number: int) -> int:
         """Round ``number`` of target ``index``, counted over all targets."""
-        return index * (self._spec.round_count + (self._spec.recovery_kind in TRAINED)) + number
+        return index * self._spec.rounds_per_target + number
 
     def _pause_if_asked(self) -> None:
         if self._stop():

@@ -11,6 +11,4 @@ MENDS: dict[str, Mend] = {
 }
 """By the name that a request gives them."""
 
-TRAINED = ("lora", "distill")
-
-__all__ = ["MENDS", "TRAINED", "Cut", "Mend", "Segment", "train"]
+__all__ = ["MENDS", "Cut", "Mend", "Segment", "train"]
