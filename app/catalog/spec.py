@@ -128,7 +128,10 @@ class Recovery(_Part):
 
 
 class Target(_Part):
-    """How large the pruned model may be; one of the two."""
+    """How large the pruned model is to be; one of the two.
+
+    Met to within half a block of channels, and the biases that a recovery may add.
+    """
 
     parameters: float | None = Field(None, gt=0, allow_inf_nan=False, description="All of its parameters.")
     bytes: float | None = Field(
@@ -170,11 +173,11 @@ class PruningSpec(_Part):
 
     target_ratio: Ratio | Ratios | None = Field(
         None,
-        description="Share of the parameters in the decoder blocks' attention and feed-forward weights to remove; a list makes one pruned model for each, from one scoring of the source.",
+        description="Share of the parameters in the decoder blocks' attention and feed-forward weights to remove; a list makes one pruned model for each, and what is known of the source is found out once.",
         examples=[0.2],
     )
     target: Target | None = Field(
-        None, validate_default=True, description="Instead of `target_ratio`: how large the result may be."
+        None, validate_default=True, description="Instead of `target_ratio`: how large the result is to be."
     )
     method: str = Field(description="A name of `GET /v1/methods`.", examples=["piem-lsps"])
     rounds: int | None = Field(
@@ -284,6 +287,11 @@ class PruningSpec(_Part):
     def target_count(self) -> int:
         """How many pruned models are asked for."""
         return len(self.asked_ratios)
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Scorer, allocator and recovery that the pruning is made with, by the part of the request they belong to."""
+        return {"scoring": self.scorer, "allocation": self.allocator, "recovery": self.recovery_kind}
 
     @property
     def scorer(self) -> Scorer:

@@ -19,6 +19,7 @@ from tests.engine.test_slicing import some_plan
 from workers.engine import PruningSpec
 from workers.engine.decoder import Decoder
 from workers.engine.export import check_checkpoint, checkpoint
+from workers.engine.export.card import model_card
 from workers.engine.loading import load
 from workers.engine.plan import Plan
 from workers.engine.slicing import apply_plan
@@ -77,6 +78,8 @@ def report_of(decoder: Decoder, plan: Plan) -> dict[str, object]:
     return {
         "source": {"model_id": "org/base", "revision": "abc"},
         "spec": spec.published(),
+        "parts": spec.parts,
+        "round_count": spec.round_count,
         "ratio": {"target": 0.4, "reached": 0.41},
         **dict.fromkeys(("parameters", "weights_bytes", "flops", "perplexity"), pair),
         "latency": {"before": None, "after": None},
@@ -168,6 +171,14 @@ def test_what_is_written(name: str, cases: dict[str, Case]) -> None:
     assert (out / "tokenizer.json").read_bytes() == (case.folder / "source" / "tokenizer.json").read_bytes()
     tokenizer_class = json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
     assert tokenizer_class == "PreTrainedTokenizerFast", "the name that transformers 4 and 5 both know"
+
+
+def test_the_card_tells_the_method_only_where_it_was_followed(cases: dict[str, Case]) -> None:
+    plain = {**report_of(cases["llama"].decoder, cases["llama"].plan), "rounds": [{}] * 3}
+    card = model_card(plain, {})
+    assert "`magnitude` — L1 norm" in card and "Rounds: 1;" in card, "training is no round of pruning"
+    card = model_card({**plain, "parts": {"scoring": "wanda", "allocation": "uniform", "recovery": "lora"}}, {})
+    assert "L1 norm" not in card and "scoring `wanda`, allocation `uniform`, recovery `lora`" in card
 
 
 def test_a_checkpoint_that_disagrees_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -243,6 +243,8 @@ def _report(
             "model_type": decoder.shape.model_type,
         },
         "spec": spec.published(),
+        "parts": spec.parts,
+        "round_count": spec.round_count,
         "ratio": {
             "target": done["ratio"],
             "reached": decoder.reached_ratio,

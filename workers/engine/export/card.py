@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from app.catalog.methods import METHODS
+from app.catalog.methods import METHODS, Method
 
 
 def model_card(report: dict[str, Any], extra: dict[str, Any]) -> str:
@@ -53,8 +53,9 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_spec
 
 ## How it was made
 
-- Method: `{method.name}` — {method.summary} ({method.paper}; {method.equations})
-- Rounds: {len(report["rounds"])}; target ratio {ratio["target"]:g}; seed {spec["seed"]}; dtype {report["dtype"]}
+- Method: `{method.name}`{_description(method, report["parts"])}
+- Parts: scoring `{report["parts"]["scoring"]}`, allocation `{report["parts"]["allocation"]}`, recovery `{report["parts"]["recovery"]}`
+- Rounds: {report["round_count"]}; target ratio {ratio["target"]:g}; seed {spec["seed"]}; dtype {report["dtype"]}
 - Calibration: {report["calibration"]["windows"]} × {report["calibration"]["sequence_length"]} tokens, {report["calibration"]["source"]}
 - Source: `{source["model_id"]}`{f" at `{source['revision']}`" if source["revision"] else ""}
 
@@ -72,6 +73,13 @@ machine gives the same weights:
 Pruning changes what a model knows and says. Evaluate this model on your own task before you rely on it; the limits and
 the licence of the base model apply.
 """
+
+
+def _description(method: Method, parts: dict[str, str]) -> str:
+    """What the paper's method is; nothing where the request put other parts in its place."""
+    if parts != {"scoring": method.scoring, "allocation": method.allocation, "recovery": method.recovery}:
+        return ", with parts of the request's own"
+    return f" — {method.summary} ({method.paper}; {method.equations})"
 
 
 def _table(report: dict[str, Any]) -> str:
