@@ -32,6 +32,15 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 @pytest.fixture
+def service_hub(hub: FakeHub, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    """The Hub that jobs are published to."""
+    monkeypatch.delenv("SECATEUR_HUB_DIR")
+    monkeypatch.setenv("SECATEUR_HF_TOKEN", TOKEN)
+    monkeypatch.setenv("SECATEUR_HF_ENDPOINT", hub.url)
+    return hub
+
+
+@pytest.fixture
 def client(hub: FakeHub) -> HuggingFaceHub:
     return HuggingFaceHub(TOKEN, hub.url)
 
@@ -128,45 +137,41 @@ def test_a_hub_that_is_away_may_come_back(folder: Path) -> None:
 
 
 def test_a_worker_killed_between_the_commit_and_its_record(
-    hub: FakeHub, make_job: MakeJob, start: Start, monkeypatch: pytest.MonkeyPatch
+    service_hub: FakeHub, make_job: MakeJob, start: Start
 ) -> None:
-    monkeypatch.delenv("SECATEUR_HUB_DIR")
-    monkeypatch.setenv("SECATEUR_HF_TOKEN", TOKEN)
-    monkeypatch.setenv("SECATEUR_HF_ENDPOINT", hub.url)
     job = make_job(publish={"repo_id": REPO, "private": True})
     worker = start("tests.workers.one_attempt", job.id)
-    hub.after_commit = lambda repository: worker.kill()
+    service_hub.after_commit = lambda repository: worker.kill()
     worker.wait()
-    hub.after_commit = lambda repository: None
-    wait_for(lambda: len(hub.repositories[REPO].commits) == 2)
+    service_hub.after_commit = lambda repository: None
+    wait_for(lambda: len(service_hub.repositories[REPO].commits) == 2)
     assert job.row.state == "publishing"
     job.sql("state = 'queued', lease_expires_at = NULL")
     start("tests.workers.one_attempt", job.id).wait()
     assert job.row.state == "succeeded" and job.row.result is not None
-    repository = hub.repositories[REPO]
+    repository = service_hub.repositories[REPO]
     assert len(repository.commits) == 2 and job.row.result["commit_sha"] == repository.head.sha
 
 
-def test_several_targets_are_published_once_each(
-    hub: FakeHub, make_job: MakeJob, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("SECATEUR_HUB_DIR")
-    monkeypatch.setenv("SECATEUR_HF_TOKEN", TOKEN)
-    monkeypatch.setenv("SECATEUR_HF_ENDPOINT", hub.url)
+def test_several_targets_are_published_once_each(service_hub: FakeHub, make_job: MakeJob, start: Start) -> None:
     job = make_job(target_ratio=[0.125, 0.5], publish={"repo_id": REPO, "private": True})
     worker = start("tests.workers.one_attempt", job.id)
-    hub.after_commit = lambda repository: worker.kill()  # after the first of the two commits
+    service_hub.after_commit = lambda repository: worker.kill()  # after the first of the two commits
     worker.wait()
-    hub.after_commit = lambda repository: None
-    wait_for(lambda: f"{REPO}-12_5" in hub.repositories and len(hub.repositories[f"{REPO}-12_5"].commits) == 2)
-    first = hub.repositories[f"{REPO}-12_5"].head.sha
+    service_hub.after_commit = lambda repository: None
+    wait_for(
+        lambda: (
+            f"{REPO}-12_5" in service_hub.repositories and len(service_hub.repositories[f"{REPO}-12_5"].commits) == 2
+        )
+    )
+    first = service_hub.repositories[f"{REPO}-12_5"].head.sha
     job.sql("state = 'queued', lease_expires_at = NULL")
     start("tests.workers.one_attempt", job.id).wait()
     row = job.row
     assert row.state == "succeeded" and row.result is not None and row.report is not None
-    assert set(hub.repositories) == {f"{REPO}-12_5", f"{REPO}-50"}
+    assert set(service_hub.repositories) == {f"{REPO}-12_5", f"{REPO}-50"}
     for ratio, name, target in zip([0.125, 0.5], ["12_5", "50"], row.result["targets"], strict=True):
-        repository = hub.repositories[f"{REPO}-{name}"]
+        repository = service_hub.repositories[f"{REPO}-{name}"]
         assert len(repository.commits) == 2
         assert json.loads(repository.head.files["secateur.json"]) == {"job_id": str(job.id), "ratio": ratio}
         assert (target["target_ratio"], target["ratio"]["reached"]) == (ratio, ratio)
@@ -187,12 +192,7 @@ def test_several_targets_without_publishing(make_job: MakeJob, start: Start, set
     assert settings.hub_dir is not None and not settings.hub_dir.exists()
 
 
-def test_a_forbidden_repository_fails_the_job(
-    hub: FakeHub, make_job: MakeJob, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("SECATEUR_HUB_DIR")
-    monkeypatch.setenv("SECATEUR_HF_TOKEN", TOKEN)
-    monkeypatch.setenv("SECATEUR_HF_ENDPOINT", hub.url)
+def test_a_forbidden_repository_fails_the_job(service_hub: FakeHub, make_job: MakeJob, start: Start) -> None:
     job = make_job(publish={"repo_id": "stranger/small", "private": True})
     start("tests.workers.one_attempt", job.id).wait()
     assert job.row.state == "failed" and job.row.error is not None and job.row.error["code"] == "hub_forbidden"
