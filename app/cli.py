@@ -74,7 +74,8 @@ def _variable(field: str) -> str:
     return field if field.isupper() else f"SECATEUR_{field.upper()}"
 
 
-def _stop(message: str, code: int) -> typer.Exit:
+def stop(message: str, code: int) -> typer.Exit:
+    """What to raise to end with a message on stderr and this exit code."""
     typer.echo(message, err=True)
     return typer.Exit(code)
 
@@ -86,7 +87,7 @@ def _call(client: "httpx2.Client", method: str, path: str, **options: Any) -> "h
     try:
         response = client.request(method, path, **options)
     except (httpx2.TransportError, httpx2.InvalidURL) as error:
-        raise _stop(f"The service at {client.base_url} cannot be reached: {error}", UNREACHABLE) from None
+        raise stop(f"The service at {client.base_url} cannot be reached: {error}", UNREACHABLE) from None
     if response.status_code < 400:
         return response
     try:
@@ -97,16 +98,16 @@ def _call(client: "httpx2.Client", method: str, path: str, **options: Any) -> "h
     for field in problem.get("errors", ()):
         if "allowed" in field:
             reason += f"\n  {field['field']}: allowed: {field['allowed']}"
-    raise _stop(reason, UNREACHABLE if response.status_code >= 500 else REFUSED)
+    raise stop(reason, UNREACHABLE if response.status_code >= 500 else REFUSED)
 
 
 def _connect(url: str, api_key: str) -> "httpx2.Client":
     import httpx2
 
     if not api_key:
-        raise _stop("no API key: set SECATEUR_API_KEY or --api-key", REFUSED)
+        raise stop("no API key: set SECATEUR_API_KEY or --api-key", REFUSED)
     if not re.fullmatch(r"[\x21-\x7e]+", api_key):
-        raise _stop("The API key has characters that no API key has.", REFUSED)
+        raise stop("The API key has characters that no API key has.", REFUSED)
     return httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {api_key}"}, timeout=LONG_POLL + 10)
 
 
@@ -140,7 +141,7 @@ def keys_create(name: Annotated[str, typer.Argument(help="Whom or what it is for
         try:
             key, secret = service.create(session, name)
         except ValueError as error:
-            raise _stop(f"NAME: {error}", REFUSED) from None
+            raise stop(f"NAME: {error}", REFUSED) from None
     if as_json:
         typer.echo(json.dumps({"id": str(key.id), "name": key.name, "secret": secret}))
     else:
@@ -179,7 +180,7 @@ def keys_revoke(key_id: Annotated[uuid.UUID, typer.Argument(help="From 'secateur
 
     with _database() as session:
         if service.revoke(session, key_id) is None:
-            raise _stop(f"There is no key {key_id}.", REFUSED)
+            raise stop(f"There is no key {key_id}.", REFUSED)
     typer.echo(f"Key {key_id} is revoked.")
 
 
@@ -228,9 +229,9 @@ def _read_request(path: Path | None) -> dict[str, Any]:
     try:
         body = json.loads(sys.stdin.read() if str(path) == "-" else path.read_text())
     except (OSError, ValueError) as error:
-        raise _stop(f"{path} cannot be read: {error}", REFUSED) from None
+        raise stop(f"{path} cannot be read: {error}", REFUSED) from None
     if not isinstance(body, dict):
-        raise _stop(f"{path} does not hold a JSON object.", REFUSED)
+        raise stop(f"{path} does not hold a JSON object.", REFUSED)
     return body
 
 

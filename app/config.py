@@ -45,7 +45,8 @@ class Settings(BaseSettings):
     )
     broker_url: str = "redis://localhost:6379/0"
     data_dir: Path = Path(".secateur")
-    """Holds ``models/`` (``local:NAME`` models), ``texts/`` (``local:NAME`` texts), ``jobs/`` (round checkpoints, artifacts)."""
+    """Holds ``models/`` (``local:NAME`` models), ``texts/`` (``local:NAME`` texts), ``jobs/`` (round checkpoints,
+    artifacts), ``statistics/`` (of earlier jobs' models) and, under ``secateur up``, the servers' files and ``database-url``."""
     hub_dir: Path | None = None
     """Publish into this folder, laid out like a Hub cache, instead of to a Hugging Face Hub."""
     hf_token: SecretStr | None = Field(None, validation_alias=AliasChoices("SECATEUR_HF_TOKEN", "HF_TOKEN"))

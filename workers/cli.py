@@ -8,14 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli import FAILED, REFUSED, Json, RecoveryKind, cli, main, one_or_several
+from app.cli import FAILED, REFUSED, Json, RecoveryKind, cli, main, one_or_several, stop
 
 WORKER_FLAGS = ("--without-gossip", "--without-mingle", "--without-heartbeat")
-
-
-def _stop(message: str, code: int) -> typer.Exit:
-    typer.echo(message, err=True)
-    return typer.Exit(code)
 
 
 @cli.command()
@@ -47,7 +42,7 @@ def up(
             typer.echo("Ctrl-C stops it.")
             stack.run()
     except (StackError, EmbeddedError, OSError) as error:
-        raise _stop(str(error), FAILED) from None
+        raise stop(str(error), FAILED) from None
 
 
 @cli.command()
@@ -111,9 +106,9 @@ def prune(
         )
     except ValidationError as error:
         reasons = (f"{'.'.join(map(str, at['loc']))}: {at['msg']}" for at in error.errors())
-        raise _stop("\n".join(reasons), REFUSED) from None
+        raise stop("\n".join(reasons), REFUSED) from None
     if output.exists() and any(output.iterdir()):
-        raise _stop(f"{output} is not empty", REFUSED)
+        raise stop(f"{output} is not empty", REFUSED)
 
     from workers.engine import prune as prune_model
 
@@ -134,7 +129,7 @@ def prune(
                 on_event=show,
             )
     except PruningError as error:
-        raise _stop(f"{error.message} ({error.code})", FAILED) from None
+        raise stop(f"{error.message} ({error.code})", FAILED) from None
     report = result.report
     if as_json:
         typer.echo(json.dumps(report))
@@ -148,7 +143,11 @@ def prune(
 def _show(folder: Path, report: dict[str, Any]) -> None:
     typer.echo(f"{folder}: {report['parameters']['after']:,} of {report['parameters']['before']:,} parameters")
     typer.echo(f"ratio {report['ratio']['reached']:.4f}")
-    typer.echo(f"perplexity {report['perplexity']['before']:.2f} -> {report['perplexity']['after']:.2f}")
+    before, after = (
+        "infinite" if value is None else f"{value:.2f}"
+        for value in (report["perplexity"]["before"], report["perplexity"]["after"])
+    )
+    typer.echo(f"perplexity {before} -> {after}")
 
 
 def _text_source(name: str | None) -> dict[str, Any]:
@@ -158,7 +157,7 @@ def _text_source(name: str | None) -> dict[str, Any]:
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise _stop(f"{name} cannot be read as UTF-8 text: {error}", REFUSED) from None
+        raise stop(f"{name} cannot be read as UTF-8 text: {error}", REFUSED) from None
     return {"texts": [text[start : start + 1_000_000] for start in range(0, len(text), 1_000_000)]}
 
 

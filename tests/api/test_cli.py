@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from app.cli import _line
 from app.config import Settings
 from tests.api import play
+from workers.cli import _show
 
 ROOT = Path(__file__).parents[2]
 JOB_ID = uuid.UUID(int=0)
@@ -148,3 +149,9 @@ def test_watch(
     assert "score" in lines[0] and "25%" in lines[0] and "round 1/2" in lines[0]
     assert ("published to secateur/tiny" if good else "The weights have NaN. (nan_weights)") in lines[-1]
     assert run("status", job_id).returncode == code
+
+
+def test_a_perplexity_beyond_all_numbers_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    pair = {"before": 10, "after": 8}
+    _show(Path("out"), {"parameters": pair, "ratio": {"reached": 0.2}, "perplexity": {"before": 9.5, "after": None}})
+    assert "perplexity 9.50 -> infinite" in capsys.readouterr().out

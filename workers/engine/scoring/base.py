@@ -67,7 +67,7 @@ class Context:
 
     @cached_property
     def survey(self) -> Survey:
-        """First moments of every layer: one forward, shared by scorer and allocator."""
+        """What one forward tells of every layer, cosines and variances, shared by scorer and allocator."""
         tensors = self.memo("survey", lambda: survey(self.decoder, self.tokens, self.batch_windows, self.progress))
         return Survey.of(tensors)
 
