@@ -77,6 +77,10 @@ class Settings(BaseSettings):
     def texts_dir(self) -> Path:
         return self.data_dir / "texts"
 
+    @property
+    def jobs_dir(self) -> Path:
+        return self.data_dir / "jobs"
+
     def nearest_database_url(self) -> str:
         """``database_url`` where it is set; else that of the ``secateur up`` on this data folder, if there was one."""
         file = self.data_dir / DATABASE_URL_FILE
@@ -86,7 +90,7 @@ class Settings(BaseSettings):
 
     def job_dir(self, job_id: object) -> Path:
         """Round checkpoints and artifacts of one job; shared between workers and the API."""
-        return self.data_dir / "jobs" / str(job_id)
+        return self.jobs_dir / str(job_id)
 
 
 @lru_cache

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from app.config import Settings
 from app.fleet import repository as fleet
 from app.jobs import doorbell, leases
+from app.jobs import service as jobs
 from app.kit import idempotency
 from app.webhooks import service as webhooks
 
@@ -84,6 +85,7 @@ def deliver_webhooks(session: Session, settings: Settings) -> None:
 
 
 def keep_house(session: Session, settings: Settings) -> None:
-    """Drop what has expired."""
+    """Drop what has expired, and what is left of deleted jobs."""
     idempotency.expire(session, settings.idempotency_ttl)
     fleet.forget(session, FORGET_WORKERS_AFTER)
+    jobs.empty_trash(settings)

@@ -20,6 +20,9 @@ from app.jobs.transitions import TERMINAL, State, Trigger
 from app.kit import idempotency
 from app.kit.problem import Problem, invalid
 
+TRASH = ".deleted"
+"""The end of the name of a deleted job's folder."""
+
 
 def plan(settings: Settings, request: JobRequest) -> Plan:
     """What the job would do; nothing is made.
@@ -131,9 +134,7 @@ def ask(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, trigger: Trigg
 
 
 def delete(session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Delete a finished job and its folder; commits.
-
-    Within the transaction the folder only loses its name: to remove gigabytes takes longer than a row may be locked.
+    """Delete a finished job, commit, and remove its folder; what a kill leaves of that, :func:`empty_trash` removes.
 
     Raises:
         Problem: 404, or 409 on a job that has not ended.
@@ -142,13 +143,17 @@ def delete(session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uu
     if job.state not in TERMINAL:
         raise Problem(409, "wrong_state", f"A job that is {job.state} cannot be deleted; cancel it.", state=job.state)
     repository.delete(session, job)
+    session.commit()
     folder = settings.job_dir(job_id)
-    trash = folder.with_name(f"{folder.name}.deleted-{uuid.uuid4().hex}")
+    trash = folder.with_name(folder.name + TRASH)
     with suppress(FileNotFoundError):
-        folder.rename(trash)
-    try:
-        session.commit()
-    finally:
+        folder.rename(trash)  # in one step: nobody lists half of it
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def empty_trash(settings: Settings) -> None:
+    """Remove the folders of deleted jobs that were not removed to their end."""
+    for trash in settings.jobs_dir.glob(f"*{TRASH}"):
         shutil.rmtree(trash, ignore_errors=True)
 
 

@@ -1,6 +1,7 @@
 """Making, finding, steering and deleting jobs over HTTP."""
 
 import json
+import shutil
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,15 +11,18 @@ from typing import Any
 import httpx2
 import pytest
 from sqlalchemy import func, select, update
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from app.config import Settings
 from app.db.session import session_factory
+from app.jobs import service
 from app.jobs.models import Job, JobEvent, JobRound
 from app.kit import idempotency, pages
 from app.kit.idempotency import IdempotencyKey
 from tests.api import play
 from tests.api.conftest import CONFIG
+from workers import scheduler
 
 Body = dict[str, Any]
 
@@ -27,6 +31,15 @@ def _make(api: httpx2.Client, body: Body, **headers: str) -> dict[str, Any]:
     response = api.post("/v1/jobs", json=body, headers=headers)
     assert response.status_code == 202, response.text
     return response.json()
+
+
+def _delete(session: Session, settings: Settings, job_id: str) -> None:
+    job = session.get_one(Job, uuid.UUID(job_id))
+    service.delete(session, settings, job.owner_id, job.id)
+
+
+def _away(session: Session) -> None:
+    raise OperationalError("COMMIT", None, Exception("the database went away"))
 
 
 def test_create_and_get(api: httpx2.Client, body: Body) -> None:
@@ -302,6 +315,31 @@ class TestSteering:
         for table in (Job, JobEvent, JobRound):
             assert session.scalar(select(func.count()).select_from(table)) == 0
         assert list((settings.data_dir / "jobs").iterdir()) == []
+
+    def test_a_delete_that_is_not_committed_loses_nothing(
+        self, api: httpx2.Client, body: Body, session: Session, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job_id = _make(api, body)["id"]
+        play.succeed(session, settings, job_id, play.start(session, job_id))
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "commit", _away)
+            with pytest.raises(OperationalError):
+                _delete(session, settings, job_id)
+        session.rollback()
+        assert len(api.get(f"/v1/jobs/{job_id}/artifacts").json()["items"]) == 2
+
+    def test_what_a_kill_leaves_of_a_deleted_job_is_removed(
+        self, api: httpx2.Client, body: Body, session: Session, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        live, job_id = _make(api, body)["id"], _make(api, body)["id"]
+        settings.job_dir(live).mkdir(parents=True)
+        play.succeed(session, settings, job_id, play.start(session, job_id))
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+            _delete(session, settings, job_id)
+        assert len(list(settings.jobs_dir.iterdir())) == 2
+        scheduler.keep_house(session, settings)
+        assert list(settings.jobs_dir.iterdir()) == [settings.job_dir(live)]
 
     def test_delete_at_once(self, api: httpx2.Client, body: Body, session: Session, settings: Settings) -> None:
         job_id = _make(api, body)["id"]
