@@ -60,14 +60,20 @@ class Sweep:
         self._index = -1
 
     @torch.no_grad()
-    def layers(self) -> Iterator[Layer]:
-        """Each layer in turn, to be cut; then the hidden states pass through what is left of it."""
+    def layers(self, cut: bool = True) -> Iterator[Layer]:
+        """Each layer in turn, to be cut; then the hidden states pass through what is left of it.
+
+        Without ``cut`` the layers stay as they are, and the hidden states those of the reference.
+        """
         for index, layer in enumerate(self._decoder.layers):
             self._index = index
             if self._reference is not None:
                 self._run_reference(self._reference)
             yield layer
-            self.hidden = [self._run(self._decoder, batch, hidden) for batch, hidden in enumerate(self.hidden)]
+            if cut:
+                self.hidden = [self._run(self._decoder, batch, hidden) for batch, hidden in enumerate(self.hidden)]
+            else:
+                self.hidden = self._targets["channels"]
 
     @torch.no_grad()
     def moments(self, part: Part) -> Moments:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from app.catalog.architectures import nearest_groups
 from workers.engine.allocation.base import LayerLimit, Share, fill
-from workers.engine.decoder import PARTS
+from workers.engine.decoder import PARTS, Decoder, Part
 from workers.engine.recovery.least_squares import refit
 from workers.engine.scoring.base import Context
 from workers.engine.scoring.second_order import eliminate
@@ -17,10 +17,12 @@ from workers.engine.sweep import Sweep
 
 CURVE_WINDOWS = 8
 """Calibration windows that error curves are taken on: their shape needs fewer tokens than a fit."""
-PROBE_TOKENS = 256
+PROBE_TOKENS = 128
 """Tokens that divergences are taken on: every layer's parts cost a forward of them."""
 PROBE_SHARE = 0.5
 """Units that a part gives when its sensitivity is probed."""
+PROBE_CHUNK = 64
+"""Tokens whose predictions are compared at a time: in float32 they take more memory than a layer."""
 BISECTIONS = 60
 
 
@@ -77,28 +79,52 @@ def _cheapest_step(curves: list[Tensor], units: list[int], step: int) -> int:
 def _curves(context: Context) -> list[Tensor]:
     """By layer and part, the divergence in nats a token that removing 0, 1, 2… units would cost: ``[units]``."""
     decoder, tokens = context.decoder, context.tokens
-    probe = tokens[: max(1, PROBE_TOKENS // tokens.shape[1])]
-    captured = decoder.capture(probe)
-    before = decoder.resume(captured, 0, captured.inputs[0]).float().log_softmax(-1)
+    probe = _Probe(decoder, tokens[: max(1, PROBE_TOKENS // tokens.shape[1]), :PROBE_TOKENS])
     sweep = Sweep(decoder, tokens[:CURVE_WINDOWS], context.batch_windows, decoder)
     curves = []
-    for index, layer in enumerate(sweep.layers()):
+    for index, layer in enumerate(sweep.layers(cut=False)):
         for part in PARTS:
             moments, output, units = sweep.moments(part), layer.output(part), layer.units(part)
-            width = layer.width(part)
-            path = eliminate(output.weight.float(), moments.gram, width, units - 1)
+            path = eliminate(output.weight.float(), moments.gram, layer.width(part), units - 1)
             errors = torch.cat([torch.zeros(1), path.errors.cumsum(0)]).double()
-            probed = max(1, round(PROBE_SHARE * units)) if units > 1 else 0
-            kept = torch.tensor(sorted(set(range(units)) - set(path.order[:probed].tolist())))
-            inputs = expand(kept.to(output.weight.device), width)
-            weight = torch.zeros_like(output.weight)
-            weight[:, inputs] = refit(output.weight.float(), moments.gram, inputs).to(weight.dtype)
-            with _replaced(output, weight):
-                after = decoder.resume(captured, index, captured.inputs[index]).float().log_softmax(-1)
-            divergence = float((before.exp() * (before - after)).sum(-1).double().mean().clamp_min(0))
-            curves.append(errors * (divergence / float(errors[probed].clamp_min(1e-30))))
+            gone = path.order[: max(1, round(PROBE_SHARE * units))]
+            divergence = probe.divergence(index, part, moments.gram, gone)
+            curves.append(errors * (divergence / float(errors[len(gone)].clamp_min(1e-30))))
         context.progress((index + 1) / len(decoder.layers))
     return curves
+
+
+class _Probe:
+    """How far the predictions for ``tokens`` ``[windows, length]`` move when one part of the model is cut."""
+
+    def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
+        self._decoder = decoder
+        self._captured = decoder.capture(tokens)
+        self._before = self._logits(len(decoder.layers) - 1)
+
+    def divergence(self, index: int, part: Part, gram: Tensor, gone: Tensor) -> float:
+        """Kullback-Leibler divergence in nats a token without the units ``gone`` of layer ``index``, the rest refitted."""
+        layer = self._decoder.layers[index]
+        output = layer.output(part)
+        kept = torch.tensor(sorted(set(range(layer.units(part))) - set(gone.tolist())), device=output.weight.device)
+        inputs = expand(kept, layer.width(part))
+        weight = torch.zeros_like(output.weight)
+        weight[:, inputs] = refit(output.weight.float(), gram, inputs).to(weight.dtype)
+        with _replaced(output, weight):
+            after = self._logits(index)
+        pairs = zip(self._before.split(PROBE_CHUNK), after.split(PROBE_CHUNK), strict=True)
+        total = sum(float(_divergence(whole, cut)) for whole, cut in pairs)
+        return max(total / len(after), 0.0)
+
+    def _logits(self, index: int) -> Tensor:
+        """From what entered layer ``index``: ``[tokens, vocabulary]``."""
+        return self._decoder.resume(self._captured, index, self._captured.inputs[index]).flatten(0, 1)
+
+
+def _divergence(before: Tensor, after: Tensor) -> Tensor:
+    """Σ over tokens of KL(before ‖ after) for logits ``[tokens, vocabulary]``."""
+    before, after = before.float().log_softmax(-1), after.float().log_softmax(-1)
+    return (before.exp() * (before - after)).sum(-1).double().sum()
 
 
 @contextmanager

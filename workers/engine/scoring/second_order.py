@@ -15,7 +15,7 @@ from workers.engine.scoring.moments import PartContext
 
 DAMPING = 0.1
 """λ, as a share of the mean diagonal: keeps the choice from trusting correlations that few tokens cannot show."""
-STEPS = 48
+STEPS = 24
 """Single inputs go in this many steps at most from all to none: those of one step are chosen together."""
 
 
