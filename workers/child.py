@@ -53,6 +53,7 @@ class Child:
     def __init__(self, argv: list[str], job: dict[str, Any], deadline: float) -> None:
         """Start ``argv`` and hand it ``job``; at ``deadline`` (``time.monotonic()``) it dies unless renewed."""
         self.deadline = deadline
+        """The last one that it was given while it lived."""
         self._process = spawn(
             argv,
             timer=max(0.001, deadline - time.monotonic()),
@@ -75,7 +76,8 @@ class Child:
 
         ``recorded``: the round that it told of last is, and it may go on.
         """
-        self.deadline = deadline
+        if self._process.poll() is None:
+            self.deadline = deadline
         self._send({"deadline": deadline, "pause": pause, "recorded": recorded})
 
     def receive(self, timeout: float) -> dict[str, Any] | None:

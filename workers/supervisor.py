@@ -233,7 +233,7 @@ class Attempt:
     def _death(self, child: Child, oom_kills: int) -> Exception:
         """Why a child that said no last word is dead."""
         code = child.kill()
-        if code == -signal.SIGALRM and time.monotonic() >= self.deadline:
+        if code == -signal.SIGALRM and time.monotonic() >= child.deadline:
             return DatabaseLost("the lease could not be renewed in time")
         message = f"The worker's process {describe_exit(code)}."
         if code == -signal.SIGKILL:

@@ -105,7 +105,13 @@ def test_the_runner_is_dead_before_the_lease_ends_when_the_database_is_gone(
     upgrade(server.url)
     monkeypatch.setenv("SECATEUR_DATABASE_URL", server.url)
     engine = make_engine(server.url)
-    request = {"model_id": "local:any", "method": "random", "rounds": 1, "script": {"hang_in_round": 1}}
+    request = {
+        "model_id": "local:any",
+        "target_ratio": 0.3,
+        "method": "random",
+        "rounds": 1,
+        "script": {"hang_in_round": 1},
+    }
     with Session(engine) as session:
         owner, _ = auth.create(session, "test")
         job = Job(owner_id=owner.id, request=request, model_id="local:any", method="random")
