@@ -14,6 +14,8 @@ Allocator = Literal["cosine", "inner", "loss", "lsps", "threshold", "uniform"]
 RecoveryKind = Literal["none", "bias", "linear-regression", "least-squares", "lora", "distill"]
 """``none``, names in ``workers.engine.recovery.MENDS``, which mend a layer as it is cut, and :data:`TRAINED`."""
 
+DAMPING = 0.3
+"""Of the least-squares refit, where neither the request nor the method says otherwise."""
 TRAINED = frozenset({"lora", "distill"})
 """Recoveries that train when all is cut: one more round of each target."""
 GRADIENT_SCORERS = frozenset({"llm-pruner", "loraprune", "movement", "piem"})
@@ -37,6 +39,8 @@ class Method:
     recovery: RecoveryKind = "none"
     passes: str = "none"
     default_rounds: int = 1
+    refit_target: Literal["model", "layer"] = "model"
+    refit_damping: float = DAMPING
 
     @property
     def needs_gradients(self) -> bool:
@@ -59,7 +63,7 @@ METHODS: dict[str, Method] = {
         Method("slimllm", "Pearson similarity of heads with greedy swaps, channels in feature space, cosine layer ratios, linear regression", "Guo et al., SlimLLM: Accurate Structured Pruning for Large Language Models", "4 to 11, algorithm 1", "slimllm", "cosine", "linear-regression", passes=f"one forward for the ratios, {SWEEP}"),
         Method("flap", "fluctuation of the inputs times the output weights, standardised and compared across layers, bias compensation", "An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models", "3 to 8", "flap", "threshold", "bias", passes=f"one forward for the statistics, {SWEEP}"),
         Method("wanda", "weight magnitude times input norm, summed over a unit's output weights", "Sun et al., A Simple and Effective Pruning Approach for Large Language Models", "1, structured as in An et al.", "wanda", "uniform", passes=SWEEP),
-        Method("sparsegpt", "optimal brain surgeon's error of a unit, with its update of the weights that stay", "Frantar and Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", "3 and 4, over whole units", "obs", "uniform", "least-squares", passes=SWEEP),
+        Method("sparsegpt", "optimal brain surgeon's error of a unit, with its update of the weights that stay", "Frantar and Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", "3 and 4, over whole units", "obs", "uniform", "least-squares", passes=SWEEP, refit_target="layer", refit_damping=0.01),
         Method("llm-pruner", "first-order Taylor importance over coupled weights", "Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models", "3 to 5", "llm-pruner", "inner", passes="one forward and one backward over the calibration tokens"),
         Method("loraprune", "the same importance from the gradients of low-rank adapters", "Zhang et al., LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning", "6 to 10", "loraprune", "inner", passes="a few training steps of adapters over the calibration tokens", default_rounds=4),
         Method("lorap", "low-rank attention is not to be had in a stock checkpoint: its input-weighted norms for channels and, likewise, heads", "Li et al., LoRAP: Transformer Sub-Layers Deserve Differentiated Structured Compression for Large Language Models", "7 to 9", "lorap", "uniform", passes=SWEEP),

@@ -114,11 +114,11 @@ class Recovery(_Part):
         None,
         gt=0,
         le=100,
-        description="`least-squares`: pull towards the original weights, as a share of the mean diagonal of the Gram matrix; unset: 0.3.",
+        description="`least-squares`: pull towards the original weights, as a share of the mean diagonal of the Gram matrix; unset: the method's own (0.3, `sparsegpt` 0.01).",
     )
-    target: Literal["model", "layer"] = Field(
-        "model",
-        description="`least-squares`: fit each layer to what left it in the unpruned model, or to what it would do itself uncut.",
+    target: Literal["model", "layer"] | None = Field(
+        None,
+        description="`least-squares`: fit each layer to what left it in the unpruned `model`, or to what the `layer` itself would give uncut; unset: the method's own (`model`, `sparsegpt` `layer`).",
     )
     epochs: float = Field(2.0, gt=0, le=100, description="`lora`, `distill`: passes over the calibration windows.")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="`lora`, `distill`: peak of AdamW's.")
@@ -306,9 +306,17 @@ class PruningSpec(_Part):
         return self.recovery.kind or METHODS[self.method].recovery
 
     @property
+    def refit_target(self) -> Literal["model", "layer"]:
+        return self.recovery.target or METHODS[self.method].refit_target
+
+    @property
+    def refit_damping(self) -> float:
+        return self.recovery.damping or METHODS[self.method].refit_damping
+
+    @property
     def needs_reference(self) -> bool:
         """Whether layers are mended towards the unpruned model."""
-        return self.recovery_kind == "least-squares" and self.recovery.target == "model"
+        return self.recovery_kind == "least-squares" and self.refit_target == "model"
 
     def published(self) -> dict[str, Any]:
         """The spec as reports and model cards show it, see :func:`without_texts`."""

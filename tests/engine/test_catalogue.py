@@ -1,12 +1,13 @@
 """What the catalogue names is what the engine has, and no mix of parts is let in that cannot work."""
 
 from itertools import product
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
 from app.catalog.methods import (
+    DAMPING,
     GRADIENT_ALLOCATORS,
     GRADIENT_SCORERS,
     LAYERWISE_SCORERS,
@@ -35,6 +36,18 @@ def test_rounds_in_all_are_those_of_every_target_and_its_training() -> None:
     assert PruningSpec.model_validate(plain).total_rounds == 3 * 4, "the method's default"
     assert PruningSpec.model_validate({**plain, "rounds": 2, "recovery": {"kind": "lora"}}).total_rounds == 3 * (2 + 1)
     assert PruningSpec.model_validate({**plain, "target_ratio": 0.2, "recovery": {"kind": "bias"}}).total_rounds == 4
+
+
+def test_a_refit_is_the_methods_own_where_nothing_else_is_asked_for() -> None:
+    def refit(method: str, **recovery: Any) -> tuple[str, float, bool]:
+        spec = PruningSpec.model_validate({"target_ratio": 0.2, "method": method, "recovery": recovery})
+        return spec.refit_target, spec.refit_damping, spec.needs_reference
+
+    assert refit("secateur") == ("model", DAMPING, True)
+    assert refit("sparsegpt") == ("layer", 0.01, False)
+    assert refit("sparsegpt", target="model", damping=0.5) == ("model", 0.5, True)
+    assert refit("wanda", kind="least-squares", target="layer") == ("layer", DAMPING, False)
+    assert not refit("wanda")[2], "no refit, no reference"
 
 
 @pytest.mark.parametrize(("scorer", "allocator"), product(get_args(Scorer), get_args(Allocator)))

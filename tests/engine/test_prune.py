@@ -172,7 +172,7 @@ def test_same_seed_same_plan_on_one_thread_and_two(method: str, trained_folder: 
 TRAINED = {"epochs": 4.0, "batch_size": 1, "rank": 2}
 """On 6 windows: 24 steps, so that there is a checkpoint before the end."""
 STEPWISE: dict[str, dict[str, Any]] = {
-    "least-squares": {"method": "sparsegpt", "rounds": 2, "target_ratio": [0.2, 0.5]},
+    "least-squares": {"method": "secateur", "rounds": 2, "target_ratio": [0.2, 0.5]},
     "linear-regression": {"method": "slimllm", "rounds": 2},
     "bias": {"method": "flap", "rounds": 2},
     "lora": {"method": "magnitude", "rounds": 2, "recovery": {"kind": "lora", **TRAINED}},

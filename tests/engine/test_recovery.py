@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from app.catalog.errors import PruningError
-from app.catalog.spec import PruningSpec, Recovery
+from app.catalog.methods import DAMPING
+from app.catalog.spec import PruningSpec
 from tests.engine.models import VOCABULARY, decoder_of, make_model
 from workers.engine.decoder import PARTS, Decoder, Part
 from workers.engine.recovery import MENDS, Cut, least_squares
@@ -113,17 +114,16 @@ def moments_of(inputs: Tensor, weights: Tensor | None = None, missing: Tensor | 
     )
 
 
-@pytest.mark.parametrize("damping", [None, 0.01, 3.0])
+@pytest.mark.parametrize("damping", [0.01, 0.3, 3.0])
 @pytest.mark.parametrize("with_missing", [False, True])
-def test_least_squares_is_one_stacked_least_squares(damping: float | None, with_missing: bool) -> None:
+def test_least_squares_is_one_stacked_least_squares(damping: float, with_missing: bool) -> None:
     weight, inputs, token_weights, missing, kept = problem()
     moments = moments_of(inputs, token_weights, missing if with_missing else None)
     bias = torch.ones(5)
-    recovery = Recovery(damping=damping)
-    found, same_bias = MENDS["least-squares"](Cut(weight.float(), bias, moments, kept), recovery)
+    found, same_bias = MENDS["least-squares"](Cut(weight.float(), bias, moments, kept, damping))
     assert same_bias is bias
     used = token_weights.sqrt() * inputs[:, kept]
-    ridge = ((damping or least_squares.DAMPING) * used.square().sum(0).mean()).sqrt() * torch.eye(len(kept)).double()
+    ridge = (damping * used.square().sum(0).mean()).sqrt() * torch.eye(len(kept)).double()
     wanted = inputs @ weight.T + (least_squares.CARRIED * missing if with_missing else 0)
     stacked = torch.cat([used, ridge])
     expected = torch.linalg.lstsq(
@@ -137,7 +137,7 @@ def test_moments_that_are_not_finite_are_reported(value: float) -> None:
     weight, inputs, _, _, kept = problem()
     inputs[3, 4] = value
     with pytest.raises(PruningError) as caught:
-        MENDS["least-squares"](Cut(weight.float(), None, moments_of(inputs), kept), Recovery())
+        MENDS["least-squares"](Cut(weight.float(), None, moments_of(inputs), kept, DAMPING))
     assert (caught.value.code, caught.value.field) == ("loss_not_finite", "dtype")
 
 
@@ -146,7 +146,7 @@ def test_linear_regression_is_a_line_for_every_output_dimension() -> None:
     bias = torch.arange(5.0)
     for weights in (torch.ones_like(token_weights), token_weights):
         moments = moments_of(inputs, weights)
-        mended, offset = MENDS["linear-regression"](Cut(weight.float(), bias, moments, kept), Recovery())
+        mended, offset = MENDS["linear-regression"](Cut(weight.float(), bias, moments, kept, DAMPING))
         assert offset is not None
         for dimension in range(5):
             pruned, whole = inputs[:, kept] @ weight[dimension, kept], inputs @ weight[dimension] + dimension
@@ -158,7 +158,7 @@ def test_linear_regression_is_a_line_for_every_output_dimension() -> None:
 def test_linear_regression_leaves_what_does_not_vary() -> None:
     weight, inputs, _, _, kept = problem()
     weight[2, kept] = 0
-    mended, offset = MENDS["linear-regression"](Cut(weight.float(), None, moments_of(inputs), kept), Recovery())
+    mended, offset = MENDS["linear-regression"](Cut(weight.float(), None, moments_of(inputs), kept, DAMPING))
     assert offset is not None and bool(mended.isfinite().all()) and not mended[2].any()
     assert float(offset[2]) == pytest.approx(float((inputs @ weight[2]).mean()), rel=1e-3)
 
@@ -167,7 +167,7 @@ def test_bias_is_the_mean_of_what_went() -> None:
     weight, inputs, _, _, kept = problem()
     gone = [index for index in range(12) if index not in kept.tolist()]
     for bias in (None, torch.arange(5.0)):
-        mended, offset = MENDS["bias"](Cut(weight.float(), bias, moments_of(inputs), kept), Recovery())
+        mended, offset = MENDS["bias"](Cut(weight.float(), bias, moments_of(inputs), kept, DAMPING))
         expected = (inputs[:, gone] @ weight[:, gone].T).mean(0) + (0 if bias is None else bias)
         assert offset is not None and torch.equal(mended, weight[:, kept].float())
         assert_close(offset, expected)
@@ -177,7 +177,7 @@ def test_bias_is_the_mean_of_what_went() -> None:
 def test_every_recovery_comes_nearer_to_the_layer_than_truncation(kind: str) -> None:
     weight, inputs, _, _, kept = problem()
     whole = inputs @ weight.T
-    mended, offset = MENDS[kind](Cut(weight.float(), None, moments_of(inputs), kept), Recovery(target="layer"))
+    mended, offset = MENDS[kind](Cut(weight.float(), None, moments_of(inputs), kept, DAMPING))
     error = (inputs[:, kept] @ mended.double().T + (0 if offset is None else offset) - whole).square().sum()
     truncated = (inputs[:, kept] @ weight[:, kept].T - whole).square().sum()
     assert float(error) < 0.95 * float(truncated)
@@ -186,8 +186,8 @@ def test_every_recovery_comes_nearer_to_the_layer_than_truncation(kind: str) -> 
 @pytest.mark.parametrize("kind", MENDS)
 def test_where_nothing_goes_nothing_changes(kind: str) -> None:
     weight, inputs, token_weights, _, _ = problem()
-    cut_nothing = Cut(weight.float(), None, moments_of(inputs, token_weights), torch.arange(12))
-    mended, offset = MENDS[kind](cut_nothing, Recovery(target="layer"))
+    cut_nothing = Cut(weight.float(), None, moments_of(inputs, token_weights), torch.arange(12), DAMPING)
+    mended, offset = MENDS[kind](cut_nothing)
     assert_close(mended, weight, 1e-4)
     assert offset is None or float(offset.abs().max()) < 1e-3 * float((inputs @ weight.T).abs().mean())
     if kind == "bias":

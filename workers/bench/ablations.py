@@ -1,4 +1,4 @@
-"""The papers' ablations, each variant a request: PIEM + LSPS (Wang) and SlimLLM (Guo et al.)."""
+"""Ablations, each variant a request: ours, and the papers' of PIEM + LSPS (Wang) and SlimLLM (Guo et al.)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +28,26 @@ def ablations(base: Case, seeds: Sequence[int]) -> list[Section]:
     def slimllm(**changes: Any) -> Case:
         return replace(base, method="slimllm", rounds=1, changes=changes)
 
+    def secateur(**changes: Any) -> Case:
+        return replace(base, method="secateur", rounds=1, changes=changes)
+
     return [
+        section(
+            "Secateur: its parts, each in place of another's",
+            "variant",
+            [0.2, 0.4],
+            {
+                "secateur": secateur(),
+                "SlimLLM's ratios": secateur(allocation={"kind": "cosine"}),
+                "uniform ratios": secateur(allocation={"kind": "uniform"}),
+                "refitted to the layer alone": secateur(recovery={"target": "layer"}),
+                "damping 0.01": secateur(recovery={"damping": 0.01}),
+                "no refit": secateur(recovery={"kind": "none"}),
+                "SlimLLM's ratios, OBS selection, sparsegpt's refit": slimllm(
+                    scoring={"kind": "obs"}, recovery={"kind": "least-squares", "target": "layer", "damping": 0.01}
+                ),
+            },
+        ),
         section(
             "PIEM + LSPS, table 3: the two parts (4 rounds)",
             "variant",

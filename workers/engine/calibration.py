@@ -19,7 +19,7 @@ from workers.engine.decoder import Decoder
 HELD_OUT_SHARE = 0.2
 EVALUATION_SEED_OFFSET = 1_000_003
 SAMPLING_BATCH = 16
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 """Tokens of one forward or backward pass: bounds activations, and the logits that are the largest of them."""
 
 # name -> (Hub data set, configuration, text column, calibration split, evaluation split)

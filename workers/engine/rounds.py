@@ -75,8 +75,8 @@ def _cut_part(
         return kept
     assert moments is not None
     inputs = expand(torch.tensor(kept, device=output.weight.device), layer.width(part))
-    before = Cut(output.weight.float(), None if output.bias is None else output.bias.float(), moments, inputs)
-    weight, bias = mend(before, spec.recovery)
+    before_bias = None if output.bias is None else output.bias.float()
+    weight, bias = mend(Cut(output.weight.float(), before_bias, moments, inputs, spec.refit_damping))
     cut(layer, part, kept)
     output.weight = nn.Parameter(weight.to(output.weight.dtype), requires_grad=False)
     output.register_parameter(

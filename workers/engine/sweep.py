@@ -97,12 +97,15 @@ class Sweep:
                 target = self._targets[part][batch].flatten(0, 1).float()
                 weights = 1 / target.square().mean(1, keepdim=True)
                 before = hidden if part == "heads" else hidden + seen.attended
-                missing = target - before.flatten(0, 1).float() - output(seen.inputs).flatten(0, 1).float()
-                moments.missing += (inputs * weights).T @ missing
+                moments.missing += (inputs * weights).T @ (target - before.flatten(0, 1).float())
             moments.weight += float(weights.sum())
             moments.inputs += (inputs * weights).sum(0)
             moments.gram += (inputs * weights).T @ inputs
             moments.entering += (entering.square() * weights).sum(0)
+        if moments.missing is not None:  # what the part gives itself is linear in the inputs: no need to run it
+            moments.missing -= moments.gram @ output.weight.float().T
+            if output.bias is not None:
+                moments.missing -= torch.outer(moments.inputs, output.bias.float())
         return moments
 
     def _run(self, decoder: Decoder, batch: int, hidden: Tensor) -> Tensor:

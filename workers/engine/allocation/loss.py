@@ -15,14 +15,14 @@ from workers.engine.scoring.second_order import eliminate
 from workers.engine.slicing import expand
 from workers.engine.sweep import Sweep
 
-CURVE_WINDOWS = 8
+CURVE_WINDOWS = 6
 """Calibration windows that error curves are taken on: their shape needs fewer tokens than a fit."""
 PROBE_TOKENS = 128
 """Tokens that divergences are taken on: every layer's parts cost a forward of them."""
 PROBE_SHARE = 0.5
 """Units that a part gives when its sensitivity is probed."""
-PROBE_CHUNK = 64
-"""Tokens whose predictions are compared at a time: in float32 they take more memory than a layer."""
+PROBE_CHUNK = 32
+"""Tokens whose predictions are compared at a time: those of all take more memory than a layer."""
 BISECTIONS = 60
 
 
@@ -100,7 +100,7 @@ class _Probe:
     def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
         self._decoder = decoder
         self._captured = decoder.capture(tokens)
-        self._before = self._logits(len(decoder.layers) - 1)
+        self._before = decoder.head(self._leaving(len(decoder.layers) - 1)).flatten(0, 1)
 
     def divergence(self, index: int, part: Part, gram: Tensor, gone: Tensor) -> float:
         """Kullback-Leibler divergence in nats a token without the units ``gone`` of layer ``index``, the rest refitted."""
@@ -111,14 +111,14 @@ class _Probe:
         weight = torch.zeros_like(output.weight)
         weight[:, inputs] = refit(output.weight.float(), gram, inputs).to(weight.dtype)
         with _replaced(output, weight):
-            after = self._logits(index)
-        pairs = zip(self._before.split(PROBE_CHUNK), after.split(PROBE_CHUNK), strict=True)
-        total = sum(float(_divergence(whole, cut)) for whole, cut in pairs)
-        return max(total / len(after), 0.0)
+            leaving = self._leaving(index).flatten(0, 1)
+        pairs = zip(self._before.split(PROBE_CHUNK), leaving.split(PROBE_CHUNK), strict=True)
+        total = sum(float(_divergence(whole, self._decoder.head(cut))) for whole, cut in pairs)
+        return max(total / len(leaving), 0.0)
 
-    def _logits(self, index: int) -> Tensor:
-        """From what entered layer ``index``: ``[tokens, vocabulary]``."""
-        return self._decoder.resume(self._captured, index, self._captured.inputs[index]).flatten(0, 1)
+    def _leaving(self, index: int) -> Tensor:
+        """The last layer, from what entered layer ``index``: ``[windows, length, hidden]``."""
+        return self._decoder.run_layers(self._captured, index, self._captured.inputs[index])
 
 
 def _divergence(before: Tensor, after: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ MANIFEST = "secateur.json"
 SHARD_SIZE = "5GB"
 ROOM = 64 * 2**20
 """Bytes to spare on the disk beyond the weights themselves."""
-PACKAGES = ("secateur", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub")
+PACKAGES = ("secateur", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "peft")
 
 
 @contextmanager

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from app.catalog.spec import Recovery
 from workers.engine.recovery.base import Cut
 
 
-def mend(cut: Cut, recovery: Recovery) -> tuple[Tensor, Tensor | None]:
+def mend(cut: Cut) -> tuple[Tensor, Tensor | None]:
     """b' = b + W_removed·E[x_removed] (An et al., equation 8)."""
     removed = torch.ones_like(cut.moments.mean, dtype=torch.bool)
     removed[cut.kept] = False

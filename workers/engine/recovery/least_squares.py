@@ -3,19 +3,18 @@
 import torch
 from torch import Tensor
 
-from app.catalog.spec import Recovery
+from app.catalog.methods import DAMPING
 from workers.engine.linalg import damped
 from workers.engine.recovery.base import Cut
 
-DAMPING = 0.3
 CARRIED = 0.35
 """How much of what earlier layers lost a part is asked to make up for. On the calibration text all of it would be best; but
 hidden states of layers fitted to that text are nearer to their targets there than anywhere else."""
 
 
-def mend(cut: Cut, recovery: Recovery) -> tuple[Tensor, Tensor | None]:
-    """:func:`refit` with the settings of the request."""
-    return refit(cut.weight, cut.moments.gram, cut.kept, cut.moments.missing, recovery.damping or DAMPING), cut.bias
+def mend(cut: Cut) -> tuple[Tensor, Tensor | None]:
+    """:func:`refit`; the bias stays as it is."""
+    return refit(cut.weight, cut.moments.gram, cut.kept, cut.moments.missing, cut.damping), cut.bias
 
 
 def refit(
