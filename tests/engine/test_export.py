@@ -32,6 +32,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 torch.set_num_threads(1)
+def capped(logits, config):
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
 for case in map(Path, sys.argv[1:]):
     folder, tokens = case / "pruned", load_file(case / "probe")["tokens"]
@@ -40,7 +43,7 @@ for case in map(Path, sys.argv[1:]):
     AutoTokenizer.from_pretrained(folder)
     results = {
         "logits": model(tokens).logits.float(),
-        "base_logits": model.lm_head(base(tokens).last_hidden_state).float(),
+        "base_logits": capped(model.lm_head(base(tokens).last_hidden_state).float(), model.config),
         "dynamic": model.generate(tokens, **options),
         "none": model.generate(tokens, use_cache=False, **options),
         "static": model.generate(tokens, cache_implementation="static", **options),

@@ -45,6 +45,18 @@ def test_sliced_equals_masked(name: str, tokenizer: PreTrainedTokenizerFast) -> 
     assert [layer.shape.intermediate_size for layer in decoder.layers] == [32, 160, 64]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layer_by_layer_is_the_model(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    stock = make_model(name)
+    expected = stock(TOKENS).logits
+    decoder = decoder_of(stock, tokenizer)
+    captured = decoder.capture(TOKENS)
+    for start in range(3):
+        assert torch.allclose(decoder.resume(captured, start, captured.inputs[start]), expected, atol=1e-4)
+    entered = decoder.enter(TOKENS)
+    assert torch.equal(entered.hidden, captured.inputs[0])
+
+
 def test_keeping_everything_is_bit_identical(tokenizer: PreTrainedTokenizerFast) -> None:
     decoder = decoder_of(make_model("qwen2"), tokenizer)
     before = decoder.model(TOKENS).logits

@@ -1,8 +1,10 @@
 """A loaded model seen as a stack of prunable decoder layers, whatever its family."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.catalog.architectures import Family, LayerShape, ModelShape
 from app.catalog.errors import PruningError
+from workers.engine.fused import Fused
 
 Part = Literal["heads", "channels"]
 PARTS: tuple[Part, Part] = ("heads", "channels")
@@ -28,6 +31,25 @@ class Layer:
         self.family = family
         self.head_dim = head_dim
         self.heads_per_group = heads_per_group
+
+    def take_apart(self, shape: LayerShape) -> None:
+        """Make of the module's fused projections one for each part, and its config its own where it keeps widths there."""
+        rows = {self.family.query: shape.heads * shape.head_dim}
+        rows |= dict.fromkeys((self.family.key, self.family.value), shape.kv_groups * shape.head_dim)
+        rows |= dict.fromkeys(self.family.channel_inputs, shape.intermediate_size)
+        for name, parts in self.family.fused.items():
+            if isinstance(linear := self.module.get_submodule(name), nn.Linear):
+                self.module.set_submodule(name, Fused(linear, {part: rows[f"{name}.{part}"] for part in parts}))
+        for owner in {path.rpartition(".")[0] for path in self.family.sizes}:
+            if (module := owner.removesuffix(".config")) != owner:
+                holder = self.module.get_submodule(module)
+                holder.config = copy.copy(holder.config)
+
+    def tell_sizes(self) -> None:
+        """Set the attributes from which the module's forward takes its widths."""
+        for path, size in self.family.sizes.items():
+            owner, _, attribute = path.rpartition(".")
+            setattr(attrgetter(owner)(self.module), attribute, getattr(self.shape, size))
 
     def __getitem__(self, projection: str) -> nn.Linear:
         found = self.module.get_submodule(projection)
@@ -80,7 +102,10 @@ class Layer:
 
 
 class Decoder:
-    """The model, its tokenizer and its layers. ``shape`` is that of the *source*; layers tell their widths now."""
+    """The model, its tokenizer and its layers. ``shape`` is that of the *source*; layers tell their widths now.
+
+    Modules of the model that compute several projections are replaced by :class:`workers.engine.fused.Fused`.
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> None:
         self.model = model
@@ -90,6 +115,8 @@ class Decoder:
         assert isinstance(modules, nn.ModuleList)
         first = shape.layers[0]
         self.layers = [Layer(module, shape.family, first.head_dim, first.heads_per_group) for module in modules]
+        for layer, widths in zip(self.layers, shape.layers, strict=True):
+            layer.take_apart(widths)
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +190,8 @@ class Decoder:
         logits: Tensor = self.model.get_output_embeddings()(
             self.model.get_submodule(self.shape.family.final_norm)(hidden)
         )
-        return logits
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def run_layers(self, captured: "Captured", start: int, hidden: Tensor) -> Tensor:
         """What leaves the last layer when ``hidden`` ``[windows, length, hidden]`` enters layer ``start``."""

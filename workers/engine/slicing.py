@@ -25,6 +25,7 @@ def cut(layer: Layer, part: Part, kept: Sequence[int]) -> None:
     _cut_columns(output, expand(indices, output.in_features // units))
     for projection in layer.inputs(part):
         _cut_rows(projection, expand(indices, projection.out_features // units))
+    layer.tell_sizes()
 
 
 def expand(units: Tensor, width: int) -> Tensor:

@@ -52,7 +52,10 @@ class Sweep:
     """
 
     def __init__(self, decoder: Decoder, tokens: Tensor, batch_windows: int, reference: Decoder | None) -> None:
-        self._decoder, self._reference = decoder, reference
+        additive = (
+            not decoder.shape.family.norms_outputs
+        )  # else what the hidden states lack is no target of a projection
+        self._decoder, self._reference = decoder, reference if additive else None
         self._entered = [decoder.enter(batch) for batch in tokens.split(batch_windows)]
         self.hidden = [entered.hidden for entered in self._entered]
         """What enters the next layer, by batch: ``[windows, length, hidden]``."""
@@ -70,7 +73,7 @@ class Sweep:
             if self._reference is not None:
                 self._run_reference(self._reference)
             yield layer
-            if cut:
+            if cut or self._reference is None:
                 self.hidden = [self._run(self._decoder, batch, hidden) for batch, hidden in enumerate(self.hidden)]
             else:
                 self.hidden = self._targets["channels"]

@@ -180,8 +180,7 @@ class Targets:
             "seconds": time.monotonic() - began,
         }
         layers = decoder.model.get_submodule(decoder.shape.family.layers)
-        prefix = decoder.shape.family.layers
-        trained = {f"{prefix}.{name}": tensor for name, tensor in layers.state_dict().items()}
+        trained = dict(layers.named_parameters(prefix=decoder.shape.family.layers))
         self._finish(index, data, training=None, tensors=self._keep(index, trained))
 
     def _teach(self, windows: Tensor) -> Tensor:

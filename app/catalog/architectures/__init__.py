@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.catalog.architectures.base import Family, LayerShape, ModelShape, UnitCost, channel_steps, nearest_groups
+from app.catalog.architectures.gemma import GEMMA
+from app.catalog.architectures.glm import GLM, GLM4
 from app.catalog.architectures.llama import LLAMA
+from app.catalog.architectures.phi3 import PHI3
 from app.catalog.errors import PruningError
 
-FAMILIES: tuple[Family, ...] = (LLAMA,)
+FAMILIES: tuple[Family, ...] = (LLAMA, GEMMA, GLM, GLM4, PHI3)
 
 MODEL_TYPES: dict[str, Family] = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
@@ -55,6 +58,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
             "This model was pruned before; prune the model it came from by a larger ratio instead.",
             field="model_id",
         )
+    config = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     hidden, heads = _size(config, "hidden_size"), _size(config, family.heads_key)
     if config.get("head_dim") is None and hidden % heads:
         raise PruningError(

@@ -6,7 +6,7 @@ them.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,9 @@ class Family:
     ``query``, ``key`` and ``value`` have a block of ``head_dim`` rows a head; ``attention_output`` the matching columns.
     Each of ``channel_inputs`` has a row a channel, ``channel_output`` a column. ``biased`` tells, from the config, which
     of these projections carry a bias. ``*_key`` are the config's names.
+
+    Where a stock layer computes several of these in one module, ``fused`` names the module and, in the order of its rows,
+    the parts that it is taken apart into; a part's name is the module's, a dot, and its own.
     """
 
     name: str
@@ -38,6 +41,13 @@ class Family:
     norm_parameters: Callable[[Mapping[str, Any]], int]
     """Parameters of one layer's norms."""
     biased: Callable[[Mapping[str, Any]], frozenset[str]] = lambda config: frozenset()
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    """Attributes in which a layer's modules keep widths that their forward reads, each with its name in :class:`LayerShape`."""
+    norms_outputs: bool = False
+    """Whether what attention and feed-forward give is normed before it is added to the hidden states."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What the config's class assumes where ``config.json`` is silent, if that is not what others assume."""
     heads_key: str = "num_attention_heads"
     kv_heads_key: str = "num_key_value_heads"
     width_key: str = "intermediate_size"

@@ -93,18 +93,21 @@ def versions() -> dict[str, str]:
 def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path) -> None:
     assert source.path is not None
     family, shape, model = decoder.shape.family, decoder.shape, decoder.model
-    stock = type(model).__name__.removesuffix("ForCausalLM")
+    stock = {
+        "config": type(model.config).__name__,
+        "base": type(model.base_model).__name__,
+        "causal": type(model).__name__,
+    }
     config = (
         json.loads((source.path / "config.json").read_text()) if source.gguf_file is None else _plain_config(decoder)
     )
-    name = f"Pruned{stock}"
     _add_legacy_rope(config)
     config.update(
-        architectures=[f"{name}ForCausalLM"],
+        architectures=[f"Pruned{stock['causal']}"],
         auto_map={
-            "AutoConfig": f"modeling_pruned.{name}Config",
-            "AutoModel": f"modeling_pruned.{name}Model",
-            "AutoModelForCausalLM": f"modeling_pruned.{name}ForCausalLM",
+            "AutoConfig": f"modeling_pruned.Pruned{stock['config']}",
+            "AutoModel": f"modeling_pruned.Pruned{stock['base']}",
+            "AutoModelForCausalLM": f"modeling_pruned.Pruned{stock['causal']}",
         },
         head_dim=shape.layers[0].head_dim,
         per_layer_config={
@@ -122,7 +125,7 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
     config[dtype_key] = str(model.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     keys = (family.heads_key, family.kv_heads_key, family.width_key)
-    (folder / "modeling_pruned.py").write_text(TEMPLATE.read_text().format(stock=stock, keys=json.dumps(keys)))
+    (folder / "modeling_pruned.py").write_text(TEMPLATE.read_text().format(**stock, keys=json.dumps(keys)))
 
 
 def _added_biases(decoder: Decoder, config: dict[str, Any]) -> set[str]:

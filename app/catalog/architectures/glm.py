@@ -1,0 +1,38 @@
+"""GLM-4 (``glm``) and its successor (``glm4``, which norms what it adds): gate and up projection in one module."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from app.catalog.architectures.base import Family
+from app.catalog.architectures.llama import DOWN, KEY, OUTPUT, QUERY, VALUE
+
+GATE_UP = "mlp.gate_up_proj"
+
+
+def _biased(config: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset({QUERY, KEY, VALUE} if config.get("attention_bias") else ())
+
+
+def _family(name: str, norms: int, norms_outputs: bool) -> Family:
+    """``norms``: RMS norms of a layer."""
+    return Family(
+        name=name,
+        model_types=(name,),
+        layers="model.layers",
+        query=QUERY,
+        key=KEY,
+        value=VALUE,
+        attention_output=OUTPUT,
+        channel_inputs=(f"{GATE_UP}.gate", f"{GATE_UP}.up"),
+        channel_output=DOWN,
+        final_norm="model.norm",
+        norm_parameters=lambda config: int(norms * config["hidden_size"]),
+        biased=_biased,
+        fused={GATE_UP: ("gate", "up")},
+        norms_outputs=norms_outputs,
+        defaults={"head_dim": 128},
+    )
+
+
+GLM = _family("glm", 2, False)
+GLM4 = _family("glm4", 4, True)

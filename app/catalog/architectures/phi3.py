@@ -1,0 +1,22 @@
+"""Phi-3 and Phi-4: query, key and value in one module, gate and up projection in another."""
+
+from app.catalog.architectures.base import Family
+from app.catalog.architectures.llama import DOWN, OUTPUT
+
+QUERY_KEY_VALUE, GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
+
+PHI3 = Family(
+    name="phi3",
+    model_types=("phi3",),
+    layers="model.layers",
+    query=f"{QUERY_KEY_VALUE}.query",
+    key=f"{QUERY_KEY_VALUE}.key",
+    value=f"{QUERY_KEY_VALUE}.value",
+    attention_output=OUTPUT,
+    channel_inputs=(f"{GATE_UP}.gate", f"{GATE_UP}.up"),
+    channel_output=DOWN,
+    final_norm="model.norm",
+    norm_parameters=lambda config: int(2 * config["hidden_size"]),
+    fused={QUERY_KEY_VALUE: ("query", "key", "value"), GATE_UP: ("gate", "up")},
+    sizes={"self_attn.num_key_value_heads": "kv_groups", "self_attn.config.num_attention_heads": "heads"},
+)
