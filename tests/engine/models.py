@@ -11,8 +11,11 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     GlmConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
@@ -56,6 +59,10 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "glm": (GlmConfig, {"head_dim": 16, "attention_bias": True}),
     "glm4": (Glm4Config, {"head_dim": 16}),
     "phi3": (Phi3Config, {"sliding_window": 32}),
+    "gpt2": (GPT2Config, {"n_embd": 48, "n_head": 6, "n_layer": 3, "n_positions": 128, "n_inner": 160}),
+    "gpt-neox": (GPTNeoXConfig, {"num_attention_heads": 3}),
+    "gpt-neox-serial": (GPTNeoXConfig, {"use_parallel_residual": False, "attention_bias": False}),
+    "opt": (OPTConfig, {"ffn_dim": 160, "word_embed_proj_dim": 48}),
 }
 
 

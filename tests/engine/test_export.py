@@ -63,6 +63,13 @@ assert not any(name.split(".")[0] in ("app", "workers") for name in sys.modules)
 """
 
 CASES = [*FAMILIES, "bfloat16", "sharded"]
+OWN_NAMES = {
+    "gpt2": ("n_head", "n_head", "n_inner"),
+    "gpt-neox": ("num_attention_heads", "num_attention_heads", "intermediate_size"),
+    "gpt-neox-serial": ("num_attention_heads", "num_attention_heads", "intermediate_size"),
+    "opt": ("num_attention_heads", "num_attention_heads", "ffn_dim"),
+}
+"""What configs call heads, KV heads and channels, where not as llama's does."""
 
 
 @dataclass
@@ -161,11 +168,9 @@ def test_what_is_written(name: str, cases: dict[str, Case]) -> None:
         key: value for key, value in source.items() if key not in added
     }
     assert config["head_dim"] == case.decoder.shape.layers[0].head_dim
-    assert config["per_layer_config"]["2"] == {
-        "num_attention_heads": case.decoder.shape.layers[0].heads_per_group,
-        "num_key_value_heads": 1,
-        "intermediate_size": 64,
-    }
+    names = OWN_NAMES.get(name, ("num_attention_heads", "num_key_value_heads", "intermediate_size"))
+    last = dict(zip(names, (case.decoder.shape.layers[0].heads_per_group, 1, 64), strict=True))
+    assert config["per_layer_config"]["2"] == last
     assert config["added_biases"] == []
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert Plan.from_dict(manifest["plan"]) == case.plan and manifest["job_id"] == "j"

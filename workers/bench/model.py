@@ -34,7 +34,7 @@ def repeat_kv_heads(decoder: Decoder) -> Decoder:
     Each KV head is copied for the query heads that read it, so that single heads can be pruned.
     """
     family, config, state = decoder.shape.family, copy.deepcopy(decoder.model.config), decoder.model.state_dict()
-    setattr(config, family.kv_heads_key, getattr(config, family.heads_key))
+    config.num_key_value_heads = config.num_attention_heads
     for index, layer in enumerate(decoder.layers):
         for projection in (family.key, family.value):
             for kind in layer[projection].state_dict():

@@ -32,17 +32,20 @@ class Layer:
         self.head_dim = head_dim
         self.heads_per_group = heads_per_group
 
-    def take_apart(self, shape: LayerShape) -> None:
+    def take_apart(self, shape: LayerShape, hidden_size: int) -> None:
         """Make of the module's fused projections one for each part, and its config its own where it keeps widths there."""
-        rows = {self.family.query: shape.heads * shape.head_dim}
+        rows = {self.family.query: shape.attention_width}
         rows |= dict.fromkeys((self.family.key, self.family.value), shape.kv_groups * shape.head_dim)
         rows |= dict.fromkeys(self.family.channel_inputs, shape.intermediate_size)
+        rows |= dict.fromkeys((self.family.attention_output, self.family.channel_output), hidden_size)
         for name, parts in self.family.fused.items():
-            if isinstance(linear := self.module.get_submodule(name), nn.Linear):
-                self.module.set_submodule(name, Fused(linear, {part: rows[f"{name}.{part}"] for part in parts}))
+            if not isinstance(module := self.module.get_submodule(name), Fused):
+                block = shape.head_dim if name in self.family.interleaved else None
+                fused = Fused(module, {part: rows[f"{name}.{part}"] for part in parts}, block)
+                self.module.set_submodule(name, fused)
         for owner in {path.rpartition(".")[0] for path in self.family.sizes}:
-            if (module := owner.removesuffix(".config")) != owner:
-                holder = self.module.get_submodule(module)
+            if (name := owner.removesuffix(".config")) != owner:
+                holder = self.module.get_submodule(name)
                 holder.config = copy.copy(holder.config)
 
     def tell_sizes(self) -> None:
@@ -116,7 +119,7 @@ class Decoder:
         first = shape.layers[0]
         self.layers = [Layer(module, shape.family, first.head_dim, first.heads_per_group) for module in modules]
         for layer, widths in zip(self.layers, shape.layers, strict=True):
-            layer.take_apart(widths)
+            layer.take_apart(widths, shape.hidden_size)
 
     @property
     def device(self) -> torch.device:
@@ -153,8 +156,9 @@ class Decoder:
         captured = Captured([], [])
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured.inputs.append(args[0] if args else kwargs["hidden_states"])
-            captured.kwargs.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
+            hidden, *others = args
+            captured.inputs.append(hidden)
+            captured.arguments.append(Arguments(tuple(others), kwargs))
 
         hooks = [layer.module.register_forward_pre_hook(keep, with_kwargs=True) for layer in self.layers]
         try:
@@ -182,7 +186,8 @@ class Decoder:
 
     def run_layer(self, captured: "Captured | Entered", index: int, hidden: Tensor) -> Tensor:
         """What leaves layer ``index`` when ``hidden`` ``[windows, length, hidden]`` enters it."""
-        output = self.layers[index].module(hidden, **captured.kwargs[index])
+        arguments = captured.arguments[index]
+        output = self.layers[index].module(hidden, *arguments.others, **arguments.named)
         return output[0] if isinstance(output, tuple) else output
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -204,13 +209,28 @@ class Decoder:
         return self.head(self.run_layers(captured, start, hidden))
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """What a layer is called with beside the hidden states, by place and by name: masks, rotary embeddings."""
+
+    others: tuple[Any, ...]
+    named: dict[str, Any]
+
+
 @dataclass
 class Entered:
-    """Hidden states ``[windows, length, hidden]`` entering the first layer, and the arguments that each layer gets with
-    its own (masks, rotary embeddings)."""
+    """Hidden states ``[windows, length, hidden]`` entering the first layer, and every layer's other arguments."""
 
     hidden: Tensor
-    kwargs: list[dict[str, Any]]
+    arguments: list[Arguments]
+
+
+@dataclass
+class Captured:
+    """Hidden states ``[windows, length, hidden]`` entering each layer, and its other arguments."""
+
+    inputs: list[Tensor]
+    arguments: list[Arguments]
 
 
 class _Recorder(nn.Module):
@@ -227,19 +247,11 @@ class _Recorder(nn.Module):
         except AttributeError:  # models ask their layers what kind they are
             return getattr(super().__getattr__("layer"), name)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        if not self._entered.kwargs:
+    def forward(self, hidden_states: Tensor, *others: Any, **named: Any) -> Tensor:
+        if not self._entered.arguments:
             self._entered.hidden = hidden_states
-        self._entered.kwargs.append(kwargs)
+        self._entered.arguments.append(Arguments(others, named))
         return hidden_states
-
-
-class Captured:
-    """Hidden states entering each layer, and the arguments that came with them (masks, rotary embeddings)."""
-
-    def __init__(self, inputs: list[Tensor], kwargs: list[dict[str, Any]]) -> None:
-        self.inputs = inputs
-        self.kwargs = kwargs
 
 
 @contextmanager
@@ -254,7 +266,7 @@ def gated(layer: Layer, heads: Tensor | None = None, channels: Tensor | None = N
         layer.channel_output: channels,
     }
     hooks = [
-        module.register_forward_pre_hook(lambda _, args, gate=gate: (args[0] * gate.to(args[0].dtype)[:, None, :],))
+        module.register_forward_pre_hook(lambda _, args, gate=gate: (_times(args[0], gate.to(args[0].dtype)),))
         for module, gate in gates.items()
         if gate is not None
     ]
@@ -263,6 +275,12 @@ def gated(layer: Layer, heads: Tensor | None = None, channels: Tensor | None = N
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _times(inputs: Tensor, gate: Tensor) -> Tensor:
+    """``gate`` ``[windows, in]`` or ``[1, in]`` times ``inputs`` ``[windows, length, in]``, also where a layer calls its
+    projections with ``[windows * length, in]``."""
+    return (inputs.reshape(len(gate), -1, gate.shape[1]) * gate[:, None]).view_as(inputs)
 
 
 def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def survey(decoder: Decoder, tokens: Tensor, batch_windows: int, progress: Calla
         cosines[index] += float(similarity.double().sum())
 
     def seen(index: int, part: Part, inputs: Tensor) -> None:
-        flat = inputs.flatten(0, 1).double()
+        flat = inputs.flatten(0, -2).double()
         sums[part][index] = sums[part][index] + torch.stack([flat.sum(0), flat.square().sum(0)]).cpu()
 
     hooks = []

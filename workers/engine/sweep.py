@@ -94,7 +94,7 @@ class Sweep:
         for batch, hidden in enumerate(self.hidden):
             with _seen(layer, part) as seen:
                 self._run(self._decoder, batch, hidden)
-            inputs, entering = seen.inputs.flatten(0, 1).float(), seen.entering.flatten(0, 1).float()
+            inputs, entering = seen.inputs.flatten(0, -2).float(), seen.entering.flatten(0, -2).float()
             weights = torch.ones(len(inputs), 1, device=device)
             if moments.missing is not None:
                 target = self._targets[part][batch].flatten(0, 1).float()

@@ -6,11 +6,14 @@ from typing import Any
 from app.catalog.architectures.base import Family, LayerShape, ModelShape, UnitCost, channel_steps, nearest_groups
 from app.catalog.architectures.gemma import GEMMA
 from app.catalog.architectures.glm import GLM, GLM4
+from app.catalog.architectures.gpt2 import GPT2
+from app.catalog.architectures.gpt_neox import GPT_NEOX
 from app.catalog.architectures.llama import LLAMA
+from app.catalog.architectures.opt import OPT
 from app.catalog.architectures.phi3 import PHI3
 from app.catalog.errors import PruningError
 
-FAMILIES: tuple[Family, ...] = (LLAMA, GEMMA, GLM, GLM4, PHI3)
+FAMILIES: tuple[Family, ...] = (LLAMA, GEMMA, GLM, GLM4, GPT2, GPT_NEOX, OPT, PHI3)
 
 MODEL_TYPES: dict[str, Family] = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
@@ -59,18 +62,22 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
             field="model_id",
         )
     config = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
-    hidden, heads = _size(config, "hidden_size"), _size(config, family.heads_key)
+    if reason := family.refused(config):
+        raise PruningError("unsupported_architecture", f"This model cannot be pruned: {reason}.", field="model_id")
+    hidden, heads = _size(config, family.name_of("hidden_size")), _size(config, family.name_of("num_attention_heads"))
     if config.get("head_dim") is None and hidden % heads:
         raise PruningError(
             "config_invalid", f"config.json: {heads} heads do not divide hidden_size {hidden}.", field="model_id"
         )
     head_dim = _size(config, "head_dim", hidden // heads)
-    groups, width = _size(config, family.kv_heads_key, heads), _size(config, family.width_key)
+    groups = _size(config, family.name_of("num_key_value_heads"), heads)
+    width = _size(config, family.name_of("intermediate_size"), family.default_width and family.default_width * hidden)
     if heads % groups:
         raise PruningError(
             "config_invalid", f"config.json: {heads} heads are no multiple of {groups} KV heads.", field="model_id"
         )
-    layers = (LayerShape(groups, heads, head_dim, width),) * _size(config, "num_hidden_layers", most=MOST_LAYERS)
+    depth = _size(config, family.name_of("num_hidden_layers"), most=MOST_LAYERS)
+    layers = (LayerShape(groups, heads, head_dim, width),) * depth
     biased = family.biased(config)
     per_group = layers[0].heads_per_group * head_dim
     rows = {family.query: per_group, family.key: head_dim, family.value: head_dim}
@@ -80,17 +87,17 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
         fixed=hidden * len(biased & {family.attention_output, family.channel_output}),
     )
     vocabulary, tied = _size(config, "vocab_size"), bool(config.get("tie_word_embeddings", False))
-    norms = len(layers) * family.norm_parameters({**config, "head_dim": head_dim}) + hidden
+    norms = depth * family.norm_parameters({**config, "head_dim": head_dim})
     return ModelShape(
         family=family,
         model_type=str(model_type),
         hidden_size=hidden,
         vocab_size=vocabulary,
         tied_embeddings=tied,
-        max_positions=_size(config, "max_position_embeddings", 2048),
+        max_positions=_size(config, family.name_of("max_position_embeddings"), 2048),
         layers=layers,
         cost=cost,
-        other_parameters=vocabulary * hidden * (1 if tied else 2) + norms,
+        other_parameters=vocabulary * hidden * (1 if tied else 2) + norms + family.outer_parameters(config),
     )
 
 

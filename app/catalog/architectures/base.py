@@ -22,10 +22,11 @@ class Family:
 
     ``query``, ``key`` and ``value`` have a block of ``head_dim`` rows a head; ``attention_output`` the matching columns.
     Each of ``channel_inputs`` has a row a channel, ``channel_output`` a column. ``biased`` tells, from the config, which
-    of these projections carry a bias. ``*_key`` are the config's names.
+    of these projections carry a bias.
 
-    Where a stock layer computes several of these in one module, ``fused`` names the module and, in the order of its rows,
-    the parts that it is taken apart into; a part's name is the module's, a dot, and its own.
+    Where a stock layer computes several of these in one module, or keeps a weight the other way round than ``nn.Linear``,
+    ``fused`` names the module and, in the order of its rows, the parts that it is taken apart into; a part's name is the
+    module's, a dot, and its own. The rows of ``interleaved`` modules go head by head: one head's of each part, then the next.
     """
 
     name: str
@@ -41,16 +42,32 @@ class Family:
     norm_parameters: Callable[[Mapping[str, Any]], int]
     """Parameters of one layer's norms."""
     biased: Callable[[Mapping[str, Any]], frozenset[str]] = lambda config: frozenset()
+    outer_parameters: Callable[[Mapping[str, Any]], int] = lambda config: int(config["hidden_size"])
+    """Parameters of the final norm, and of embeddings beside the tokens'."""
+    refused: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    """Why a model of this config cannot be pruned, where some of the family can and some cannot."""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    interleaved: frozenset[str] = frozenset()
     sizes: Mapping[str, str] = field(default_factory=dict)
     """Attributes in which a layer's modules keep widths that their forward reads, each with its name in :class:`LayerShape`."""
     norms_outputs: bool = False
     """Whether what attention and feed-forward give is normed before it is added to the hidden states."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What the config's class assumes where ``config.json`` is silent, if that is not what others assume."""
-    heads_key: str = "num_attention_heads"
-    kv_heads_key: str = "num_key_value_heads"
-    width_key: str = "intermediate_size"
+    default_width: int | None = None
+    """Feed-forward channels for each hidden unit, where ``config.json`` gives no width."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What this family's config calls ``num_attention_heads`` and its like, if not so. Where every head has a key and value
+    of its own, ``num_key_value_heads`` is the number of heads by another name."""
+
+    def name_of(self, size: str) -> str:
+        """The config's name for ``size``."""
+        return self.names.get(size, size)
+
+    def module(self, projection: str) -> str:
+        """The stock layer's module that computes ``projection``."""
+        owner = projection.rpartition(".")[0]
+        return owner if owner in self.fused else projection
 
     @property
     def attention_inputs(self) -> tuple[str, str, str]:
@@ -74,6 +91,11 @@ class LayerShape:
     @property
     def heads_per_group(self) -> int:
         return self.heads // self.kv_groups
+
+    @property
+    def attention_width(self) -> int:
+        """Outputs of all heads side by side."""
+        return self.heads * self.head_dim
 
 
 @dataclass(frozen=True)

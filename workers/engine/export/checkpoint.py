@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,8 @@ COPIED = (
 )
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 MANIFEST = "secateur.json"
+WIDTHS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_groups", "intermediate_size": "intermediate_size"}
+"""What a config calls the widths of a layer that a plan speaks of."""
 SHARD_SIZE = "5GB"
 ROOM = 64 * 2**20
 """Bytes to spare on the disk beyond the weights themselves."""
@@ -111,11 +114,7 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
         },
         head_dim=shape.layers[0].head_dim,
         per_layer_config={
-            str(layer["layer"]): {
-                family.heads_key: layer["heads"],
-                family.kv_heads_key: layer["kv_groups"],
-                family.width_key: layer["intermediate_size"],
-            }
+            str(layer["layer"]): {family.name_of(size): layer[width] for size, width in WIDTHS.items()}
             for layer in plan.widths(shape)
         },
         allow_global_per_layer_attribute_access=True,
@@ -124,8 +123,35 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
     dtype_key = "dtype" if "dtype" in config else "torch_dtype"
     config[dtype_key] = str(model.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    keys = (family.heads_key, family.kv_heads_key, family.width_key)
-    (folder / "modeling_pruned.py").write_text(TEMPLATE.read_text().format(**stock, keys=json.dumps(keys)))
+    (folder / "modeling_pruned.py").write_text(_modeling_file(decoder, stock))
+
+
+def _modeling_file(decoder: Decoder, stock: dict[str, str]) -> str:
+    """The template with the classes that it derives from, and with the sizes that follow from a layer's widths.
+
+    A size is a sum, written as how many times each width is in it: ``{"num_attention_heads": 64}``.
+    """
+    family, head_dim = decoder.shape.family, decoder.shape.layers[0].head_dim
+    heads, kv_heads, channels = (family.name_of(size) for size in WIDTHS)
+    outputs = {family.query: (heads, head_dim), family.key: (kv_heads, head_dim), family.value: (kv_heads, head_dim)}
+    outputs |= dict.fromkeys(family.channel_inputs, (channels, 1))
+    inputs = {family.attention_output: (heads, head_dim), family.channel_output: (channels, 1)}
+    linears: dict[str, tuple[Counter[str], Counter[str]]] = {}
+    for projection in family.projections:
+        module = linears.setdefault(family.module(projection), (Counter(), Counter()))
+        for sums, sizes in zip(module, (outputs, inputs), strict=True):
+            if projection in sizes:
+                width, times = sizes[projection]
+                sums[width] += times
+    held = {"kv_groups": {kv_heads: 1}, "heads": {heads: 1}, "attention_width": {heads: head_dim}}
+    base = decoder.model.base_model_prefix
+    return TEMPLATE.read_text().format(
+        **stock,
+        linears=json.dumps(linears, indent=4),
+        sizes=json.dumps({name: held[size] for name, size in family.sizes.items()}),
+        keys=json.dumps([*dict.fromkeys((heads, kv_heads, channels))]),
+        layers=family.layers.removeprefix(f"{base}."),
+    )
 
 
 def _added_biases(decoder: Decoder, config: dict[str, Any]) -> set[str]:
@@ -133,7 +159,7 @@ def _added_biases(decoder: Decoder, config: dict[str, Any]) -> set[str]:
     family = decoder.shape.family
     stock = family.biased(config)
     return {
-        name
+        family.module(name)
         for name in family.projections
         if name not in stock and any(layer[name].bias is not None for layer in decoder.layers)
     }
