@@ -18,6 +18,8 @@ DAMPING = 0.3
 """Of the least-squares refit, where neither the request nor the method says otherwise."""
 TRAINED = frozenset({"lora", "distill"})
 """Recoveries that train when all is cut: one more round of each target."""
+BIASING = frozenset({"bias", "linear-regression"})
+"""Recoveries that give output projections a bias where there was none."""
 GRADIENT_SCORERS = frozenset({"llm-pruner", "loraprune", "movement", "piem"})
 GRADIENT_ALLOCATORS = frozenset({"lsps"})
 LAYERWISE_SCORERS = frozenset({"lorap", "obs", "slimllm", "wanda"})

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, 
 from app.catalog.architectures import ModelShape
 from app.catalog.errors import PruningError
 from app.catalog.methods import (
+    BIASING,
     LAYERWISE_SCORERS,
     METHODS,
     RANKING_ALLOCATORS,
@@ -21,6 +22,8 @@ from app.catalog.methods import (
 MAX_RATIO = 0.9
 MAX_TARGETS = 8
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Layout = Literal["per-layer", "uniform", "padded"]
 
 Text = Annotated[str, Field(min_length=1, max_length=1_000_000, pattern=r"^[^\x00]*$")]
 """Postgres stores no NUL."""
@@ -192,6 +195,11 @@ class PruningSpec(_Part):
     scoring: Scoring = Scoring()
     allocation: Allocation = Field(Allocation(), validate_default=True)
     recovery: Recovery = Recovery()
+    layout: Layout = Field(
+        "per-layer",
+        validate_default=True,
+        description="Of the published model. `per-layer`: every layer has the widths that suit it, and the repository a small modeling file. `uniform`: all layers give the same, so that the stock class loads it without code. `padded`: as `per-layer`, then filled up with zeros to the widest layer: exact, also without code, but larger.",
+    )
 
     @field_validator("method")
     @classmethod
@@ -237,6 +245,20 @@ class PruningSpec(_Part):
                 )
         return allocation
 
+    @field_validator("layout")
+    @classmethod
+    def _fits_stock_class(cls, layout: Layout, info: ValidationInfo) -> Layout:
+        if layout != "per-layer" and {"method", "allocation", "recovery"} <= info.data.keys():
+            recovery = info.data["recovery"].kind or METHODS[info.data["method"]].recovery
+            if recovery in BIASING:
+                raise ValueError(
+                    f"'{layout}' has no place for the biases that recovery '{recovery}' adds; allowed: 'per-layer', or "
+                    "another recovery"
+                )
+            if layout == "uniform" and info.data["allocation"].kind not in (None, "uniform"):
+                raise ValueError("'uniform' layers give the same: leave allocation.kind out, or use another layout")
+        return layout
+
     def ratios(self, shape: ModelShape, source_dtype: str) -> tuple[float, ...]:
         """The ratios to reach on a model of this shape, ascending; ``source_dtype`` is what ``auto`` stands for.
 
@@ -249,7 +271,7 @@ class PruningSpec(_Part):
             self._ratio_of_target(shape, source_dtype) if ratio is None else ratio for ratio in self.asked_ratios
         )
         for ratio in ratios:
-            shape.check_ratio(ratio, self.allocation.width_multiple, field=field)
+            shape.check_ratio(ratio, self.allocation.width_multiple, self.uniform, field=field)
         return ratios
 
     def _ratio_of_target(self, shape: ModelShape, source_dtype: str) -> float:
@@ -299,7 +321,14 @@ class PruningSpec(_Part):
 
     @property
     def allocator(self) -> Allocator:
+        if self.uniform:
+            return "uniform"
         return self.allocation.kind or METHODS[self.method].allocation
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers are to have the same widths."""
+        return self.layout == "uniform"
 
     @property
     def recovery_kind(self) -> RecoveryKind:

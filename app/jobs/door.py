@@ -59,8 +59,9 @@ def _targets(request: JobRequest, source: ModelSource, shape: ModelShape | None)
     if shape is None:
         found = [(ratio, None) for ratio in request.asked_ratios]
     else:
-        multiple = request.allocation.width_multiple
-        found = [(ratio, shape.nearest_ratio(ratio, multiple)) for ratio in request.ratios(shape, source.dtype)]
+        multiple, uniform = request.allocation.width_multiple, request.uniform
+        ratios = request.ratios(shape, source.dtype)
+        found = [(ratio, shape.nearest_ratio(ratio, multiple, uniform)) for ratio in ratios]
     names = repo_ids(request.publish.repo_id, request) if request.publish else [None] * len(found)
     return [
         PlannedTarget(target_ratio=ratio, nearest_ratio=nearest, repo_id=name)

@@ -10,19 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from app.catalog.architectures import ModelShape
 from app.catalog.errors import PruningError
 from app.catalog.sources import locate
-from tests.engine.models import FAMILIES, VOCABULARY, make_model, save
+from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, make_model, save
 from tests.engine.test_slicing import some_plan
 from workers.engine import PruningSpec
 from workers.engine.decoder import Decoder
 from workers.engine.export import check_checkpoint, checkpoint
 from workers.engine.export.card import model_card
 from workers.engine.loading import load
-from workers.engine.plan import Plan
-from workers.engine.slicing import apply_plan
+from workers.engine.plan import LayerPlan, Plan
+from workers.engine.slicing import apply_plan, pad
 
 STRANGER = """
 import copy, pickle, sys, torch
@@ -63,6 +64,7 @@ assert not any(name.split(".")[0] in ("app", "workers") for name in sys.modules)
 """
 
 CASES = [*FAMILIES, "bfloat16", "sharded"]
+STOCK_CASES = [f"{name} {layout}" for name in FAMILIES for layout in ("uniform", "padded")]
 OWN_NAMES = {
     "gpt2": ("n_head", "n_head", "n_inner"),
     "gpt-neox": ("num_attention_heads", "num_attention_heads", "intermediate_size"),
@@ -108,7 +110,7 @@ def report_of(decoder: Decoder, plan: Plan) -> dict[str, object]:
 def cases(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """Every case pruned and written, then all of them loaded by one stranger."""
     root = tmp_path_factory.mktemp("export")
-    made = {name: make_case(name, root / name, tokenizer) for name in CASES}
+    made = {name: make_case(name, root / name, tokenizer) for name in (*CASES, *STOCK_CASES)}
     command = [sys.executable, "-I", "-c", STRANGER, *(str(case.folder) for case in made.values())]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -116,26 +118,64 @@ def cases(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathF
 
 
 def make_case(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> Case:
-    model = make_model(name if name in FAMILIES else "llama")
+    family, _, layout = name.partition(" ")
+    model = make_model(family if family in FAMILIES else "llama")
     model = model.bfloat16() if name == "bfloat16" else model
     shard = {"max_shard_size": "100KB"} if name == "sharded" else {}
     source = locate(str(save(model, tokenizer, folder / "source", **shard)), allow_paths=True)
     decoder = load(source, "auto", torch.device("cpu"))
-    plan = some_plan(decoder.layers[0].kv_groups)
+    plan = PLANS[layout](decoder.shape)
     apply_plan(decoder, plan)
+    tokens = torch.randint(1, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(5))
+    logits = decoder.model(tokens).logits.float()
+    report = report_of(decoder, plan)
+    if layout == "padded":
+        pad(decoder)
     (folder / "pruned").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         if shard:
             patch.setattr(checkpoint, "SHARD_SIZE", "100KB")
         checkpoint.write_checkpoint(
-            decoder, source, plan, folder / "pruned", report_of(decoder, plan), {"job_id": "j", "repo_id": "o/n"}
+            decoder, source, plan, folder / "pruned", report, {"job_id": "j", "repo_id": "o/n"}, bool(layout)
         )
-    tokens = torch.randint(1, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(5))
     save_file({"tokens": tokens}, folder / "probe")
-    return Case(folder, decoder, plan, decoder.model(tokens).logits.float())
+    return Case(folder, decoder, plan, logits)
 
 
-@pytest.mark.parametrize("name", CASES)
+def alike(shape: ModelShape) -> Plan:
+    """The same cut in every layer, of heads as far as the stock class takes it."""
+    first = shape.layers[0]
+    groups = next(gone for gone in range(first.kv_groups - 1, -1, -1) if shape.takes_heads(first.without(gone)))
+    return Plan((LayerPlan(tuple(range(groups, first.kv_groups)), tuple(range(0, 160, 2))),) * len(shape.layers))
+
+
+def none_whole(shape: ModelShape) -> Plan:
+    """Layers that differ, and none that keeps everything."""
+    first, _, last = some_plan(shape.layers[0].kv_groups).layers
+    return Plan((first, LayerPlan(first.kv_groups, tuple(range(96))), last))
+
+
+PLANS = {"": lambda shape: some_plan(shape.layers[0].kv_groups), "uniform": alike, "padded": none_whole}
+
+
+@pytest.mark.parametrize("name", STOCK_CASES)
+def test_layouts_for_the_stock_class_need_no_code(name: str, cases: dict[str, Case]) -> None:
+    case, out = cases[name], cases[name].folder / "pruned"
+    config = json.loads((out / "config.json").read_text())
+    assert not list(out.glob("*.py")) and not {"auto_map", "per_layer_config"} & config.keys()
+    assert config["architectures"] == [type(case.decoder.model).__name__]
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    widths = {layer.shape for layer in decoder_of(loaded, case.decoder.tokenizer).layers}
+    assert len(widths) == 1
+    (width,) = widths
+    assert width.intermediate_size == (80 if name.endswith("uniform") else 96)
+    if name.startswith(("mistral", "qwen", "phi", "glm")):
+        assert width.kv_groups == (1 if name.endswith("uniform") else 2)
+    if name.startswith(("gpt", "opt")):
+        assert width.kv_groups == case.decoder.shape.layers[0].kv_groups
+
+
+@pytest.mark.parametrize("name", [*CASES, *STOCK_CASES])
 def test_a_stranger_can_load_it(name: str, cases: dict[str, Case]) -> None:
     case = cases[name]
     results = load_file(case.folder / "results")

@@ -22,6 +22,7 @@ from workers.engine.export import check_checkpoint, staged, versions, write_chec
 from workers.engine.loading import download, load
 from workers.engine.plan import Plan
 from workers.engine.progress import Progress
+from workers.engine.slicing import pad
 from workers.engine.statistics import Statistics
 from workers.engine.targets import Targets
 
@@ -131,7 +132,10 @@ def prune(
             report["seconds"] = time.monotonic() - started
             folder = staging / target_folder(ratios[index]) if spec.several else staging
             folder.mkdir(exist_ok=True)
-            write_checkpoint(decoder, source, Plan.from_dict(done["plan"]), folder, report, manifest_extra(index))
+            plan = Plan.from_dict(done["plan"])
+            if spec.layout == "padded":
+                pad(decoder)
+            write_checkpoint(decoder, source, plan, folder, report, manifest_extra(index), spec.layout != "per-layer")
             progress.stage("checking")
             check_checkpoint(decoder, folder)
             return report
@@ -160,10 +164,8 @@ def _statistics_key(
 def _check_reached(decoder: Decoder, ratio: float, spec: PruningSpec) -> None:
     """The promise, held against what was cut: the target is met to within one block of channels."""
     shape, reached = decoder.shape, decoder.reached_ratio
-    if (
-        abs(reached - ratio) * shape.prunable_parameters
-        > shape.width_multiple(spec.allocation.width_multiple) * shape.cost.channel
-    ):
+    block = shape.block(spec.allocation.width_multiple, spec.uniform)
+    if abs(reached - ratio) * shape.prunable_parameters > block:
         raise PruningError("ratio_missed", f"The target {ratio:g} was missed: {reached:.6f} was reached.")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from workers.engine.allocation import ALLOCATORS, LayerLimit, UnitCounts, best, whole_units
+from workers.engine.allocation import ALLOCATORS, LayerLimit, UnitCounts, best, equal_units, whole_units
 from workers.engine.decoder import PARTS, Layer, Part
 from workers.engine.plan import LayerPlan, Plan
 from workers.engine.recovery import MENDS, Cut
@@ -41,6 +41,8 @@ def _counts(context: Context, target: RoundTarget, width_multiple: int) -> list[
     groups = target.kv_groups - sum(was.kv_groups - now.kv_groups for was, now in zip(source, widths, strict=True))
     gone = decoder.shape.prunable_parameters - decoder.prunable_parameters
     total = max(target.kv_groups * cost.kv_group + target.channel_parameters - gone, 0.0)
+    if context.spec.uniform:
+        return equal_units(widths, total, max(groups, 0), cost, width_multiple)
     limits = [
         LayerLimit(kv_groups, channels, kv_groups * cost.kv_group + channels * cost.channel)
         for kv_groups, channels in (decoder.shape.removable(width, width_multiple) for width in widths)

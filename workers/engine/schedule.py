@@ -29,17 +29,24 @@ class RoundTarget:
 
 
 def round_targets(
-    shape: ModelShape, target: float, rounds: int, schedule: Literal["geometric", "cubic"], width_multiple: int | None
+    shape: ModelShape,
+    target: float,
+    rounds: int,
+    schedule: Literal["geometric", "cubic"],
+    width_multiple: int | None,
+    uniform: bool = False,
 ) -> list[RoundTarget]:
     """Every round's target, none beyond the last one's in either kind of unit: what is cut cannot be put back.
 
     Groups go as early as a round's ratio allows, so that channels are never asked for more than their final share.
+    ``uniform``: as many in every layer.
     """
-    groups, channels = shape.split(target, width_multiple)
+    groups, channels = shape.split(target, width_multiple, uniform)
+    together = len(shape.layers) if uniform else 1
     targets = []
     for ratio in cumulative_ratios(target, rounds, schedule):
         wanted = ratio * shape.prunable_parameters
         count = min(math.ceil(groups * ratio / target - 1e-9), int(wanted // shape.cost.kv_group), groups)
-        count = groups if ratio == target else count
+        count = groups if ratio == target else count // together * together
         targets.append(RoundTarget(ratio, count, min(max(wanted - count * shape.cost.kv_group, 0.0), channels)))
     return targets

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from workers.engine.decoder import Decoder, Layer, Part
+from workers.engine.decoder import PARTS, Decoder, Layer, Part
 from workers.engine.plan import Plan
 
 
@@ -28,9 +28,45 @@ def cut(layer: Layer, part: Part, kept: Sequence[int]) -> None:
     layer.tell_sizes()
 
 
+def pad(decoder: Decoder) -> None:
+    """Fill every layer up in place to the widths of the widest, with units that give nothing: the model stays what it is.
+
+    Heads are filled up further where the stock class would not take so many.
+    """
+    shape, source = decoder.shape, decoder.shape.layers[0]
+    most = max(layer.kv_groups for layer in decoder.layers)
+    fewer = (source.without(gone) for gone in range(source.kv_groups - most, -1, -1))
+    units = {
+        "heads": next(layer.kv_groups for layer in fewer if shape.takes_heads(layer)),
+        "channels": max(layer.channels for layer in decoder.layers),
+    }
+    for layer in decoder.layers:
+        for part in PARTS:
+            _fill_up(layer, part, units[part] - layer.units(part))
+        layer.tell_sizes()
+
+
 def expand(units: Tensor, width: int) -> Tensor:
     """Indices of the rows of blocks of ``width``: ``[units * width]``."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def _fill_up(layer: Layer, part: Part, missing: int) -> None:
+    """Append ``missing`` units of zeros."""
+    units, output = layer.units(part), layer.output(part)
+    more = missing * output.in_features // units
+    output.weight = _padded(output.weight, (0, more))
+    output.in_features += more
+    for projection in layer.inputs(part):
+        more = missing * projection.out_features // units
+        projection.weight = _padded(projection.weight, (0, 0, 0, more))
+        if projection.bias is not None:
+            projection.bias = _padded(projection.bias, (0, more))
+        projection.out_features += more
+
+
+def _padded(parameter: Tensor, sides: tuple[int, ...]) -> nn.Parameter:
+    return nn.Parameter(nn.functional.pad(parameter.detach(), sides), requires_grad=parameter.requires_grad)
 
 
 def _cut_rows(linear: nn.Linear, rows: Tensor) -> None:

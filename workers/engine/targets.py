@@ -105,7 +105,8 @@ class Targets:
         began = time.monotonic()
         spec, target = self._spec, self.state["targets"][index]
         multiple = decoder.shape.width_multiple(spec.allocation.width_multiple)
-        goals = round_targets(decoder.shape, target["ratio"], spec.round_count, spec.allocation.schedule, multiple)
+        schedule = spec.allocation.schedule
+        goals = round_targets(decoder.shape, target["ratio"], spec.round_count, schedule, multiple, spec.uniform)
         self._progress.stage("scoring", self._round(index, number))
         if spec.needs_reference and number > 1:
             self._reference = self._reference or self._load()

@@ -5,10 +5,10 @@ projection with its column of the output projection). Names are module names wit
 them.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from app.catalog.errors import PruningError
 
@@ -54,6 +54,8 @@ class Family:
     """Whether what attention and feed-forward give is normed before it is added to the hidden states."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What the config's class assumes where ``config.json`` is silent, if that is not what others assume."""
+    stock_heads: Literal["any", "divisors", "unchanged"] = "any"
+    """Head counts that the stock class takes with the same ``head_dim``: any, those that divide ``hidden_size``, its own."""
     default_width: int | None = None
     """Feed-forward channels for each hidden unit, where ``config.json`` gives no width."""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -92,6 +94,10 @@ class LayerShape:
     def heads_per_group(self) -> int:
         return self.heads // self.kv_groups
 
+    def without(self, kv_groups: int) -> "LayerShape":
+        """The layer with so many KV groups less."""
+        return replace(self, kv_groups=self.kv_groups - kv_groups, heads=self.heads - kv_groups * self.heads_per_group)
+
     @property
     def attention_width(self) -> int:
         """Outputs of all heads side by side."""
@@ -115,14 +121,14 @@ def channel_steps(width: int, multiple: int) -> list[int]:
     return ([odd] if odd else []) + [multiple] * (width // multiple - 1)
 
 
-def nearest_groups(wished: float, groups: int, channels: int, total: float, cost: UnitCost) -> int:
-    """How many of ``groups`` go: as near to ``wished`` as ``channels`` can make up the rest of ``total`` parameters."""
+def nearest_groups(wished: float, choices: Sequence[int], channels: int, total: float, cost: UnitCost) -> int:
+    """How many KV groups go: of ``choices`` the nearest to ``wished`` with which ``channels`` can make up ``total`` parameters."""
 
     def miss(count: int) -> float:
         left = total - count * cost.kv_group
         return max(-left, left - channels * cost.channel, 0.0)
 
-    return min(range(groups + 1), key=lambda count: (miss(count), abs(count - wished)))
+    return min(choices, key=lambda count: (miss(count), abs(count - wished)))
 
 
 @dataclass(frozen=True)
@@ -161,33 +167,53 @@ class ModelShape:
         """The most that a layer can give, in KV groups and in channels: one group and one block of channels stay."""
         return layer.kv_groups - 1, sum(channel_steps(layer.intermediate_size, multiple))
 
-    def max_ratio(self, width_multiple: int | None) -> float:
-        """The largest ratio: all that every layer can give."""
-        groups, channels = self._removable(self.width_multiple(width_multiple))
-        return (groups * self.cost.kv_group + channels * self.cost.channel) / self.prunable_parameters
+    def takes_heads(self, layer: LayerShape) -> bool:
+        """Whether the stock class can have every layer with the heads of ``layer``."""
+        match self.family.stock_heads:
+            case "any":
+                return True
+            case "divisors":
+                return self.hidden_size % layer.heads == 0
+            case "unchanged":
+                return layer.heads == self.layers[0].heads
 
-    def split(self, ratio: float, width_multiple: int | None) -> tuple[int, float]:
+    def max_ratio(self, width_multiple: int | None = None, uniform: bool = False) -> float:
+        """The largest ratio: all that every layer can give."""
+        choices, channels = self._removable(self.width_multiple(width_multiple), uniform)
+        return (choices[-1] * self.cost.kv_group + channels * self.cost.channel) / self.prunable_parameters
+
+    def split(self, ratio: float, width_multiple: int | None, uniform: bool = False) -> tuple[int, float]:
         """What a ratio takes from the source, in KV groups and in parameters of channels.
 
         Heads give the same share of themselves as the whole does, as near as whole groups come to it and as channels can
-        make up the difference.
+        make up the difference; where layers are to stay ``uniform``, the same number in every layer.
         """
         wanted = ratio * self.prunable_parameters
-        groups, channels = self._removable(self.width_multiple(width_multiple))
+        choices, channels = self._removable(self.width_multiple(width_multiple), uniform)
         share = ratio * sum(layer.kv_groups for layer in self.layers)
-        count = nearest_groups(share, groups, channels, wanted, self.cost)
+        count = nearest_groups(share, choices, channels, wanted, self.cost)
         return count, min(max(wanted - count * self.cost.kv_group, 0.0), channels * self.cost.channel)
 
-    def nearest_ratio(self, target_ratio: float, width_multiple: int | None = None) -> float:
+    def nearest_ratio(self, target_ratio: float, width_multiple: int | None = None, uniform: bool = False) -> float:
         """The ratio nearest to the target that whole KV groups and whole blocks of channels make."""
         multiple = self.width_multiple(width_multiple)
-        groups, channels = self.split(target_ratio, width_multiple)
-        block, limit = multiple * self.cost.channel, self._removable(multiple)[1] * self.cost.channel
+        groups, channels = self.split(target_ratio, width_multiple, uniform)
+        limit = self._removable(multiple, uniform)[1] * self.cost.channel
+        block = self.block(width_multiple, uniform)
         whole = min((min(round(channels / block) * block, limit), limit), key=lambda size: abs(size - channels))
         return (groups * self.cost.kv_group + whole) / self.prunable_parameters
 
+    def block(self, width_multiple: int | None = None, uniform: bool = False) -> int:
+        """Parameters of one step of channels, which every layer takes at once where they are to stay ``uniform``."""
+        return self.width_multiple(width_multiple) * self.cost.channel * (len(self.layers) if uniform else 1)
+
     def check_ratio(
-        self, target_ratio: float, width_multiple: int | None = None, *, field: str = "target_ratio"
+        self,
+        target_ratio: float,
+        width_multiple: int | None = None,
+        uniform: bool = False,
+        *,
+        field: str = "target_ratio",
     ) -> None:
         """Refuse a target that misses by more than half a block of channels, or that would remove nothing.
 
@@ -196,23 +222,29 @@ class ModelShape:
         Raises:
             PruningError: ``ratio_unreachable``, naming the nearest ratio that can be met.
         """
-        nearest = self.nearest_ratio(target_ratio, width_multiple)
-        multiple = self.width_multiple(width_multiple)
-        block = multiple * self.cost.channel / self.prunable_parameters
+        nearest = self.nearest_ratio(target_ratio, width_multiple, uniform)
+        block = self.block(width_multiple, uniform) / self.prunable_parameters
         if nearest > 0 and abs(nearest - target_ratio) <= block / 2 + 1e-12:
             return
         smallest = min(block, self.cost.kv_group / self.prunable_parameters)
         raise PruningError(
             "ratio_unreachable",
             f"This model cannot be pruned by {target_ratio:g}: the nearest ratio that can be met is "
-            f"{nearest or smallest:.6f} (at most {self.max_ratio(width_multiple):.6f}: one KV group and one block of "
-            f"{multiple} channels stay in every layer).",
+            f"{nearest or smallest:.6f} (at most {self.max_ratio(width_multiple, uniform):.6f}: one KV group and one "
+            f"block of {self.width_multiple(width_multiple)} channels stay in every layer"
+            f"{', and all layers are alike' if uniform else ''}).",
             field=field,
         )
 
-    def _removable(self, multiple: int) -> tuple[int, int]:
+    def _removable(self, multiple: int, uniform: bool = False) -> tuple[Sequence[int], int]:
+        """The numbers of KV groups that can go, ascending, and the most channels."""
         by_layer = [self.removable(layer, multiple) for layer in self.layers]
-        return sum(groups for groups, _ in by_layer), sum(channels for _, channels in by_layer)
+        channels = sum(channels for _, channels in by_layer)
+        if not uniform:
+            return range(sum(groups for groups, _ in by_layer) + 1), channels
+        first, depth = self.layers[0], len(self.layers)
+        fewer = (first.without(groups) for groups in range(by_layer[0][0] + 1))
+        return [(first.kv_groups - layer.kv_groups) * depth for layer in fewer if self.takes_heads(layer)], channels
 
     def as_dict(self) -> dict[str, Any]:
         """For ``POST /v1/models/inspect``."""
@@ -227,7 +259,7 @@ class ModelShape:
             "parameters_per_kv_group": self.cost.kv_group,
             "parameters_per_channel": self.cost.channel,
             "width_multiple": self.width_multiple(None),
-            "max_ratio": self.max_ratio(None),
+            "max_ratio": self.max_ratio(),
             "layers": [
                 {
                     "layer": index,

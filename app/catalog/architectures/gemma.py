@@ -29,6 +29,7 @@ GEMMA = Family(
     channel_output=DOWN,
     final_norm="model.norm",
     norm_parameters=_norm_parameters,
+    stock_heads="divisors",
     biased=_biased,
     norms_outputs=True,
     defaults={"head_dim": 256, "tie_word_embeddings": True},

@@ -36,5 +36,6 @@ LLAMA = Family(
     channel_output=DOWN,
     final_norm="model.norm",
     norm_parameters=_norm_parameters,
+    stock_heads="divisors",
     biased=_biased,
 )

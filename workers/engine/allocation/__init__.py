@@ -2,7 +2,7 @@
 
 from workers.engine.allocation import cosine, loss, lsps, threshold, uniform
 from workers.engine.allocation.base import Allocator, LayerLimit, Share
-from workers.engine.allocation.budget import UnitCounts, best, whole_units
+from workers.engine.allocation.budget import UnitCounts, best, equal_units, whole_units
 
 ALLOCATORS: dict[str, Allocator] = {
     "cosine": cosine.allocate,
@@ -13,4 +13,4 @@ ALLOCATORS: dict[str, Allocator] = {
     "uniform": uniform.allocate,
 }
 
-__all__ = ["ALLOCATORS", "Allocator", "LayerLimit", "Share", "UnitCounts", "best", "whole_units"]
+__all__ = ["ALLOCATORS", "Allocator", "LayerLimit", "Share", "UnitCounts", "best", "equal_units", "whole_units"]

@@ -7,6 +7,7 @@ channels so that the whole meets the target to within half a block.
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -48,6 +49,18 @@ def whole_units(
     steps = [channel_steps(shape.intermediate_size, width_multiple) for shape in shapes]
     removed = _spread_channels(steps, left, cost.channel)
     return [UnitCounts(count, channels) for count, channels in zip(groups, removed, strict=True)]
+
+
+def equal_units(
+    shapes: Sequence[LayerShape], total: float, kv_groups: int, cost: UnitCost, width_multiple: int
+) -> list[UnitCounts]:
+    """The same for every layer, all alike before: of ``kv_groups`` an equal share, and whole steps of channels that come
+    nearest to what is left of ``total`` parameters."""
+    groups = kv_groups // len(shapes)
+    left = total / len(shapes) - groups * cost.kv_group
+    choices = accumulate(channel_steps(shapes[0].intermediate_size, width_multiple), initial=0)
+    channels = min(choices, key=lambda count: abs(count * cost.channel - left))
+    return [UnitCounts(groups, channels)] * len(shapes)
 
 
 def best(scores: Tensor, removed: int) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Sh
     prices = [cost.kv_group] * len(heads) + [cost.channel] * len(channels)
     groups = _cheapest(heads + channels, prices, total)[: len(heads)]
     most = sum(limit.kv_groups for limit in limits), sum(limit.channels for limit in limits)
-    while sum(groups) != (count := nearest_groups(sum(groups), *most, total, cost)):
+    while sum(groups) != (count := nearest_groups(sum(groups), range(most[0] + 1), most[1], total, cost)):
         step = 1 if sum(groups) < count else -1
         groups[_cheapest_step(heads, groups, step)] += step
     left = total - sum(groups) * cost.kv_group

@@ -27,7 +27,7 @@ def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Sh
             left -= price
             wished += is_group
     most = sum(limit.kv_groups for limit in limits), sum(limit.channels for limit in limits)
-    count = nearest_groups(wished, *most, total, cost)
+    count = nearest_groups(wished, range(most[0] + 1), most[1], total, cost)
     budgets, groups, left = [0.0] * len(limits), [0] * len(limits), total - count * cost.kv_group
     for _, layer in heads[:count]:
         budgets[layer] += cost.kv_group

@@ -8,12 +8,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
 
+from app.catalog.architectures import Family
 from app.catalog.errors import PruningError
 from app.catalog.sources import ModelSource
 from workers.engine.decoder import Decoder
@@ -59,9 +61,17 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def write_checkpoint(
-    decoder: Decoder, source: ModelSource, plan: Plan, folder: Path, report: dict[str, Any], extra: dict[str, Any]
+    decoder: Decoder,
+    source: ModelSource,
+    plan: Plan,
+    folder: Path,
+    report: dict[str, Any],
+    extra: dict[str, Any],
+    stock: bool = False,
 ) -> None:
     """Write the pruned model into ``folder``, which is empty; ``extra`` goes into the manifest beside plan and hashes.
+
+    ``stock``: as one of the stock class, all of whose layers have the widths of the first.
 
     Raises:
         PruningError: ``disk_full`` (retryable), before or while writing.
@@ -71,7 +81,7 @@ def write_checkpoint(
         raise PruningError(
             "disk_full", f"The pruned model needs {need:,} bytes of disk; {free:,} are free.", retryable=True
         )
-    _write_config(decoder, source, plan, folder)
+    _write_config(decoder, source, plan, folder, stock)
     save_torch_state_dict(_without_ties(decoder.model.state_dict()), folder, max_shard_size=SHARD_SIZE)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner alone
@@ -93,40 +103,48 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path) -> None:
+def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path, stock: bool) -> None:
     assert source.path is not None
-    family, shape, model = decoder.shape.family, decoder.shape, decoder.model
-    stock = {
-        "config": type(model.config).__name__,
-        "base": type(model.base_model).__name__,
-        "causal": type(model).__name__,
-    }
+    shape, model = decoder.shape, decoder.model
     config = (
         json.loads((source.path / "config.json").read_text()) if source.gguf_file is None else _plain_config(decoder)
     )
     _add_legacy_rope(config)
-    config.update(
-        architectures=[f"Pruned{stock['causal']}"],
-        auto_map={
-            "AutoConfig": f"modeling_pruned.Pruned{stock['config']}",
-            "AutoModel": f"modeling_pruned.Pruned{stock['base']}",
-            "AutoModelForCausalLM": f"modeling_pruned.Pruned{stock['causal']}",
-        },
-        head_dim=shape.layers[0].head_dim,
-        per_layer_config={
-            str(layer["layer"]): {family.name_of(size): layer[width] for size, width in WIDTHS.items()}
-            for layer in plan.widths(shape)
-        },
-        allow_global_per_layer_attribute_access=True,
-        added_biases=sorted(_added_biases(decoder, config)),
-    )
+    config["head_dim"] = shape.layers[0].head_dim
     dtype_key = "dtype" if "dtype" in config else "torch_dtype"
     config[dtype_key] = str(model.dtype).removeprefix("torch.")
+    if stock:
+        config.update(_widths(shape.family, asdict(decoder.layers[0].shape)), architectures=[type(model).__name__])
+    else:
+        classes = _classes(decoder)
+        config.update(
+            architectures=[f"Pruned{classes['causal']}"],
+            auto_map={
+                "AutoConfig": f"modeling_pruned.Pruned{classes['config']}",
+                "AutoModel": f"modeling_pruned.Pruned{classes['base']}",
+                "AutoModelForCausalLM": f"modeling_pruned.Pruned{classes['causal']}",
+            },
+            per_layer_config={str(layer["layer"]): _widths(shape.family, layer) for layer in plan.widths(shape)},
+            allow_global_per_layer_attribute_access=True,
+            added_biases=sorted(_added_biases(decoder, config)),
+        )
+        (folder / "modeling_pruned.py").write_text(_modeling_file(decoder, classes))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "modeling_pruned.py").write_text(_modeling_file(decoder, stock))
 
 
-def _modeling_file(decoder: Decoder, stock: dict[str, str]) -> str:
+def _widths(family: Family, layer: dict[str, Any]) -> dict[str, int]:
+    """A layer's widths by the config's names."""
+    return {family.name_of(size): layer[width] for size, width in WIDTHS.items()}
+
+
+def _classes(decoder: Decoder) -> dict[str, str]:
+    """Names of the stock classes."""
+    model = decoder.model
+    classes = {"config": model.config, "base": model.base_model, "causal": model}
+    return {kind: type(instance).__name__ for kind, instance in classes.items()}
+
+
+def _modeling_file(decoder: Decoder, classes: dict[str, str]) -> str:
     """The template with the classes that it derives from, and with the sizes that follow from a layer's widths.
 
     A size is a sum, written as how many times each width is in it: ``{"num_attention_heads": 64}``.
@@ -146,7 +164,7 @@ def _modeling_file(decoder: Decoder, stock: dict[str, str]) -> str:
     held = {"kv_groups": {kv_heads: 1}, "heads": {heads: 1}, "attention_width": {heads: head_dim}}
     base = decoder.model.base_model_prefix
     return TEMPLATE.read_text().format(
-        **stock,
+        **classes,
         linears=json.dumps(linears, indent=4),
         sizes=json.dumps({name: held[size] for name, size in family.sizes.items()}),
         keys=json.dumps([*dict.fromkeys((heads, kv_heads, channels))]),
