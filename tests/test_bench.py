@@ -83,11 +83,8 @@ def test_every_case_of_every_table_is_a_valid_request() -> None:
     by_title = {section.title: [row.case.spec for row in section.rows] for section in sections}
     slimllm = by_title["SlimLLM, table 4: its strategies"]
     assert [spec.allocator for spec in slimllm] == ["cosine", "cosine", "cosine", "uniform"]
-    assert [spec.recovery_kind for spec in by_title["SlimLLM, table 6: linear regression"]] == [
-        "linear-regression",
-        "none",
-    ]
-    assert [spec.recovery_kind for spec in by_title["With training"]] == ["distill", "lora"]
+    assert [spec.mend for spec in by_title["SlimLLM, table 6: linear regression"]] == ["linear-regression", "none"]
+    assert [spec.training for spec in by_title["With training"]] == ["distill", "lora"]
 
 
 def test_a_table_shows_what_is_known_by_ratio_and_seed() -> None:

@@ -8,7 +8,7 @@ Scorer = Literal[
 ]
 """Names in ``MODEL_SCORERS`` and ``PART_SCORERS`` of ``workers.engine.scoring``."""
 
-Allocator = Literal["cosine", "inner", "loss", "lsps", "threshold", "uniform"]
+Allocator = Literal["cosine", "inner", "lsps", "threshold", "uniform"]
 """Names in ``workers.engine.allocation.ALLOCATORS``."""
 
 RecoveryKind = Literal["none", "bias", "linear-regression", "least-squares", "lora", "distill"]
@@ -58,7 +58,7 @@ SWEEP = "one forward of every layer before and one after it is cut"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("secateur", "ours: joint allocation by measured loss, second-order selection, damped least-squares refit on the pruned prefix", "Secateur, docs/methods.md", "docs/methods.md", "obs", "loss", "least-squares", passes="a few forwards"),
+        Method("secateur", "ours: SlimLLM's layer ratios, second-order selection, damped least-squares refit towards the unpruned model on the pruned prefix", "Secateur, docs/methods.md", "docs/methods.md", "obs", "cosine", "least-squares", passes=f"one forward for the ratios, {SWEEP}, one of the unpruned model beside it"),
         Method("piem-lsps", "PIEM scores, LSPS layer ratios: the paper's full method", PIEM_PAPER, "section 3.2 and 3.3", "piem", "lsps", passes=PIEM_PASSES, default_rounds=4),
         Method("piem", "PIEM scores, the same ratio in every layer", PIEM_PAPER, "section 3.2", "piem", "uniform", passes=PIEM_PASSES),
         Method("lsps", "L1 scores, LSPS layer ratios", PIEM_PAPER, "section 3.3", "magnitude", "lsps", passes="two forwards and one backward over the calibration tokens"),

@@ -15,6 +15,7 @@ from app.catalog.methods import (
     RANKING_ALLOCATORS,
     TRAINED,
     Allocator,
+    Method,
     RecoveryKind,
     Scorer,
 )
@@ -111,7 +112,7 @@ class Recovery(_Part):
 
     kind: RecoveryKind | None = Field(
         None,
-        description="Unset: the method's own. `bias`, `linear-regression` and `least-squares` mend each layer as it is cut, from statistics; `lora` and `distill` train after the last round.",
+        description="Unset: the method's own. `bias`, `linear-regression` and `least-squares` mend each layer as it is cut, from statistics; `lora` and `distill` train after the last round, on top of the method's own mending.",
     )
     damping: float | None = Field(
         None,
@@ -169,6 +170,11 @@ Ratio = Annotated[float, Field(gt=0, le=MAX_RATIO, allow_inf_nan=False, strict=T
 Ratios = Annotated[list[Ratio], Field(min_length=1, max_length=MAX_TARGETS)]
 _ONE_RATIO: TypeAdapter[float] = TypeAdapter(Ratio)
 _RATIOS: TypeAdapter[list[float]] = TypeAdapter(Ratios)
+
+
+def _mend(kind: RecoveryKind | None, method: Method) -> RecoveryKind:
+    """Training goes on top of the method's own mending."""
+    return method.recovery if kind is None or kind in TRAINED else kind
 
 
 class PruningSpec(_Part):
@@ -249,11 +255,11 @@ class PruningSpec(_Part):
     @classmethod
     def _fits_stock_class(cls, layout: Layout, info: ValidationInfo) -> Layout:
         if layout != "per-layer" and {"method", "allocation", "recovery"} <= info.data.keys():
-            recovery = info.data["recovery"].kind or METHODS[info.data["method"]].recovery
-            if recovery in BIASING:
+            mend = _mend(info.data["recovery"].kind, METHODS[info.data["method"]])
+            if mend in BIASING:
                 raise ValueError(
-                    f"'{layout}' has no place for the biases that recovery '{recovery}' adds; allowed: 'per-layer', or "
-                    "another recovery"
+                    f"'{layout}' has no place for the biases that recovery '{mend}' adds; allowed: 'per-layer', or "
+                    "recovery 'none' or 'least-squares'"
                 )
             if layout == "uniform" and info.data["allocation"].kind not in (None, "uniform"):
                 raise ValueError("'uniform' layers give the same: leave allocation.kind out, or use another layout")
@@ -313,7 +319,8 @@ class PruningSpec(_Part):
     @property
     def parts(self) -> dict[str, str]:
         """Scorer, allocator and recovery that the pruning is made with, by the part of the request they belong to."""
-        return {"scoring": self.scorer, "allocation": self.allocator, "recovery": self.recovery_kind}
+        steps = [step for step in (self.mend, self.training) if step not in ("none", None)]
+        return {"scoring": self.scorer, "allocation": self.allocator, "recovery": " and ".join(steps) or "none"}
 
     @property
     def scorer(self) -> Scorer:
@@ -331,8 +338,14 @@ class PruningSpec(_Part):
         return self.layout == "uniform"
 
     @property
-    def recovery_kind(self) -> RecoveryKind:
-        return self.recovery.kind or METHODS[self.method].recovery
+    def mend(self) -> RecoveryKind:
+        """What mends each layer as it is cut: ``none``, or a name in ``workers.engine.recovery.MENDS``."""
+        return _mend(self.recovery.kind, METHODS[self.method])
+
+    @property
+    def training(self) -> Literal["lora", "distill"] | None:
+        """What trains the whole when all is cut."""
+        return self.recovery.kind if self.recovery.kind == "lora" or self.recovery.kind == "distill" else None
 
     @property
     def refit_target(self) -> Literal["model", "layer"]:
@@ -345,7 +358,7 @@ class PruningSpec(_Part):
     @property
     def needs_reference(self) -> bool:
         """Whether layers are mended towards the unpruned model."""
-        return self.recovery_kind == "least-squares" and self.refit_target == "model"
+        return self.mend == "least-squares" and self.refit_target == "model"
 
     def published(self) -> dict[str, Any]:
         """The spec as reports and model cards show it, see :func:`without_texts`."""
@@ -359,7 +372,7 @@ class PruningSpec(_Part):
     @property
     def rounds_per_target(self) -> int:
         """Rounds of pruning, and the one of training where a recovery trains."""
-        return self.round_count + (self.recovery_kind in TRAINED)
+        return self.round_count + (self.training is not None)
 
     @property
     def total_rounds(self) -> int:

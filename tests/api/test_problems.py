@@ -56,7 +56,7 @@ def test_fields_at_fault_are_named(api: httpx2.Client, body: Body) -> None:
         ({"target_ratio": None, "target": {"parameters": 252_735}}, "target", "nearest"),
         ({"scoring": {"kind": "sparse"}}, "scoring.kind", "'wanda'"),
         ({"allocation": {"kind": "owl"}}, "allocation.kind", "'lsps'"),
-        ({"method": "wanda", "allocation": {"kind": "threshold"}}, "allocation", "allowed: cosine, inner, loss, lsps"),
+        ({"method": "wanda", "allocation": {"kind": "threshold"}}, "allocation", "allowed: cosine, inner, lsps"),
         ({"method": "flap", "scoring": {"kind": "obs"}}, "allocation", "'obs' has none"),
         ({"recovery": {"kind": "qlora"}}, "recovery.kind", "'least-squares'"),
         ({"recovery": {"epochs": 0}}, "recovery.epochs", "more than 0"),

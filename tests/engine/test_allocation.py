@@ -1,6 +1,5 @@
 """Every allocator against its budget, on made-up models of all shapes, and each against what it promises."""
 
-import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,12 +20,6 @@ from workers.engine.scoring import Scores
 from workers.engine.survey import Survey
 
 
-def convex(units: int, generator: torch.Generator) -> Tensor:
-    """A made-up cost of removing 0, 1, 2… of ``units`` units: rising ever faster."""
-    steps = torch.rand(units - 1, generator=generator, dtype=torch.float64).sort().values
-    return torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)])
-
-
 def context_of(shape: ModelShape, ratio: float, seed: int, **allocation: Any) -> Any:
     """What an allocator looks at, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
@@ -37,11 +30,6 @@ def context_of(shape: ModelShape, ratio: float, seed: int, **allocation: Any) ->
     gates = [
         GateStatistics(*(draw(n) for n in (layer.kv_groups, layer.intermediate_size) * 2)) for layer in shape.layers
     ]
-    curves = [
-        convex(units, generator) * float(draw(1).exp())
-        for layer in shape.layers
-        for units in (layer.kv_groups, layer.intermediate_size)
-    ]
     return SimpleNamespace(
         decoder=SimpleNamespace(shape=shape, layers=[SimpleNamespace(shape=layer) for layer in shape.layers]),
         spec=PruningSpec(target_ratio=ratio, method="random", allocation=allocation),
@@ -51,9 +39,7 @@ def context_of(shape: ModelShape, ratio: float, seed: int, **allocation: Any) ->
         scores=Scores(
             [draw(layer.kv_groups) for layer in shape.layers], [draw(s.intermediate_size) for s in shape.layers]
         ),
-        memo=lambda name, compute: curves,
         details={},
-        curves=curves,
     )
 
 
@@ -178,45 +164,6 @@ def test_lsps_falls_in_a_line_with_sensitivity() -> None:
     means = torch.stack([torch.cat([gate.head_gradient, gate.channel_gradient]).abs().mean() for gate in context.gates])
     line = 1 - 0.9 * means / means.max()
     assert torch.allclose(found / found.sum(), (line / line.sum()).float(), rtol=1e-4)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 3), st.integers(2, 5)), min_size=2, max_size=2),
-    st.integers(1, 40),
-    st.integers(1, 20),
-    st.integers(0, 1000),
-    st.floats(0.01, 0.99),
-)
-def test_loss_is_the_cheapest_of_all_ways(
-    widths: list[tuple[int, int]], per_group: int, per_channel: int, seed: int, where: float
-) -> None:
-    """On convex curves, at every budget that a price hits, enumeration finds nothing that costs less."""
-    shape = make_shape(widths, UnitCost(per_group, per_channel, 0))
-    context, limits = context_of(shape, 0.3, seed), limits_of(shape, 1)
-    curves = context.curves
-    prices = [per_group, per_channel] * 2
-    choices = [range(most + 1) for limit in limits for most in (limit.kv_groups, limit.channels)]
-
-    def parameters(units: tuple[int, ...]) -> int:
-        return sum(price * count for price, count in zip(prices, units, strict=True))
-
-    def loss(units: tuple[int, ...]) -> float:
-        return sum(float(curve[count]) for curve, count in zip(curves, units, strict=True))
-
-    ways = list(itertools.product(*choices))
-    rate = where * 2 * max(float(curve.diff().max()) for curve in curves if len(curve) > 1) / per_channel
-    hit = min(ways, key=lambda units: loss(units) - rate * parameters(units))
-    share = ALLOCATORS["loss"](context, limits, parameters(hit))
-    assert share.kv_groups is not None
-    channels = [
-        (budget - count * per_group) / per_channel for budget, count in zip(share.budgets, share.kv_groups, strict=True)
-    ]
-    assert channels == pytest.approx([round(count) for count in channels], abs=1e-6)
-    found = tuple(int(units) for pair in zip(share.kv_groups, map(round, channels), strict=True) for units in pair)
-    assert parameters(found) == parameters(hit)
-    cheapest = min(loss(units) for units in ways if parameters(units) >= parameters(hit))
-    assert loss(found) == pytest.approx(cheapest)
 
 
 def test_fill_asks_the_idle_only_when_it_must() -> None:

@@ -217,32 +217,32 @@ def problem(inputs: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("inputs", "width"), [(10, 1), (15, 3), (16, 4)])
 def test_obs_is_greedy_refitting_from_scratch(inputs: int, width: int) -> None:
     weight, activations = problem(inputs)
-    path = second_order.eliminate(weight.float(), (activations.T @ activations).float(), width, inputs // width - 1)
+    order = second_order.eliminate(weight.float(), (activations.T @ activations).float(), width, inputs // width - 1)
     gone: list[int] = []
 
     def columns(units: list[int]) -> list[int]:
         return [unit * width + offset for unit in units for offset in range(width)]
 
-    before = 0.0
-    for unit, added in zip(path.order.tolist(), path.errors.tolist(), strict=True):
+    for unit in order.tolist():
         candidates = {
             one: refit_error(weight, activations, columns([*gone, one]))
             for one in range(inputs // width)
             if one not in gone
         }
         assert unit == min(candidates, key=candidates.__getitem__)
-        assert added == pytest.approx(candidates[unit] - before, rel=1e-3)
-        gone, before = [*gone, unit], candidates[unit]
+        gone = [*gone, unit]
 
 
-def test_obs_in_large_steps_still_knows_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_obs_in_large_steps_is_nearly_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, activations = problem(24)
+    gram = (activations.T @ activations).float()
+    one_by_one = second_order.eliminate(weight.float(), gram, 1, 12).tolist()
     monkeypatch.setattr(second_order, "STEPS", 6)  # 4 at once
-    path = second_order.eliminate(weight.float(), (activations.T @ activations).float(), 1, 20)
-    for count in (4, 8, 12, 20):
-        expected = refit_error(weight, activations, path.order[:count].tolist())
-        assert float(path.errors[:count].sum()) == pytest.approx(expected, rel=1e-3)
-    assert len(set(path.order.tolist())) == 20
+    order = second_order.eliminate(weight.float(), gram, 1, 12).tolist()
+    assert len(set(order)) == 12
+    others = [unit for unit in range(24) if unit not in order]
+    least, found, most = (refit_error(weight, activations, gone) for gone in (one_by_one, order, others))
+    assert found < (least + most) / 2
 
 
 def test_obs_scores_are_its_order(decoder: Decoder) -> None:
@@ -250,6 +250,6 @@ def test_obs_scores_are_its_order(decoder: Decoder) -> None:
         _, inputs, _ = stored(decoder, where)
         layer, removed = decoder.layers[where[0]], decoder.layers[where[0]].units(where[1]) // 2
         gram, weight = (inputs.T @ inputs).float(), layer.output(where[1]).weight.float()
-        path = second_order.eliminate(weight, gram, layer.width(where[1]), removed)
+        order = second_order.eliminate(weight, gram, layer.width(where[1]), removed)
         kept = best(scored(decoder, where, "obs", removed), removed)
-        assert set(kept) == set(range(layer.units(where[1]))) - set(path.order.tolist())
+        assert set(kept) == set(range(layer.units(where[1]))) - set(order.tolist())

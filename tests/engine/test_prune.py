@@ -16,7 +16,6 @@ from app.catalog.methods import GRADIENT_ALLOCATORS, GRADIENT_SCORERS, METHODS
 from app.catalog.spec import Calibration, Evaluation, PruningSpec, Scoring
 from tests.engine.models import english, make_tokenizer, save
 from workers.engine import Paused, PruningResult, loading, pipeline, progress, prune
-from workers.engine.allocation import loss
 from workers.engine.decoder import Decoder
 from workers.engine.evaluation import latency
 from workers.engine.export import check_checkpoint
@@ -176,6 +175,7 @@ STEPWISE: dict[str, dict[str, Any]] = {
     "linear-regression": {"method": "slimllm", "rounds": 2},
     "bias": {"method": "flap", "rounds": 2},
     "lora": {"method": "magnitude", "rounds": 2, "recovery": {"kind": "lora", **TRAINED}},
+    "linear-regression and lora": {"method": "slimllm", "rounds": 2, "recovery": {"kind": "lora", **TRAINED}},
     "distill": {"method": "magnitude", "rounds": 1, "recovery": {"kind": "distill", **TRAINED}},
 }
 
@@ -187,7 +187,7 @@ def test_resume_after_every_state_with_a_recovery(kind: str, trained_folder: Pat
     With the scratch folder as it was when the next state was told: until that one is safe, this one must do.
     """
     asked = spec(**{"calibration": SHORT, **STEPWISE[kind]})
-    assert asked.recovery_kind == kind
+    assert asked.parts["recovery"] == kind
     scratch, states = tmp_path / "scratch", []
     scratch.mkdir()
 
@@ -198,15 +198,18 @@ def test_resume_after_every_state_with_a_recovery(kind: str, trained_folder: Pat
 
     straight = run(trained_folder, tmp_path / "straight", asked, scratch=scratch, on_event=on_event).report
     scratch.rename(tmp_path / f"scratch-{len(states) - 1}")
-    steps = {"least-squares": 4, "lora": 4, "distill": 3}.get(kind, 2)
-    stretches = 1 if asked.recovery_kind in ("lora", "distill") else 0  # before the one that ends the training
+    steps = {"least-squares": 4, "distill": 3}.get(kind, 4 if asked.training else 2)
+    stretches = 1 if asked.training else 0  # before the one that ends the training
     assert asked.total_rounds == steps - stretches
     assert [event["number"] for event in states] == list(range(steps + 1))
     for event in states:
         out, state = tmp_path / f"resumed-{event['number']}", json.loads(json.dumps(event["state"]))
         kept = tmp_path / f"scratch-{event['number']}"
         report = run(trained_folder, out, asked, scratch=kept, resume=state).report
-        assert len(list(kept.glob("round-*"))) <= asked.target_count + 1, "one a target, and one that the last replaced"
+        most = asked.target_count + 1 + bool(asked.training and asked.mend != "none")
+        assert len(list(kept.glob("round-*"))) <= most, (
+            "one a target and one of its training, and one that was replaced"
+        )
         for one, other in zip(report.get("targets", [report]), straight.get("targets", [straight]), strict=True):
             assert one["perplexity"] == other["perplexity"] and timeless(one["rounds"]) == timeless(other["rounds"])
         for folder in {file.parent.relative_to(out) for file in out.rglob("model.safetensors")}:
@@ -288,7 +291,6 @@ def test_statistics_that_are_kept_are_not_taken_again(
     with monkeypatch.context() as patch:
         patch.setattr(base, "gate_statistics", taken)
         patch.setattr(base, "survey", taken)
-        patch.setattr(loss, "_curves", taken)
         patch.setattr(piem, "shielded_loss_change", taken)
         patch.setattr(llm_pruner, "gradients_from_the_end", taken)
         second = run(trained_folder, tmp_path / "second", asked, statistics_dir=folder).report
@@ -320,8 +322,8 @@ def test_scores_that_cost_no_pass_are_not_kept(method: str, trained_folder: Path
         {"method": "piem", "recovery": {"kind": "bias"}, "allocation": {"kind": "cosine"}},
         {"method": "flap", "recovery": {"kind": "least-squares", "target": "layer"}},
         {"method": "slimllm", "recovery": {"kind": "none"}, "allocation": {"kind": "lsps"}},
-        {"method": "llm-pruner", "allocation": {"kind": "loss"}, "recovery": {"kind": "linear-regression"}},
-        {"method": "magnitude", "scoring": {"kind": "obs"}, "allocation": {"kind": "inner"}},
+        {"method": "llm-pruner", "allocation": {"kind": "inner"}, "recovery": {"kind": "linear-regression"}},
+        {"method": "magnitude", "scoring": {"kind": "obs"}, "allocation": {"kind": "cosine"}},
         {"method": "secateur", "recovery": {"kind": "least-squares", "damping": 0.5}},
     ],
 )

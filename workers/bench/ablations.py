@@ -38,14 +38,11 @@ def ablations(base: Case, seeds: Sequence[int]) -> list[Section]:
             [0.2, 0.4],
             {
                 "secateur": secateur(),
-                "SlimLLM's ratios": secateur(allocation={"kind": "cosine"}),
                 "uniform ratios": secateur(allocation={"kind": "uniform"}),
                 "refitted to the layer alone": secateur(recovery={"target": "layer"}),
                 "damping 0.01": secateur(recovery={"damping": 0.01}),
                 "no refit": secateur(recovery={"kind": "none"}),
-                "SlimLLM's ratios, OBS selection, sparsegpt's refit": slimllm(
-                    scoring={"kind": "obs"}, recovery={"kind": "least-squares", "target": "layer", "damping": 0.01}
-                ),
+                "sparsegpt's refit": secateur(recovery={"target": "layer", "damping": 0.01}),
             },
         ),
         section(

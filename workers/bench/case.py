@@ -2,11 +2,10 @@
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from app.catalog.methods import TRAINED
 from app.catalog.spec import Calibration, Evaluation, PruningSpec
 from workers.bench.model import KvHeads
 from workers.engine.calibration import Windows, batch_windows, read_windows
@@ -91,18 +90,15 @@ def prune(decoder: Decoder, reference: Decoder, case: Case, tokens: Tensor, stat
             statistics=statistics if number == 1 else None,
         )
         prune_round(context, target, multiple)
-    if spec.recovery_kind in TRAINED:
-        _train(decoder, reference, spec, tokens, batch)
+    if spec.training is not None:
+        teacher = (
+            (lambda windows: reference.model(windows, use_cache=False).logits) if spec.training == "distill" else None
+        )
+        for _ in train(decoder, teacher, tokens, batch, spec.recovery, spec.training, spec.seed, _quiet, None):
+            pass
     share = decoder.projection_parameters / shape.prunable_parameters / (1 - case.ratio)
     if abs(share - 1) > RATIO_TOLERANCE:
         raise RuntimeError(f"{case.method} left {share:.2%} of the parameters that {case.ratio:.0%} should leave.")
-
-
-def _train(decoder: Decoder, reference: Decoder, spec: PruningSpec, tokens: Tensor, batch: int) -> None:
-    kind: Literal["lora", "distill"] = "lora" if spec.recovery_kind == "lora" else "distill"
-    teacher = (lambda windows: reference.model(windows, use_cache=False).logits) if kind == "distill" else None
-    for _ in train(decoder, teacher, tokens, batch, spec.recovery, kind, spec.seed, _quiet, None):
-        pass
 
 
 def _quiet(share: float) -> None:

@@ -198,15 +198,11 @@ class Decoder:
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def run_layers(self, captured: "Captured", start: int, hidden: Tensor) -> Tensor:
-        """What leaves the last layer when ``hidden`` ``[windows, length, hidden]`` enters layer ``start``."""
-        for index in range(start, len(self.layers)):
-            hidden = self.run_layer(captured, index, hidden)
-        return hidden
-
     def resume(self, captured: "Captured", start: int, hidden: Tensor) -> Tensor:
         """Logits ``[windows, length, vocabulary]`` from ``hidden`` entering layer ``start``."""
-        return self.head(self.run_layers(captured, start, hidden))
+        for index in range(start, len(self.layers)):
+            hidden = self.run_layer(captured, index, hidden)
+        return self.head(hidden)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def _counts(context: Context, target: RoundTarget, width_multiple: int) -> list[
 def _sweep(context: Context) -> Sweep | None:
     """The stream of hidden states, where scores or the mending need one."""
     spec = context.spec
-    if context.scores is not None and spec.recovery_kind not in MENDS:
+    if context.scores is not None and spec.mend not in MENDS:
         return None
     return Sweep(context.decoder, context.tokens, context.batch_windows, context.reference)
 
@@ -63,7 +63,7 @@ def _cut_part(
     context: Context, sweep: Sweep | None, layer: Layer, index: int, part: Part, removed: int
 ) -> tuple[int, ...]:
     """Choose, cut and mend one part; returns the units that stay. One that gives nothing may have losses before it to mend."""
-    spec, output, mend = context.spec, layer.output(part), MENDS.get(context.spec.recovery_kind)
+    spec, output, mend = context.spec, layer.output(part), MENDS.get(context.spec.mend)
     moments = sweep.moments(part) if sweep is not None and (removed or mend is not None) else None
     if removed == 0:
         kept = tuple(range(layer.units(part)))

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from app.catalog.methods import TRAINED
 from app.catalog.spec import PruningSpec
 from workers.engine import tensor_files
 from workers.engine.decoder import Decoder
@@ -85,7 +84,7 @@ class Targets:
         for number in range(done + 1, self._spec.round_count + 1):
             self._pause_if_asked()
             self._prune_round(decoder, index, number)
-        if self._spec.recovery_kind in TRAINED and done < self._spec.rounds_per_target:
+        if self._spec.training and done < self._spec.rounds_per_target:
             self._pause_if_asked()
             self._train(decoder, index)
         return decoder
@@ -133,13 +132,14 @@ class Targets:
             **self._measure(decoder, latency=number == spec.round_count),
             "seconds": time.monotonic() - began,
         }
-        changed = self._keep(index, changed_by_mending(decoder)) if spec.recovery_kind in MENDS else None
+        changed = self._keep(index, changed_by_mending(decoder)) if spec.mend in MENDS else None
         self._finish(index, data, plan=plan.as_dict(), tensors=changed)
 
     def _train(self, decoder: Decoder, index: int) -> None:
         """Train from the state's last stretch on; stretches but the last are checkpoints, the last is a round."""
         spec, target = self._spec, self.state["targets"][index]
-        kind: Any = spec.recovery_kind
+        kind = spec.training
+        assert kind is not None
         began, begun = time.monotonic(), target["training"]
         if kind == "distill":
             self._reference = self._load()

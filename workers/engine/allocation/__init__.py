@@ -1,13 +1,12 @@
 """How much each layer gives: the allocators, by the name a method gives them, and the way from a share to whole units."""
 
-from workers.engine.allocation import cosine, loss, lsps, threshold, uniform
+from workers.engine.allocation import cosine, lsps, threshold, uniform
 from workers.engine.allocation.base import Allocator, LayerLimit, Share
 from workers.engine.allocation.budget import UnitCounts, best, equal_units, whole_units
 
 ALLOCATORS: dict[str, Allocator] = {
     "cosine": cosine.allocate,
     "inner": uniform.allocate_inner,
-    "loss": loss.allocate,
     "lsps": lsps.allocate,
     "threshold": threshold.allocate,
     "uniform": uniform.allocate,

@@ -5,8 +5,6 @@ Hassibi and Stork 1993; for whole units Kurtic et al. 2023 (ZipLM, equations 2 a
 tr(W_S·(H⁻¹_SS)⁻¹·W_Sᵀ), H = G + λ·mean(diag G)·I.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -19,24 +17,18 @@ STEPS = 24
 """Single inputs go in this many steps at most from all to none: those of one step are chosen together."""
 
 
-@dataclass(frozen=True)
-class Elimination:
-    """Units in the order in which they go, ``[removed]``, and by how much each raises the squared error, ``[removed]``."""
-
-    order: Tensor
-    errors: Tensor
-
-
 def score(context: PartContext) -> Tensor:
     """Units that go first are lowest; those that stay share the highest score."""
-    path = eliminate(context.output_weight, context.moments.gram, context.layer.width(context.part), context.removed)
+    order = eliminate(context.output_weight, context.moments.gram, context.layer.width(context.part), context.removed)
     scores = torch.full((context.layer.units(context.part),), float(context.removed))
-    scores[path.order] = torch.arange(float(len(path.order)))
+    scores[order] = torch.arange(float(len(order)))
     return scores
 
 
-def eliminate(weight: Tensor, gram: Tensor, width: int, count: int) -> Elimination:
+def eliminate(weight: Tensor, gram: Tensor, width: int, count: int) -> Tensor:
     """Remove ``count`` units of ``width`` inputs greedily, the rest being refitted after each step.
+
+    Returns the units in the order in which they go, ``[count]``.
 
     ``weight`` ``[out, in]``, ``gram`` ``[in, in]``; all float32. Blocks go one by one, single inputs some at a time.
     """
@@ -44,24 +36,20 @@ def eliminate(weight: Tensor, gram: Tensor, width: int, count: int) -> Eliminati
     columns = weight.T.clone()  # [in, out]
     units = torch.arange(len(columns) // width, device=weight.device)
     at_once = max(1, len(units) // STEPS) if width == 1 else 1
-    order, errors = [], []
+    order = [units[:0]]
     while count > 0:
-        losses = _losses(columns, inverse, width)
-        gone = losses.argsort(stable=True)[: min(at_once, count)]
+        gone = _losses(columns, inverse, width).argsort(stable=True)[: min(at_once, count)]
         stays = torch.ones(len(units), dtype=torch.bool, device=weight.device)
         stays[gone] = False
         rows, rest = stays.logical_not().repeat_interleave(width), stays.repeat_interleave(width)
         block = inverse[rows][:, rows]
         solved = torch.linalg.solve(block, torch.cat([columns[rows], inverse[rows][:, rest]], 1))
-        lost = (columns[rows] * solved[:, : columns.shape[1]]).sum()
         across = inverse[rest][:, rows]
         columns = columns[rest] - across @ solved[:, : columns.shape[1]]
         inverse = inverse[rest][:, rest] - across @ solved[:, columns.shape[1] :]
         order.append(units[gone])
-        errors.append((losses[gone] / losses[gone].sum().clamp_min(1e-30)) * lost)
         units, count = units[stays], count - len(gone)
-    empty = units.new_empty(0)
-    return Elimination(torch.cat([*order, empty]).cpu(), torch.cat([*errors, weight.new_empty(0)]).cpu())
+    return torch.cat(order).cpu()
 
 
 def _losses(columns: Tensor, inverse: Tensor, width: int) -> Tensor:
