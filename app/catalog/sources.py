@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, errors, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from app.catalog.architectures import ModelShape, shape_from_config
+from app.catalog.architectures import ModelShape, check_config, family_of, shape_from_config
 from app.catalog.errors import PruningError
 
 LOCAL_PREFIX = "local:"
@@ -61,6 +61,11 @@ class ModelSource:
         config = self.config or {}
         name = config.get("dtype") or config.get("torch_dtype")
         return str(name) if name in HALF_DTYPES else "float32"
+
+    @property
+    def sizes_known(self) -> bool:
+        """Whether :func:`read_shape` can tell: there is a config, of a family that has an adapter."""
+        return self.config is not None and family_of(self.config) is not None
 
     def fingerprint(self) -> str:
         """Changes when the weights may have changed: the commit, or a hash over the names, sizes and times of the files."""
@@ -151,7 +156,7 @@ def _local(model_id: str, folder: Path, gguf_file: str | None) -> ModelSource:
             )
         return ModelSource(model_id, folder, None, gguf_file, _gguf_config(folder / gguf_file))
     config = _read_config(model_id, folder / "config.json")
-    shape_from_config(config)
+    check_config(config)
     check_weight_files(model_id, folder)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise PruningError(
@@ -282,7 +287,7 @@ def _on_hub(
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
         raise hub_error(error, model_id) from None
     config = _read_config(model_id, Path(path))
-    shape_from_config(config)
+    check_config(config)
     return ModelSource(model_id, None, info.sha, None, config)
 
 

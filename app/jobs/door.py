@@ -19,7 +19,8 @@ UNAUTHORIZED = (401, 403)
 
 
 def look(model: ModelRef, settings: Settings) -> tuple[ModelSource, ModelShape | None]:
-    """The model and its sizes, which are unknown (``None``) for a GGUF file that is still on the Hub.
+    """The model and its sizes, which are unknown (``None``) before a GGUF file on the Hub, or a model of a family without an
+    adapter, is loaded.
 
     Raises:
         PruningError: see :func:`app.catalog.sources.locate` and :func:`app.catalog.sources.read_shape`.
@@ -32,7 +33,7 @@ def look(model: ModelRef, settings: Settings) -> tuple[ModelSource, ModelShape |
         token=settings.hf_token.get_secret_value() if settings.hf_token else None,
         endpoint=settings.hf_endpoint,
     )
-    return source, None if source.config is None else read_shape(source)
+    return source, read_shape(source) if source.sizes_known else None
 
 
 def plan(request: JobRequest, settings: Settings) -> Plan:

@@ -1,7 +1,7 @@
 """A loaded model seen as a stack of prunable decoder layers, whatever its family."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -171,17 +171,15 @@ class Decoder:
     @torch.no_grad()
     def enter(self, tokens: Tensor) -> "Entered":
         """What enters the first layer for ``tokens`` ``[windows, length]``, and the arguments of every layer. Runs no layer."""
-        layers = self.model.get_submodule(self.shape.family.layers)
-        assert isinstance(layers, nn.ModuleList)
         entered = Entered(torch.empty(0), [])
-        real = list(layers)
-        try:
-            for index, layer in enumerate(real):
-                layers[index] = _Recorder(layer, entered)
+
+        def record(hidden: Tensor, arguments: Arguments) -> Tensor:
+            entered.hidden = hidden
+            entered.arguments.append(arguments)
+            return hidden
+
+        with self._layers_replaced(record):
             self.model(tokens, use_cache=False, logits_to_keep=1)
-        finally:
-            for index, layer in enumerate(real):
-                layers[index] = layer
         return entered
 
     def run_layer(self, captured: "Captured | Entered", index: int, hidden: Tensor) -> Tensor:
@@ -191,12 +189,24 @@ class Decoder:
         return output[0] if isinstance(output, tuple) else output
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits ``[windows, length, vocabulary]`` from what leaves the last layer."""
-        logits: Tensor = self.model.get_output_embeddings()(
-            self.model.get_submodule(self.shape.family.final_norm)(hidden)
-        )
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        """Logits ``[windows, length, vocabulary]`` that the model makes of what leaves the last layer."""
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        with self._layers_replaced(lambda entering, arguments: hidden):
+            logits: Tensor = self.model(tokens, use_cache=False).logits
+        return logits
+
+    @contextmanager
+    def _layers_replaced(self, forward: "Callable[[Tensor, Arguments], Tensor]") -> Iterator[None]:
+        layers = self.model.get_submodule(self.shape.family.layers)
+        assert isinstance(layers, nn.ModuleList)
+        real = list(layers)
+        try:
+            for index, layer in enumerate(real):
+                layers[index] = _StandIn(layer, forward)
+            yield
+        finally:
+            for index, layer in enumerate(real):
+                layers[index] = layer
 
     def resume(self, captured: "Captured", start: int, hidden: Tensor) -> Tensor:
         """Logits ``[windows, length, vocabulary]`` from ``hidden`` entering layer ``start``."""
@@ -229,13 +239,13 @@ class Captured:
     arguments: list[Arguments]
 
 
-class _Recorder(nn.Module):
-    """Stands for a layer: writes down what it is called with and passes the hidden states on."""
+class _StandIn(nn.Module):
+    """In a layer's place: what leaves it is told by ``replaced``, given what it is called with."""
 
-    def __init__(self, layer: nn.Module, entered: Entered) -> None:
+    def __init__(self, layer: nn.Module, replaced: Callable[[Tensor, Arguments], Tensor]) -> None:
         super().__init__()
         self.layer = layer
-        self._entered = entered
+        self._replaced = replaced
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -244,10 +254,7 @@ class _Recorder(nn.Module):
             return getattr(super().__getattr__("layer"), name)
 
     def forward(self, hidden_states: Tensor, *others: Any, **named: Any) -> Tensor:
-        if not self._entered.arguments:
-            self._entered.hidden = hidden_states
-        self._entered.arguments.append(Arguments(others, named))
-        return hidden_states
+        return self._replaced(hidden_states, Arguments(others, named))
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from transformers.utils import logging as transformers_logging
 
 from app.catalog.errors import PruningError
-from app.catalog.sources import ModelSource, check_weight_files, hub_error, locate, read_shape
+from app.catalog.sources import ModelSource, check_weight_files, hub_error, locate
 from workers.engine.decoder import Decoder
+from workers.engine.generic import sizes_of, verify
 
 # Not every *.safetensors: some repositories hold the model a second time under other names.
 HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
@@ -51,10 +52,12 @@ def load(source: ModelSource, dtype: str, device: torch.device) -> Decoder:
     assert source.path is not None
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
-    tokenizer, shape = _load_tokenizer(source), read_shape(source)
+    tokenizer, shape = _load_tokenizer(source), sizes_of(source)
     model = _load_model(source, dtype, shape.family.layers).to(device).eval().requires_grad_(False)
     decoder = Decoder(model, tokenizer, shape)
     _check(decoder, source)
+    if not source.sizes_known:
+        verify(decoder)
     return decoder
 
 

@@ -19,6 +19,7 @@ from workers.engine.calibration import SAMPLED, Windows, batch_windows, read_win
 from workers.engine.decoder import Decoder
 from workers.engine.evaluation import forward_flops, measure_latency, perplexity, weight_bytes
 from workers.engine.export import check_checkpoint, staged, versions, write_checkpoint
+from workers.engine.generic import sizes_of
 from workers.engine.loading import download, load
 from workers.engine.plan import Plan
 from workers.engine.progress import Progress
@@ -80,10 +81,10 @@ def prune(
     progress.stage("loading")
     options = {"models_dir": models_dir, "token": token, "endpoint": endpoint, "allow_paths": allow_paths}
     source = locate(model_id, revision=_revision(resume, revision), gguf_file=gguf_file, **options)  # type: ignore[arg-type]
-    if source.config is not None:  # else it is a GGUF file on the Hub: its sizes are known once it is here
+    if source.sizes_known:  # or they are once it is here
         spec.ratios(read_shape(source), source.dtype)
     source = download(source, token, endpoint)
-    ratios = spec.ratios(read_shape(source), source.dtype)
+    ratios = spec.ratios(sizes_of(source), source.dtype)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     decoder = load(source, spec.dtype, where)
     _check_resumable(resume, source, spec)

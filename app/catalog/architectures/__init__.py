@@ -18,6 +18,9 @@ FAMILIES: tuple[Family, ...] = (LLAMA, GEMMA, GLM, GLM4, GPT2, GPT_NEOX, OPT, PH
 MODEL_TYPES: dict[str, Family] = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+"""What a config must give, for the modules that go by these names to be found."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 MOST_LAYERS = 1024
 LARGEST_SIZE = 2**24
 """Beyond any model there is: a config is a stranger's text, and sizes turn into memory."""
@@ -35,20 +38,67 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None, most:
     return value
 
 
+def family_of(config: Mapping[str, Any]) -> Family | None:
+    """The family of the model that a ``config.json`` describes; ``None``: one without an adapter that may be built like Llama.
+
+    Raises:
+        PruningError: ``unsupported_architecture`` for any other.
+    """
+    model_type = str(config.get("model_type"))
+    family = MODEL_TYPES.get(model_type)
+    if family is None and (reason := _unlike_llama(config)):
+        raise PruningError(
+            "unsupported_architecture",
+            f"Models of type {model_type!r} cannot be pruned: {reason}. Supported: {', '.join(sorted(MODEL_TYPES))}, and "
+            "decoders built like Llama.",
+            field="model_id",
+        )
+    return family
+
+
+def _unlike_llama(config: Mapping[str, Any]) -> str | None:
+    """Why a model without an adapter is none that modules can be found out of, as far as its config tells."""
+    if config.get("is_encoder_decoder") or "text_config" in config:
+        return "it is more than a decoder of text"
+    if experts := [key for key in EXPERTS if config.get(key)]:
+        return f"it is a mixture of experts ('{experts[0]}')"
+    if missing := [size for size in SIZES if not isinstance(config.get(size), int)]:
+        return f"its config.json has no '{missing[0]}'"
+    if not any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ["ForCausalLM"]):
+        return f"it is no causal language model but {config['architectures'][0]}"
+    return None
+
+
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
-    """Sizes of the model that a ``config.json`` describes.
+    """Sizes of the model that a ``config.json`` describes, of a family that has an adapter.
 
     Raises:
         PruningError: ``unsupported_architecture``, ``weights_quantized`` or ``config_invalid``.
     """
-    model_type = config.get("model_type")
-    family = MODEL_TYPES.get(str(model_type))
+    family = family_of(config)
     if family is None:
         raise PruningError(
             "unsupported_architecture",
-            f"Models of type {model_type!r} cannot be pruned yet; supported: {', '.join(sorted(MODEL_TYPES))}.",
+            f"Models of type {config.get('model_type')!r} have no adapter; supported: {', '.join(sorted(MODEL_TYPES))}.",
             field="model_id",
         )
+    return shape_of(family, config)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse at the door what a config already rules out.
+
+    Raises:
+        PruningError: as :func:`shape_from_config`; of a family without an adapter, the rest shows when it is loaded.
+    """
+    family = family_of(config)
+    if family is None:
+        _check_weights(config)
+    else:
+        shape_of(family, config)
+
+
+def _check_weights(config: Mapping[str, Any]) -> None:
     if config.get("quantization_config"):
         raise PruningError(
             "weights_quantized",
@@ -61,6 +111,15 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
             "This model was pruned before; prune the model it came from by a larger ratio instead.",
             field="model_id",
         )
+
+
+def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
+    """Sizes of a model of ``family``.
+
+    Raises:
+        PruningError: ``unsupported_architecture``, ``weights_quantized`` or ``config_invalid``.
+    """
+    _check_weights(config)
     config = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     if reason := family.refused(config):
         raise PruningError("unsupported_architecture", f"This model cannot be pruned: {reason}.", field="model_id")
@@ -90,7 +149,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     norms = depth * family.norm_parameters({**config, "head_dim": head_dim})
     return ModelShape(
         family=family,
-        model_type=str(model_type),
+        model_type=str(config["model_type"]),
         hidden_size=hidden,
         vocab_size=vocabulary,
         tied_embeddings=tied,
@@ -109,6 +168,9 @@ __all__ = [
     "ModelShape",
     "UnitCost",
     "channel_steps",
+    "check_config",
+    "family_of",
     "nearest_groups",
     "shape_from_config",
+    "shape_of",
 ]

@@ -38,7 +38,6 @@ class Family:
     attention_output: str
     channel_inputs: tuple[str, ...]
     channel_output: str
-    final_norm: str
     norm_parameters: Callable[[Mapping[str, Any]], int]
     """Parameters of one layer's norms."""
     biased: Callable[[Mapping[str, Any]], frozenset[str]] = lambda config: frozenset()

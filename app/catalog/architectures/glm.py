@@ -25,7 +25,6 @@ def _family(name: str, norms: int, norms_outputs: bool) -> Family:
         attention_output=OUTPUT,
         channel_inputs=(f"{GATE_UP}.gate", f"{GATE_UP}.up"),
         channel_output=DOWN,
-        final_norm="model.norm",
         norm_parameters=lambda config: int(norms * config["hidden_size"]),
         biased=_biased,
         fused={GATE_UP: ("gate", "up")},

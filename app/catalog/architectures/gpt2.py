@@ -23,7 +23,6 @@ GPT2 = Family(
     attention_output=f"{PROJECTION}.output",
     channel_inputs=(f"{EXPANSION}.input",),
     channel_output=f"{CONTRACTION}.output",
-    final_norm="transformer.ln_f",
     norm_parameters=lambda config: int(4 * config["n_embd"]),
     biased=lambda config: frozenset(f"{module}.{part}" for module, parts in PARTS.items() for part in parts),
     outer_parameters=lambda config: int((config["n_positions"] + 2) * config["n_embd"]),

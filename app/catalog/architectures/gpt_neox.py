@@ -25,7 +25,6 @@ GPT_NEOX = Family(
     attention_output=DENSE,
     channel_inputs=(EXPANSION,),
     channel_output=CONTRACTION,
-    final_norm="gpt_neox.final_layer_norm",
     norm_parameters=lambda config: int(4 * config["hidden_size"]),
     biased=_biased,
     outer_parameters=lambda config: int(2 * config["hidden_size"]),

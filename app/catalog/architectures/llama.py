@@ -34,7 +34,6 @@ LLAMA = Family(
     attention_output=OUTPUT,
     channel_inputs=(GATE, UP),
     channel_output=DOWN,
-    final_norm="model.norm",
     norm_parameters=_norm_parameters,
     stock_heads="divisors",
     biased=_biased,

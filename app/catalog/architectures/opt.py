@@ -42,7 +42,6 @@ OPT = Family(
     attention_output=OUTPUT,
     channel_inputs=("fc1",),
     channel_output="fc2",
-    final_norm="model.decoder.final_layer_norm",
     norm_parameters=lambda config: 2 * _norm(config),
     biased=_biased,
     outer_parameters=_outer_parameters,

@@ -15,7 +15,6 @@ PHI3 = Family(
     attention_output=OUTPUT,
     channel_inputs=(f"{GATE_UP}.gate", f"{GATE_UP}.up"),
     channel_output=DOWN,
-    final_norm="model.norm",
     norm_parameters=lambda config: int(2 * config["hidden_size"]),
     fused={QUERY_KEY_VALUE: ("query", "key", "value"), GATE_UP: ("gate", "up")},
     sizes={"self_attn.num_key_value_heads": "kv_groups", "self_attn.config.num_attention_heads": "heads"},

@@ -1,0 +1,129 @@
+"""Models of families without an adapter: what is built like Llama is found out, verified and pruned; the rest refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    GPTJConfig,
+    GraniteConfig,
+    MixtralConfig,
+    NemotronConfig,
+    Olmo2Config,
+    OlmoConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
+)
+
+from app.catalog.errors import PruningError
+from app.catalog.sources import locate
+from tests.engine.models import SIZES, save
+from workers.engine import PruningSpec, prune
+from workers.engine.decoder import Decoder
+from workers.engine.generic import verify
+from workers.engine.loading import load
+
+LIKE_LLAMA: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "cohere": (CohereConfig, {"logit_scale": 0.25}),
+    "granite": (GraniteConfig, {"logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_bias": True}),
+    "nemotron": (NemotronConfig, {"head_dim": 8}),
+    "olmo": (OlmoConfig, {}),
+    "smollm3": (SmolLM3Config, {}),
+    "stablelm": (StableLmConfig, {}),
+    "starcoder2": (Starcoder2Config, {"use_bias": True}),
+}
+
+
+def made(config_class: type[PreTrainedConfig], own: dict[str, Any], tokenizer: Any, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_class(**{**SIZES, **own}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return save(model.eval(), tokenizer, folder)
+
+
+@pytest.mark.parametrize("name", LIKE_LLAMA)
+def test_what_is_built_like_llama_can_be_pruned(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """With the check of the written checkpoint by a process that never saw this."""
+    folder = made(*LIKE_LLAMA[name], tokenizer, tmp_path / "source")
+    decoder = load(locate(str(folder), allow_paths=True), "auto", torch.device("cpu"))
+    assert decoder.shape.family.name == "generic"
+    assert decoder.shape.parameters == decoder.parameters
+    assert decoder.shape.prunable_parameters == decoder.projection_parameters
+    text = {"texts": ["The river runs past the old mill. " * 40], "samples": 4, "sequence_length": 32}
+    spec = PruningSpec(
+        target_ratio=0.4,
+        method="secateur",
+        calibration=text,
+        evaluation={**text, "latency": False},
+        allocation={"width_multiple": 8},
+    )
+    report = prune(str(folder), spec, tmp_path / "out").report
+    assert report["source"]["family"] == "generic"
+    assert report["ratio"]["reached"] == pytest.approx(0.4, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "own", "reason"),
+    [
+        (Olmo2Config, {}, "k_norm"),  # a norm over all heads
+        (
+            Olmo2Config,
+            {"num_key_value_heads": 6},
+            "does not run when it is cut",
+        ),  # the same, as wide as the hidden states
+        (MixtralConfig, {"num_local_experts": 4}, "mixture of experts"),
+        (GPTJConfig, {"n_embd": 48, "n_head": 6, "n_layer": 3, "rotary_dim": 4}, "'hidden_size'"),
+    ],
+)
+def test_what_is_not_is_refused_by_its_reason(
+    config_class: type[PreTrainedConfig],
+    own: dict[str, Any],
+    reason: str,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    folder = made(config_class, own, tokenizer, tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    if reason == "'hidden_size'":
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in SIZES}))
+    with pytest.raises(PruningError, match=reason) as caught:
+        load(locate(str(folder), allow_paths=True), "auto", torch.device("cpu"))
+    assert caught.value.code == "unsupported_architecture"
+
+
+def test_a_model_that_is_not_what_it_seems_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    folder = made(*LIKE_LLAMA["olmo"], tokenizer, tmp_path / "source")
+    decoder = load(locate(str(folder), allow_paths=True), "auto", torch.device("cpu"))
+    verify(decoder)
+    mlp = decoder.layers[1].module.get_submodule("mlp")
+    mlp.register_forward_hook(lambda _, args, output: output + args[0])  # gives something that no channel does
+    verify(decoder)  # which is no matter: channels still do what they did
+    attention = decoder.layers[1].attention_output
+    attention.register_forward_pre_hook(lambda _, args: (args[0].flip(-1),))
+    with pytest.raises(PruningError, match="cutting heads of layer 1"):
+        verify(decoder)
+
+
+def test_verifying_leaves_the_model_as_it_was(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    folder = made(*LIKE_LLAMA["starcoder2"], tokenizer, tmp_path / "source")
+    decoder = load(locate(str(folder), allow_paths=True), "auto", torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in decoder.model.state_dict().items()}
+    verify(decoder)
+    after = decoder.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(
+        (module.out_features, module.in_features) == tuple(module.weight.shape)
+        for module in decoder.model.modules()
+        if isinstance(module, nn.Linear)
+    )
+    assert isinstance(decoder, Decoder)
