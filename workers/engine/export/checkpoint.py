@@ -35,7 +35,7 @@ COPIED = (
     "chat_template.json",
     "generation_config.json",
 )
-LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+LICENCES = ("LICENSE*", "MODEL_LICENSE*", "NOTICE*", "USE_POLICY*")
 MANIFEST = "secateur.json"
 WIDTHS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_groups", "intermediate_size": "intermediate_size"}
 """What a config calls the widths of a layer that a plan speaks of."""
@@ -94,16 +94,13 @@ def versions() -> dict[str, str]:
 
 
 def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path) -> None:
-    assert source.path is not None
     family, shape, model = decoder.shape.family, decoder.shape, decoder.model
     stock = {
         "config": type(model.config).__name__,
         "base": type(model.base_model).__name__,
         "causal": type(model).__name__,
     }
-    config = (
-        json.loads((source.path / "config.json").read_text()) if source.gguf_file is None else _plain_config(decoder)
-    )
+    config = dict(source.config or {}) if source.gguf_file is None else _plain_config(decoder)
     _add_legacy_rope(config)
     config.update(
         architectures=[f"Pruned{stock['causal']}"],
@@ -184,7 +181,7 @@ def _add_legacy_rope(config: dict[str, Any]) -> None:
 
 def _write_tokenizer(decoder: Decoder, source: ModelSource, folder: Path) -> None:
     assert source.path is not None
-    if source.gguf_file is None:
+    if source.gguf_file is None and not source.chatglm:
         for name in COPIED:
             if (source.path / name).is_file():
                 shutil.copyfile(source.path / name, folder / name)
