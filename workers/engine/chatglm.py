@@ -161,7 +161,8 @@ def _from_sentencepiece(proto: Any) -> Tokenizer:
         tokenizer = Tokenizer(models.Unigram(scores, unk_id=trained.unk_id, byte_fallback=trained.byte_fallback))
     steps: list[normalizers.Normalizer] = []
     if normalizer.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(normalizer.precompiled_charsmap))
+        # Precompiled takes "\r\n" for one character, which no map has; maps make the same of both.
+        steps += [normalizers.Replace("\r\n", "\n\n"), normalizers.Precompiled(normalizer.precompiled_charsmap)]
     if normalizer.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if normalizer.add_dummy_prefix:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from app.catalog.architectures import chatglm
 from app.catalog.architectures.base import (
     MOST_LAYERS,
     Family,
@@ -36,9 +37,10 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     model_type = config.get("model_type")
     family = MODEL_TYPES.get(str(model_type))
     if family is None:
+        supported = ", ".join(sorted({*MODEL_TYPES, chatglm.MODEL_TYPE}))
         raise PruningError(
             "unsupported_architecture",
-            f"Models of type {model_type!r} cannot be pruned yet; supported: {', '.join(sorted(MODEL_TYPES))}.",
+            f"Models of type {model_type!r} cannot be pruned yet; supported: {supported}.",
             field="model_id",
         )
     if config.get("quantization_config"):

@@ -46,9 +46,7 @@ def glm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, (wanted, silent) in ALIKE.items():
         value = config.get(key, silent)
         if bool(value) != wanted:
-            raise _unsupported(
-                f"its '{key}' is {value}, and transformers' glm, as which it would be loaded, has no such"
-            )
+            raise _unsupported(f"its '{key}' is {value}, and transformers' glm, which it is read as, cannot be so")
     ratio = _number(config, "rope_ratio", 1.0)
     if ratio == INTERPOLATED:
         raise _unsupported(
