@@ -67,7 +67,7 @@ class Inspection(BaseModel):
     reason: JobError | None = Field(description="Why not.")
     shape: dict[str, Any] | None = Field(
         description="Family, parameters, largest ratio, and each layer's heads, KV groups and feed-forward width; "
-        "null for a model that is not supported, and for a GGUF file that is not downloaded yet."
+        "null for a model that is not supported, and before one is loaded of which a GGUF file on the Hub or a type without an adapter does not tell it."
     )
 
 

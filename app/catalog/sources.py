@@ -6,7 +6,7 @@ Reads configs and headers only, never weights, so that a request can be refused 
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, errors, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from app.catalog.architectures import ModelShape, check_config, family_of, shape_from_config
+from app.catalog.architectures import ModelShape, chatglm, check_config, family_of, shape_from_config
 from app.catalog.errors import PruningError
 
 LOCAL_PREFIX = "local:"
@@ -47,7 +47,9 @@ class ModelSource:
     revision: str | None
     gguf_file: str | None
     config: dict[str, Any] | None
-    """``config.json``, or the same from GGUF metadata; ``None`` for a GGUF file that is still on the Hub."""
+    """``config.json``, or the same from GGUF metadata or ChatGLM's; ``None`` for a GGUF file that is still on the Hub."""
+    chatglm: bool = False
+    """Whether its files are as ChatGLM's own code reads them, not as transformers' ``glm`` does."""
 
     @property
     def name(self) -> str:
@@ -155,8 +157,7 @@ def _local(model_id: str, folder: Path, gguf_file: str | None) -> ModelSource:
                 field="gguf_file",
             )
         return ModelSource(model_id, folder, None, gguf_file, _gguf_config(folder / gguf_file))
-    config = _read_config(model_id, folder / "config.json")
-    check_config(config)
+    source = _described(ModelSource(model_id, folder, None, None, _read_config(model_id, folder / "config.json")))
     check_weight_files(model_id, folder)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise PruningError(
@@ -164,7 +165,16 @@ def _local(model_id: str, folder: Path, gguf_file: str | None) -> ModelSource:
             f"{model_id} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
             field="model_id",
         )
-    return ModelSource(model_id, folder, None, None, config)
+    return source
+
+
+def _described(source: ModelSource) -> ModelSource:
+    """The source with its config as transformers has it, known to be that of a model that can be pruned."""
+    assert source.config is not None
+    if source.config.get("model_type") == chatglm.MODEL_TYPE:
+        source = replace(source, config=chatglm.glm_config(source.config), chatglm=True)
+    check_config(source.config or {})
+    return source
 
 
 def _read_json(path: Path) -> Any:
@@ -197,8 +207,10 @@ def _read_config(model_id: str, path: Path) -> dict[str, Any]:
     return config
 
 
-def check_weight_files(model_id: str, folder: Path) -> None:
+def check_weight_files(model_id: str, folder: Path) -> dict[str, Path]:
     """Read the headers of a folder's safetensors files: a truncated or corrupt file is found without reading weights.
+
+    Returns the file that each tensor is in.
 
     Raises:
         PruningError: ``weights_missing`` or ``weights_corrupt``.
@@ -219,19 +231,20 @@ def check_weight_files(model_id: str, folder: Path) -> None:
             f"{model_id} has no safetensors weights (pickled weights are never loaded).",
             field="model_id",
         )
-    present: set[str] = set()
+    present: dict[str, Path] = {}
     for name in files:
         if Path(name).name != name or not (folder / name).is_file():
             raise PruningError("weights_missing", f"{model_id} lacks the shard {name}.", field="model_id")
         try:
             with safe_open(folder / name, framework="numpy") as shard:
-                present.update(shard.keys())
+                present |= dict.fromkeys(shard.keys(), folder / name)
         except (SafetensorError, OSError) as error:
             raise PruningError(
                 "weights_corrupt", f"{name} of {model_id} is corrupt or truncated: {error}", field="model_id"
             ) from None
-    if missing := sorted(set(wanted) - present):
+    if missing := sorted(set(wanted) - present.keys()):
         raise PruningError("weights_missing", f"{model_id} lacks the tensor {missing[0]}.", field="model_id")
+    return present
 
 
 def _gguf_config(path: Path) -> dict[str, Any]:
@@ -286,9 +299,7 @@ def _on_hub(
         raise
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
         raise hub_error(error, model_id) from None
-    config = _read_config(model_id, Path(path))
-    check_config(config)
-    return ModelSource(model_id, None, info.sha, None, config)
+    return _described(ModelSource(model_id, None, info.sha, None, _read_config(model_id, Path(path))))
 
 
 def hub_error(error: Exception, model_id: str) -> PruningError:

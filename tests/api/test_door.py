@@ -162,7 +162,12 @@ def test_inspect(api: httpx2.Client, make_model: Callable[..., str]) -> None:
         "head_dim": 8,
         "intermediate_size": 256,
     }
-    odd = make_model("odd", CONFIG | {"model_type": "rwkv"})
+    like = make_model("like", CONFIG | {"model_type": "granite"})
+    unknown = api.post("/v1/models/inspect", json={"model_id": like}).json()
+    assert (unknown["supported"], unknown["shape"]) == (True, None), "its modules tell, when it is loaded"
+    odd = make_model(
+        "odd", {key: value for key, value in CONFIG.items() if "heads" not in key} | {"model_type": "rwkv"}
+    )
     refused = api.post("/v1/models/inspect", json={"model_id": odd}).json()
     assert (refused["supported"], refused["shape"]) == (False, None)
     assert refused["reason"]["code"] == "unsupported_architecture" and "llama" in refused["reason"]["message"]

@@ -100,7 +100,7 @@ def broken_config(folder: Path) -> None:
         (no_tokenizer, "tokenizer_missing", "tokenizer.json"),
         (broken_tokenizer, "tokenizer_missing", "tokenizer"),
         (broken_config, "config_invalid", "config.json"),
-        (edit(model_type="mamba"), "unsupported_architecture", "llama, mistral"),
+        (edit(model_type="mamba"), "unsupported_architecture", "glm4, gpt2, gpt_neox, llama, mistral"),
         (edit(num_attention_heads=5, head_dim=None), "config_invalid", "5 heads"),
         (edit(num_hidden_layers=10**9), "config_invalid", "from 1 to 1024"),
         (edit(vocab_size=10**12), "config_invalid", "vocab_size"),

@@ -109,7 +109,7 @@ def test_a_model_that_is_not_what_it_seems_is_refused(tokenizer: PreTrainedToken
     mlp.register_forward_hook(lambda _, args, output: output + args[0])  # gives something that no channel does
     verify(decoder)  # which is no matter: channels still do what they did
     attention = decoder.layers[1].attention_output
-    attention.register_forward_pre_hook(lambda _, args: (args[0].flip(-1),))
+    attention.register_forward_pre_hook(lambda _, args: (args[0].roll(8, -1),))
     with pytest.raises(PruningError, match="cutting heads of layer 1"):
         verify(decoder)
 

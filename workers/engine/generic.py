@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from app.catalog.architectures import Family, ModelShape, family_of, shape_of
+from app.catalog.architectures import SUPPORTED, Family, ModelShape, family_of, shape_of
 from app.catalog.errors import PruningError
 from app.catalog.sources import ModelSource, read_shape
 from workers.engine.decoder import PARTS, Decoder, Part, gated
@@ -127,7 +127,8 @@ def _check_rest(layer: nn.Module, linears: Mapping[str, nn.Linear], sizes: set[i
 def _refuse(config: Mapping[str, Any], reason: str) -> NoReturn:
     raise PruningError(
         "unsupported_architecture",
-        f"Models of type {config['model_type']!r} have no adapter, and this one is not built like Llama: {reason}.",
+        f"Models of type {config['model_type']!r} have no adapter, and this one is not built like Llama: {reason}. "
+        f"With an adapter: {SUPPORTED}.",
         field="model_id",
     )
 

@@ -1,6 +1,7 @@
 """From a located model to one in memory that is known to be sound."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,11 +12,22 @@ from transformers.utils import logging as transformers_logging
 
 from app.catalog.errors import PruningError
 from app.catalog.sources import ModelSource, check_weight_files, hub_error, locate
+from workers.engine import chatglm
 from workers.engine.decoder import Decoder
 from workers.engine.generic import sizes_of, verify
 
 # Not every *.safetensors: some repositories hold the model a second time under other names.
-HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+HUB_FILES = [
+    "model*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "LICENSE*",
+    "MODEL_LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+]
 
 
 def download(source: ModelSource, token: str | None, endpoint: str | None) -> ModelSource:
@@ -26,7 +38,7 @@ def download(source: ModelSource, token: str | None, endpoint: str | None) -> Mo
     """
     if source.path is not None:
         return source
-    patterns = HUB_FILES if source.gguf_file is None else [source.gguf_file, *HUB_FILES[-3:]]
+    patterns = HUB_FILES if source.gguf_file is None else [source.gguf_file, *HUB_FILES[-4:]]
     try:
         folder = snapshot_download(
             source.model_id, revision=source.revision, allow_patterns=patterns, token=token, endpoint=endpoint
@@ -35,9 +47,9 @@ def download(source: ModelSource, token: str | None, endpoint: str | None) -> Mo
         raise hub_error(error, source.model_id) from None
     if source.gguf_file is None:
         check_weight_files(source.model_id, Path(folder))
-        return ModelSource(source.model_id, Path(folder), source.revision, None, source.config)
+        return replace(source, path=Path(folder))
     local = locate(folder, gguf_file=source.gguf_file, allow_paths=True)
-    return ModelSource(source.model_id, Path(folder), source.revision, source.gguf_file, local.config)
+    return replace(source, path=Path(folder), config=local.config)
 
 
 def load(source: ModelSource, dtype: str, device: torch.device) -> Decoder:
@@ -62,7 +74,10 @@ def load(source: ModelSource, dtype: str, device: torch.device) -> Decoder:
 
 
 def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    assert source.path is not None
     try:
+        if source.chatglm:
+            return chatglm.load_tokenizer(source.path)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.path, gguf_file=source.gguf_file, trust_remote_code=False
         )
@@ -74,19 +89,22 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel:
+    torch_dtype: torch.dtype = getattr(torch, source.dtype if dtype == "auto" else dtype)
     try:
+        if source.chatglm:
+            return chatglm.load_model(source, torch_dtype)
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             gguf_file=source.gguf_file,
             # Where transformers has kernels for them, weights would stay packed: they could not be scored or cut.
             quantization_config=GgufConfig(dequantize=True) if source.gguf_file else None,
-            dtype=getattr(torch, source.dtype if dtype == "auto" else dtype),
+            dtype=torch_dtype,
             use_safetensors=None if source.gguf_file else True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # reported below by name, where transformers would only print a table
             output_loading_info=True,
         )
-    except MemoryError:
+    except (MemoryError, PruningError):
         raise
     except Exception as error:  # as above
         if isinstance(error, torch.OutOfMemoryError):

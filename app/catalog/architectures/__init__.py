@@ -3,7 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from app.catalog.architectures.base import Family, LayerShape, ModelShape, UnitCost, channel_steps, nearest_groups
+from app.catalog.architectures import chatglm
+from app.catalog.architectures.base import (
+    MOST_LAYERS,
+    Family,
+    LayerShape,
+    ModelShape,
+    UnitCost,
+    channel_steps,
+    nearest_groups,
+    read_size,
+)
 from app.catalog.architectures.gemma import GEMMA
 from app.catalog.architectures.glm import GLM, GLM4
 from app.catalog.architectures.gpt2 import GPT2
@@ -18,24 +28,10 @@ FAMILIES: tuple[Family, ...] = (LLAMA, GEMMA, GLM, GLM4, GPT2, GPT_NEOX, OPT, PH
 MODEL_TYPES: dict[str, Family] = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 
+SUPPORTED = ", ".join(sorted({*MODEL_TYPES, chatglm.MODEL_TYPE}))
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 """What a config must give, for the modules that go by these names to be found."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
-MOST_LAYERS = 1024
-LARGEST_SIZE = 2**24
-"""Beyond any model there is: a config is a stranger's text, and sizes turn into memory."""
-
-
-def _size(config: Mapping[str, Any], key: str, default: int | None = None, most: int = LARGEST_SIZE) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise PruningError(
-            "config_invalid",
-            f"config.json: '{key}' must be an integer from 1 to {most}, not {str(value)[:40]}.",
-            field="model_id",
-        )
-    return value
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
@@ -49,7 +45,7 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
     if family is None and (reason := _unlike_llama(config)):
         raise PruningError(
             "unsupported_architecture",
-            f"Models of type {model_type!r} cannot be pruned: {reason}. Supported: {', '.join(sorted(MODEL_TYPES))}, and "
+            f"Models of type {model_type!r} cannot be pruned: {reason}. Supported: {SUPPORTED}, and "
             "decoders built like Llama.",
             field="model_id",
         )
@@ -79,7 +75,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     if family is None:
         raise PruningError(
             "unsupported_architecture",
-            f"Models of type {config.get('model_type')!r} have no adapter; supported: {', '.join(sorted(MODEL_TYPES))}.",
+            f"Models of type {config.get('model_type')!r} have no adapter; supported: {SUPPORTED}.",
             field="model_id",
         )
     return shape_of(family, config)
@@ -123,19 +119,24 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
     config = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     if reason := family.refused(config):
         raise PruningError("unsupported_architecture", f"This model cannot be pruned: {reason}.", field="model_id")
-    hidden, heads = _size(config, family.name_of("hidden_size")), _size(config, family.name_of("num_attention_heads"))
+    hidden, heads = (
+        read_size(config, family.name_of("hidden_size")),
+        read_size(config, family.name_of("num_attention_heads")),
+    )
     if config.get("head_dim") is None and hidden % heads:
         raise PruningError(
             "config_invalid", f"config.json: {heads} heads do not divide hidden_size {hidden}.", field="model_id"
         )
-    head_dim = _size(config, "head_dim", hidden // heads)
-    groups = _size(config, family.name_of("num_key_value_heads"), heads)
-    width = _size(config, family.name_of("intermediate_size"), family.default_width and family.default_width * hidden)
+    head_dim = read_size(config, "head_dim", hidden // heads)
+    groups = read_size(config, family.name_of("num_key_value_heads"), heads)
+    width = read_size(
+        config, family.name_of("intermediate_size"), family.default_width and family.default_width * hidden
+    )
     if heads % groups:
         raise PruningError(
             "config_invalid", f"config.json: {heads} heads are no multiple of {groups} KV heads.", field="model_id"
         )
-    depth = _size(config, family.name_of("num_hidden_layers"), most=MOST_LAYERS)
+    depth = read_size(config, family.name_of("num_hidden_layers"), most=MOST_LAYERS)
     layers = (LayerShape(groups, heads, head_dim, width),) * depth
     biased = family.biased(config)
     per_group = layers[0].heads_per_group * head_dim
@@ -145,7 +146,7 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
         channel=sum(hidden + (name in biased) for name in family.channel_inputs) + hidden,
         fixed=hidden * len(biased & {family.attention_output, family.channel_output}),
     )
-    vocabulary, tied = _size(config, "vocab_size"), bool(config.get("tie_word_embeddings", False))
+    vocabulary, tied = read_size(config, "vocab_size"), bool(config.get("tie_word_embeddings", False))
     norms = depth * family.norm_parameters({**config, "head_dim": head_dim})
     return ModelShape(
         family=family,
@@ -153,7 +154,7 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
         hidden_size=hidden,
         vocab_size=vocabulary,
         tied_embeddings=tied,
-        max_positions=_size(config, family.name_of("max_position_embeddings"), 2048),
+        max_positions=read_size(config, family.name_of("max_position_embeddings"), 2048),
         layers=layers,
         cost=cost,
         other_parameters=vocabulary * hidden * (1 if tied else 2) + norms + family.outer_parameters(config),
@@ -163,6 +164,7 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
 __all__ = [
     "FAMILIES",
     "MODEL_TYPES",
+    "SUPPORTED",
     "Family",
     "LayerShape",
     "ModelShape",

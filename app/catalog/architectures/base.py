@@ -14,6 +14,26 @@ from app.catalog.errors import PruningError
 
 WIDE_INTERMEDIATE = 4096
 """From this feed-forward width on, 256 channels are a fine enough step (K-quants want multiples of 256)."""
+MOST_LAYERS = 1024
+LARGEST_SIZE = 2**24
+"""Beyond any model there is: a config is a stranger's text, and sizes turn into memory."""
+
+
+def read_size(config: Mapping[str, Any], key: str, default: int | None = None, most: int = LARGEST_SIZE) -> int:
+    """The size that a config gives under ``key``.
+
+    Raises:
+        PruningError: ``config_invalid`` where it is no size.
+    """
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise PruningError(
+            "config_invalid",
+            f"config.json: '{key}' must be an integer from 1 to {most}, not {str(value)[:40]}.",
+            field="model_id",
+        )
+    return value
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def _family(name: str, norms: int, norms_outputs: bool) -> Family:
         biased=_biased,
         fused={GATE_UP: ("gate", "up")},
         norms_outputs=norms_outputs,
-        defaults={"head_dim": 128},
+        defaults={"head_dim": 128, "attention_bias": True},
     )
 
 

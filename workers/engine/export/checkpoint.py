@@ -37,7 +37,7 @@ COPIED = (
     "chat_template.json",
     "generation_config.json",
 )
-LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+LICENCES = ("LICENSE*", "MODEL_LICENSE*", "NOTICE*", "USE_POLICY*")
 MANIFEST = "secateur.json"
 WIDTHS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_groups", "intermediate_size": "intermediate_size"}
 """What a config calls the widths of a layer that a plan speaks of."""
@@ -104,11 +104,8 @@ def versions() -> dict[str, str]:
 
 
 def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path, stock: bool) -> None:
-    assert source.path is not None
     shape, model = decoder.shape, decoder.model
-    config = (
-        json.loads((source.path / "config.json").read_text()) if source.gguf_file is None else _plain_config(decoder)
-    )
+    config = dict(source.config or {}) if source.gguf_file is None else _plain_config(decoder)
     _add_legacy_rope(config)
     config["head_dim"] = shape.layers[0].head_dim
     dtype_key = "dtype" if "dtype" in config else "torch_dtype"
@@ -202,7 +199,7 @@ def _add_legacy_rope(config: dict[str, Any]) -> None:
 
 def _write_tokenizer(decoder: Decoder, source: ModelSource, folder: Path) -> None:
     assert source.path is not None
-    if source.gguf_file is None:
+    if source.gguf_file is None and not source.chatglm:
         for name in COPIED:
             if (source.path / name).is_file():
                 shutil.copyfile(source.path / name, folder / name)

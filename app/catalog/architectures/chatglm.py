@@ -1,0 +1,102 @@
+"""ChatGLM2, ChatGLM3 and GLM-4 as their own repositories have them: transformers' ``glm`` under other names.
+
+Source: configuration_chatglm.py and modeling_chatglm.py of THUDM/chatglm3-6b.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from app.catalog.architectures.base import MOST_LAYERS, read_size
+from app.catalog.errors import PruningError
+
+MODEL_TYPE = "chatglm"
+
+ALIKE: dict[str, tuple[bool, bool]] = {
+    "rmsnorm": (True, True),
+    "post_layer_norm": (True, True),
+    "apply_residual_connection_post_layernorm": (False, False),
+    "fp32_residual_connection": (False, False),
+    "add_bias_linear": (False, False),
+    "multi_query_attention": (True, False),
+    "original_rope": (True, True),
+    "pre_seq_len": (False, False),
+}
+"""What ``glm`` has no key for: what it does, and what a config that is silent means."""
+
+CARRIED = ("eos_token_id", "pad_token_id", "bos_token_id", "attention_dropout", "torch_dtype", "dtype")
+
+INTERPOLATED = 16
+"""``rope_ratio`` of ChatGLM2-6B-32K, whose code divides positions by it where all later code multiplies the rope's base."""
+
+
+def glm_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` of model type ``chatglm`` in the words of ``GlmConfig``: the same function of the same weights.
+
+    Raises:
+        PruningError: ``unsupported_architecture`` for what ``glm`` cannot be, ``config_invalid``; both name the key.
+    """
+    if "position_encoding_2d" in config or "inner_hidden_size" in config:
+        raise _unsupported(
+            "it is the first ChatGLM-6B ('position_encoding_2d', 'inner_hidden_size'), which transformers has no class "
+            "for; ChatGLM2-6B and ChatGLM3-6B can be"
+        )
+    if config.get("vision_config"):
+        raise _unsupported("it reads images ('vision_config')")
+    for key, (wanted, silent) in ALIKE.items():
+        value = config.get(key, silent)
+        if bool(value) != wanted:
+            raise _unsupported(f"its '{key}' is {value}, and transformers' glm, which it is read as, cannot be so")
+    ratio = _number(config, "rope_ratio", 1.0)
+    if ratio == INTERPOLATED:
+        raise _unsupported(
+            f"its 'rope_ratio' is {INTERPOLATED}, that of ChatGLM2-6B-32K, which interpolates positions; any other is "
+            "read as ChatGLM3's and GLM-4's code reads it, as a factor of the rope's base"
+        )
+    head_dim = read_size(config, "kv_channels")
+    if head_dim % 4:
+        raise PruningError(
+            "config_invalid",
+            f"config.json: 'kv_channels' is {head_dim}: half a head cannot be rotated in pairs.",
+            field="model_id",
+        )
+    translated = {
+        "model_type": "glm",
+        "vocab_size": read_size(config, "padded_vocab_size"),
+        "hidden_size": read_size(config, "hidden_size"),
+        "intermediate_size": read_size(config, "ffn_hidden_size"),
+        "num_hidden_layers": read_size(config, "num_layers", most=MOST_LAYERS),
+        "num_attention_heads": read_size(config, "num_attention_heads"),
+        "num_key_value_heads": read_size(config, "multi_query_group_num"),
+        "head_dim": head_dim,
+        "max_position_embeddings": read_size(config, "seq_length"),
+        "attention_bias": bool(config.get("add_qkv_bias", False)),
+        "hidden_act": "silu",
+        "rms_norm_eps": _number(config, "layernorm_epsilon", 1e-5),
+        "rope_theta": 10000.0 * ratio,
+        "partial_rotary_factor": 0.5,
+        "tie_word_embeddings": False,  # its class never ties them, whatever the config says
+        # GlmConfig assumes ids of GLM-4's, beyond ChatGLM's vocabulary.
+        "eos_token_id": 2,
+        "pad_token_id": None,
+    }
+    translated |= {key: config[key] for key in CARRIED if config.get(key) is not None}
+    if quantized := config.get("quantization_config") or config.get("quantization_bit"):
+        translated["quantization_config"] = quantized
+    return translated
+
+
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise PruningError(
+            "config_invalid",
+            f"config.json: '{key}' must be a positive number, not {str(value)[:40]}.",
+            field="model_id",
+        )
+    return float(value)
+
+
+def _unsupported(reason: str) -> PruningError:
+    return PruningError("unsupported_architecture", f"This model cannot be pruned: {reason}.", field="model_id")
