@@ -1,6 +1,7 @@
 """A pruned model as GGUF: what the file says, what llama.cpp makes of it, and what is refused before any work."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.engine.test_slicing import some_plan
 from workers.engine.decoder import Decoder
 from workers.engine.export import gguf as export
 from workers.engine.export.gguf import check_gguf, check_ready, write_gguf
-from workers.engine.export.gguf_tokenizer import LLAMA3, _pre_tokenizer
+from workers.engine.export.gguf_tokenizer import DIGITS, GPT2, PRE_TOKENIZERS
 from workers.engine.loading import load
 from workers.engine.plan import LayerPlan, Plan
 from workers.engine.slicing import apply_plan
@@ -46,9 +47,24 @@ DIFFERING: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
     "phi3": ("phi3", {}),
 }
+UNIFORM_ALONE: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("qwen3", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3", {}),
+    "gemma3-long": (
+        "gemma3",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            }
+        },
+    ),
+}
+MODELS = DIFFERING | UNIFORM_ALONE
 CASES = [
     *((name, some_plan(3)) for name in DIFFERING),
-    *((name, UNIFORM) for name in (*DIFFERING, "qwen3", "gemma2", "gemma3")),
+    *((name, UNIFORM) for name in (*DIFFERING, *UNIFORM_ALONE)),
 ]
 IDS = [f"{name}-{'uniform' if plan is UNIFORM else 'differing'}" for name, plan in CASES]
 
@@ -61,7 +77,7 @@ def pruned(
     name: str, plan: Plan, folder: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any
 ) -> tuple[Decoder, ModelSource]:
     """Heads of 16, so that a layer's rows are multiples of 32 where KV groups are two or more."""
-    family, own = DIFFERING.get(name, (name, {}))
+    family, own = MODELS[name]
     model = make_model(family, **{"hidden_size": 96, **own, **changes})
     source = locate(str(save(model, tokenizer, folder / "source")), allow_paths=True)
     decoder = load(source, "auto", torch.device("cpu"))
@@ -106,6 +122,15 @@ def test_llama_cpp_runs_it(name: str, plan: Plan, tokenizer: PreTrainedTokenizer
     decoder, source = pruned(name, plan, tmp_path, tokenizer)
     write_gguf(decoder, source, tmp_path / "model.gguf", "F32")
     check_gguf(decoder, tmp_path / "model.gguf", "F32")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_models_in_half_precision(dtype: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    decoder, source = pruned("llama", some_plan(3), tmp_path, tokenizer)
+    decoder.model.to(getattr(torch, dtype))
+    write_gguf(decoder, source, tmp_path / "model.gguf", "F16")
+    check_gguf(decoder, tmp_path / "model.gguf", "F16")
 
 
 @needs_llama_cpp
@@ -232,22 +257,42 @@ def test_without_llama_cpp(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, m
     assert caught.value.code == "gguf_unavailable" and caught.value.field == "formats"
 
 
-def split(pattern: str, ignore_merges: bool) -> dict[str, Any]:
-    steps = [{"type": "Split", "pattern": {"Regex": pattern}}, {"type": "ByteLevel", "use_regex": False}]
-    return {
-        "model": {"ignore_merges": ignore_merges},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+def split(pattern: str) -> list[dict[str, Any]]:
+    """The steps of a pre-tokenizer that takes words apart by a pattern."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, byte_level]
+
+
+def test_an_unknown_pre_tokenizer_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    decoder, source = pruned("llama", UNIFORM, tmp_path, tokenizer)
+    assert source.path is not None
+    path = source.path / "tokenizer.json"
+    description = json.loads(path.read_text())
+    description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": split(r"\w+")}
+    path.write_text(json.dumps(description))
+    with pytest.raises(PruningError, match="no name for how its tokenizer takes words apart") as caught:
+        write_gguf(decoder, source, tmp_path / "model.gguf", "F16")
+    assert caught.value.code == "gguf_unsupported"
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(("steps", "ignore_merges"), PRE_TOKENIZERS, ids=PRE_TOKENIZERS.values())
+def test_llama_cpp_takes_words_apart_alike(
+    steps: tuple[str, ...], ignore_merges: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    decoder, source = pruned("llama", UNIFORM, tmp_path, tokenizer)
+    assert source.path is not None
+    made: dict[str, list[dict[str, Any]]] = {
+        GPT2: [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}],
+        DIGITS: [{"type": "Digits", "individual_digits": True}],
     }
-
-
-def test_pre_tokenizers() -> None:
-    digits = {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]}
-    assert _pre_tokenizer({"model": {}, "pre_tokenizer": digits}) == "smollm"
-    assert _pre_tokenizer(split(LLAMA3, True)) == "llama-bpe"
-    assert _pre_tokenizer(split(LLAMA3, False)) == "dbrx"
-    assert _pre_tokenizer(split(LLAMA3.replace("{1,3}", ""), False)) == "qwen2"
-    with pytest.raises(PruningError, match="no name for how its tokenizer"):
-        _pre_tokenizer(split(r"\w+", False))
+    whole = {"type": "Sequence", "pretokenizers": [step for name in steps for step in made.get(name) or split(name)]}
+    path = source.path / "tokenizer.json"
+    description = json.loads(path.read_text())
+    description["pre_tokenizer"], description["model"]["ignore_merges"] = whole, ignore_merges
+    path.write_text(json.dumps(description))
+    decoder.tokenizer = PreTrainedTokenizerFast.from_pretrained(source.path)
+    check_ready(decoder, source)
 
 
 def obstacle(name: str, kind: GgufKind = "F16", uniform: bool = False, **options: Any) -> PruningError | None:
@@ -259,7 +304,7 @@ def obstacle(name: str, kind: GgufKind = "F16", uniform: bool = False, **options
 
 @pytest.mark.parametrize(("name", "plan"), CASES, ids=IDS)
 def test_no_obstacle(name: str, plan: Plan) -> None:
-    family, own = DIFFERING.get(name, (name, {}))
+    family, own = MODELS[name]
     assert obstacle(family, uniform=plan is UNIFORM, changes=own) is None
     assert obstacle(family, "Q8_0", plan is UNIFORM, changes=own) is None
     assert obstacle(family, "Q4_K_M", plan is UNIFORM, changes=own, width_multiple=256) is None

@@ -37,9 +37,10 @@ PROBE, CONTINUATION = 24, 8
 """Tokens that llama.cpp reads at once, and that it then reads one by one."""
 TEXTS = (
     "The river rose in March; by 1987 it hadn't fallen, they'd say, below 12.5 m.",
-    " def area(r):\n    return 3.14159 * r**2  # circle\n\n\n",
+    "def area(r):\n    return 3.14159 * r**2  # circle\n\n\n",
     "Café, naïve, Straße; Москва, 東京.",
 )
+"""None begins with a space: before it llama.cpp puts another, as SentencePiece does, and transformers does not."""
 
 QUANTIZE = """
 import sys, llama_cpp
