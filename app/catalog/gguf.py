@@ -40,6 +40,13 @@ RUNTIMES: dict[str, Runtime] = {
 }
 """By ``model_type``. Mistral, Qwen2 and Phi-3 compute what Llama does, once their weights are named as its are; their own
 architectures do not take fewer heads."""
+_FIXED_HEADS = "llama.cpp takes its heads only where together they are as wide as the hidden size"
+LACKING = {
+    "gpt2": _FIXED_HEADS,
+    "gpt_neox": _FIXED_HEADS,
+    "opt": "llama.cpp has no such architecture",
+}
+"""Why the others are not there, where it is llama.cpp that cannot run them."""
 
 
 def gguf_obstacle(
@@ -59,10 +66,8 @@ def gguf_obstacle(
     """
     runtime = RUNTIMES.get(shape.model_type)
     if runtime is None:
-        return unsupported(
-            f"llama.cpp runs no {shape.model_type} model with fewer heads than its source; "
-            f"it does run pruned models of type {', '.join(RUNTIMES)}"
-        )
+        reason = LACKING.get(shape.model_type, "this is not supported yet")
+        return unsupported(f"its type is {shape.model_type}, and {reason}; types that can: {', '.join(RUNTIMES)}")
     if not uniform and (reason := _needs_uniform(shape, runtime)):
         return unsupported(f"{reason}; layout 'uniform' or 'padded' gives them one width", "layout")
     if added_biases and not runtime.added_biases:

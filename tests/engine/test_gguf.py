@@ -249,6 +249,25 @@ def test_a_gguf_source_lends_its_tokenizer(tokenizer: PreTrainedTokenizerFast, t
     assert all((weights[tensor.name] == tensor.data).all() for tensor in first.tensors)
 
 
+@needs_llama_cpp
+def test_a_path_may_be_relative(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, source = pruned("llama", UNIFORM, tmp_path, tokenizer)
+    monkeypatch.chdir(tmp_path)
+    write_gguf(decoder, source, Path("model.gguf"), "Q8_0")
+    check_gguf(decoder, Path("model.gguf"), "Q8_0")
+
+
+def test_a_killed_check_is_for_want_of_memory() -> None:
+    with pytest.raises(PruningError) as caught:
+        export._run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert caught.value.code == "out_of_memory"
+    with pytest.raises(PruningError, match="it ended with -6") as caught:
+        export._run("import os; os.abort()")
+    assert caught.value.code == "export_invalid"
+
+
 def test_without_llama_cpp(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, source = pruned("llama", UNIFORM, tmp_path, tokenizer)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -313,10 +332,10 @@ def test_no_obstacle(name: str, plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "field", "reason"),
     [
-        ("opt", {"uniform": True}, "formats", "no opt model"),
-        ("gpt2", {"uniform": True}, "formats", "no gpt2 model with fewer heads"),
-        ("gpt-neox", {"uniform": True}, "formats", "no gpt_neox model"),
-        ("glm4", {"uniform": True}, "formats", "no glm4 model"),
+        ("opt", {"uniform": True}, "formats", "has no such architecture; types that can: llama, mistral"),
+        ("gpt2", {"uniform": True}, "formats", "gpt2, and llama.cpp takes its heads only where"),
+        ("gpt-neox", {"uniform": True}, "formats", "gpt_neox, and llama.cpp takes its heads only where"),
+        ("glm4", {"uniform": True}, "formats", "glm4, and this is not supported yet"),
         ("gemma2", {}, "layout", "layout 'uniform' or 'padded'"),
         ("qwen3", {}, "layout", "only where embeddings and head are tied; layout 'uniform' or 'padded'"),
         ("qwen3", {"uniform": True, "added_biases": True}, "recovery.kind", "no place for the biases"),

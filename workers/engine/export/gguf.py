@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -133,7 +134,7 @@ def check_gguf(decoder: Decoder, path: Path, kind: GgufKind) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         probe = Path(scratch, "probe")
         np.save(f"{probe}.tokens.npy", tokens[0].cpu().numpy())
-        _run(RUN, str(path.resolve()), str(probe), str(torch.get_num_threads()), str(length))
+        _run(RUN, str(path), str(probe), str(torch.get_num_threads()), str(length))
         found = torch.from_numpy(np.load(f"{probe}.logits.npy")).double()
     if not torch.isfinite(found).all():
         raise PruningError("export_invalid", "The GGUF file overflows: llama.cpp's logits are not finite.")
@@ -164,7 +165,9 @@ def _check_weights(decoder: Decoder, path: Path, tolerance: float) -> None:
 def _run(script: str, *arguments: str) -> str:
     """Standard output of a script in a process of its own, for llama.cpp ends the process where it is at a loss."""
     command = [sys.executable, "-I", "-c", script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tempfile.gettempdir())
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == -signal.SIGKILL:
+        raise PruningError("out_of_memory", "llama.cpp was killed over the GGUF file, probably for want of memory.")
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         raise PruningError("export_invalid", f"llama.cpp does not take the GGUF file: {reason}")
