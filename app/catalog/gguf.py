@@ -66,8 +66,8 @@ def gguf_obstacle(
     """
     runtime = RUNTIMES.get(shape.model_type)
     if runtime is None:
-        reason = LACKING.get(shape.model_type, "this is not supported yet")
-        return unsupported(f"its type is {shape.model_type}, and {reason}; types that can: {', '.join(RUNTIMES)}")
+        lacking = LACKING.get(shape.model_type, "this is not supported yet")
+        return unsupported(f"its type is {shape.model_type}, and {lacking}; types that can: {', '.join(RUNTIMES)}")
     if not uniform and (reason := _needs_uniform(shape, runtime)):
         return unsupported(f"{reason}; layout 'uniform' or 'padded' gives them one width", "layout")
     if added_biases and not runtime.added_biases:
