@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from app.catalog.errors import PruningError
+from app.catalog.inspection import PossibleLayout, PrunedSize, layouts, sizes
 from app.catalog.methods import METHODS, Allocator, Method, RecoveryKind, Scorer
 from app.deps import EVERY_V1_ROUTE, SettingsDep
 from app.jobs import door
@@ -67,8 +68,10 @@ class Inspection(BaseModel):
     reason: JobError | None = Field(description="Why not.")
     shape: dict[str, Any] | None = Field(
         description="Family, parameters, largest ratio, and each layer's heads, KV groups and feed-forward width; "
-        "null for a model that is not supported, and before one is loaded of which a GGUF file on the Hub or a type without an adapter does not tell it."
+        "null for a model that is not supported, and where it is known once the model is loaded: GGUF files on the Hub and types without an adapter."
     )
+    sizes: list[PrunedSize] = Field([], description="What ratios of 0.2 and 0.5 come to; empty without a shape.")
+    layouts: list[PossibleLayout] = Field([], description="What each layout allows; empty without a shape.")
 
 
 @router.get("/methods", response_model=MethodList)
@@ -103,4 +106,6 @@ def inspect(body: ModelRef, settings: SettingsDep) -> Inspection:
         supported=True,
         reason=None,
         shape=None if shape is None else shape.as_dict(),
+        sizes=[] if shape is None else sizes(shape, source.dtype),
+        layouts=[] if shape is None else layouts(shape, source.config or {}),
     )

@@ -65,6 +65,62 @@ def worker() -> None:
 
 
 @cli.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A Hub id, 'local:NAME', or a folder.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="Of the model's, this GGUF file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a model is made of and what can be made of it, from its config alone."""
+    from app.catalog.errors import PruningError
+    from app.catalog.inspection import layouts, sizes
+    from app.catalog.sources import locate
+    from app.config import get_settings
+    from workers.engine.generic import sizes_of
+
+    settings = get_settings()
+    try:
+        source = locate(
+            model,
+            revision=revision,
+            gguf_file=gguf_file,
+            models_dir=settings.models_dir,
+            token=settings.hf_token.get_secret_value() if settings.hf_token else None,
+            endpoint=settings.hf_endpoint,
+            allow_paths=True,
+        )
+        shape = sizes_of(source)
+    except PruningError as error:
+        raise stop(f"{error.message} ({error.code})", FAILED) from None
+    made, possible = sizes(shape, source.dtype), layouts(shape, source.config or {})
+    if as_json:
+        found = {
+            "model_id": model,
+            "revision": source.revision,
+            "shape": shape.as_dict(),
+            "sizes": [size.model_dump() for size in made],
+            "layouts": [each.model_dump() for each in possible],
+        }
+        typer.echo(json.dumps(found))
+        return
+    first, count = shape.layers[0], len(shape.layers)
+    typer.echo(f"{model}: family {shape.family.name}, type {shape.model_type}, {shape.parameters:,} parameters")
+    typer.echo(
+        f"{count} layers of {first.kv_groups} KV groups ({first.heads} heads of {first.head_dim}) and "
+        f"{first.intermediate_size} feed-forward channels: {shape.prunable_parameters:,} parameters can be pruned"
+    )
+    for size in made:
+        typer.echo(
+            f"pruned by {size.nearest_ratio:.1%}: {size.parameters:,} parameters, {size.bytes / 1e6:,.0f} MB in {source.dtype}"
+        )
+    for each in possible:
+        files = ", ".join(each.gguf) or "none"
+        typer.echo(f"layout {each.layout}: at most {each.max_ratio:.1%}; GGUF: {files}")
+        if each.gguf_reason is not None:
+            typer.echo(f"  {each.gguf_reason}")
+
+
+@cli.command()
 def prune(
     model: Annotated[str, typer.Argument(help="A Hub id, 'local:NAME', or a folder.")],
     ratio: Annotated[
@@ -82,6 +138,8 @@ def prune(
     gguf_file: Annotated[str | None, typer.Option(help="Read the weights from this GGUF file of the model.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     seed: Annotated[int, typer.Option()] = 0,
+    layout: Annotated[str, typer.Option(help="per-layer, uniform or padded.")] = "per-layer",
+    gguf: Annotated[str | None, typer.Option(help="Also a GGUF file: F32, F16, Q8_0 or Q4_K_M.")] = None,
     as_json: Json = False,
 ) -> None:
     """Prune a model here and now, without the service."""
@@ -102,6 +160,8 @@ def prune(
                 "calibration": _text_source(calibration),
                 "evaluation": _text_source(evaluation),
                 "recovery": {"kind": recovery},
+                "layout": layout,
+                **({"formats": ["safetensors", "gguf"], "gguf_quantization": gguf} if gguf else {}),
             }
         )
     except ValidationError as error:

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
 from app.catalog.architectures import ModelShape
 from app.catalog.errors import PruningError
+from app.catalog.gguf import GgufKind, gguf_obstacle
 from app.catalog.methods import (
     BIASING,
     LAYERWISE_SCORERS,
@@ -25,6 +27,7 @@ MAX_TARGETS = 8
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Layout = Literal["per-layer", "uniform", "padded"]
+Format = Literal["safetensors", "gguf"]
 
 Text = Annotated[str, Field(min_length=1, max_length=1_000_000, pattern=r"^[^\x00]*$")]
 """Postgres stores no NUL."""
@@ -207,6 +210,21 @@ class PruningSpec(_Part):
         description="Of the published model. `per-layer`: every layer has the widths that suit it, and the repository a small modeling file. `uniform`: all layers give the same, so that the stock class loads it without code. `padded`: as `per-layer`, then filled up with zeros to the widest layer: exact, also without code, but larger.",
     )
 
+    formats: list[Format] = Field(
+        ["safetensors"],
+        min_length=1,
+        description="Of the published weights: `safetensors` always, and `gguf` for llama.cpp beside it where it can run the model.",
+        examples=[["safetensors", "gguf"]],
+    )
+    gguf_quantization: GgufKind = Field("F16", description="Of the GGUF file's weights.")
+
+    @field_validator("formats")
+    @classmethod
+    def _with_safetensors(cls, formats: list[Format]) -> list[Format]:
+        if "safetensors" not in formats or len(set(formats)) < len(formats):
+            raise ValueError("allowed: ['safetensors'] or ['safetensors', 'gguf']")
+        return formats
+
     @field_validator("method")
     @classmethod
     def _known_method(cls, name: str) -> str:
@@ -279,6 +297,24 @@ class PruningSpec(_Part):
         for ratio in ratios:
             shape.check_ratio(ratio, self.allocation.width_multiple, self.uniform, field=field)
         return ratios
+
+    def check_formats(self, shape: ModelShape, config: Mapping[str, Any]) -> None:
+        """Refuse formats that cannot be made of a model of this shape and config.
+
+        Raises:
+            PruningError: ``gguf_unsupported``, naming what would do.
+        """
+        if "gguf" in self.formats:
+            obstacle = gguf_obstacle(
+                shape,
+                config,
+                self.gguf_quantization,
+                uniform=self.layout != "per-layer",
+                added_biases=self.mend in BIASING,
+                width_multiple=self.allocation.width_multiple,
+            )
+            if obstacle is not None:
+                raise obstacle
 
     def _ratio_of_target(self, shape: ModelShape, source_dtype: str) -> float:
         target = self.target

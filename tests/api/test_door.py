@@ -162,6 +162,14 @@ def test_inspect(api: httpx2.Client, make_model: Callable[..., str]) -> None:
         "head_dim": 8,
         "intermediate_size": 256,
     }
+    assert [size["target_ratio"] for size in found["sizes"]] == [0.2, 0.5]
+    for size in found["sizes"]:
+        gone = round(size["nearest_ratio"] * found["shape"]["prunable_parameters"])
+        assert size["parameters"] == found["shape"]["parameters"] - gone and size["bytes"] == 4 * size["parameters"]
+    by_layout = {layout["layout"]: layout for layout in found["layouts"]}
+    assert list(by_layout) == ["per-layer", "uniform", "padded"]
+    assert by_layout["per-layer"]["gguf"] == ["F32", "F16", "Q8_0"]
+    assert "width_multiple 256" in by_layout["per-layer"]["gguf_reason"]
     like = make_model("like", CONFIG | {"model_type": "granite"})
     unknown = api.post("/v1/models/inspect", json={"model_id": like}).json()
     assert (unknown["supported"], unknown["shape"]) == (True, None), "its modules tell, when it is loaded"

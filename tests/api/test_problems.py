@@ -122,7 +122,7 @@ def test_a_body_that_is_too_large(api: httpx2.Client, monkeypatch: pytest.Monkey
 
 
 def test_models_that_cannot_be_pruned(api: httpx2.Client, body: Body, make_model: Callable[..., str]) -> None:
-    make_model("opt", CONFIG | {"model_type": "blenderbot"})
+    make_model("opt", CONFIG | {"model_type": "blenderbot", "is_encoder_decoder": True})
     make_model("odd", CONFIG | {"num_attention_heads": "many"})
     make_model("list", [1])
     for name, code in (("opt", "unsupported_architecture"), ("odd", "config_invalid"), ("list", "config_invalid")):

@@ -18,7 +18,7 @@ from workers.engine import tensor_files
 from workers.engine.calibration import SAMPLED, Windows, batch_windows, read_windows
 from workers.engine.decoder import Decoder
 from workers.engine.evaluation import forward_flops, measure_latency, perplexity, weight_bytes
-from workers.engine.export import check_checkpoint, staged, versions, write_checkpoint
+from workers.engine.export import check_checkpoint, check_room, gguf, staged, versions, write_checkpoint
 from workers.engine.generic import sizes_of
 from workers.engine.loading import download, load
 from workers.engine.plan import Plan
@@ -82,11 +82,16 @@ def prune(
     options = {"models_dir": models_dir, "token": token, "endpoint": endpoint, "allow_paths": allow_paths}
     source = locate(model_id, revision=_revision(resume, revision), gguf_file=gguf_file, **options)  # type: ignore[arg-type]
     if source.sizes_known:  # or they are once it is here
-        spec.ratios(read_shape(source), source.dtype)
+        shape = read_shape(source)
+        spec.ratios(shape, source.dtype)
+        spec.check_formats(shape, source.config or {})
     source = download(source, token, endpoint)
     ratios = spec.ratios(sizes_of(source), source.dtype)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     decoder = load(source, spec.dtype, where)
+    spec.check_formats(decoder.shape, decoder.model.config.to_dict())
+    if "gguf" in spec.formats:
+        gguf.check_ready(decoder, source)
     _check_resumable(resume, source, spec)
 
     progress.stage("calibrating")
@@ -136,9 +141,15 @@ def prune(
             plan = Plan.from_dict(done["plan"])
             if spec.layout == "padded":
                 pad(decoder)
+            check_room(decoder, folder, spec.formats)
+            file = folder / f"model-{spec.gguf_quantization}.gguf" if "gguf" in spec.formats else None
+            if file is not None:
+                gguf.write_gguf(decoder, source, file, spec.gguf_quantization)
             write_checkpoint(decoder, source, plan, folder, report, manifest_extra(index), spec.layout != "per-layer")
             progress.stage("checking")
             check_checkpoint(decoder, folder)
+            if file is not None:
+                gguf.check_gguf(decoder, file, spec.gguf_quantization)
             return report
 
         with staged(output_dir) as staging:

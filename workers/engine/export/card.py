@@ -7,8 +7,10 @@ from huggingface_hub import ModelCardData
 
 from app.catalog.methods import METHODS, Method
 
+PICTURE = "widths.png"
 
-def model_card(report: dict[str, Any], extra: dict[str, Any]) -> str:
+
+def model_card(report: dict[str, Any], extra: dict[str, Any], gguf_file: str | None = None) -> str:
     """README.md of the published repository, from the report; ``extra`` is the manifest's (job id, repo_id)."""
     spec, ratio, source = report["spec"], report["ratio"], report["source"]
     method = METHODS[spec["method"]]
@@ -40,16 +42,7 @@ Perplexity on {report["evaluation"]["tokens"]:,} tokens ({report["evaluation"]["
 
 ## Use
 
-Layers differ in width, so the repository carries a small modeling file (it builds the stock classes with per-layer sizes):
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
-inputs = tokenizer("The river", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
-```
+{_use(spec["layout"], repo_id, gguf_file)}
 
 ## How it was made
 
@@ -58,6 +51,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_spec
 - Rounds: {report["round_count"]}; target ratio {ratio["target"]:g}; seed {spec["seed"]}; dtype {report["dtype"]}
 - Calibration: {report["calibration"]["windows"]} × {report["calibration"]["sequence_length"]} tokens, {report["calibration"]["source"]}
 - Source: `{source["model_id"]}`{f" at `{source['revision']}`" if source["revision"] else ""}
+
+![Heads and feed-forward channels by layer, before and after]({PICTURE})
 
 | layer | KV groups | heads | feed-forward channels |
 |---|---|---|---|
@@ -73,6 +68,43 @@ machine gives the same weights:
 Pruning changes what a model knows and says. Evaluate this model on your own task before you rely on it; the limits and
 the licence of the base model apply.
 """
+
+
+LAYOUTS = {
+    "per-layer": "Layers differ in width, so the repository carries a small modeling file (it cuts the stock classes to size):",
+    "uniform": "All layers have the same widths: the stock class loads it, without code from this repository.",
+    "padded": "Layers that are narrower than the widest are filled up with zeros, which changes nothing that the model says: the "
+    "stock class loads it, without code from this repository.",
+}
+
+
+def _use(layout: str, repo_id: str, gguf_file: str | None) -> str:
+    code = layout == "per-layer"
+    text = f"""{LAYOUTS[layout]}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", {"trust_remote_code=True, " if code else ""}dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
+inputs = tokenizer("The river", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
+```
+
+vLLM{", through its Transformers backend" if code else ""}:
+
+```sh
+vllm serve {repo_id}{" --model-impl transformers --trust-remote-code" if code else ""}
+```"""
+    if gguf_file is not None:
+        text += f"""
+
+llama.cpp:
+
+```sh
+llama-cli -m {gguf_file} -p "The river"
+```"""
+    return text
 
 
 def _description(method: Method, parts: dict[str, str]) -> str:

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,8 @@ from app.catalog.errors import PruningError
 from app.catalog.sources import ModelSource
 from workers.engine.decoder import Decoder
 from workers.engine.evaluation.size import weight_bytes
-from workers.engine.export.card import model_card
+from workers.engine.export.card import PICTURE, model_card
+from workers.engine.export.picture import draw_widths
 from workers.engine.plan import Plan
 
 TEMPLATE = Path(__file__).with_name("modeling_pruned.py.tmpl")
@@ -60,6 +61,21 @@ def staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def check_room(decoder: Decoder, folder: Path, formats: Sequence[str]) -> None:
+    """Whether the disk has room for the pruned model in all its formats.
+
+    Raises:
+        PruningError: ``disk_full`` (retryable).
+    """
+    # A GGUF file's weights are float32 at most, and one that is quantised has one in float16 beside it for a while.
+    gguf = 4 * decoder.parameters if "gguf" in formats else 0
+    need, free = weight_bytes(decoder) + gguf + ROOM, shutil.disk_usage(folder).free
+    if free < need:
+        raise PruningError(
+            "disk_full", f"The pruned model needs {need:,} bytes of disk; {free:,} are free.", retryable=True
+        )
+
+
 def write_checkpoint(
     decoder: Decoder,
     source: ModelSource,
@@ -69,24 +85,18 @@ def write_checkpoint(
     extra: dict[str, Any],
     stock: bool = False,
 ) -> None:
-    """Write the pruned model into ``folder``, which is empty; ``extra`` goes into the manifest beside plan and hashes.
+    """Write the pruned model into ``folder``; ``extra`` goes into the manifest beside plan and hashes.
 
     ``stock``: as one of the stock class, all of whose layers have the widths of the first.
-
-    Raises:
-        PruningError: ``disk_full`` (retryable), before or while writing.
     """
-    need, free = weight_bytes(decoder) + ROOM, shutil.disk_usage(folder).free
-    if free < need:
-        raise PruningError(
-            "disk_full", f"The pruned model needs {need:,} bytes of disk; {free:,} are free.", retryable=True
-        )
     _write_config(decoder, source, plan, folder, stock)
     save_torch_state_dict(_without_ties(decoder.model.state_dict()), folder, max_shard_size=SHARD_SIZE)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner alone
     _write_tokenizer(decoder, source, folder)
-    (folder / "README.md").write_text(model_card(report, extra))
+    draw_widths(report, folder / PICTURE)
+    gguf_file = next((file.name for file in folder.glob("*.gguf")), None)
+    (folder / "README.md").write_text(model_card(report, extra, gguf_file))
     files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
     manifest = {**extra, "plan": plan.as_dict(), "report": report, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest) + "\n")
