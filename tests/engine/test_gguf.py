@@ -18,6 +18,7 @@ from app.catalog.gguf import GgufKind, gguf_architecture, gguf_obstacle
 from app.catalog.sources import ModelSource, locate
 from tests.engine.models import FAMILIES, SIZES, VOCABULARY, english, make_model, save
 from tests.engine.test_slicing import some_plan
+from workers.engine import PruningSpec, prune
 from workers.engine.decoder import Decoder
 from workers.engine.export import gguf as export
 from workers.engine.export.gguf import check_gguf, check_ready, write_gguf
@@ -372,3 +373,35 @@ def test_llama_cpp_runs_biases_that_a_recovery_adds(
             output.bias = torch.nn.Parameter(torch.randn(96), requires_grad=False)
     write_gguf(decoder, source, tmp_path / "model.gguf", "F32")
     check_gguf(decoder, tmp_path / "model.gguf", "F32")
+
+
+FORMATS: dict[str, Any] = {
+    "target_ratio": 0.3,
+    "method": "magnitude",
+    "formats": ["safetensors", "gguf"],
+    "calibration": {"texts": english("calibration"), "samples": 2, "sequence_length": 32},
+    "evaluation": {"texts": english("evaluation"), "samples": 2, "sequence_length": 32, "latency": False},
+}
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("layout", ["per-layer", "uniform", "padded"])
+def test_a_job_makes_it_beside_the_checkpoint(layout: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    source = save(make_model("mistral"), tokenizer, tmp_path / "source")
+    spec = PruningSpec.model_validate({**FORMATS, "layout": layout, "gguf_quantization": "F32"})
+    folder = prune(str(source), spec, tmp_path / "out").folder
+    assert "model-F32.gguf" in json.loads((folder / "secateur.json").read_text())["files"]
+    assert "llama-cli -m model-F32.gguf" in (folder / "README.md").read_text()
+    fields = GGUFReader(folder / "model-F32.gguf").fields
+    assert fields["general.architecture"].contents() == ("deci" if layout == "per-layer" else "llama")
+
+
+def test_a_job_that_cannot_make_it_is_refused_before_any_work(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    source = save(make_model("gpt2"), tokenizer, tmp_path / "source")
+    events: list[Any] = []
+    with pytest.raises(PruningError, match="its type is gpt2") as caught:
+        prune(str(source), PruningSpec.model_validate(FORMATS), tmp_path / "out", on_event=events.append)
+    assert (caught.value.code, caught.value.field) == ("gguf_unsupported", "formats")
+    assert {event.get("stage") for event in events} <= {"loading"} and not (tmp_path / "out").exists()
