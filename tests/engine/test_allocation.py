@@ -131,6 +131,11 @@ def test_cosine_is_equation_11_with_the_first_and_last_layer_kept(ratio: float, 
     assert [budget for budget in given_up if budget > 0] == pytest.approx(wanted, rel=1e-4)
 
 
+def test_cosine_lets_every_layer_of_a_shallow_model_give() -> None:
+    shape = make_shape([(4, 64)] * 4, UnitCost(10, 1, 0))
+    assert all(budget > 0 for budget in budgets("cosine", shape, 0.4, context_of(shape, 0.4, seed=0)).budgets)
+
+
 def test_cosine_takes_the_alpha_of_the_request() -> None:
     context = context_of(SMOL, 0.3, 3, alpha=0)
     inner = [budget for budget in budgets("cosine", SMOL, 0.3, context).budgets if budget > 0]

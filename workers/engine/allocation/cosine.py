@@ -10,12 +10,14 @@ from workers.engine.scoring.base import Context
 LOW, HIGH = 0.2, 0.5
 ALPHAS = (10.0, 7.0)
 SKIPPED = (6 / 32, 2 / 32)
+DEEP = 8
+"""Layers from which on the first and the last are kept: in a shallower model too little is left to give for them."""
 
 
 def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Share:
     """r_l = r_0·softmax(α·E[cos(x_l, x_l+1)]), r_0 solved so that the whole meets the target (equation 11).
 
-    The first layer and the last give nothing, nor do those that turn the hidden states most, unless the others cannot
+    The first layer and the last of a deep model give nothing, nor do those that turn the hidden states most, unless the others cannot
     do alone; their number and α go with the target ratio, between the authors' two settings on a line.
     """
     ratio = context.target_ratio
@@ -25,9 +27,9 @@ def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Sh
         alpha = _between(ALPHAS, between)
     cosines = context.survey.cosines
     count = len(cosines)
-    kept = {0, count - 1}
+    kept = {0, count - 1} if count >= DEEP else set()
     for index in sorted(range(count), key=cosines.__getitem__):
-        if len(kept) < max(2, round(_between(SKIPPED, between) * count)):
+        if len(kept) < round(_between(SKIPPED, between) * count):
             kept.add(index)
     weights = [
         0.0 if index in kept else size * math.exp(alpha * cosine)
