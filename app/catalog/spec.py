@@ -121,11 +121,11 @@ class Recovery(_Part):
         None,
         gt=0,
         le=100,
-        description="`least-squares`: pull towards the original weights, as a share of the mean diagonal of the Gram matrix; unset: the method's own (0.3, `sparsegpt` 0.01).",
+        description="`least-squares`: pull towards the original weights, as a share of the mean diagonal of the Gram matrix; unset: the method's own (0.3, `sparsegpt` 0.01, `secateur-gradient` 10).",
     )
     target: Literal["model", "layer"] | None = Field(
         None,
-        description="`least-squares`: fit each layer to what left it in the unpruned `model`, or to what the `layer` itself would give uncut; unset: the method's own (`model`, `sparsegpt` `layer`).",
+        description="`least-squares`: fit each layer to what left it in the unpruned `model`, or to what the `layer` itself would give uncut; unset: the method's own (`model`; `sparsegpt` and `secateur-gradient` `layer`).",
     )
     epochs: float = Field(2.0, gt=0, le=100, description="`lora`, `distill`: passes over the calibration windows.")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="`lora`, `distill`: peak of AdamW's.")

@@ -44,6 +44,7 @@ def test_a_refit_is_the_methods_own_where_nothing_else_is_asked_for() -> None:
         return spec.refit_target, spec.refit_damping, spec.needs_reference
 
     assert refit("secateur") == ("model", DAMPING, True)
+    assert refit("secateur-gradient") == ("layer", 10.0, False)
     assert refit("sparsegpt") == ("layer", 0.01, False)
     assert refit("sparsegpt", target="model", damping=0.5) == ("model", 0.5, True)
     assert refit("wanda", kind="least-squares", target="layer") == ("layer", DAMPING, False)
