@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-gguf bench-quality bench-speed check lint types contracts clean
+.PHONY: demo test test-slow test-gguf test-compat bench-quality bench-speed check lint types contracts clean
 
 demo: .venv/.model
 	$(BIN)/python -m workers.demo
@@ -17,6 +17,10 @@ test-slow: .venv/.installed
 # GGUF files run by llama.cpp, which is compiled on the first run: minutes.
 test-gguf: .venv/.llama-cpp
 	$(BIN)/python -m pytest tests/engine/test_gguf.py
+
+# Published checkpoints of every family and layout, loaded by transformers 4.
+test-compat: .venv/.installed .venv-4/.installed
+	SECATEUR_TRANSFORMERS_4=.venv-4/bin/python $(BIN)/python -m pytest tests/engine/test_transformers_4.py
 
 # Perplexity of every method on SmolLM2-135M, at equal parameters on equal tokens, and the papers' ablations. CALIBRATION and
 # EVALUATION are text files or data sets; OPTIONS narrows it down: see --help. A run that was stopped goes on where it was.
@@ -53,5 +57,10 @@ contracts: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,gguf]'
 	touch $@
 
+.venv-4/.installed:
+	$(PYTHON) -m venv .venv-4
+	.venv-4/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==4.57.6
+	touch $@
+
 clean:
-	rm -rf .venv .demo .secateur
+	rm -rf .venv .venv-4 .demo .secateur
