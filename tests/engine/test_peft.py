@@ -28,7 +28,7 @@ def test_lora(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> 
     optimizer.step()
     trained = adapted.eval()(tokens).logits.detach()
     assert not torch.allclose(trained, before, atol=1e-3)
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(str(tmp_path / "adapter"))
     base = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
     scale = float(trained.abs().max())
