@@ -10,7 +10,7 @@ demo: .venv/.model
 test: .venv/.installed
 	$(BIN)/python -m pytest
 
-# What takes minutes: every method through the whole service.
+# What takes minutes: every method through the whole service, models that are trained first.
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
 

@@ -15,6 +15,7 @@ WIDER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WIDER)
 def test_methods_rank_as_they_should(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     config_class, own = FAMILIES[name]
