@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from app.catalog.errors import PruningError
 from app.catalog.methods import GRADIENT_ALLOCATORS, GRADIENT_SCORERS, METHODS
+from app.catalog.sources import locate
 from app.catalog.spec import Calibration, Evaluation, PruningSpec, Scoring
 from tests.engine.models import english, make_tokenizer, save
 from workers.engine import Paused, PruningResult, loading, pipeline, progress, prune
 from workers.engine.decoder import Decoder
 from workers.engine.evaluation import latency
 from workers.engine.export import check_checkpoint
+from workers.engine.loading import load
 from workers.engine.scoring import base, llm_pruner, piem
 
 UNIT = 32 * 3 * 48
@@ -463,3 +466,48 @@ def test_licences_go_along(trained_folder: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in "".join(
         file.read_text() for file in (tmp_path / "out").glob("*.[mj]*") if file.suffix != ".safetensors"
     )
+
+
+@pytest.mark.parametrize(("method", "rounds"), [("magnitude", 3), ("piem-lsps", 2), ("secateur", 1)])
+@pytest.mark.parametrize("ratio", [0.2, 0.45])
+def test_uniform_layers_are_all_alike(
+    method: str, rounds: int, ratio: float, trained_folder: Path, tmp_path: Path
+) -> None:
+    shape = load(locate(str(trained_folder), allow_paths=True), "auto", torch.device("cpu")).shape
+    reached = shape.nearest_ratio(ratio, 8, uniform=True)
+    asked = spec(method=method, rounds=rounds, target_ratio=reached, layout="uniform", allocation={"width_multiple": 8})
+    report = run(trained_folder, tmp_path / "out", asked).report
+    assert report["ratio"]["reached"] == pytest.approx(reached)
+    assert len({tuple(layer.values())[1:] for layer in report["widths"]["after"]}) == 1
+    assert report["parts"]["allocation"] == "uniform"
+
+
+def test_a_ratio_that_equal_layers_cannot_make_is_refused(trained_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(PruningError, match="all layers are alike") as caught:
+        run(trained_folder, tmp_path / "out", spec(target_ratio=0.03, method="magnitude", layout="uniform"))
+    assert caught.value.code == "ratio_unreachable"
+
+
+def test_padding_changes_nothing_but_the_size(trained_folder: Path, tmp_path: Path) -> None:
+    reports = {
+        layout: run(trained_folder, tmp_path / layout, spec(method="secateur", layout=layout)).report
+        for layout in ("per-layer", "padded")
+    }
+    for key in ("perplexity", "ratio", "widths"):
+        assert reports["padded"][key] == reports["per-layer"][key]
+    sizes = [(tmp_path / layout / "model.safetensors").stat().st_size for layout in reports]
+    assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"method": "slimllm", "layout": "padded"}, "biases that recovery 'linear-regression' adds"),
+        ({"method": "slimllm", "layout": "uniform", "recovery": {"kind": "lora"}}, "biases"),
+        ({"method": "secateur", "layout": "uniform", "allocation": {"kind": "cosine"}}, "leave allocation.kind out"),
+        ({"method": "secateur", "formats": ["gguf"]}, "allowed: \\['safetensors'\\]"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        spec(**changes)
