@@ -51,7 +51,13 @@ def made(config_class: type[PreTrainedConfig], own: dict[str, Any], tokenizer: A
     return save(model.eval(), tokenizer, folder)
 
 
-@pytest.mark.parametrize("name", LIKE_LLAMA)
+QUICK = ("cohere", "granite", "starcoder2")
+"""A scale of the logits and a parallel part; scales of everything; a plain feed-forward part and biases. The rest is slow."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LIKE_LLAMA]
+)
 def test_what_is_built_like_llama_can_be_pruned(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """With the check of the written checkpoint by a process that never saw this."""
     folder = made(*LIKE_LLAMA[name], tokenizer, tmp_path / "source")
