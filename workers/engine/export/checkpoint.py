@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from transformers.core_model_loading import revert_weight_conversion
 
 from app.catalog.architectures import Family
 from app.catalog.errors import PruningError
@@ -90,7 +91,9 @@ def write_checkpoint(
     ``stock``: as one of the stock class, all of whose layers have the widths of the first.
     """
     _write_config(decoder, source, plan, folder, stock)
-    save_torch_state_dict(_without_ties(decoder.model.state_dict()), folder, max_shard_size=SHARD_SIZE)
+    # By the source's names: transformers 5 calls a few weights otherwise, and 4 and vLLM do not.
+    state = revert_weight_conversion(decoder.model, _without_ties(decoder.model.state_dict()))
+    save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner alone
     _write_tokenizer(decoder, source, folder)
@@ -172,6 +175,8 @@ def _modeling_file(decoder: Decoder, classes: dict[str, str]) -> str:
     attribute, _, layers = family.layers.partition(".")  # base_model_prefix is not always where the base model is
     return TEMPLATE.read_text().format(
         **classes,
+        prefix=base,
+        sdpa=type(decoder.model)._supports_sdpa,
         linears=json.dumps(linears, indent=4),
         sizes=json.dumps({name: held[size] for name, size in family.sizes.items()}),
         keys=json.dumps([*dict.fromkeys((heads, kv_heads, channels))]),
@@ -201,11 +206,21 @@ def _plain_config(decoder: Decoder) -> dict[str, Any]:
 
 def _add_legacy_rope(config: dict[str, Any]) -> None:
     """transformers 5 writes ``rope_parameters``, which 4 ignores: say it in 4's words too, which 5 reads as well."""
-    rope = dict(config.get("rope_parameters") or {})
-    if "rope_theta" in rope:
-        config.setdefault("rope_theta", rope.pop("rope_theta"))
-        if rope.get("rope_type", "default") != "default":
-            config.setdefault("rope_scaling", rope)
+    by_layer_type = config.get("rope_parameters") or {}
+    local, rope = by_layer_type.get("sliding_attention"), dict(by_layer_type.get("full_attention") or by_layer_type)
+    neox = config["model_type"] == "gpt_neox"
+    for key, legacy in (
+        ("rope_theta", "rotary_emb_base" if neox else "rope_theta"),
+        ("partial_rotary_factor", "rotary_pct" if neox else "partial_rotary_factor"),
+    ):
+        if key in rope:
+            config.setdefault(legacy, rope.pop(key))
+    if local:
+        config.setdefault("rope_local_base_freq", local["rope_theta"])
+    if rope.get("rope_type", "default") != "default":
+        if config["model_type"] == "phi3":  # 4 takes these three alone
+            rope = {"type": rope["rope_type"], **{key: rope[key] for key in ("short_factor", "long_factor")}}
+        config.setdefault("rope_scaling", rope)
 
 
 def _write_tokenizer(decoder: Decoder, source: ModelSource, folder: Path) -> None:
