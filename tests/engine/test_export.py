@@ -314,6 +314,17 @@ def test_rotations_are_said_in_the_words_of_transformers_4_too(
     assert torch.allclose(loaded(tokens).logits, case.logits, atol=1e-5 * float(case.logits.abs().max()))
 
 
+@pytest.mark.parametrize("layout", ["uniform", "padded"])
+def test_scaled_rotations_keep_the_heads_of_a_stock_phi3(
+    layout: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    family, changes, _ = ROTATIONS["longrope"]
+    case = make_case(f"{family} {layout}", tmp_path, tokenizer, **changes)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    tokens = load_file(tmp_path / "probe")["tokens"]
+    assert torch.allclose(loaded(tokens).logits, case.logits, atol=1e-5 * float(case.logits.abs().max()))
+
+
 def test_the_card_tells_the_method_only_where_it_was_followed(cases: dict[str, Case]) -> None:
     plain = {**report_of(cases["llama"].decoder, cases["llama"].plan), "rounds": [{}] * 3}
     card = model_card(plain, {})

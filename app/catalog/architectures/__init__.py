@@ -1,6 +1,7 @@
 """The architectures that can be pruned, and the sizes of a model read from its config."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from app.catalog.architectures import chatglm
@@ -119,6 +120,8 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
     config = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     if reason := family.refused(config):
         raise PruningError("unsupported_architecture", f"This model cannot be pruned: {reason}.", field="model_id")
+    if family.fixes_heads(config):
+        family = replace(family, stock_heads="unchanged")
     hidden, heads = (
         read_size(config, family.name_of("hidden_size")),
         read_size(config, family.name_of("num_attention_heads")),

@@ -75,6 +75,8 @@ class Family:
     """What the config's class assumes where ``config.json`` is silent, if that is not what others assume."""
     stock_heads: Literal["any", "divisors", "unchanged"] = "any"
     """Head counts that the stock class takes with the same ``head_dim``: any, those that divide ``hidden_size``, its own."""
+    fixes_heads: Callable[[Mapping[str, Any]], bool] = lambda config: False
+    """Whether it takes its own alone for what else the config says."""
     default_width: int | None = None
     """Feed-forward channels for each hidden unit, where ``config.json`` gives no width."""
     names: Mapping[str, str] = field(default_factory=dict)

@@ -1,9 +1,19 @@
 """Phi-3 and Phi-4: query, key and value in one module, gate and up projection in another."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from app.catalog.architectures.base import Family
 from app.catalog.architectures.llama import DOWN, OUTPUT
 
 QUERY_KEY_VALUE, GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
+
+
+def _scales_rotations(config: Mapping[str, Any]) -> bool:
+    """By factors whose number the config's class checks against ``hidden_size / num_attention_heads``."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return "short_factor" in rope
+
 
 PHI3 = Family(
     name="phi3",
@@ -18,4 +28,5 @@ PHI3 = Family(
     norm_parameters=lambda config: int(2 * config["hidden_size"]),
     fused={QUERY_KEY_VALUE: ("query", "key", "value"), GATE_UP: ("gate", "up")},
     sizes={"self_attn.num_key_value_heads": "kv_groups", "self_attn.config.num_attention_heads": "heads"},
+    fixes_heads=_scales_rotations,
 )

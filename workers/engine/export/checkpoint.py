@@ -215,7 +215,7 @@ def _add_legacy_rope(config: dict[str, Any]) -> None:
     ):
         if key in rope:
             config.setdefault(legacy, rope.pop(key))
-    if local:
+    if local and "rope_theta" in local:
         config.setdefault("rope_local_base_freq", local["rope_theta"])
     if rope.get("rope_type", "default") != "default":
         if config["model_type"] == "phi3":  # 4 takes these three alone
