@@ -172,15 +172,14 @@ def _modeling_file(decoder: Decoder, classes: dict[str, str]) -> str:
                 width, times = sizes[projection]
                 sums[width] += times
     held = {"kv_groups": {kv_heads: 1}, "heads": {heads: 1}, "attention_width": {heads: head_dim}}
-    attribute, _, layers = family.layers.partition(".")  # base_model_prefix is not always where the base model is
+    prefix, _, layers = family.layers.partition(".")
     return TEMPLATE.read_text().format(
         **classes,
-        prefix=base,
+        prefix=prefix,
         sdpa=type(decoder.model)._supports_sdpa,
         linears=json.dumps(linears, indent=4),
         sizes=json.dumps({name: held[size] for name, size in family.sizes.items()}),
         keys=json.dumps([*dict.fromkeys((heads, kv_heads, channels))]),
-        attribute=attribute,
         layers=layers,
     )
 
