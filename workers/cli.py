@@ -104,10 +104,11 @@ def inspect(
         typer.echo(json.dumps(found))
         return
     first, count = shape.layers[0], len(shape.layers)
+    experts = f"{first.experts} experts, a token {shape.experts_per_token}, of " if shape.family.experts else ""
     typer.echo(f"{model}: family {shape.family.name}, type {shape.model_type}, {shape.parameters:,} parameters")
     typer.echo(
         f"{count} layers of {first.kv_groups} KV groups ({first.heads} heads of {first.head_dim}) and "
-        f"{first.intermediate_size} feed-forward channels: {shape.prunable_parameters:,} parameters can be pruned"
+        f"{experts}{first.intermediate_size} feed-forward channels: {shape.prunable_parameters:,} parameters can be pruned"
     )
     for size in made:
         typer.echo(

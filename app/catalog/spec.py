@@ -298,12 +298,19 @@ class PruningSpec(_Part):
             shape.check_ratio(ratio, self.allocation.width_multiple, self.uniform, field=field)
         return ratios
 
-    def check_formats(self, shape: ModelShape, config: Mapping[str, Any]) -> None:
-        """Refuse formats that cannot be made of a model of this shape and config.
+    def check_fits(self, shape: ModelShape, config: Mapping[str, Any]) -> None:
+        """Refuse what cannot be done with a model of this shape and config.
 
         Raises:
-            PruningError: ``gguf_unsupported``, naming what would do.
+            PruningError: ``recovery_unsupported``, ``gguf_unsupported``, naming what would do.
         """
+        if shape.family.experts and self.mend in BIASING:
+            raise PruningError(
+                "recovery_unsupported",
+                f"Experts have no place for the biases that recovery '{self.mend}' adds; recovery 'least-squares' or "
+                "'none' adds none.",
+                field="recovery.kind",
+            )
         if "gguf" in self.formats:
             obstacle = gguf_obstacle(
                 shape,

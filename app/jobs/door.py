@@ -62,7 +62,7 @@ def _targets(request: JobRequest, source: ModelSource, shape: ModelShape | None)
     else:
         multiple, uniform = request.allocation.width_multiple, request.uniform
         ratios = request.ratios(shape, source.dtype)
-        request.check_formats(shape, source.config or {})
+        request.check_fits(shape, source.config or {})
         found = [(ratio, shape.nearest_ratio(ratio, multiple, uniform)) for ratio in ratios]
     names = repo_ids(request.publish.repo_id, request) if request.publish else [None] * len(found)
     return [

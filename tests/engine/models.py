@@ -15,6 +15,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from app.catalog.architectures import shape_from_config
@@ -62,6 +64,11 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "gpt2": (GPT2Config, {"n_embd": 48, "n_head": 6, "n_layer": 3, "n_positions": 128, "n_inner": 160}),
     "gpt-neox": (GPTNeoXConfig, {"num_attention_heads": 3}),
     "gpt-neox-serial": (GPTNeoXConfig, {"use_parallel_residual": False, "attention_bias": False}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "sliding_window": 32}),
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        {"head_dim": 16, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 160},
+    ),
     "opt": (OPTConfig, {"ffn_dim": 160, "word_embed_proj_dim": 48}),
 }
 

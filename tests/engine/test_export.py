@@ -18,7 +18,7 @@ from app.catalog.architectures import ModelShape
 from app.catalog.errors import PruningError
 from app.catalog.sources import locate
 from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, make_model, save
-from tests.engine.test_slicing import some_plan
+from tests.engine.test_slicing import of_each, some_plan
 from workers.engine import PruningSpec
 from workers.engine.decoder import Decoder
 from workers.engine.export import check_checkpoint, checkpoint
@@ -72,6 +72,7 @@ OWN_NAMES = {
     "gpt-neox": ("num_attention_heads", "num_attention_heads", "intermediate_size"),
     "gpt-neox-serial": ("num_attention_heads", "num_attention_heads", "intermediate_size"),
     "opt": ("num_attention_heads", "num_attention_heads", "ffn_dim"),
+    "qwen3-moe": ("num_attention_heads", "num_key_value_heads", "moe_intermediate_size"),
 }
 """What configs call heads, KV heads and channels, where not as llama's does."""
 
@@ -158,16 +159,17 @@ def alike(shape: ModelShape) -> Plan:
     """The same cut in every layer, of heads as far as the stock class takes it."""
     first = shape.layers[0]
     groups = next(gone for gone in range(first.kv_groups - 1, -1, -1) if shape.takes_heads(first.without(gone)))
-    return Plan((LayerPlan(tuple(range(groups, first.kv_groups)), tuple(range(0, 160, 2))),) * len(shape.layers))
+    kept = LayerPlan(tuple(range(groups, first.kv_groups)), of_each(shape, range(0, 160, 2)))
+    return Plan((kept,) * len(shape.layers))
 
 
 def none_whole(shape: ModelShape) -> Plan:
     """Layers that differ, and none that keeps everything."""
-    first, _, last = some_plan(shape.layers[0].kv_groups).layers
-    return Plan((first, LayerPlan(first.kv_groups, tuple(range(96))), last))
+    first, _, last = some_plan(shape).layers
+    return Plan((first, LayerPlan(first.kv_groups, of_each(shape, range(96))), last))
 
 
-PLANS = {"": lambda shape: some_plan(shape.layers[0].kv_groups), "uniform": alike, "padded": none_whole}
+PLANS = {"": some_plan, "uniform": alike, "padded": none_whole}
 
 
 @pytest.mark.parametrize("name", STOCK_CASES)
@@ -223,6 +225,7 @@ def test_what_is_written(name: str, cases: dict[str, Case]) -> None:
         "partial_rotary_factor",
         "rotary_emb_base",
         "rotary_pct",
+        "num_experts",
     }
     assert {key: value for key, value in config.items() if key not in added} == {
         key: value for key, value in source.items() if key not in added
@@ -337,7 +340,7 @@ def test_a_checkpoint_that_disagrees_is_refused(tokenizer: PreTrainedTokenizerFa
     folder = save(make_model("llama"), tokenizer, tmp_path / "source")
     source = locate(str(folder), allow_paths=True)
     decoder = load(source, "auto", torch.device("cpu"))
-    plan = some_plan(3)
+    plan = some_plan(decoder.shape)
     apply_plan(decoder, plan)
     out = tmp_path / "pruned"
     out.mkdir()

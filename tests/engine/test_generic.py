@@ -12,12 +12,12 @@ from transformers import (
     CohereConfig,
     GPTJConfig,
     GraniteConfig,
-    MixtralConfig,
     NemotronConfig,
     Olmo2Config,
     OlmoConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
     SmolLM3Config,
     StableLmConfig,
     Starcoder2Config,
@@ -87,7 +87,7 @@ def test_what_is_built_like_llama_can_be_pruned(name: str, tokenizer: PreTrained
             {"num_key_value_heads": 6},
             "does not run when it is cut",
         ),  # the same, as wide as the hidden states
-        (MixtralConfig, {"num_local_experts": 4}, "mixture of experts"),
+        (Qwen2MoeConfig, {"num_experts": 4}, "mixture of experts"),
         (GPTJConfig, {"n_embd": 48, "n_head": 6, "n_layer": 3, "rotary_dim": 4}, "'hidden_size'"),
     ],
 )

@@ -27,6 +27,7 @@ from workers.engine.loading import load
 from workers.engine.plan import LayerPlan, Plan
 from workers.engine.slicing import apply_plan
 
+DIFFERENT = some_plan(shape_from_config({"model_type": "llama", **SIZES}))
 UNIFORM = Plan((LayerPlan((0, 2), tuple(range(64))),) * 3)
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -64,7 +65,7 @@ UNIFORM_ALONE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 MODELS = DIFFERING | UNIFORM_ALONE
 CASES = [
-    *((name, some_plan(3)) for name in DIFFERING),
+    *((name, DIFFERENT) for name in DIFFERING),
     *((name, UNIFORM) for name in (*DIFFERING, *UNIFORM_ALONE)),
 ]
 IDS = [f"{name}-{'uniform' if plan is UNIFORM else 'differing'}" for name, plan in CASES]
@@ -128,7 +129,7 @@ def test_llama_cpp_runs_it(name: str, plan: Plan, tokenizer: PreTrainedTokenizer
 @needs_llama_cpp
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_models_in_half_precision(dtype: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    decoder, source = pruned("llama", some_plan(3), tmp_path, tokenizer)
+    decoder, source = pruned("llama", DIFFERENT, tmp_path, tokenizer)
     decoder.model.to(getattr(torch, dtype))
     write_gguf(decoder, source, tmp_path / "model.gguf", "F16")
     check_gguf(decoder, tmp_path / "model.gguf", "F16")
@@ -155,7 +156,7 @@ def test_kinds(kind: GgufKind, tokenizer: PreTrainedTokenizerFast, tmp_path: Pat
 def test_a_file_that_disagrees_is_refused(
     kind: GgufKind, wrong: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder, source = pruned("llama", some_plan(3), tmp_path, tokenizer)
+    decoder, source = pruned("llama", DIFFERENT, tmp_path, tokenizer)
     real = export._tensors
 
     def altered(decoder: Decoder, architecture: str) -> Any:
@@ -356,14 +357,14 @@ def test_obstacles(name: str, options: dict[str, Any], field: str, reason: str) 
 
 
 def test_biases_that_a_recovery_adds(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    decoder, source = pruned("qwen3-tied", some_plan(3), tmp_path, tokenizer)
+    decoder, source = pruned("qwen3-tied", DIFFERENT, tmp_path, tokenizer)
     decoder.layers[0].channel_output.bias = torch.nn.Parameter(torch.ones(96), requires_grad=False)
     with pytest.raises(PruningError, match="no place for the biases"):
         write_gguf(decoder, source, tmp_path / "model.gguf", "F16")
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("plan", [some_plan(3), UNIFORM], ids=["differing", "uniform"])
+@pytest.mark.parametrize("plan", [DIFFERENT, UNIFORM], ids=["differing", "uniform"])
 def test_llama_cpp_runs_biases_that_a_recovery_adds(
     plan: Plan, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -56,7 +56,7 @@ def scored(decoder: Decoder, where: Where, scorer: str, removed: int = 1, **sett
     sweep = Sweep(decoder, TOKENS, 2, None)
     for number, layer in enumerate(sweep.layers()):
         if number == index:
-            context = PartContext(layer, part, sweep.moments(part), removed, Scoring(**settings))
+            context = PartContext(layer, part, 0, sweep.moments(part)[0], removed, Scoring(**settings))
             return PART_SCORERS[scorer](context).double()
     raise AssertionError
 

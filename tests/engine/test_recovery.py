@@ -65,7 +65,7 @@ def test_moments_are_sums_over_stored_activations(
         wanted = activations(whole, index)
         targets = {"heads": wanted["layer-in"] + wanted["heads-out"], "channels": wanted["layer-out"]}
         for part in PARTS:
-            found, now = sweep.moments(part), activations(decoder, index)
+            (found,), now = sweep.moments(part), activations(decoder, index)
             inputs, entering = now[f"{part}-in"], now[f"{part}-entering-in"]
             weights = torch.ones(len(inputs), 1, dtype=torch.float64)
             if reference == "none":
@@ -212,7 +212,7 @@ def test_parts_that_give_nothing_are_not_scored(
         asked.append(context.removed)
         return score(context)
 
-    def summed(sweep: Sweep, part: Part) -> Moments:
+    def summed(sweep: Sweep, part: Part) -> list[Moments]:
         taken.append(part)
         return moments(sweep, part)
 

@@ -1,11 +1,13 @@
 """Sliced against masked: cutting units out must do what shielding them does, on every family."""
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from app.catalog.architectures import ModelShape
 from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, make_model
 from workers.engine.decoder import gated
 from workers.engine.plan import LayerPlan, Plan
@@ -14,21 +16,31 @@ from workers.engine.slicing import apply_plan
 TOKENS = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(3))
 
 
-def some_plan(groups: int) -> Plan:
+def some_plan(shape: ModelShape) -> Plan:
     """Different widths in every layer; layer 1 untouched."""
+    groups = shape.layers[0].kv_groups
     return Plan(
         (
-            LayerPlan(tuple(range(1, groups)), tuple(range(0, 160, 5))),
-            LayerPlan(tuple(range(groups)), tuple(range(160))),
-            LayerPlan((groups - 1,), tuple(range(64))),
+            LayerPlan(tuple(range(1, groups)), of_each(shape, range(0, 160, 5))),
+            LayerPlan(tuple(range(groups)), of_each(shape, range(160))),
+            LayerPlan((groups - 1,), of_each(shape, range(64))),
         )
+    )
+
+
+def of_each(shape: ModelShape, channels: Iterable[int]) -> tuple[int, ...]:
+    """As many channels of every expert, each expert's own; of a model without experts, these ``channels`` of 160."""
+    return tuple(
+        expert * 160 + channel
+        for expert in range(shape.layers[0].experts)
+        for channel in sorted((channel + expert) % 160 for channel in channels)
     )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sliced_equals_masked(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     decoder = decoder_of(make_model(name), tokenizer)
-    plan = some_plan(decoder.layers[0].kv_groups)
+    plan = some_plan(decoder.shape)
     with ExitStack() as stack:
         for layer, kept in zip(decoder.layers, plan.layers, strict=True):
             heads, channels = torch.zeros(1, layer.kv_groups), torch.zeros(1, layer.channels)
@@ -66,7 +78,7 @@ def test_keeping_everything_is_bit_identical(tokenizer: PreTrainedTokenizerFast)
 
 def test_cutting_twice_is_cutting_once(tokenizer: PreTrainedTokenizerFast) -> None:
     once, twice = (decoder_of(make_model("llama"), tokenizer) for _ in range(2))
-    first = some_plan(3)
+    first = some_plan(once.shape)
     second = Plan(tuple(LayerPlan((0,), tuple(range(0, len(layer.channels), 2))) for layer in first.layers))
     apply_plan(once, first.then(second))
     apply_plan(twice, first)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.catalog.architectures import Family, LayerShape, ModelShape
 from app.catalog.errors import PruningError
+from workers.engine.experts import Experts
 from workers.engine.fused import Fused
 
 Part = Literal["heads", "channels"]
@@ -23,7 +24,7 @@ class Layer:
     """One decoder layer: its module, the projections that pruning cuts, and its widths now.
 
     Its two parts, heads and channels, have the same make: input projections with rows for each unit, and an output
-    projection with columns for it.
+    projection with columns for it. A mixture's channels are those of its experts, one after the other.
     """
 
     def __init__(self, module: nn.Module, family: Family, head_dim: int, heads_per_group: int) -> None:
@@ -31,6 +32,8 @@ class Layer:
         self.family = family
         self.head_dim = head_dim
         self.heads_per_group = heads_per_group
+        self.mixture: Experts | None = None
+        """Its experts, where it has any."""
 
     def take_apart(self, shape: LayerShape, hidden_size: int) -> None:
         """Make of the module's fused projections one for each part, and its config its own where it keeps widths there."""
@@ -43,6 +46,11 @@ class Layer:
                 block = shape.head_dim if name in self.family.interleaved else None
                 fused = Fused(module, {part: rows[f"{name}.{part}"] for part in parts}, block)
                 self.module.set_submodule(name, fused)
+        if self.family.experts:
+            name = self.family.channel_output.rpartition(".")[0]
+            module = self.module.get_submodule(name)
+            self.mixture = module if isinstance(module, Experts) else Experts(module)
+            self.module.set_submodule(name, self.mixture)
         for owner in {path.rpartition(".")[0] for path in self.family.sizes}:
             if (name := owner.removesuffix(".config")) != owner:
                 holder = self.module.get_submodule(name)
@@ -82,6 +90,10 @@ class Layer:
     def channels(self) -> int:
         return self.channel_output.in_features
 
+    def experts(self, part: Part) -> int:
+        """Of so many experts are the part's units, an equal share of each."""
+        return self.mixture.count if part == "channels" and self.mixture is not None else 1
+
     def inputs(self, part: Part) -> list[nn.Linear]:
         """The part's input projections: query, key and value, or those of the channels."""
         names = self.family.attention_inputs if part == "heads" else self.family.channel_inputs
@@ -101,13 +113,15 @@ class Layer:
     @property
     def shape(self) -> LayerShape:
         groups = self.kv_groups
-        return LayerShape(groups, groups * self.heads_per_group, self.head_dim, self.channels)
+        experts = self.experts("channels")
+        return LayerShape(groups, groups * self.heads_per_group, self.head_dim, self.channels // experts, experts)
 
 
 class Decoder:
     """The model, its tokenizer and its layers. ``shape`` is that of the *source*; layers tell their widths now.
 
-    Modules of the model that compute several projections are replaced by :class:`workers.engine.fused.Fused`.
+    Modules of the model that compute several projections are replaced by :class:`workers.engine.fused.Fused` and
+    :class:`workers.engine.experts.Experts`.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> None:
@@ -139,6 +153,18 @@ class Decoder:
             for name in layer.family.projections
             for parameter in layer[name].parameters()
         )
+
+    @contextmanager
+    def routed(self) -> Iterator[None]:
+        """While the context lasts experts run on the tokens sent to them alone, which costs what the published model costs."""
+        mixtures = [layer.mixture for layer in self.layers if layer.mixture is not None]
+        for mixture in mixtures:
+            mixture.routed = True
+        try:
+            yield
+        finally:
+            for mixture in mixtures:
+                mixture.routed = False
 
     @property
     def reached_ratio(self) -> float:

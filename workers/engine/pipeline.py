@@ -84,12 +84,12 @@ def prune(
     if source.sizes_known:  # or they are once it is here
         shape = read_shape(source)
         spec.ratios(shape, source.dtype)
-        spec.check_formats(shape, source.config or {})
+        spec.check_fits(shape, source.config or {})
     source = download(source, token, endpoint)
     ratios = spec.ratios(sizes_of(source), source.dtype)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     decoder = load(source, spec.dtype, where)
-    spec.check_formats(decoder.shape, decoder.model.config.to_dict())
+    spec.check_fits(decoder.shape, decoder.model.config.to_dict())
     if "gguf" in spec.formats:
         gguf.check_ready(decoder, source)
     _check_resumable(resume, source, spec)
@@ -184,14 +184,16 @@ def _check_reached(decoder: Decoder, ratio: float, spec: PruningSpec) -> None:
 def _measure(
     decoder: Decoder, evaluation: Windows, spec: PruningSpec, progress: Progress, latency: bool
 ) -> dict[str, Any]:
-    value = perplexity(decoder, evaluation.tokens, batch_windows(evaluation.tokens), progress.share)
+    with decoder.routed():
+        value = perplexity(decoder, evaluation.tokens, batch_windows(evaluation.tokens), progress.share)
+        speed = measure_latency(decoder) if latency and spec.evaluation.latency else None
     return {
         "perplexity": value if math.isfinite(value) else None,  # JSON has no infinity
         "parameters": decoder.parameters,
         "prunable_parameters": decoder.prunable_parameters,
         "weights_bytes": weight_bytes(decoder),
         "flops": forward_flops(decoder, FLOPS_TOKENS),
-        "latency": measure_latency(decoder) if latency and spec.evaluation.latency else None,
+        "latency": speed,
     }
 
 

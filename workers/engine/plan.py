@@ -23,7 +23,7 @@ class Plan:
     @classmethod
     def full(cls, layers: tuple[LayerShape, ...]) -> "Plan":
         """The plan that keeps everything."""
-        return cls(tuple(LayerPlan(tuple(range(s.kv_groups)), tuple(range(s.intermediate_size))) for s in layers))
+        return cls(tuple(LayerPlan(tuple(range(s.kv_groups)), tuple(range(s.channels))) for s in layers))
 
     def then(self, later: "Plan") -> "Plan":
         """This plan followed by one made on its result, as one plan over the source."""
@@ -45,16 +45,16 @@ class Plan:
                 "layer": index,
                 "kv_groups": len(layer.kv_groups),
                 "heads": len(layer.kv_groups) * source.heads_per_group,
-                "intermediate_size": len(layer.channels),
+                "intermediate_size": len(layer.channels) // source.experts,
             }
             for index, layer in enumerate(self.layers)
         ]
 
     def parameters(self, shape: ModelShape) -> int:
         """Prunable parameters that are left."""
-        cost = shape.cost
+        cost, experts = shape.cost, shape.layers[0].experts
         return sum(
-            len(layer.kv_groups) * cost.kv_group + len(layer.channels) * cost.channel + cost.fixed
+            len(layer.kv_groups) * cost.kv_group + len(layer.channels) // experts * cost.channel + cost.fixed
             for layer in self.layers
         )
 

@@ -62,26 +62,34 @@ def _sweep(context: Context) -> Sweep | None:
 def _cut_part(
     context: Context, sweep: Sweep | None, layer: Layer, index: int, part: Part, removed: int
 ) -> tuple[int, ...]:
-    """Choose, cut and mend one part; returns the units that stay. One that gives nothing may have losses before it to mend."""
+    """Choose, cut and mend one part, ``removed`` units of every expert; returns the units that stay. One that gives nothing
+    may have losses before it to mend."""
     spec, output, mend = context.spec, layer.output(part), MENDS.get(context.spec.mend)
-    moments = sweep.moments(part) if sweep is not None and (removed or mend is not None) else None
-    if removed == 0:
-        kept = tuple(range(layer.units(part)))
-    elif context.scores is not None:
-        kept = best(context.scores.of(part)[index], removed)
+    experts, width = layer.experts(part), layer.width(part)
+    moments = sweep.moments(part) if sweep is not None and (removed or mend is not None) else []
+    if context.scores is not None:
+        scores = list(context.scores.of(part)[index].chunk(experts))
+    elif removed:
+        score = PART_SCORERS[spec.scorer]
+        scores = [score(PartContext(layer, part, *own, removed, spec.scoring)) for own in enumerate(moments)]
     else:
-        assert moments is not None
-        kept = best(PART_SCORERS[spec.scorer](PartContext(layer, part, moments, removed, spec.scoring)), removed)
+        scores = list(torch.zeros(layer.units(part)).chunk(experts))
+    kept = [best(own, removed) for own in scores]
+    units = layer.units(part) // experts
+    all_kept = tuple(expert * units + unit for expert, own in enumerate(kept) for unit in own)
     if mend is None:
-        cut(layer, part, kept)
-        return kept
-    assert moments is not None
-    inputs = expand(torch.tensor(kept, device=output.weight.device), layer.width(part))
-    before_bias = None if output.bias is None else output.bias.float()
-    weight, bias = mend(Cut(output.weight.float(), before_bias, moments, inputs, spec.refit_damping))
-    cut(layer, part, kept)
-    output.weight = nn.Parameter(weight.to(output.weight.dtype), requires_grad=False)
+        cut(layer, part, all_kept)
+        return all_kept
+    weights, bias = output.weight.float().chunk(experts, 1), None if output.bias is None else output.bias.float()
+    mended = []
+    for own, weight, moment in zip(kept, weights, moments, strict=True):
+        inputs = expand(torch.tensor(own, device=weight.device), width)
+        mended.append(mend(Cut(weight, bias, moment, inputs, spec.refit_damping)))
+    cut(layer, part, all_kept)
+    # A mixture has no place for a bias, and no mend that adds one: see PruningSpec.check_fits.
+    new_weight, new_bias = torch.cat([weight for weight, _ in mended], 1), mended[0][1]
+    output.weight = nn.Parameter(new_weight.to(output.weight.dtype), requires_grad=False)
     output.register_parameter(
-        "bias", None if bias is None else nn.Parameter(bias.to(output.weight.dtype), requires_grad=False)
+        "bias", None if new_bias is None else nn.Parameter(new_bias.to(output.weight.dtype), requires_grad=False)
     )
-    return kept
+    return all_kept

@@ -38,11 +38,11 @@ def pad(decoder: Decoder) -> None:
     fewer = (source.without(gone) for gone in range(source.kv_groups - most, -1, -1))
     units = {
         "heads": next(layer.kv_groups for layer in fewer if shape.takes_heads(layer)),
-        "channels": max(layer.channels for layer in decoder.layers),
+        "channels": max(layer.shape.intermediate_size for layer in decoder.layers),
     }
     for layer in decoder.layers:
         for part in PARTS:
-            _fill_up(layer, part, units[part] - layer.units(part))
+            _fill_up(layer, part, units[part])
         layer.tell_sizes()
 
 
@@ -51,22 +51,24 @@ def expand(units: Tensor, width: int) -> Tensor:
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
-def _fill_up(layer: Layer, part: Part, missing: int) -> None:
-    """Append ``missing`` units of zeros."""
-    units, output = layer.units(part), layer.output(part)
-    more = missing * output.in_features // units
-    output.weight = _padded(output.weight, (0, more))
-    output.in_features += more
+def _fill_up(layer: Layer, part: Part, units: int) -> None:
+    """Append units of zeros to those of each expert, until it has ``units``."""
+    experts, output = layer.experts(part), layer.output(part)
+    now = layer.units(part) // experts
+
+    def padded(parameter: Tensor, dim: int) -> nn.Parameter:
+        blocks = parameter.detach().unflatten(dim, (experts, now, -1))
+        sides = (0, 0) * (parameter.dim() - dim) + (0, units - now)
+        filled = nn.functional.pad(blocks, sides).flatten(dim, dim + 2)
+        return nn.Parameter(filled, requires_grad=parameter.requires_grad)
+
+    output.weight = padded(output.weight, 1)
+    output.in_features = output.weight.shape[1]
     for projection in layer.inputs(part):
-        more = missing * projection.out_features // units
-        projection.weight = _padded(projection.weight, (0, 0, 0, more))
+        projection.weight = padded(projection.weight, 0)
         if projection.bias is not None:
-            projection.bias = _padded(projection.bias, (0, more))
-        projection.out_features += more
-
-
-def _padded(parameter: Tensor, sides: tuple[int, ...]) -> nn.Parameter:
-    return nn.Parameter(nn.functional.pad(parameter.detach(), sides), requires_grad=parameter.requires_grad)
+            projection.bias = padded(projection.bias, 0)
+        projection.out_features = len(projection.weight)
 
 
 def _cut_rows(linear: nn.Linear, rows: Tensor) -> None:

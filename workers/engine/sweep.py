@@ -16,9 +16,9 @@ from workers.engine.decoder import Decoder, Layer, Part
 
 @dataclass
 class Moments:
-    """Sums over tokens of an output projection's inputs x, in float32 on the model's device.
+    """Sums over tokens of the inputs x that one expert gives an output projection, in float32 on the model's device.
 
-    Where there is a reference, tokens are weighted by the inverse mean square of its hidden states, which is what the next
+    But for a mixture's channels there is one expert, which has all inputs. Where there is a reference, tokens are weighted by the inverse mean square of its hidden states, which is what the next
     norm divides by; else every weight is 1.
     """
 
@@ -29,9 +29,10 @@ class Moments:
     gram: Tensor
     """Σ w·x·xᵀ, ``[in, in]``."""
     entering: Tensor
-    """Σ w·z² of what enters the part's input projections, ``[hidden]``."""
+    """Σ w·z² of what enters the part's input projections, ``[hidden]``, over the tokens that are sent to the expert."""
     missing: Tensor | None
-    """Σ w·x·eᵀ, ``[in, hidden]``: e is what hidden states lack of the reference's when this part is left as it is."""
+    """Σ w·x·eᵀ, ``[in, hidden]``: e is what hidden states lack of the reference's when this part is left as it is, in equal
+    parts for all experts that the token is sent to."""
 
     @property
     def mean(self) -> Tensor:
@@ -79,37 +80,48 @@ class Sweep:
                 self.hidden = self._targets["channels"]
 
     @torch.no_grad()
-    def moments(self, part: Part) -> Moments:
-        """Of this layer's ``part``, as the layer is now: heads that were cut before channels are asked for are gone."""
+    def moments(self, part: Part) -> list[Moments]:
+        """Of this layer's ``part``, expert by expert, as the layer is now: heads that were cut before channels are asked for
+        are gone."""
         layer = self._decoder.layers[self._index]
-        output = layer.output(part)
-        device, size, hidden_size = output.weight.device, output.in_features, output.out_features
-        moments = Moments(
-            0.0,
-            torch.zeros(size, device=device),
-            torch.zeros(size, size, device=device),
-            torch.zeros(hidden_size, device=device),
-            torch.zeros(size, hidden_size, device=device) if self._reference is not None else None,
-        )
+        experts, weight = layer.experts(part), layer.output(part).weight
+        size, hidden_size = weight.shape[1] // experts, weight.shape[0]
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=weight.device)
+
+        found = [
+            Moments(
+                0.0,
+                zeros(size),
+                zeros(size, size),
+                zeros(hidden_size),
+                zeros(size, hidden_size) if self._reference is not None else None,
+            )
+            for _ in range(experts)
+        ]
         for batch, hidden in enumerate(self.hidden):
             with _seen(layer, part) as seen:
                 self._run(self._decoder, batch, hidden)
-            inputs, entering = seen.inputs.flatten(0, -2).float(), seen.entering.flatten(0, -2).float()
-            weights = torch.ones(len(inputs), 1, device=device)
-            if moments.missing is not None:
+            given = seen.inputs.flatten(0, -2).float().chunk(experts, 1)
+            entering = seen.entering.flatten(0, -2).float()
+            sent = torch.stack([inputs.any(1) for inputs in given], 1)  # [tokens, experts]
+            weights = torch.ones(len(entering), 1, device=weight.device)
+            if self._reference is not None:
                 target = self._targets[part][batch].flatten(0, 1).float()
                 weights = 1 / target.square().mean(1, keepdim=True)
                 before = hidden if part == "heads" else hidden + seen.attended
-                moments.missing += (inputs * weights).T @ (target - before.flatten(0, 1).float())
-            moments.weight += float(weights.sum())
-            moments.inputs += (inputs * weights).sum(0)
-            moments.gram += (inputs * weights).T @ inputs
-            moments.entering += (entering.square() * weights).sum(0)
-        if moments.missing is not None:  # what the part gives itself is linear in the inputs: no need to run it
-            moments.missing -= moments.gram @ output.weight.float().T
-            if output.bias is not None:
-                moments.missing -= torch.outer(moments.inputs, output.bias.float())
-        return moments
+                lacking = target - before.flatten(0, 1).float() - seen.output.flatten(0, -2).float()
+                lacking /= sent.sum(1, keepdim=True).clamp_min(1)
+            for moments, inputs, own in zip(found, given, sent.T, strict=True):
+                weighted = inputs * weights
+                moments.weight += float(weights.sum())
+                moments.inputs += weighted.sum(0)
+                moments.gram += weighted.T @ inputs
+                moments.entering += (entering.square() * weights)[own].sum(0)
+                if moments.missing is not None:
+                    moments.missing += weighted.T @ lacking
+        return found
 
     def _run(self, decoder: Decoder, batch: int, hidden: Tensor) -> Tensor:
         return decoder.run_layer(self._entered[batch], self._index, hidden)
@@ -137,6 +149,8 @@ class _Enough(Exception):
 class _Seen:
     inputs: Tensor
     """Of the part's output projection: ``[windows, length, in]``."""
+    output: Tensor
+    """What that makes of them: ``[windows, length, hidden]``."""
     entering: Tensor
     """The part's input projections: ``[windows, length, hidden]``."""
     attended: Tensor
@@ -145,12 +159,12 @@ class _Seen:
 
 @contextmanager
 def _seen(layer: Layer, part: Part) -> Iterator[_Seen]:
-    """Run a layer within this context no further than the part's output projection, and see what reaches it."""
+    """Run a layer within this context no further than the part's output projection, and see what passes it."""
     empty = torch.empty(0)
-    seen = _Seen(empty, empty, empty)
+    seen = _Seen(empty, empty, empty, empty)
 
-    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.inputs = args[0]
+    def stop(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.inputs, seen.output = args[0], output
         raise _Enough
 
     def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -160,7 +174,7 @@ def _seen(layer: Layer, part: Part) -> Iterator[_Seen]:
         seen.attended = output
 
     hooks = [
-        layer.output(part).register_forward_pre_hook(stop),
+        layer.output(part).register_forward_hook(stop),
         layer.inputs(part)[0].register_forward_pre_hook(enter),
         layer.attention_output.register_forward_hook(attend),
     ]

@@ -20,11 +20,13 @@ from app.catalog.architectures.glm import GLM, GLM4
 from app.catalog.architectures.gpt2 import GPT2
 from app.catalog.architectures.gpt_neox import GPT_NEOX
 from app.catalog.architectures.llama import LLAMA
+from app.catalog.architectures.mixtral import MIXTRAL
 from app.catalog.architectures.opt import OPT
 from app.catalog.architectures.phi3 import PHI3
+from app.catalog.architectures.qwen3_moe import QWEN3_MOE
 from app.catalog.errors import PruningError
 
-FAMILIES: tuple[Family, ...] = (LLAMA, GEMMA, GLM, GLM4, GPT2, GPT_NEOX, OPT, PHI3)
+FAMILIES: tuple[Family, ...] = (LLAMA, GEMMA, GLM, GLM4, GPT2, GPT_NEOX, MIXTRAL, OPT, PHI3, QWEN3_MOE)
 
 MODEL_TYPES: dict[str, Family] = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
@@ -140,17 +142,19 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
             "config_invalid", f"config.json: {heads} heads are no multiple of {groups} KV heads.", field="model_id"
         )
     depth = read_size(config, family.name_of("num_hidden_layers"), most=MOST_LAYERS)
-    layers = (LayerShape(groups, heads, head_dim, width),) * depth
+    experts = next((read_size(config, key) for key in family.experts if key in config), 1)
+    layers = (LayerShape(groups, heads, head_dim, width, experts),) * depth
     biased = family.biased(config)
     per_group = layers[0].heads_per_group * head_dim
     rows = {family.query: per_group, family.key: head_dim, family.value: head_dim}
     cost = UnitCost(
         kv_group=sum(count * (hidden + (name in biased)) for name, count in rows.items()) + per_group * hidden,
-        channel=sum(hidden + (name in biased) for name in family.channel_inputs) + hidden,
+        channel=experts * (sum(hidden + (name in biased) for name in family.channel_inputs) + hidden),
         fixed=hidden * len(biased & {family.attention_output, family.channel_output}),
     )
     vocabulary, tied = read_size(config, "vocab_size"), bool(config.get("tie_word_embeddings", False))
     norms = depth * family.norm_parameters({**config, "head_dim": head_dim})
+    routers = depth * experts * hidden if family.experts else 0
     return ModelShape(
         family=family,
         model_type=str(config["model_type"]),
@@ -160,7 +164,8 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
         max_positions=read_size(config, family.name_of("max_position_embeddings"), 2048),
         layers=layers,
         cost=cost,
-        other_parameters=vocabulary * hidden * (1 if tied else 2) + norms + family.outer_parameters(config),
+        other_parameters=vocabulary * hidden * (1 if tied else 2) + norms + routers + family.outer_parameters(config),
+        experts_per_token=read_size(config, "num_experts_per_tok", most=experts) if family.experts else 1,
     )
 
 

@@ -60,6 +60,10 @@ class Family:
     channel_output: str
     norm_parameters: Callable[[Mapping[str, Any]], int]
     """Parameters of one layer's norms."""
+    experts: tuple[str, ...] = ()
+    """What configs call the number of experts, where a layer has a mixture of them: feed-forward networks, of which a router
+    sends each token to ``num_experts_per_tok``. Their stock module, which owns the channels' projections, is taken apart into
+    these. Of two names the first counts that a config has."""
     biased: Callable[[Mapping[str, Any]], frozenset[str]] = lambda config: frozenset()
     outer_parameters: Callable[[Mapping[str, Any]], int] = lambda config: int(config["hidden_size"])
     """Parameters of the final norm, and of embeddings beside the tokens'."""
@@ -110,6 +114,13 @@ class LayerShape:
     heads: int
     head_dim: int
     intermediate_size: int
+    """Channels of each expert, where there is a mixture of them."""
+    experts: int = 1
+
+    @property
+    def channels(self) -> int:
+        """Of all experts, one after the other."""
+        return self.intermediate_size * self.experts
 
     @property
     def heads_per_group(self) -> int:
@@ -127,7 +138,10 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class UnitCost:
-    """Parameters that go with one unit, the same in every layer, and those that stay in a layer whatever is cut."""
+    """Parameters that go with one unit, the same in every layer, and those that stay in a layer whatever is cut.
+
+    Experts are all equally wide, so with a channel goes one of every expert.
+    """
 
     kv_group: int
     channel: int
@@ -165,7 +179,9 @@ class ModelShape:
     layers: tuple[LayerShape, ...]
     cost: UnitCost
     other_parameters: int
-    """Embeddings, norms and head: what pruning leaves alone."""
+    """Embeddings, norms, routers and head: what pruning leaves alone."""
+    experts_per_token: int = 1
+    """Experts that a token is sent to."""
 
     @cached_property
     def prunable_parameters(self) -> int:
@@ -281,6 +297,7 @@ class ModelShape:
             "parameters_per_channel": self.cost.channel,
             "width_multiple": self.width_multiple(None),
             "max_ratio": self.max_ratio(),
+            "experts_per_token": self.experts_per_token,
             "layers": [
                 {
                     "layer": index,
@@ -288,6 +305,7 @@ class ModelShape:
                     "heads": layer.heads,
                     "head_dim": layer.head_dim,
                     "intermediate_size": layer.intermediate_size,
+                    "experts": layer.experts,
                 }
                 for index, layer in enumerate(self.layers)
             ],

@@ -17,9 +17,10 @@ def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Sh
     large for what is left are passed over, as long as channels can make up for them.
     """
     assert context.scores is not None
-    cost = context.decoder.shape.cost
-    heads = _ascending(context.scores.heads, [limit.kv_groups for limit in limits])
-    channels = _ascending(context.scores.channels, [limit.channels for limit in limits])
+    shape = context.decoder.shape
+    cost = shape.cost
+    heads = _ascending(context.scores.heads, [limit.kv_groups for limit in limits], 1)
+    channels = _ascending(context.scores.channels, [limit.channels for limit in limits], shape.layers[0].experts)
     units = [(score, cost.kv_group, 1) for score, _ in heads] + [(score, cost.channel, 0) for score, _ in channels]
     wished, left = 0, total
     for _, price, is_group in sorted(units):
@@ -39,10 +40,10 @@ def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Sh
     return Share(budgets, groups)
 
 
-def _ascending(scores: Sequence[Tensor], most: Sequence[int]) -> list[tuple[float, int]]:
-    """Score and layer of all units that may go, the lowest first."""
+def _ascending(scores: Sequence[Tensor], most: Sequence[int], experts: int) -> list[tuple[float, int]]:
+    """Score and layer of all units that may go, the lowest first; what experts give together scores their mean."""
     return sorted(
         (score, layer)
         for layer, (values, count) in enumerate(zip(scores, most, strict=True))
-        for score in torch.sort(values).values[:count].tolist()
+        for score in torch.sort(values.view(experts, -1)).values.mean(0)[:count].tolist()
     )

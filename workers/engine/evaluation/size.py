@@ -12,9 +12,13 @@ def forward_flops(decoder: Decoder, tokens: int) -> int:
     """Floating-point operations of one forward over ``tokens`` tokens, all positions' logits included.
 
     Two for every weight of every projection and of the head, and 4·tokens·head_dim a head and token for QKᵀ and AV (a
-    causal mask is not discounted, as kernels differ in what they skip). Norms and activations are left out.
+    causal mask is not discounted, as kernels differ in what they skip). Of a mixture those experts alone that a token is sent
+    to. Norms, routers and activations are left out.
     """
     shape = decoder.shape
     projections = decoder.prunable_parameters + shape.vocab_size * shape.hidden_size
+    for layer in decoder.layers:
+        idle = layer.shape.experts - shape.experts_per_token
+        projections -= layer.shape.intermediate_size * shape.cost.channel * idle // layer.shape.experts
     heads = sum(layer.shape.heads * layer.head_dim for layer in decoder.layers)
     return 2 * tokens * projections + 4 * tokens * tokens * heads

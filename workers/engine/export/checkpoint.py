@@ -93,7 +93,8 @@ def write_checkpoint(
     _write_config(decoder, source, plan, folder, stock)
     # By the source's names: transformers 5 calls a few weights otherwise, and 4 and vLLM do not.
     state = revert_weight_conversion(decoder.model, _without_ties(decoder.model.state_dict()))
-    save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE)
+    whole = {name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in state.items()}
+    save_torch_state_dict(whole, folder, max_shard_size=SHARD_SIZE)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner alone
     _write_tokenizer(decoder, source, folder)
@@ -111,6 +112,11 @@ def _without_ties(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: state[name] for name in state if first[state[name].data_ptr()] == name}
 
 
+def _is_part(tensor: torch.Tensor) -> bool:
+    """Of a larger one's memory, as one expert's weights are: a file takes whole tensors alone."""
+    return tensor.nbytes < tensor.untyped_storage().nbytes()
+
+
 def versions() -> dict[str, str]:
     """Versions of what the result depends on."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -120,6 +126,7 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
     shape, model = decoder.shape, decoder.model
     config = dict(source.config or {}) if source.gguf_file is None else _plain_config(decoder)
     _add_legacy_rope(config)
+    config.update(dict.fromkeys(shape.family.experts, shape.layers[0].experts))
     config["head_dim"] = shape.layers[0].head_dim
     dtype_key = "dtype" if "dtype" in config else "torch_dtype"
     config[dtype_key] = str(model.dtype).removeprefix("torch.")
@@ -165,7 +172,8 @@ def _modeling_file(decoder: Decoder, classes: dict[str, str]) -> str:
     outputs |= dict.fromkeys(family.channel_inputs, (channels, 1))
     inputs = {family.attention_output: (heads, head_dim), family.channel_output: (channels, 1)}
     linears: dict[str, tuple[Counter[str], Counter[str]]] = {}
-    for projection in family.projections:
+    attention = (*family.attention_inputs, family.attention_output)
+    for projection in attention if family.experts else family.projections:
         module = linears.setdefault(family.module(projection), (Counter(), Counter()))
         for sums, sizes in zip(module, (outputs, inputs), strict=True):
             if projection in sizes:

@@ -10,8 +10,9 @@ from workers.engine.sweep import Moments
 
 @dataclass(frozen=True)
 class Cut:
-    """A part about to be cut: its output projection's weight ``[out, in]``, bias ``[out]`` or none, the moments of its
-    inputs, and which inputs stay, ``[kept]``; float32. ``damping``: how hard a refit is pulled towards the weights as they are."""
+    """A part about to be cut, or one expert's share of it: its output projection's weight ``[out, in]``, bias ``[out]`` or
+    none, the moments of its inputs, and which inputs stay, ``[kept]``; float32. ``damping``: how hard a refit is pulled
+    towards the weights as they are."""
 
     weight: Tensor
     bias: Tensor | None

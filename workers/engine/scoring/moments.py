@@ -18,10 +18,11 @@ SPARED_SHARE = 0.01
 
 @dataclass(frozen=True)
 class PartContext:
-    """A part of a layer in a sweep: how many units go is known, which ones is asked."""
+    """A part of a layer in a sweep, or one expert's share of it: how many units go is known, which ones is asked."""
 
     layer: Layer
     part: Part
+    expert: int
     moments: Moments
     removed: int
     scoring: Scoring
@@ -29,11 +30,23 @@ class PartContext:
     @property
     def output_weight(self) -> Tensor:
         """``[out, in]``, float32."""
-        return self.layer.output(self.part).weight.float()
+        return self._own(self.layer.output(self.part).weight, 1).float()
+
+    @property
+    def input_weights(self) -> list[Tensor]:
+        """Of each input projection ``[units * rows, hidden]``, float32."""
+        return [self._own(projection.weight, 0).float() for projection in self.layer.inputs(self.part)]
+
+    @property
+    def units(self) -> int:
+        return self.layer.units(self.part) // self.layer.experts(self.part)
 
     def by_unit(self, values: Tensor) -> Tensor:
         """Sums over each unit's inputs: ``[in] -> [units]``."""
         return values.view(-1, self.layer.width(self.part)).sum(1)
+
+    def _own(self, weight: Tensor, dim: int) -> Tensor:
+        return weight.chunk(self.layer.experts(self.part), dim)[self.expert]
 
 
 PartScorer = Callable[[PartContext], Tensor]
@@ -64,10 +77,9 @@ def slimllm(context: PartContext) -> Tensor:
 def _group_importance(context: PartContext, output_importance: Tensor) -> Tensor:
     """Equation 8 with ``output_importance`` ``[in]`` for the square of I^d."""
     outputs = context.by_unit(context.moments.gram.diagonal().clamp_min(0) * output_importance).sqrt()
-    units = context.layer.units(context.part)
-    for projection in context.layer.inputs(context.part):
-        rows = projection.weight.float().square() @ context.moments.entering
-        outputs = outputs + rows.view(units, -1).sum(1).sqrt()
+    for weight in context.input_weights:
+        rows = weight.square() @ context.moments.entering
+        outputs = outputs + rows.view(context.units, -1).sum(1).sqrt()
     return outputs
 
 

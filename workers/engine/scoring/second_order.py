@@ -20,7 +20,7 @@ STEPS = 24
 def score(context: PartContext) -> Tensor:
     """Units that go first are lowest; those that stay share the highest score."""
     order = eliminate(context.output_weight, context.moments.gram, context.layer.width(context.part), context.removed)
-    scores = torch.full((context.layer.units(context.part),), float(context.removed))
+    scores = torch.full((context.units,), float(context.removed))
     scores[order] = torch.arange(float(len(order)))
     return scores
 

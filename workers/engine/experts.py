@@ -1,0 +1,68 @@
+"""A mixture's experts as three projections, so that what scores and mends a gated feed-forward part does so with them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Experts(nn.Module):
+    """A stock module of experts as linear maps on which all experts lie side by side: ``gate``, ``up`` and ``down``.
+
+    What the experts give a token, Σ_e r_e·W_e·a_e, is linear in the inputs r_e·a_e put one after the other: zero where the
+    router sends the token elsewhere. In a state dict it is the module that it was.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """``module``: with ``gate_up_proj`` ``[experts, 2 * channels, hidden]``, ``down_proj`` ``[experts, hidden, channels]``
+        and ``act_fn``."""
+        super().__init__()
+        gate_up, down = module.gate_up_proj, module.down_proj
+        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor) and isinstance(module.act_fn, nn.Module)
+        self.count = len(gate_up)
+        self.act_fn = module.act_fn
+        gate, up = (half.flatten(0, 1) for half in gate_up.detach().chunk(2, dim=1))
+        self.gate, self.up = _linear(gate, gate_up.requires_grad), _linear(up, gate_up.requires_grad)
+        self.down = _linear(down.detach().transpose(0, 1).flatten(1), down.requires_grad)
+        self.routed = False
+        """Whether an expert runs on the tokens sent to it alone, its projections not called as modules: what they see or add
+        is left out then."""
+
+    def forward(self, hidden: Tensor, sent_to: Tensor, weights: Tensor) -> Tensor:
+        """``hidden`` ``[tokens, hidden]``; the experts that each token is sent to, and what they count: ``[tokens, k]``."""
+        if self.routed:
+            return self._on_own_tokens(hidden, sent_to, weights)
+        routing = hidden.new_zeros(len(hidden), self.count).scatter(1, sent_to, weights.to(hidden.dtype))
+        activations = self.act_fn(self.gate(hidden)) * self.up(hidden)
+        given: Tensor = self.down((activations.unflatten(1, (self.count, -1)) * routing[..., None]).flatten(1))
+        return given
+
+    def _on_own_tokens(self, hidden: Tensor, sent_to: Tensor, weights: Tensor) -> Tensor:
+        given = torch.zeros_like(hidden)
+        gate, up, down = self._stacked()
+        for expert in sent_to.unique().tolist():
+            tokens, place = torch.where(sent_to == expert)
+            own = hidden[tokens]
+            activations = self.act_fn(own @ gate[expert].T) * (own @ up[expert].T)
+            outputs = activations @ down[expert].T * weights[tokens, place, None]
+            given.index_add_(0, tokens, outputs.to(given.dtype))
+        return given
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """As ``nn.Module`` has it, of the module that this one stands for."""
+        found = {} if destination is None else destination
+        gate, up, down = (weight if keep_vars else weight.detach() for weight in self._stacked())
+        found[f"{prefix}gate_up_proj"] = torch.cat([gate, up], 1)
+        found[f"{prefix}down_proj"] = down.contiguous()
+        return found
+
+    def _stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate and up ``[experts, channels, hidden]``, down ``[experts, hidden, channels]``."""
+        gate, up = (linear.weight.unflatten(0, (self.count, -1)) for linear in (self.gate, self.up))
+        return gate, up, self.down.weight.unflatten(1, (self.count, -1)).transpose(0, 1)
+
+
+def _linear(weight: Tensor, requires_grad: bool) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=requires_grad)
+    return linear
