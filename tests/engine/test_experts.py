@@ -1,0 +1,165 @@
+"""Mixtures of experts: each expert gives as many channels, its own; what has no place in one is refused."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from app.catalog.architectures import shape_from_config
+from app.catalog.errors import PruningError
+from app.catalog.methods import BIASING, METHODS
+from app.catalog.spec import PruningSpec
+from tests.engine.models import VOCABULARY, decoder_of, make_model, save
+from workers.engine import prune
+from workers.engine.decoder import Decoder
+from workers.engine.evaluation import forward_flops
+from workers.engine.rounds import prune_round
+from workers.engine.schedule import round_targets
+from workers.engine.scoring import Context
+from workers.engine.sweep import Sweep
+
+TOKENS = torch.randint(VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(2))
+NAMES = ["mixtral", "qwen3-moe"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_taken_apart_it_is_the_module_it_was(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    stock = make_model(name)
+    state, logits = {key: value.clone() for key, value in stock.state_dict().items()}, stock(TOKENS).logits
+    decoder = decoder_of(stock, tokenizer)
+    assert torch.allclose(decoder.model(TOKENS).logits, logits, atol=1e-4)
+    with decoder.routed():
+        assert torch.allclose(decoder.model(TOKENS).logits, logits, atol=1e-4)
+    again = stock.state_dict()
+    assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_expert_gives_its_own_lowest(method: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = decoder_of(make_model("mixtral"), tokenizer)
+    pruned = Decoder(copy.deepcopy(whole.model), tokenizer, whole.shape)
+    recovery = {"kind": "none"} if METHODS[method].recovery in BIASING else {}
+    spec = PruningSpec(target_ratio=0.4, method=method, rounds=1, recovery=recovery)
+    (target,) = round_targets(whole.shape, 0.4, 1, "geometric", 32)
+    reference = pruned if spec.needs_reference else None
+    context = Context(pruned, TOKENS, 2, spec, 0.4, 1, lambda share: None, reference=reference)
+    plan = prune_round(context, target, 32)
+    block = 16 * whole.shape.cost.channel / whole.shape.prunable_parameters
+    assert abs(pruned.reached_ratio - 0.4) <= block + 1e-9
+    differ = False
+    for index, (layer, kept) in enumerate(zip(pruned.layers, plan.layers, strict=True)):
+        width, by_expert = layer.shape.intermediate_size, torch.tensor(kept.channels).view(4, -1)
+        assert by_expert.shape == (4, width) and bool((by_expert // 160 == torch.arange(4)[:, None]).all())
+        differ |= bool((by_expert % 160 != by_expert[0] % 160).any())
+        if context.scores is not None and width < 160:
+            for scores, own in zip(context.scores.channels[index].chunk(4), by_expert % 160, strict=True):
+                gone = torch.ones(160, dtype=torch.bool)
+                gone[own] = False
+                assert scores[gone].max() <= scores[own].min()
+    assert differ, "experts choose for themselves"
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_moments_are_each_experts_own(reference: bool, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Against the stock module's own arithmetic, token by token."""
+    stock, decoder = make_model("mixtral"), decoder_of(make_model("mixtral"), tokenizer)
+    whole = decoder_of(make_model("mixtral"), tokenizer)
+    with torch.no_grad():  # so that something is missing
+        decoder.layers[0].attention_output.weight.mul_(0.9)
+    block = stock.model.layers[0].mlp
+    sweep = Sweep(decoder, TOKENS, 2, whole if reference else None)
+    next(iter(sweep.layers()))
+    found = sweep.moments("channels")
+    states: dict[str, Tensor] = {}
+    hooks = [
+        owner.register_forward_hook(lambda _, args, out, key=key: states.update({key: out, f"{key}-in": args[0]}))
+        for key, owner in {
+            "before": decoder.layers[0].module.mlp,
+            "layer": decoder.layers[0].module,
+            "whole": whole.layers[0].module,
+        }.items()
+    ]
+    decoder.model(TOKENS)
+    whole.model(TOKENS)
+    for hook in hooks:
+        hook.remove()
+    flat = {key: (out[0] if isinstance(out, tuple) else out).reshape(-1, 48) for key, out in states.items()}
+    _, weights, sent = block.gate(flat["before-in"])
+    experts = block.experts
+    scale = 1 / flat["whole"].square().mean(1) if reference else torch.ones(len(sent))
+    for expert, moments in enumerate(found):
+        gram, missing, entering = torch.zeros(160, 160), torch.zeros(160, 48), torch.zeros(48)
+        for token, row in enumerate(sent.tolist()):
+            if expert not in row:
+                continue
+            hidden = flat["before-in"][token]
+            gate, up = (experts.gate_up_proj[expert] @ hidden).chunk(2)
+            inputs = torch.nn.functional.silu(gate) * up * weights[token, row.index(expert)]
+            gram += scale[token] * torch.outer(inputs, inputs)
+            missing += scale[token] * torch.outer(inputs, (flat["whole"] - flat["layer"])[token]) / 2
+            entering += scale[token] * hidden.square()
+        assert torch.allclose(moments.gram, gram, rtol=1e-3, atol=1e-4 * float(gram.max()))
+        assert torch.allclose(moments.entering, entering, rtol=1e-3)
+        if reference:
+            assert moments.missing is not None
+            assert float((moments.missing - missing).norm() / missing.norm()) < 1e-3
+
+
+def test_a_whole_job(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """With training on top, whose projections are those of all experts at once."""
+    source = save(make_model("qwen3-moe"), tokenizer, tmp_path / "source")
+    spec = PruningSpec(
+        target_ratio=0.3,
+        method="secateur",
+        allocation={"width_multiple": 16},
+        recovery={"kind": "lora", "epochs": 1},
+        calibration={"samples": 8, "sequence_length": 32},
+        evaluation={"samples": 4, "sequence_length": 32},
+    )
+    report = prune(str(source), spec, tmp_path / "out").report
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == report["parameters"]["after"]
+    assert report["flops"]["after"] < report["flops"]["before"]
+    assert {layer.mlp.experts.down_proj.shape[2] for layer in loaded.model.layers} == {
+        width["intermediate_size"] for width in report["widths"]["after"]
+    }
+
+
+def test_floating_point_operations_are_those_of_the_experts_that_run(tokenizer: PreTrainedTokenizerFast) -> None:
+    mixture, dense = (
+        decoder_of(make_model(name), tokenizer) for name in ("mixtral", "mistral")
+    )  # mistral has one such network, a token of mixtral's passes two
+    more = forward_flops(mixture, 16) - forward_flops(dense, 16)
+    assert more == 2 * 16 * 3 * 3 * 48 * 160, "tokens, layers, projections"
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "biases": ({}, {"method": "slimllm"}, "recovery_unsupported"),
+    "gguf": ({}, {"formats": ["safetensors", "gguf"]}, "gguf_unsupported"),
+    "dense layers": ({"mlp_only_layers": [1]}, {}, "unsupported_architecture"),
+    "dense steps": ({"decoder_sparse_step": 2}, {}, "unsupported_architecture"),
+    "no experts": ({"num_local_experts": 0}, {}, "config_invalid"),
+    "more a token than there are": ({"num_experts_per_tok": 4}, {}, "config_invalid"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_place_is_refused(case: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    changes, request, code = REFUSED[case]
+    source = save(make_model("qwen3-moe"), tokenizer, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(PruningError) as caught:
+        prune(str(source), PruningSpec(**{"target_ratio": 0.3, "method": "secateur", **request}), tmp_path / "out")
+    assert caught.value.code == code and not (tmp_path / "out").exists()
+
+
+def test_either_name_of_the_number_of_experts_is_read() -> None:
+    config = make_model("qwen3-moe").config.to_dict()
+    count = config.pop("num_local_experts")
+    assert shape_from_config({**config, "num_experts": count}).layers[0].experts == 3
