@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/.model
 	$(BIN)/python -m workers.demo
 
+# Two processes with servers of their own; a file's tests stay together, for what they share.
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 # What takes minutes: every method through the whole service, models that are trained first.
 test-slow: .venv/.installed
