@@ -79,7 +79,7 @@ def test_moments_are_each_experts_own(reference: bool, tokenizer: PreTrainedToke
     hooks = [
         owner.register_forward_hook(lambda _, args, out, key=key: states.update({key: out, f"{key}-in": args[0]}))
         for key, owner in {
-            "before": decoder.layers[0].module.mlp,
+            "before": decoder.layers[0].module.get_submodule("mlp"),
             "layer": decoder.layers[0].module,
             "whole": whole.layers[0].module,
         }.items()

@@ -21,7 +21,7 @@ from tests.engine.test_slicing import some_plan
 from workers.engine import PruningSpec, prune
 from workers.engine.decoder import Decoder
 from workers.engine.export import gguf as export
-from workers.engine.export.gguf import check_gguf, check_ready, write_gguf
+from workers.engine.export.gguf import check_gguf, check_ready, compare, write_gguf
 from workers.engine.export.gguf_tokenizer import DIGITS, GPT2, PRE_TOKENIZERS
 from workers.engine.loading import load
 from workers.engine.plan import LayerPlan, Plan
@@ -171,6 +171,20 @@ def test_a_file_that_disagrees_is_refused(
     with pytest.raises(PruningError, match="logits differ"):
         write_gguf(decoder, source, tmp_path / "small.gguf", "Q8_0")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.gguf", "source"]
+
+
+def test_another_greedy_token_is_refused() -> None:
+    """Though logits as a whole are as near as they have to be."""
+    expected = torch.randn(12, 50000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    best, second = expected[8].topk(2).indices
+    expected[8, best] += 1
+    expected[9] = expected[9].round(decimals=1)
+    near = expected + 1e-3 * torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    compare(expected, near, 7, 1e-2)  # row 9 has several tokens that are as good
+    near[8, second] += 2
+    with pytest.raises(PruningError, match="other greedy tokens"):
+        compare(expected, near, 7, 1e-2)
+    compare(expected, near, 10, 1e-2)
 
 
 @needs_llama_cpp
