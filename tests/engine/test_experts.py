@@ -16,11 +16,12 @@ from app.catalog.methods import BIASING, METHODS
 from app.catalog.spec import PruningSpec
 from tests.engine.models import VOCABULARY, decoder_of, make_model, save
 from workers.engine import prune
-from workers.engine.decoder import Decoder
+from workers.engine.decoder import Decoder, token_losses
 from workers.engine.evaluation import forward_flops
 from workers.engine.rounds import prune_round
 from workers.engine.schedule import round_targets
 from workers.engine.scoring import Context
+from workers.engine.scoring.taylor import gradients_from_the_end, unit_weights
 from workers.engine.sweep import Sweep
 
 TOKENS = torch.randint(VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(2))
@@ -108,6 +109,24 @@ def test_moments_are_each_experts_own(reference: bool, tokenizer: PreTrainedToke
         if reference:
             assert moments.missing is not None
             assert float((moments.missing - missing).norm() / missing.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_the_stock_modules(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    stock, decoder = make_model(name), decoder_of(make_model(name), tokenizer)
+    stock.set_experts_implementation("eager")
+    weights = [layer.mlp.experts for layer in stock.model.layers]
+    loss = token_losses(stock.requires_grad_(True)(TOKENS).logits, TOKENS).mean()
+    expected = torch.autograd.grad(loss, [weight for own in weights for weight in (own.gate_up_proj, own.down_proj)])
+    leaves = [unit_weights(layer) for layer in decoder.layers]
+    for index, found in gradients_from_the_end(decoder, [TOKENS[:4], TOKENS[4:]], leaves):
+        (gate,), (up,), (down,) = (found[f"mlp.experts.{kind}"] for kind in ("gate", "up", "down"))
+        gate_up, rows = expected[2 * index : 2 * index + 2]
+        for one, other in (
+            (torch.cat([gate.view(len(gate_up), -1, 48), up.view(len(gate_up), -1, 48)], 1), gate_up),
+            (down.view(48, len(rows), -1).transpose(0, 1), rows),
+        ):
+            assert float((one - other).norm() / other.norm()) < 1e-4
 
 
 def test_a_whole_job(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

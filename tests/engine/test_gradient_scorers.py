@@ -99,7 +99,12 @@ def assert_close(found: Scores, expected: list[tuple[Tensor, Tensor]], tolerance
 
 
 @pytest.mark.parametrize(
-    "family", [name for name in FAMILIES if name.startswith(("llama", "mistral", "qwen", "gemma"))]
+    "family",
+    [
+        name
+        for name in FAMILIES
+        if name.startswith(("llama", "mistral", "qwen2", "qwen3", "gemma")) and "moe" not in name
+    ],
 )
 @pytest.mark.parametrize("cut", [False, True])
 def test_llm_pruner_is_whole_model_autograd(
