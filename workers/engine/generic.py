@@ -83,7 +83,7 @@ def _discover(config: Mapping[str, Any]) -> ModelShape:
         norm_parameters=lambda config: 0,
         biased=lambda config: frozenset(path for path, linear in linears.items() if linear.bias is not None),
         sizes=sizes,
-        stock_heads="divisors",
+        stock_heads=lambda config: "divisors",
     )
     # What config.json does not say is what the config's class assumes.
     shape = shape_of(

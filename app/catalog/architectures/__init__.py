@@ -1,7 +1,6 @@
 """The architectures that can be pruned, and the sizes of a model read from its config."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from app.catalog.architectures import chatglm
@@ -122,8 +121,6 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
     config = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     if reason := family.refused(config):
         raise PruningError("unsupported_architecture", f"This model cannot be pruned: {reason}.", field="model_id")
-    if family.fixes_heads(config):
-        family = replace(family, stock_heads="unchanged")
     hidden, heads = (
         read_size(config, family.name_of("hidden_size")),
         read_size(config, family.name_of("num_attention_heads")),
@@ -166,6 +163,7 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
         cost=cost,
         other_parameters=vocabulary * hidden * (1 if tied else 2) + norms + routers + family.outer_parameters(config),
         experts_per_token=read_size(config, "num_experts_per_tok", most=experts) if family.experts else 1,
+        stock_heads=family.stock_heads(config),
     )
 
 

@@ -36,6 +36,10 @@ def read_size(config: Mapping[str, Any], key: str, default: int | None = None, m
     return value
 
 
+StockHeads = Literal["any", "divisors", "unchanged"]
+"""Any, those that divide ``hidden_size``, the model's own."""
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture family. Adding one is a file with one of these and a line in ``FAMILIES``.
@@ -77,10 +81,11 @@ class Family:
     """Whether what attention and feed-forward give is normed before it is added to the hidden states."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What the config's class assumes where ``config.json`` is silent, if that is not what others assume."""
-    stock_heads: Literal["any", "divisors", "unchanged"] = "any"
-    """Head counts that the stock class takes with the same ``head_dim``: any, those that divide ``hidden_size``, its own."""
-    fixes_heads: Callable[[Mapping[str, Any]], bool] = lambda config: False
-    """Whether it takes its own alone for what else the config says."""
+    stock_heads: Callable[[Mapping[str, Any]], StockHeads] = lambda config: "any"
+    """Head counts that a stock class takes with the same ``head_dim``."""
+    twins: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """By ``model_type`` whose own class takes divisors alone, where another computes the same and takes any number of heads:
+    type and class that a checkpoint without code is written as, where its own does not do."""
     default_width: int | None = None
     """Feed-forward channels for each hidden unit, where ``config.json`` gives no width."""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -182,6 +187,8 @@ class ModelShape:
     """Embeddings, norms, routers and head: what pruning leaves alone."""
     experts_per_token: int = 1
     """Experts that a token is sent to."""
+    stock_heads: StockHeads = "any"
+    """See :class:`Family`."""
 
     @cached_property
     def prunable_parameters(self) -> int:
@@ -206,7 +213,7 @@ class ModelShape:
 
     def takes_heads(self, layer: LayerShape) -> bool:
         """Whether the stock class can have every layer with the heads of ``layer``."""
-        match self.family.stock_heads:
+        match self.stock_heads:
             case "any":
                 return True
             case "divisors":

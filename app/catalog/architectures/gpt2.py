@@ -31,7 +31,7 @@ GPT2 = Family(
     sizes={"attn.split_size": "attention_width"},
     defaults={"n_positions": 1024, "tie_word_embeddings": True},
     default_width=4,
-    stock_heads="unchanged",
+    stock_heads=lambda config: "unchanged",
     names={
         "hidden_size": "n_embd",
         "num_attention_heads": "n_head",

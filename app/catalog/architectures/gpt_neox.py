@@ -31,6 +31,6 @@ GPT_NEOX = Family(
     fused={QUERY_KEY_VALUE: PARTS},
     interleaved=frozenset({QUERY_KEY_VALUE}),
     defaults={"attention_bias": True},
-    stock_heads="unchanged",
+    stock_heads=lambda config: "unchanged",
     names={"num_key_value_heads": "num_attention_heads"},
 )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from app.catalog.architectures.base import Family
+from app.catalog.architectures.base import Family, StockHeads
 
 QUERY, KEY, VALUE, OUTPUT = (f"self_attn.{name}_proj" for name in "qkvo")
 GATE, UP, DOWN = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
@@ -24,6 +24,11 @@ def _norm_parameters(config: Mapping[str, Any]) -> int:
     return int(2 * config["hidden_size"] + per_head)
 
 
+def _stock_heads(config: Mapping[str, Any]) -> StockHeads:
+    """Llama's own class wants heads to divide ``hidden_size``; without biases, Mistral's computes the same."""
+    return "divisors" if config["model_type"] == "llama" and _biased(config) else "any"
+
+
 LLAMA = Family(
     name="llama",
     model_types=("llama", "mistral", "qwen2", "qwen3"),
@@ -35,6 +40,7 @@ LLAMA = Family(
     channel_inputs=(GATE, UP),
     channel_output=DOWN,
     norm_parameters=_norm_parameters,
-    stock_heads="divisors",
+    stock_heads=_stock_heads,
+    twins={"llama": ("mistral", "MistralForCausalLM")},
     biased=_biased,
 )

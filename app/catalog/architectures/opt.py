@@ -54,6 +54,6 @@ OPT = Family(
         "tie_word_embeddings": True,
         "max_position_embeddings": 2048,
     },
-    stock_heads="unchanged",
+    stock_heads=lambda config: "unchanged",
     names={"num_key_value_heads": "num_attention_heads", "intermediate_size": "ffn_dim"},
 )

@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from app.catalog.architectures.base import Family
+from app.catalog.architectures.base import Family, StockHeads
 from app.catalog.architectures.llama import DOWN, OUTPUT
 
 QUERY_KEY_VALUE, GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
 
 
-def _scales_rotations(config: Mapping[str, Any]) -> bool:
-    """By factors whose number the config's class checks against ``hidden_size / num_attention_heads``."""
+def _stock_heads(config: Mapping[str, Any]) -> StockHeads:
+    """Where rotations are scaled, the config's class checks the number of factors against ``hidden_size / heads``."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    return "short_factor" in rope
+    return "unchanged" if "short_factor" in rope else "any"
 
 
 PHI3 = Family(
@@ -28,5 +28,5 @@ PHI3 = Family(
     norm_parameters=lambda config: int(2 * config["hidden_size"]),
     fused={QUERY_KEY_VALUE: ("query", "key", "value"), GATE_UP: ("gate", "up")},
     sizes={"self_attn.num_key_value_heads": "kv_groups", "self_attn.config.num_attention_heads": "heads"},
-    fixes_heads=_scales_rotations,
+    stock_heads=_stock_heads,
 )

@@ -131,7 +131,13 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
     dtype_key = "dtype" if "dtype" in config else "torch_dtype"
     config[dtype_key] = str(model.dtype).removeprefix("torch.")
     if stock:
-        config.update(_widths(shape.family, asdict(decoder.layers[0].shape)), architectures=[type(model).__name__])
+        layer = decoder.layers[0].shape
+        config.update(_widths(shape.family, asdict(layer)), architectures=[type(model).__name__])
+        if shape.hidden_size % layer.heads and shape.model_type in shape.family.twins:
+            model_type, causal = shape.family.twins[shape.model_type]
+            config = model.config.to_dict() | config  # with what this type assumes where config.json is silent
+            config |= {"model_type": model_type, "architectures": [causal], "sliding_window": None}
+            config["transformers_version"] = versions()["transformers"]  # older ones' Mistrals are warned of
     else:
         classes = _classes(decoder)
         config.update(
