@@ -7,15 +7,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
     GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    NemotronConfig,
+    OlmoConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -24,6 +28,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 from app.catalog.architectures import shape_from_config
@@ -72,6 +79,17 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "opt": (OPTConfig, {"ffn_dim": 160, "word_embed_proj_dim": 48}),
 }
 
+LIKE_LLAMA: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "cohere": (CohereConfig, {"logit_scale": 0.25}),
+    "granite": (GraniteConfig, {"logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_bias": True}),
+    "nemotron": (NemotronConfig, {"head_dim": 8}),
+    "olmo": (OlmoConfig, {}),
+    "smollm3": (SmolLM3Config, {}),
+    "stablelm": (StableLmConfig, {}),
+    "starcoder2": (Starcoder2Config, {"use_bias": True}),
+}
+"""Families without an adapter."""
+
 
 def english(part: str) -> list[str]:
     return [path.read_text() for path in sorted((TEXTS / part).glob("*.txt"))]
@@ -95,7 +113,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model of a family, its weights and biases large enough that every unit matters."""
-    config_class, own = FAMILIES[name]
+    config_class, own = (FAMILIES | LIKE_LLAMA)[name]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config_class(**{**SIZES, **own, **changes}))
     with torch.no_grad():

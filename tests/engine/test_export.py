@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from app.catalog.architectures import ModelShape
 from app.catalog.errors import PruningError
 from app.catalog.sources import locate
-from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, make_model, save
+from tests.engine.models import FAMILIES, LIKE_LLAMA, VOCABULARY, decoder_of, make_model, save
 from tests.engine.test_slicing import of_each, some_plan
 from workers.engine import PruningSpec
 from workers.engine.decoder import Decoder
@@ -36,6 +36,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 torch.set_num_threads(1)
 def capped(logits, config):
+    logits = logits * getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -129,7 +130,7 @@ def show_stranger(python: str | Path, made: Iterable[Case]) -> None:
 def make_case(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> Case:
     """``name``: a family, or something about a llama, and a layout after a blank; ``changes`` of the family's config."""
     family, _, layout = name.partition(" ")
-    model = make_model(family if family in FAMILIES else "llama", **changes)
+    model = make_model(family if family in FAMILIES | LIKE_LLAMA else "llama", **changes)
     model = model.bfloat16() if name == "bfloat16" else model
     shard = {"max_shard_size": "100KB"} if name == "sharded" else {}
     source = locate(str(save(model, tokenizer, folder / "source", **shard)), allow_paths=True)

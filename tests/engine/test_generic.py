@@ -9,47 +9,20 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    CohereConfig,
     GPTJConfig,
-    GraniteConfig,
-    NemotronConfig,
     Olmo2Config,
-    OlmoConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2MoeConfig,
-    SmolLM3Config,
-    StableLmConfig,
-    Starcoder2Config,
 )
 
 from app.catalog.errors import PruningError
 from app.catalog.sources import locate
-from tests.engine.models import SIZES, save
+from tests.engine.models import LIKE_LLAMA, SIZES, make_model, save
 from workers.engine import PruningSpec, prune
 from workers.engine.decoder import Decoder
 from workers.engine.generic import verify
 from workers.engine.loading import load
-
-LIKE_LLAMA: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
-    "cohere": (CohereConfig, {"logit_scale": 0.25}),
-    "granite": (GraniteConfig, {"logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_bias": True}),
-    "nemotron": (NemotronConfig, {"head_dim": 8}),
-    "olmo": (OlmoConfig, {}),
-    "smollm3": (SmolLM3Config, {}),
-    "stablelm": (StableLmConfig, {}),
-    "starcoder2": (Starcoder2Config, {"use_bias": True}),
-}
-
-
-def made(config_class: type[PreTrainedConfig], own: dict[str, Any], tokenizer: Any, folder: Path) -> Path:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_class(**{**SIZES, **own}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return save(model.eval(), tokenizer, folder)
-
 
 QUICK = ("cohere", "granite", "starcoder2")
 """A scale of the logits and a parallel part; scales of everything; a plain feed-forward part and biases. The rest is slow."""
@@ -60,7 +33,7 @@ QUICK = ("cohere", "granite", "starcoder2")
 )
 def test_what_is_built_like_llama_can_be_pruned(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """With the check of the written checkpoint by a process that never saw this."""
-    folder = made(*LIKE_LLAMA[name], tokenizer, tmp_path / "source")
+    folder = save(make_model(name), tokenizer, tmp_path / "source")
     decoder = load(locate(str(folder), allow_paths=True), "auto", torch.device("cpu"))
     assert decoder.shape.family.name == "generic"
     assert decoder.shape.parameters == decoder.parameters
@@ -98,7 +71,8 @@ def test_what_is_not_is_refused_by_its_reason(
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
-    folder = made(config_class, own, tokenizer, tmp_path / "source")
+    model = AutoModelForCausalLM.from_config(config_class(**{**SIZES, **own}))
+    folder = save(model, tokenizer, tmp_path / "source")
     config = json.loads((folder / "config.json").read_text())
     if reason == "'hidden_size'":
         (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in SIZES}))
@@ -108,7 +82,7 @@ def test_what_is_not_is_refused_by_its_reason(
 
 
 def test_a_model_that_is_not_what_it_seems_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    folder = made(*LIKE_LLAMA["olmo"], tokenizer, tmp_path / "source")
+    folder = save(make_model("olmo"), tokenizer, tmp_path / "source")
     decoder = load(locate(str(folder), allow_paths=True), "auto", torch.device("cpu"))
     verify(decoder)
     mlp = decoder.layers[1].module.get_submodule("mlp")
@@ -121,7 +95,7 @@ def test_a_model_that_is_not_what_it_seems_is_refused(tokenizer: PreTrainedToken
 
 
 def test_verifying_leaves_the_model_as_it_was(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    folder = made(*LIKE_LLAMA["starcoder2"], tokenizer, tmp_path / "source")
+    folder = save(make_model("starcoder2"), tokenizer, tmp_path / "source")
     decoder = load(locate(str(folder), allow_paths=True), "auto", torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in decoder.model.state_dict().items()}
     verify(decoder)

@@ -7,15 +7,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests.engine.models import VOCABULARY
+from tests.engine.models import LIKE_LLAMA, VOCABULARY
 from tests.engine.test_export import make_case
 from workers.engine.decoder import token_losses
 
-WITHOUT_DEFAULTS = ("glm", "phi3", "mixtral", "qwen3-moe")
-"""PEFT has no target modules of its own for these types, pruned or not."""
+WITHOUT_DEFAULTS = ("glm", "glm4", "phi3", "mixtral", "qwen3-moe", *LIKE_LLAMA)
+"""PEFT has no target modules of its own for most of these types, pruned or not."""
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", *WITHOUT_DEFAULTS, "gpt2", "gpt-neox", "opt"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", *WITHOUT_DEFAULTS, "gpt2", "gpt-neox", "opt"]
+)
 def test_lora(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     folder = make_case(name, tmp_path, tokenizer).folder / "pruned"
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
