@@ -35,6 +35,8 @@ _GEMMA_ACTIVATION = "gelu_pytorch_tanh"
 RUNTIMES: dict[str, Runtime] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), _LLAMA),
     "qwen3": Runtime("qwen3", "openelm", False, frozenset({"default"}), "silu"),
+    "mixtral": Runtime("llama", None, False, _LLAMA.ropes, "silu"),
+    "qwen3_moe": Runtime("qwen3moe", None, False, frozenset({"default"}), "silu"),
     "gemma2": Runtime("gemma2", None, False, frozenset({"default"}), _GEMMA_ACTIVATION),
     "gemma3_text": Runtime("gemma3", None, False, frozenset({"default", "linear"}), _GEMMA_ACTIVATION),
 }
@@ -125,8 +127,10 @@ def _unlike(shape: ModelShape, config: Mapping[str, Any], runtime: Runtime) -> s
         return f"its activation is {activation!r}, llama.cpp's {runtime.activation!r}"
     if scalar is not None and scalar != shape.layers[0].head_dim:
         return f"its attention is scaled by {scalar} (query_pre_attn_scalar), not by the size of a head"
-    if shape.model_type == "qwen3" and config.get("attention_bias"):
+    if shape.model_type in ("qwen3", "qwen3_moe") and config.get("attention_bias"):
         return "its attention has biases"
+    if shape.model_type == "qwen3_moe" and not config.get("norm_topk_prob"):
+        return "its router's weights are not scaled to a sum of one (norm_topk_prob)"
     if shape.model_type.startswith("gemma") and (config.get("attention_bias") or not shape.tied_embeddings):
         return "it has attention biases, or a head of its own"
     return None

@@ -17,7 +17,7 @@ from app.catalog.errors import PruningError
 from app.catalog.gguf import GgufKind, gguf_architecture, gguf_obstacle
 from app.catalog.sources import ModelSource, locate
 from tests.engine.models import FAMILIES, SIZES, VOCABULARY, english, make_model, save
-from tests.engine.test_slicing import some_plan
+from tests.engine.test_slicing import of_each, some_plan
 from workers.engine import PruningSpec, prune
 from workers.engine.decoder import Decoder
 from workers.engine.export import gguf as export
@@ -51,6 +51,8 @@ DIFFERING: dict[str, tuple[str, dict[str, Any]]] = {
 }
 UNIFORM_ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
+    "mixtral": ("mixtral", {}),
+    "qwen3-moe": ("qwen3-moe", {"norm_topk_prob": True}),
     "gemma2": ("gemma2", {}),
     "gemma3": ("gemma3", {}),
     "gemma3-long": (
@@ -83,6 +85,8 @@ def pruned(
     model = make_model(family, **{"hidden_size": 96, **own, **changes})
     source = locate(str(save(model, tokenizer, folder / "source")), allow_paths=True)
     decoder = load(source, "auto", torch.device("cpu"))
+    if decoder.shape.family.experts:
+        plan = Plan(tuple(LayerPlan(kept.kv_groups, of_each(decoder.shape, kept.channels)) for kept in plan.layers))
     apply_plan(decoder, plan)
     return decoder, source
 
@@ -102,7 +106,9 @@ def test_what_the_file_says(name: str, plan: Plan, tokenizer: PreTrainedTokenize
         ("attention.head_count_kv", [layer.kv_groups for layer in sizes]),
     ):
         assert fields[f"{architecture}.{key}"] == (expected[0] if plan is UNIFORM else expected)
-    context = 32 if name in ("mistral", "phi3") else 128  # beyond their windows llama.cpp would see more than they do
+    context = (
+        32 if name in ("mistral", "mixtral", "phi3") else 128
+    )  # beyond their windows llama.cpp would see more than they do
     assert fields[f"{architecture}.context_length"] == context
     assert fields[f"{architecture}.attention.key_length"] == 16
     assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.pre"] == "gpt-2"
@@ -111,8 +117,12 @@ def test_what_the_file_says(name: str, plan: Plan, tokenizer: PreTrainedTokenize
     assert ("output.weight" in tensors) is not decoder.shape.tied_embeddings
     assert ("rope_freqs.weight" in tensors) is (name in ("llama-3", "llama-linear"))
     for index, layer in enumerate(decoder.layers):
-        down = torch.tensor(tensors[f"blk.{index}.ffn_down.weight"].data)
-        assert torch.equal(down, layer.channel_output.weight.half())
+        if layer.mixture is None:
+            name, down = f"blk.{index}.ffn_down.weight", layer.channel_output.weight
+        else:
+            name, down = f"blk.{index}.ffn_down_exps.weight", layer.mixture.stacked()[2]
+            assert tensors[f"blk.{index}.ffn_gate_inp.weight"].tensor_type == gguf.GGMLQuantizationType.F32
+        assert torch.equal(torch.tensor(tensors[name].data), down.half())
         assert tensors[f"blk.{index}.attn_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
     stored = sum(int(tensor.n_elements) for name, tensor in tensors.items() if name != "rope_freqs.weight")
     assert stored == decoder.parameters
@@ -195,6 +205,21 @@ def test_quantised_weights_of_another_model_are_refused(tokenizer: PreTrainedTok
     weight.copy_(weight.flip(0))
     with pytest.raises(PruningError, match=r"tensor blk\.1\.ffn_down\.weight of the GGUF file differs"):
         check_gguf(decoder, tmp_path / "model.gguf", "Q8_0")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K_M"])
+def test_kinds_of_a_mixture(kind: GgufKind, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = make_model("qwen3-moe", **sizes, num_hidden_layers=1, moe_intermediate_size=256, norm_topk_prob=True)
+    source = locate(str(save(model, tokenizer, tmp_path / "source")), allow_paths=True)
+    decoder = load(source, "auto", torch.device("cpu"))
+    path = tmp_path / "model.gguf"
+    write_gguf(decoder, source, path, kind)
+    check_gguf(decoder, path, kind)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+    assert kinds["blk.0.ffn_gate_exps.weight"] == {"Q8_0": "Q8_0", "Q4_K_M": "Q4_K"}[kind]
+    assert kinds["blk.0.ffn_gate_inp.weight"] == "F32"
 
 
 @needs_llama_cpp
@@ -358,6 +383,8 @@ def test_no_obstacle(name: str, plan: Plan) -> None:
         ("llama", {"changes": {"hidden_act": "gelu"}}, "formats", "its activation is 'gelu'"),
         ("llama", {"changes": {"rope_parameters": {**LINEAR_ROPE, "rope_type": "dynamic"}}}, "formats", "'dynamic'"),
         ("qwen3", {"uniform": True, "changes": {"rope_parameters": LINEAR_ROPE}}, "formats", "'linear'"),
+        ("mixtral", {}, "layout", "layout 'uniform' or 'padded'"),
+        ("qwen3-moe", {"uniform": True}, "formats", "norm_topk_prob"),
         ("phi3", {"changes": {"partial_rotary_factor": 0.75}}, "formats", "only 0.75 of each head"),
         ("gemma2", {"uniform": True, "changes": {"query_pre_attn_scalar": 24}}, "formats", "scaled by 24"),
         ("llama", {"kind": "Q4_K_M"}, "allocation.width_multiple", "ask for allocation.width_multiple 256"),

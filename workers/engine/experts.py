@@ -39,7 +39,7 @@ class Experts(nn.Module):
 
     def _on_own_tokens(self, hidden: Tensor, sent_to: Tensor, weights: Tensor) -> Tensor:
         given = torch.zeros_like(hidden)
-        gate, up, down = self._stacked()
+        gate, up, down = self.stacked()
         for expert in sent_to.unique().tolist():
             tokens, place = torch.where(sent_to == expert)
             own = hidden[tokens]
@@ -51,12 +51,12 @@ class Experts(nn.Module):
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """As ``nn.Module`` has it, of the module that this one stands for."""
         found = {} if destination is None else destination
-        gate, up, down = (weight if keep_vars else weight.detach() for weight in self._stacked())
+        gate, up, down = (weight if keep_vars else weight.detach() for weight in self.stacked())
         found[f"{prefix}gate_up_proj"] = torch.cat([gate, up], 1)
         found[f"{prefix}down_proj"] = down.contiguous()
         return found
 
-    def _stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+    def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gate and up ``[experts, channels, hidden]``, down ``[experts, hidden, channels]``."""
         gate, up = (linear.weight.unflatten(0, (self.count, -1)) for linear in (self.gate, self.up))
         return gate, up, self.down.weight.unflatten(1, (self.count, -1)).transpose(0, 1)

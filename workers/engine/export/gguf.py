@@ -34,6 +34,7 @@ LOGITS = {"F32": 1e-3, "F16": 5e-2}
 """How far logits may be from the model's in memory, as a share of how much they vary: the median over positions."""
 ROUNDING = {"Q8_0": 0.05, "Q4_K_M": 0.25}
 """How far a quantised tensor may be from the model's, as a share of its norm."""
+ROUTER = "ffn_gate_inp"
 FAR = 8
 """Root mean squares: further off are single logits by mistake alone."""
 PROBE, CONTINUATION = 24, 8
@@ -195,21 +196,21 @@ def _run(script: str, *arguments: str) -> str:
 def _write(writer: GGUFWriter, tensors: Callable[[], Iterable[tuple[str, Tensor]]], matrices: torch.dtype) -> None:
     """One file of what the writer was told and of what ``tensors()`` gives each time, one in memory at a time.
 
-    Matrices are stored as ``matrices``, the rest as float32.
+    Matrices are stored as ``matrices``, the rest and routers as float32.
     """
 
-    def dtype(tensor: Tensor) -> torch.dtype:
-        return matrices if tensor.dim() > 1 else torch.float32
+    def dtype(name: str, tensor: Tensor) -> torch.dtype:
+        return matrices if tensor.dim() > 1 and ROUTER not in name else torch.float32
 
     for name, tensor in tensors():
-        stored = np.dtype(str(dtype(tensor)).removeprefix("torch."))
+        stored = np.dtype(str(dtype(name, tensor)).removeprefix("torch."))
         writer.add_tensor_info(name, tensor.shape, stored, tensor.numel() * stored.itemsize)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, tensor in tensors():
-            writer.write_tensor_data(tensor.to("cpu", dtype(tensor)).contiguous().numpy())
+        for name, tensor in tensors():
+            writer.write_tensor_data(tensor.to("cpu", dtype(name, tensor)).contiguous().numpy())
     finally:
         writer.close()
 
@@ -264,6 +265,10 @@ def _add_sizes(writer: GGUFWriter, decoder: Decoder, uniform: bool) -> None:
         add(sizes[0] if uniform else sizes)
     for add_length in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
         add_length(layers[0].head_dim)
+    if shape.family.experts:
+        writer.add_expert_count(layers[0].experts)
+        writer.add_expert_used_count(shape.experts_per_token)
+        writer.add_expert_feed_forward_length(layers[0].intermediate_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
@@ -318,6 +323,10 @@ def _projections(layer: Layer, architecture: str, kind: str) -> dict[str, Tensor
     if architecture in ("llama", "deci"):  # they rotate neighbours, transformers the two halves of a head
         for role in {"attn_q", "attn_k"} & tensors.keys():
             tensors[role] = tensors[role].unflatten(0, (-1, 2, layer.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    if (mixture := layer.mixture) is not None and kind == "weight":
+        for role, weight in zip(("ffn_gate", "ffn_up", "ffn_down"), mixture.stacked(), strict=True):
+            del tensors[role]
+            tensors[f"{role}_exps"] = weight
     if architecture == "openelm" and kind == "weight":
         tensors["attn_qkv"] = torch.cat([tensors.pop(role) for role in ("attn_q", "attn_k", "attn_v")])
     return tensors
