@@ -266,6 +266,12 @@ def _gguf_config(path: Path) -> dict[str, Any]:
         raise PruningError(
             "weights_corrupt", f"{path.name} is no readable GGUF file: {error}", field="gguf_file"
         ) from None
+    if f"{architecture}.expert_count" in reader.fields:
+        raise PruningError(
+            "unsupported_architecture",
+            f"{path.name} holds a mixture of experts, which is read from safetensors alone.",
+            field="gguf_file",
+        )
     config["tie_word_embeddings"] = "output.weight" not in names
     config["attention_bias"] = "blk.0.attn_q.bias" in names
     shape_from_config(config)

@@ -2,22 +2,27 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFWriter
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from app.catalog.architectures import shape_from_config
 from app.catalog.errors import PruningError
 from app.catalog.methods import BIASING, METHODS
+from app.catalog.sources import locate
 from app.catalog.spec import PruningSpec
 from tests.engine.models import VOCABULARY, decoder_of, make_model, save
 from workers.engine import prune
 from workers.engine.decoder import Decoder, token_losses
 from workers.engine.evaluation import forward_flops
+from workers.engine.loading import load
 from workers.engine.rounds import prune_round
 from workers.engine.schedule import round_targets
 from workers.engine.scoring import Context
@@ -176,6 +181,47 @@ def test_what_has_no_place_is_refused(case: str, tokenizer: PreTrainedTokenizerF
     with pytest.raises(PruningError) as caught:
         prune(str(source), PruningSpec(**{"target_ratio": 0.3, "method": "secateur", **request}), tmp_path / "out")
     assert caught.value.code == code and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "named"),
+    [
+        ("drop", "weights_missing", "layers.1.mlp.experts.2.up_proj.weight"),
+        ("shorten", "config_invalid", "layers.1.mlp.experts.2.up_proj.weight"),
+        ("add", "config_invalid", "layers.1.mlp.experts.3.up_proj.weight"),
+        ("drop router", "weights_missing", "layers.1.mlp.gate.weight"),
+    ],
+)
+def test_a_wrong_tensor_is_named(
+    change: str, code: str, named: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    source = save(make_model("qwen3-moe"), tokenizer, tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    name = f"model.{named}"
+    match change:
+        case "shorten":
+            weights[name] = weights[name][:-8].contiguous()
+        case "add":
+            weights[name] = weights[name.replace(".3.", ".2.")].clone()
+        case _:
+            del weights[name]
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PruningError, match=re.escape(named)) as caught:
+        load(locate(str(source), allow_paths=True), "auto", torch.device("cpu"))
+    assert caught.value.code == code
+
+
+def test_a_gguf_file_of_one_is_refused(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "mixture.gguf", "llama")
+    writer.add_expert_count(4)
+    writer.add_token_list(["a", "b"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(PruningError, match="from safetensors alone") as caught:
+        locate(str(tmp_path / "mixture.gguf"), allow_paths=True)
+    assert caught.value.code == "unsupported_architecture"
 
 
 def test_either_name_of_the_number_of_experts_is_read() -> None:

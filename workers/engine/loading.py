@@ -1,12 +1,14 @@
 """From a located model to one in memory that is known to be sound."""
 
 import logging
+import re
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from huggingface_hub import errors, snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -65,6 +67,8 @@ def load(source: ModelSource, dtype: str, device: torch.device) -> Decoder:
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
     tokenizer, shape = _load_tokenizer(source), sizes_of(source)
+    if shape.family.experts:
+        _check_experts(source, shape.layers[0].experts)
     model = _load_model(source, dtype, shape.family.layers).to(device).eval().requires_grad_(False)
     decoder = Decoder(model, tokenizer, shape)
     _check(decoder, source)
@@ -132,6 +136,30 @@ def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel
         )
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _check_experts(source: ModelSource, count: int) -> None:
+    """Name the tensor that is wrong, where loading would tell of those that experts are put together in."""
+    assert source.path is not None
+    stored: dict[tuple[str, str], dict[int, list[int]]] = defaultdict(dict)
+    for file in sorted(set(check_weight_files(source.model_id, source.path).values())):
+        with safe_open(file, framework="numpy") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                if match := re.fullmatch(r"(.+\.experts\.)(\d+)(\..+)", name):
+                    stored[match[1], match[3]][int(match[2])] = shard.get_slice(name).get_shape()
+    for (before, after), shapes in stored.items():
+        if missing := sorted(set(range(count)) - shapes.keys()):
+            raise PruningError(
+                "weights_missing",
+                f"{source.model_id} lacks the tensor {before}{missing[0]}{after}; its config has {count} experts.",
+                field="model_id",
+            )
+        if odd := [expert for expert, shape in sorted(shapes.items()) if expert >= count or shape != shapes[0]]:
+            raise PruningError(
+                "config_invalid",
+                f"The tensor {before}{odd[0]}{after} of {source.model_id} is not like the first of {count} experts'.",
+                field="model_id",
+            )
 
 
 def _check(decoder: Decoder, source: ModelSource) -> None:
