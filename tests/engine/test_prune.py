@@ -279,6 +279,24 @@ def test_the_unpruned_model_is_loaded_again_once_and_gone_when_memory_is_measure
     assert len(loaded) == 2 and alive and set(alive) == {1}
 
 
+def test_times_of_a_busy_machine_are_called_so(
+    trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spreads = iter([[10.0, 16.0], [10.0, 12.0]])
+
+    def measure_latency(decoder: Decoder) -> dict[str, Any]:
+        found = latency.measure_latency(decoder)
+        return {**found, "spread": {"prefill_ms": next(spreads), "decode_ms_per_token": [5.0, 6.0]}}
+
+    monkeypatch.setattr(pipeline, "measure_latency", measure_latency)
+    asked = spec(method="magnitude", rounds=1, calibration=SHORT, evaluation={**SHORT, "latency": True})
+    events: list[dict[str, Any]] = []
+    run(trained_folder, tmp_path / "out", asked, on_event=events.append)
+    warned = [event["message"] for event in events if event["type"] == "warning" and "latency" in event["message"]]
+    assert len(warned) == 1 and "busy" in warned[0], "of the first, not of the second"
+    assert "the machine was busy" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("method", ["piem-lsps", "flap", "slimllm", "secateur", "llm-pruner"])
 def test_statistics_that_are_kept_are_not_taken_again(
     method: str, trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -88,6 +88,8 @@ def show_table(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from workers.engine.evaluation import unsteady
+
     table = Table(title=f"{MODEL}, {report['ratio']['reached']:.2%} of its blocks' weights removed")
     for name in ("", "before", "after", "change"):
         table.add_column(name, justify="left" if not name else "right")
@@ -107,6 +109,10 @@ def show_table(report: dict[str, Any]) -> None:
         before, after = pair["before"], pair["after"]
         table.add_row(name, form.format(before), form.format(after), f"{after / before - 1:+.1%}")
     Console().print(table)
+    if any(unsteady(measured) for measured in latency.values()):
+        print(
+            "This machine was busy with something else: repeats of prefill and decode are far apart, they mean little."
+        )
 
 
 def show_sentences(source: Path, pruned: Path) -> None:

@@ -17,7 +17,7 @@ from app.catalog.spec import PruningSpec, target_folder
 from workers.engine import tensor_files
 from workers.engine.calibration import SAMPLED, Windows, batch_windows, read_windows
 from workers.engine.decoder import Decoder
-from workers.engine.evaluation import forward_flops, measure_latency, perplexity, weight_bytes
+from workers.engine.evaluation import forward_flops, measure_latency, perplexity, unsteady, weight_bytes
 from workers.engine.export import check_checkpoint, check_room, gguf, staged, versions, write_checkpoint
 from workers.engine.generic import sizes_of
 from workers.engine.loading import download, load
@@ -103,7 +103,11 @@ def prune(
 
     def measure(decoder: Decoder, latency: bool = True) -> dict[str, Any]:
         progress.stage("evaluating")
-        return _measure(decoder, evaluation, spec, progress, latency)
+        measured = _measure(decoder, evaluation, spec, progress, latency)
+        if unsteady(measured["latency"]):
+            message = "latency: repeats are far apart, so the machine was busy with something else; see their spread."
+            on_event({"type": "warning", "message": message})
+        return measured
 
     state = resume
     if state is None:

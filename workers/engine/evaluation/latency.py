@@ -5,6 +5,7 @@ import gc
 import resource
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from workers.engine.decoder import Decoder
 PREFILL_TOKENS = 256
 DECODE_TOKENS = 16
 REPEATS = 5
+UNSTEADY = 1.5
+"""Between the slowest repeat and the fastest: on a machine with nothing else to do they are a few percent apart."""
 
 
 @torch.no_grad()
@@ -50,6 +53,11 @@ def measure_latency(decoder: Decoder) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
     }
+
+
+def unsteady(latency: Mapping[str, Any] | None) -> bool:
+    """Whether repeats of what :func:`measure_latency` measured are too far apart to be compared with another's."""
+    return latency is not None and any(most > UNSTEADY * least for least, most in latency["spread"].values())
 
 
 def now(device: torch.device) -> float:

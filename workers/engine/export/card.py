@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from app.catalog.methods import METHODS, Method
+from workers.engine.evaluation import unsteady
 
 PICTURE = "widths.png"
 
@@ -126,6 +127,8 @@ def _table(report: dict[str, Any]) -> str:
     if latency["before"] and latency["after"]:
         for title, key in (("prefill (ms)", "prefill_ms"), ("decode (ms a token)", "decode_ms_per_token")):
             lines.append(f"| {title} | {latency['before'][key]:.1f} | {latency['after'][key]:.1f} |")
+    if any(unsteady(latency[when]) for when in ("before", "after")):
+        lines += ["", "Repeats of prefill and decode are far apart: the machine was busy, and these times mean little."]
     return "\n".join(lines)
 
 
