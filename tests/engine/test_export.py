@@ -365,3 +365,45 @@ def test_a_checkpoint_that_disagrees_is_refused(tokenizer: PreTrainedTokenizerFa
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PruningError, match="do not fit"):
         check_checkpoint(decoder, out)
+
+
+@pytest.mark.parametrize("layout", ["", "uniform"])
+def test_code_of_the_source_is_neither_run_nor_published(
+    layout: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folder, ran = save(make_model("llama"), tokenizer, tmp_path / "source"), tmp_path / "ran"
+    (folder / "foreign.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    for name in ("config.json", "tokenizer_config.json"):
+        config = json.loads((folder / name).read_text())
+        config["auto_map"] = {"AutoModelForCausalLM": "foreign.Model", "AutoTokenizer": ["foreign.Tokenizer", None]}
+        (folder / name).write_text(json.dumps(config))
+    source = locate(str(folder), allow_paths=True)
+    decoder = load(source, "auto", torch.device("cpu"))
+    plan = PLANS[layout](decoder.shape)
+    apply_plan(decoder, plan)
+    out = tmp_path / "pruned"
+    out.mkdir()
+    checkpoint.write_checkpoint(decoder, source, plan, out, report_of(decoder, plan), {}, bool(layout))
+    check_checkpoint(decoder, out)
+    assert not ran.exists()
+    assert "auto_map" not in json.loads((out / "tokenizer_config.json").read_text())
+    named = json.loads((out / "config.json").read_text()).get("auto_map", {})
+    assert not any("foreign" in name for name in named.values()) and bool(named) is not bool(layout)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_mixture_in_half_precision(name: str, seed: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Rounding sends a token elsewhere now and then."""
+    folder = save(make_model(name, seed).bfloat16(), tokenizer, tmp_path / "source")
+    source = locate(str(folder), allow_paths=True)
+    decoder = load(source, "auto", torch.device("cpu"))
+    plan = some_plan(decoder.shape)
+    apply_plan(decoder, plan)
+    out = tmp_path / "pruned"
+    out.mkdir()
+    checkpoint.write_checkpoint(decoder, source, plan, out, report_of(decoder, plan), {})
+    check_checkpoint(decoder, out)
+    decoder.layers[0].channel_output.weight.mul_(0.5)
+    with pytest.raises(PruningError, match="logits differ"):
+        check_checkpoint(decoder, out)

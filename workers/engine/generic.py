@@ -127,7 +127,7 @@ def _check_rest(layer: nn.Module, linears: Mapping[str, nn.Linear], sizes: set[i
 def _refuse(config: Mapping[str, Any], reason: str) -> NoReturn:
     raise PruningError(
         "unsupported_architecture",
-        f"Models of type {config['model_type']!r} have no adapter, and this one is not built like Llama: {reason}. "
+        f"Models of type {config.get('model_type')!r} have no adapter, and this one is not built like Llama: {reason}. "
         f"With an adapter: {SUPPORTED}.",
         field="model_id",
     )

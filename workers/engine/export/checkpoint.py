@@ -22,6 +22,7 @@ from app.catalog.sources import ModelSource
 from workers.engine.decoder import Decoder
 from workers.engine.evaluation.size import weight_bytes
 from workers.engine.export.card import PICTURE, model_card
+from workers.engine.export.check import MODELING_FILE
 from workers.engine.export.picture import draw_widths
 from workers.engine.plan import Plan
 
@@ -125,6 +126,7 @@ def versions() -> dict[str, str]:
 def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path, stock: bool) -> None:
     shape, model = decoder.shape, decoder.model
     config = dict(source.config or {}) if source.gguf_file is None else _plain_config(decoder)
+    config.pop("auto_map", None)  # the source's: it names code, which nobody here has looked at
     _add_legacy_rope(config)
     config.update(dict.fromkeys(shape.family.experts, shape.layers[0].experts))
     config["head_dim"] = shape.layers[0].head_dim
@@ -151,7 +153,7 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
             allow_global_per_layer_attribute_access=True,
             added_biases=sorted(_added_biases(decoder, config)),
         )
-        (folder / "modeling_pruned.py").write_text(_modeling_file(decoder, classes))
+        (folder / MODELING_FILE).write_text(_modeling_file(decoder, classes))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -250,9 +252,11 @@ def _write_tokenizer(decoder: Decoder, source: ModelSource, folder: Path) -> Non
             shutil.copyfile(file, folder / file.name)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
-    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name for it, unknown to 4
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        path.write_text(json.dumps(config, indent=2) + "\n")
+    changed = {key: value for key, value in config.items() if key != "auto_map"}
+    if changed.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name for it, unknown to 4
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if changed != config:
+        path.write_text(json.dumps(changed, indent=2) + "\n")
 
 
 def _sha256(file: Path) -> str:
