@@ -162,3 +162,28 @@ def test_narrow_layers_and_odd_widths_reach_what_they_can() -> None:
     odd.check_ratio(odd.max_ratio(32), 32)
     assert odd.max_ratio(32) == pytest.approx(680 / 2000)
     odd.check_ratio((680 + 150) / 2000, 32)  # half a block beyond the last step
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("uniform", [False, True])
+def test_the_ratio_that_a_refusal_names_is_not_refused(name: str, uniform: bool) -> None:
+    shape = shape_from_config(make_model(name).config.to_dict())
+    with pytest.raises(PruningError, match="the nearest ratio") as caught:
+        shape.check_ratio(1e-4, uniform=uniform)
+    named = re.search(r"can be met is ([\d.]+)", str(caught.value))
+    assert named is not None
+    shape.check_ratio(float(named[1]), uniform=uniform)
+
+
+def test_layers_that_are_alike_come_as_near_as_groups_and_steps_together_can() -> None:
+    shape = shape_from_config(make_model("qwen3-moe", moe_intermediate_size=128).config.to_dict())
+    depth, cost = len(shape.layers), shape.cost
+    reachable = {
+        depth * (groups * cost.kv_group + steps * 32 * cost.channel) / shape.prunable_parameters
+        for groups in range(3)
+        for steps in range(4)
+    }
+    for percent in range(5, 70):
+        found = shape.nearest_ratio(percent / 100, uniform=True)
+        assert any(abs(found - ratio) < 1e-9 for ratio in reachable)
+        assert abs(found - percent / 100) <= max(0.01, min(abs(ratio - percent / 100) for ratio in reachable)) + 1e-9

@@ -5,15 +5,19 @@ projection with its column of the output projection). Names are module names wit
 them.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 from app.catalog.errors import PruningError
 
 WIDE_INTERMEDIATE = 4096
 """From this feed-forward width on, 256 channels are a fine enough step (K-quants want multiples of 256)."""
+NEAR = 0.01
+"""Of the prunable parameters: a ratio missed by no more is as good as any that is nearer."""
 MOST_LAYERS = 1024
 LARGEST_SIZE = 2**24
 """Beyond any model there is: a config is a stranger's text, and sizes turn into memory."""
@@ -230,21 +234,32 @@ class ModelShape:
         """What a ratio takes from the source, in KV groups and in parameters of channels.
 
         Heads give the same share of themselves as the whole does, as near as whole groups come to it and as channels can
-        make up the difference; where layers are to stay ``uniform``, the same number in every layer.
+        make up the difference. Where layers are to stay ``uniform``, the same number in every layer: of what comes near to
+        the ratio in whole groups and whole steps of channels, that with the share of heads that is nearest to the whole's.
         """
-        wanted = ratio * self.prunable_parameters
-        choices, channels = self._removable(self.width_multiple(width_multiple), uniform)
+        wanted, multiple = ratio * self.prunable_parameters, self.width_multiple(width_multiple)
+        choices, channels = self._removable(multiple, uniform)
         share = ratio * sum(layer.kv_groups for layer in self.layers)
+        if uniform:
+            price = self.cost.channel * len(self.layers)
+            steps = accumulate(channel_steps(self.layers[0].intermediate_size, multiple), initial=0)
+            pairs = [(count, float(step * price)) for step in steps for count in choices]
+            misses = [abs(count * self.cost.kv_group + channels - wanted) for count, channels in pairs]
+            near = max(min(misses), min(NEAR * self.prunable_parameters, self.block(width_multiple, uniform) / 2))
+            found = [
+                (abs(pair[0] - share), miss, pair) for pair, miss in zip(pairs, misses, strict=True) if miss <= near
+            ]
+            return min(found)[2]
         count = nearest_groups(share, choices, channels, wanted, self.cost)
         return count, min(max(wanted - count * self.cost.kv_group, 0.0), channels * self.cost.channel)
 
     def nearest_ratio(self, target_ratio: float, width_multiple: int | None = None, uniform: bool = False) -> float:
         """The ratio nearest to the target that whole KV groups and whole blocks of channels make."""
-        multiple = self.width_multiple(width_multiple)
         groups, channels = self.split(target_ratio, width_multiple, uniform)
-        limit = self._removable(multiple, uniform)[1] * self.cost.channel
-        block = self.block(width_multiple, uniform)
-        whole = min((min(round(channels / block) * block, limit), limit), key=lambda size: abs(size - channels))
+        limit = self._removable(self.width_multiple(width_multiple), uniform)[1] * self.cost.channel
+        block = self.block(width_multiple)
+        below = min(math.ceil(channels / block - 0.5) * block, limit)  # of two that are as near, the smaller is cut
+        whole = channels if uniform else min((below, limit), key=lambda size: abs(size - channels))
         return (groups * self.cost.kv_group + whole) / self.prunable_parameters
 
     def block(self, width_multiple: int | None = None, uniform: bool = False) -> int:
@@ -270,7 +285,10 @@ class ModelShape:
         block = self.block(width_multiple, uniform) / self.prunable_parameters
         if nearest > 0 and abs(nearest - target_ratio) <= block / 2 + 1e-12:
             return
-        smallest = min(block, self.cost.kv_group / self.prunable_parameters)
+        smallest = block
+        if uniform:
+            fewest = [count for count in self._removable(self.width_multiple(width_multiple), True)[0] if count][:1]
+            smallest = min(block, *(count * self.cost.kv_group / self.prunable_parameters for count in fewest), 1.0)
         raise PruningError(
             "ratio_unreachable",
             f"This model cannot be pruned by {target_ratio:g}: the nearest ratio that can be met is "
