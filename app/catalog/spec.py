@@ -307,8 +307,8 @@ class PruningSpec(_Part):
         if shape.family.experts and self.mend in BIASING:
             raise PruningError(
                 "recovery_unsupported",
-                f"Experts have no place for the biases that recovery '{self.mend}' adds; recovery 'least-squares' or "
-                "'none' adds none.",
+                f"Experts have no place for the biases that '{self.mend}', the recovery of method '{self.method}' or the one "
+                "asked for, adds; allowed: recovery.kind 'least-squares' or 'none'.",
                 field="recovery.kind",
             )
         if "gguf" in self.formats:

@@ -513,6 +513,10 @@ def test_padding_changes_nothing_but_the_size(trained_folder: Path, tmp_path: Pa
     }
     for key in ("perplexity", "ratio", "widths"):
         assert reports["padded"][key] == reports["per-layer"][key]
+    weights = load_file(tmp_path / "padded" / "model.safetensors")
+    assert reports["padded"]["published"]["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert reports["per-layer"]["published"]["parameters"] == reports["per-layer"]["parameters"]["after"]
+    assert "with the zeros" in (tmp_path / "padded" / "README.md").read_text()
     sizes = [(tmp_path / layout / "model.safetensors").stat().st_size for layout in reports]
     assert sizes[0] < sizes[1]
 

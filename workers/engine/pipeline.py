@@ -145,6 +145,7 @@ def prune(
             plan = Plan.from_dict(done["plan"])
             if spec.layout == "padded":
                 pad(decoder)
+            report["published"] = {"parameters": decoder.parameters, "weights_bytes": weight_bytes(decoder)}
             check_room(decoder, folder, spec.formats)
             file = folder / f"model-{spec.gguf_quantization}.gguf" if "gguf" in spec.formats else None
             if file is not None:

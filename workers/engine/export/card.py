@@ -123,6 +123,9 @@ def _table(report: dict[str, Any]) -> str:
         ("perplexity", "perplexity", lambda value: "infinite" if value is None else f"{value:.2f}"),
     ]
     lines = [f"| {title} | {show(report[key]['before'])} | {show(report[key]['after'])} |" for title, key, show in rows]
+    if (published := report["published"])["parameters"] != report["parameters"]["after"]:
+        lines.append(f"| parameters in the files, with the zeros | | {published['parameters']:,} |")
+        lines.append(f"| weights in the files (bytes) | | {published['weights_bytes']:,} |")
     latency = report["latency"]
     if latency["before"] and latency["after"]:
         for title, key in (("prefill (ms)", "prefill_ms"), ("decode (ms a token)", "decode_ms_per_token")):
