@@ -23,7 +23,7 @@ LOCAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 HUB_TIMEOUT = 10.0
 LARGEST_JSON = 64 * 2**20
 HALF_DTYPES = ("bfloat16", "float16")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "ice_text.model")
 
 # GGUF metadata ("{architecture}.…") by the name config.json has for it (GGUF specification, "Standardized key-value pairs").
 GGUF_KEYS = {
@@ -49,7 +49,7 @@ class ModelSource:
     config: dict[str, Any] | None
     """``config.json``, or the same from GGUF metadata or ChatGLM's; ``None`` for a GGUF file that is still on the Hub."""
     chatglm: bool = False
-    """Whether its files are as ChatGLM's own code reads them, not as transformers' ``glm`` does."""
+    """Whether its files are as ChatGLM's own code reads them, not as transformers' ``glm`` or our ``chatglm6b`` does."""
 
     @property
     def name(self) -> str:
@@ -172,7 +172,7 @@ def _described(source: ModelSource) -> ModelSource:
     """The source with its config as transformers has it, known to be that of a model that can be pruned."""
     assert source.config is not None
     if source.config.get("model_type") == chatglm.MODEL_TYPE:
-        source = replace(source, config=chatglm.glm_config(source.config), chatglm=True)
+        source = replace(source, config=chatglm.translate(source.config), chatglm=True)
     check_config(source.config or {})
     return source
 

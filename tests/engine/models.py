@@ -35,6 +35,7 @@ from transformers import (
 
 from app.catalog.architectures import shape_from_config
 from workers.engine.decoder import Decoder, token_losses
+from workers.engine.modeling_chatglm6b import ChatGLM6BConfig
 
 TEXTS = Path(__file__).parents[2] / "workers" / "demo"
 VOCABULARY = 384
@@ -53,6 +54,7 @@ SIZES: dict[str, Any] = {
 }
 
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "chatglm6b": (ChatGLM6BConfig, {"bos_token_id": 5, "gmask_token_id": 4, "mask_token_id": 3}),
     "llama": (LlamaConfig, {"tie_word_embeddings": False}),
     "llama-tied": (LlamaConfig, {"tie_word_embeddings": True, "head_dim": 16}),
     "llama-biased": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),

@@ -59,6 +59,8 @@ def read_windows(
 ) -> tuple[Windows, Windows]:
     """Calibration and evaluation windows, disjoint unless the request itself names one text for both.
 
+    Every window begins with the model's opening (:attr:`Decoder.opening`); the rest of it is text.
+
     Calibration takes windows spread at random (by ``seed``) over its text, evaluation its text's first ones. With no text
     for evaluation, the last fifth of the calibration text is held out for it, if that makes a window. With no text at all,
     both are sampled from the model (self-generated calibration data, Ji et al. 2024, "Beware of Calibration Data").
@@ -85,7 +87,7 @@ def read_windows(
     if stream is None:
         tokens = sample_windows(decoder, calibration.samples, lengths[0], seed, lambda share: progress(share / 2))
     else:
-        windows = _cut(stream, lengths[0], "calibration")
+        windows = _cut(decoder, stream, lengths[0], "calibration")
         chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[: calibration.samples]
         tokens = windows[chosen.sort().values]
     if held_out is None:
@@ -97,7 +99,7 @@ def read_windows(
             lambda share: progress(0.5 + share / 2),
         )
     else:
-        evaluation_tokens = _cut(held_out, lengths[1], "evaluation")[: evaluation.samples]
+        evaluation_tokens = _cut(decoder, held_out, lengths[1], "evaluation")[: evaluation.samples]
     progress(1.0)
     device = decoder.device
     return (
@@ -141,16 +143,18 @@ def _stream(
     return torch.tensor(ids, dtype=torch.long)
 
 
-def _cut(stream: Tensor, length: int, purpose: str) -> Tensor:
-    count = len(stream) // length
+def _cut(decoder: Decoder, stream: Tensor, length: int, purpose: str) -> Tensor:
+    """Windows ``[windows, length]``, one after the other; each begins with the model's opening."""
+    own = length - len(decoder.opening)
+    count = len(stream) // own
     if count == 0:
         raise PruningError(
             f"{purpose}_too_short",
-            f"The {purpose} text has {len(stream)} tokens; one window needs {length}. Give more text, or a smaller "
+            f"The {purpose} text has {len(stream)} tokens; one window needs {own}. Give more text, or a smaller "
             f"'{purpose}.sequence_length'.",
             field=purpose,
         )
-    return stream[: count * length].view(count, length)
+    return torch.cat([decoder.opening.expand(count, -1), stream[: count * own].view(count, own)], 1)
 
 
 def _read_file(name: str, purpose: str, texts_dir: Path | None) -> str:
@@ -230,13 +234,15 @@ def sample_windows(decoder: Decoder, windows: int, length: int, seed: int, progr
     """
     model, tokenizer = decoder.model, decoder.tokenizer
     start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    opening = decoder.opening.tolist()
+    own = length - len(opening)
     config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        min_new_tokens=length,
-        max_new_tokens=length,
+        min_new_tokens=own,
+        max_new_tokens=own,
         pad_token_id=start,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -245,8 +251,9 @@ def sample_windows(decoder: Decoder, windows: int, length: int, seed: int, progr
     with torch.random.fork_rng(devices=devices), _plain_generation(model):
         torch.manual_seed(seed)
         for first in range(0, windows, SAMPLING_BATCH):
-            prompt = torch.full((min(SAMPLING_BATCH, windows - first), 1), start, device=decoder.device)
+            prompt = torch.tensor([opening or [start]], device=decoder.device)
+            prompt = prompt.expand(min(SAMPLING_BATCH, windows - first), -1)
             output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
-            rows.append(output[:, 1:].cpu())
+            rows.append(output[:, -length:].cpu())
             progress(min(first + SAMPLING_BATCH, windows) / windows)
     return torch.cat(rows)

@@ -1,23 +1,37 @@
-"""ChatGLM2, ChatGLM3 and GLM-4 from the files of their own repositories into transformers' ``glm``; none of their code runs.
+"""ChatGLM from the files of its own repositories; none of their code runs.
 
-The weights have other names, and query, key and value are one tensor. The tokenizer is a SentencePiece model whose
-control tokens only that code knows.
+The first is our ``chatglm6b``, by the same names. ChatGLM2, ChatGLM3 and GLM-4 are transformers' ``glm``, where weights have
+other names, and query, key and value are one tensor. The tokenizer is a SentencePiece model whose control tokens only that
+code knows, and of the first its signs for white space.
 """
 
 import json
-from pathlib import Path
+import re
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, GlmConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GlmConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.initialization import no_init_weights
 
 from app.catalog.errors import PruningError
 from app.catalog.sources import ModelSource, check_weight_files
+from workers.engine.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM, ChatGLM6BModel
+
+AutoConfig.register(ChatGLM6BConfig.model_type, ChatGLM6BConfig)
+AutoModel.register(ChatGLM6BConfig, ChatGLM6BModel)
+AutoModelForCausalLM.register(ChatGLM6BConfig, ChatGLM6BForCausalLM)
 
 NAMES = {
     "model.embed_tokens": "transformer.embedding.word_embeddings",
@@ -31,6 +45,9 @@ LAYER_NAMES = {
 }
 QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 LAYERS, SOURCE_LAYERS = "model.layers.", "transformer.encoder.layers."
+FIRST_LAYERS = "transformer.layers."
+COMPUTED = "rotary_emb.inv_freq"
+"""A tensor of the files that the config says as well."""
 
 CONTROL_TOKENS = (
     "[MASK]",
@@ -46,7 +63,16 @@ CONTROL_TOKENS = (
 """Ids from the SentencePiece vocabulary's end on. ChatGLM's code writes "sop" and "eop": as those, ordinary words would
 hold them ("philosophy"). ChatGLM2 has the first five, and embeddings for all."""
 
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+FIRST_FILE = "ice_text.model"
+FIRST_CONTROL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
+SIGNS = {
+    "\n": "<n>",
+    "\t": "<|tab|>",
+    **{" " * count: f"<|blank_{count}|>" for count in range(80, 1, -1)},
+}
+"""What the first ChatGLM writes for white space, in the order in which it looks for it."""
+
+NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
 """Kinds of SentencePiece pieces."""
 PROBES = (
     "The river  rose by 3.5 metres (about 11 ft) in 1997; nobody's house was spared!",
@@ -63,21 +89,24 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         PruningError: ``weights_missing`` or ``config_invalid``, with the file's name of the tensor.
     """
-    assert source.path is not None
+    assert source.path is not None and source.config is not None
+    first = source.config["model_type"] == ChatGLM6BConfig.model_type
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(GlmConfig(**(source.config or {})), dtype=dtype)
+        config = ChatGLM6BConfig(**source.config) if first else GlmConfig(**source.config)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if (source.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.path)
     files = check_weight_files(source.model_id, source.path)
     wanted: dict[str, list[Tensor]] = {}
     for name, tensor in model.state_dict().items():
-        wanted.setdefault(_source_name(name), []).append(tensor)
+        wanted.setdefault(name if first else _glm_source_name(name), []).append(tensor)
     for name, parts in wanted.items():
         if name not in files:
             raise PruningError("weights_missing", f"{source.model_id} lacks the tensor {name}.", field="model_id")
         with safe_open(files.pop(name), framework="pt") as file:
             _fill(parts, file.get_tensor(name), name, source.model_id)
-    if beyond := sorted(name for name in files if name.startswith(SOURCE_LAYERS)):
+    layers = FIRST_LAYERS if first else SOURCE_LAYERS
+    if beyond := sorted(name for name in files if name.startswith(layers) and not name.endswith(COMPUTED)):
         raise PruningError(
             "config_invalid",
             f"The config of {source.model_id} has no place for its tensor {beyond[0]}.",
@@ -87,7 +116,7 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     return loaded
 
 
-def _source_name(name: str) -> str:
+def _glm_source_name(name: str) -> str:
     """What the file calls the tensor that ``glm``'s ``name`` is, or is in."""
     module, _, kind = name.rpartition(".")
     if not module.startswith(LAYERS):
@@ -108,12 +137,15 @@ def _fill(parts: list[Tensor], tensor: Tensor, name: str, model_id: str) -> None
         part.copy_(own)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
     """The tokenizer of ``tokenizer.json``, else one that is built of the SentencePiece model and checked against it.
 
     Raises:
-        ValueError: there is neither, or the SentencePiece model does something that ``tokenizers`` does not.
+        ValueError: there is neither, the SentencePiece model does something that ``tokenizers`` does not, or its tokens are
+            not the config's.
     """
+    assert source.path is not None and source.config is not None
+    folder, first = source.path, source.config["model_type"] == ChatGLM6BConfig.model_type
     path = folder / "tokenizer_config.json"
     written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if (folder / "tokenizer.json").is_file():
@@ -121,16 +153,33 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         named = {key: written[key] for key in kept if isinstance(written.get(key), str)}
         return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **named)
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
+    name = FIRST_FILE if first else "tokenizer.model"
     try:
-        proto.ParseFromString((folder / "tokenizer.model").read_bytes())
+        proto.ParseFromString((folder / name).read_bytes())
+        if first:
+            _add_first_pieces(proto)
         processor = SentencePieceProcessor(model_proto=proto.SerializeToString())
     except Exception as error:
         raise ValueError(
-            "tokenizer.model is no SentencePiece model, and its repository's own code is not run: put a tokenizer.json "
-            "beside it"
+            f"{name} is no SentencePiece model, and its repository's own code is not run: put a tokenizer.json beside it"
         ) from error
-    tokenizer = _from_sentencepiece(proto)
-    _check(tokenizer, processor, proto)
+    tokenizer = _from_sentencepiece(proto, first)
+    _check(tokenizer, processor, proto, first)
+    if first:
+        if (begins := tokenizer.token_to_id("<sop>")) != source.config["bos_token_id"]:
+            raise ValueError(
+                f"{name} puts the beginning of a sequence at {begins}, the config at {source.config['bos_token_id']} "
+                "(the first release had 20,000 tokens of images before the text's): put a tokenizer.json beside it"
+            )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            bos_token="<sop>",
+            eos_token="<eop>",
+            unk_token=proto.trainer_spec.unk_piece,
+            pad_token=processor.id_to_piece(source.config.get("pad_token_id") or 0),
+            mask_token="[MASK]",
+            padding_side="left",
+        )
     template = written.get("chat_template")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -143,7 +192,25 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def _from_sentencepiece(proto: Any) -> Tokenizer:
+def _add_first_pieces(proto: Any) -> None:
+    """What the first ChatGLM's code adds to its SentencePiece model: control tokens, signs for white space, bytes."""
+    _, tab, *blanks = SIGNS.values()  # the model itself has the first, a line's end
+    of_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    added = {CONTROL: FIRST_CONTROL_TOKENS, USER_DEFINED: (tab, *reversed(blanks)), BYTE: of_bytes}
+    for kind, pieces in added.items():
+        for piece in pieces:
+            proto.pieces.add(piece=piece, score=0.0, type=kind)
+    proto.trainer_spec.byte_fallback = True
+
+
+def _signed(text: str) -> str:
+    """``text`` as the first ChatGLM gives it to its SentencePiece model."""
+    for space, sign in SIGNS.items():
+        text = text.replace(space, sign)
+    return text
+
+
+def _from_sentencepiece(proto: Any, first: bool) -> Tokenizer:
     trained, normalizer = proto.trainer_spec, proto.normalizer_spec
     vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     if trained.model_type == trained.BPE:
@@ -154,12 +221,14 @@ def _from_sentencepiece(proto: Any) -> Tokenizer:
                 unk_token=trained.unk_piece,
                 fuse_unk=True,
                 byte_fallback=trained.byte_fallback,
+                ignore_merges=first,  # signs are pieces that no merge makes
             )
         )
     else:
         scores = [(piece.piece, piece.score) for piece in proto.pieces]
         tokenizer = Tokenizer(models.Unigram(scores, unk_id=trained.unk_id, byte_fallback=trained.byte_fallback))
-    steps: list[normalizers.Normalizer] = []
+    signs = SIGNS if first else {}
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(space, sign) for space, sign in signs.items()]
     if normalizer.precompiled_charsmap:
         # Precompiled takes "\r\n" for one character, which no map has; maps make the same of both.
         steps += [normalizers.Replace("\r\n", "\n\n"), normalizers.Precompiled(normalizer.precompiled_charsmap)]
@@ -171,23 +240,26 @@ def _from_sentencepiece(proto: Any) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),
+            *(decoders.Replace(sign, space) for space, sign in signs.items()),
             decoders.ByteFallback(),
             decoders.Fuse(),
             *([decoders.Strip(content=" ", left=1)] if normalizer.add_dummy_prefix else []),
         ]
     )
-    tokenizer.add_tokens(
-        [
-            AddedToken(piece.piece, normalized=False, special=piece.type == CONTROL)
-            for piece in proto.pieces
-            if piece.type in (CONTROL, USER_DEFINED)
-        ]
-    )
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL_TOKENS])
+    taken = [piece for piece in proto.pieces if piece.type in (CONTROL, USER_DEFINED)]
+    if first:  # signs come out of the normalizer, which is after tokens are looked for in the text
+        user_defined = "|".join(re.escape(piece.piece) for piece in taken if piece.type == USER_DEFINED)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(user_defined), "isolated")
+        taken = [piece for piece in taken if piece.type == CONTROL]
+    tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=piece.type == CONTROL) for piece in taken])
+    control, end = (FIRST_CONTROL_TOKENS, "<eop>") if first else (CONTROL_TOKENS, trained.eos_piece)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    # The first ChatGLM reads a text as the context of what it is to write.
+    single, pair = ("$A [gMASK] <sop>", "$A [gMASK] <sop> $B") if first else ("[gMASK] <sop> $A", "[gMASK] <sop> $A $B")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[gMASK] <sop> $A",
-        pair=f"[gMASK] <sop> $A $B {trained.eos_piece}",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[gMASK]", "<sop>", trained.eos_piece)],
+        single=single,
+        pair=f"{pair} {end}",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[gMASK]", "<sop>", end)],
     )
     return tokenizer
 
@@ -204,16 +276,17 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
     return [(left, right) for _, left, right in sorted(found, key=lambda pair: -pair[0])]
 
 
-def _check(tokenizer: Tokenizer, processor: SentencePieceProcessor, proto: Any) -> None:
+def _check(tokenizer: Tokenizer, processor: SentencePieceProcessor, proto: Any, first: bool) -> None:
     """Hold the tokenizer against the SentencePiece model, on text of many kinds and on every piece."""
-    ids = [tokenizer.token_to_id(token) for token in CONTROL_TOKENS]
-    if ids != list(range(len(proto.pieces), len(proto.pieces) + len(CONTROL_TOKENS))):
-        raise ValueError("tokenizer.model has a piece of a control token's name: put a tokenizer.json beside it")
+    if tokenizer.get_vocab_size() != len(proto.pieces) + (0 if first else len(CONTROL_TOKENS)):
+        raise ValueError(
+            "the SentencePiece model has a piece of a control token's name: put a tokenizer.json beside it"
+        )
     pieces = [piece.piece.replace("▁", " ") for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)]
     texts = [" ".join(pieces[start : start + PIECES_A_PROBE]) for start in range(0, len(pieces), PIECES_A_PROBE)]
     for text in (*PROBES, *texts):
         encoded = tokenizer.encode(text, add_special_tokens=False).ids
-        if encoded != processor.encode(text):
+        if encoded != processor.encode(_signed(text) if first else text):
             raise ValueError(
-                "tokenizer.model makes tokens that the tokenizers package does not make of it: put a tokenizer.json beside it"
+                "the SentencePiece model makes tokens that the tokenizers package does not make of it: put a tokenizer.json beside it"
             )

@@ -128,6 +128,9 @@ class Decoder:
         self.model = model
         self.tokenizer = tokenizer
         self.shape = shape
+        opening = tokenizer("")["input_ids"] if shape.family.opened else []
+        self.opening = torch.tensor(opening, dtype=torch.long)
+        """Ids ``[opening]`` that every window begins with: what the tokenizer puts before a text, where the family needs it."""
         modules = model.get_submodule(shape.family.layers)
         assert isinstance(modules, nn.ModuleList)
         first = shape.layers[0]
@@ -233,6 +236,18 @@ class Decoder:
         finally:
             for index, layer in enumerate(real):
                 layers[index] = layer
+
+    def losses(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """Next-token losses ``[windows, predicted]`` of windows ``tokens`` ``[windows, length]``, as :func:`token_losses`.
+
+        Of their opening no token is predicted.
+        """
+        start = max(len(self.opening) - 1, 0)
+        return token_losses(logits[:, start:], tokens[:, start:])
+
+    def predicted(self, tokens: Tensor) -> int:
+        """How many losses the windows ``tokens`` ``[windows, length]`` have."""
+        return len(tokens) * (tokens.shape[1] - max(len(self.opening), 1))
 
     def resume(self, captured: "Captured", start: int, hidden: Tensor) -> Tensor:
         """Logits ``[windows, length, vocabulary]`` from ``hidden`` entering layer ``start``."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.engine.decoder import Decoder, check_gradients, gated, token_losses
+from workers.engine.decoder import Decoder, check_gradients, gated
 
 Progress = Callable[[float], None]
 
@@ -69,7 +69,7 @@ def gate_statistics(decoder: Decoder, tokens: Tensor, batch_windows: int, progre
                 sums[2 * kind + 1] += by_window.square().sum(0)
         progress(min(start + batch_windows, len(tokens)) / len(tokens))
     check_gradients(total for sums in totals for total in sums)
-    count = len(tokens) * (tokens.shape[1] - 1)
+    count = decoder.predicted(tokens)
     return [GateStatistics(*(total / count for total in sums)) for sums in totals]
 
 
@@ -86,7 +86,7 @@ def _gradients_from_the_end(decoder: Decoder, batch: Tensor) -> Iterator[tuple[T
         with torch.enable_grad(), gated(layer, *gates):
             output = decoder.run_layer(captured, index, hidden)
             if upstream is None:
-                output = token_losses(decoder.head(output), batch).sum()
+                output = decoder.losses(decoder.head(output), batch).sum()
             upstream, heads, channels = torch.autograd.grad(output, [hidden, *gates], upstream)
         yield heads, channels
 
@@ -99,18 +99,18 @@ def shielded_loss_change(decoder: Decoder, tokens: Tensor, batch_windows: int, p
     a layer, float64 on the CPU, in nats.
     """
     changes = [torch.zeros(layer.kv_groups, dtype=torch.float64) for layer in decoder.layers]
-    count = len(tokens) * (tokens.shape[1] - 1)
+    count = decoder.predicted(tokens)
     done, work = 0, len(range(0, len(tokens), batch_windows)) * sum(layer.kv_groups for layer in decoder.layers)
     for start in range(0, len(tokens), batch_windows):
         batch = tokens[start : start + batch_windows]
         captured = decoder.capture(batch)
-        base = token_losses(decoder.resume(captured, 0, captured.inputs[0]), batch).double().sum()
+        base = decoder.losses(decoder.resume(captured, 0, captured.inputs[0]), batch).double().sum()
         for index, layer in enumerate(decoder.layers):
             for group in range(layer.kv_groups):
                 gate = torch.ones(1, layer.kv_groups, device=decoder.device)
                 gate[0, group] = 0
                 with gated(layer, heads=gate):
-                    losses = token_losses(decoder.resume(captured, index, captured.inputs[index]), batch)
+                    losses = decoder.losses(decoder.resume(captured, index, captured.inputs[index]), batch)
                 changes[index][group] += (losses.double().sum() - base).cpu() / count
                 done += 1
                 progress(done / work)

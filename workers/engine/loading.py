@@ -81,7 +81,7 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     assert source.path is not None
     try:
         if source.chatglm:
-            return chatglm.load_tokenizer(source.path)
+            return chatglm.load_tokenizer(source)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.path, gguf_file=source.gguf_file, trust_remote_code=False
         )

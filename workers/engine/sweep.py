@@ -53,10 +53,8 @@ class Sweep:
     """
 
     def __init__(self, decoder: Decoder, tokens: Tensor, batch_windows: int, reference: Decoder | None) -> None:
-        additive = (
-            not decoder.shape.family.norms_outputs
-        )  # else what the hidden states lack is no target of a projection
-        self._decoder, self._reference = decoder, reference if additive else None
+        # Unless outputs are added as they are, what the hidden states lack is no target of a projection.
+        self._decoder, self._reference = decoder, reference if decoder.shape.family.additive else None
         self._entered = [decoder.enter(batch) for batch in tokens.split(batch_windows)]
         self.hidden = [entered.hidden for entered in self._entered]
         """What enters the next layer, by batch: ``[windows, length, hidden]``."""

@@ -14,6 +14,7 @@ from app.catalog.architectures.base import (
     nearest_groups,
     read_size,
 )
+from app.catalog.architectures.chatglm6b import CHATGLM6B
 from app.catalog.architectures.gemma import GEMMA
 from app.catalog.architectures.glm import GLM, GLM4
 from app.catalog.architectures.gpt2 import GPT2
@@ -25,7 +26,7 @@ from app.catalog.architectures.phi3 import PHI3
 from app.catalog.architectures.qwen3_moe import QWEN3_MOE
 from app.catalog.errors import PruningError
 
-FAMILIES: tuple[Family, ...] = (LLAMA, GEMMA, GLM, GLM4, GPT2, GPT_NEOX, MIXTRAL, OPT, PHI3, QWEN3_MOE)
+FAMILIES: tuple[Family, ...] = (LLAMA, CHATGLM6B, GEMMA, GLM, GLM4, GPT2, GPT_NEOX, MIXTRAL, OPT, PHI3, QWEN3_MOE)
 
 MODEL_TYPES: dict[str, Family] = {model_type: family for family in FAMILIES for model_type in family.model_types}
 

@@ -81,8 +81,10 @@ class Family:
     interleaved: frozenset[str] = frozenset()
     sizes: Mapping[str, str] = field(default_factory=dict)
     """Attributes in which a layer's modules keep widths that their forward reads, each with its name in :class:`LayerShape`."""
-    norms_outputs: bool = False
-    """Whether what attention and feed-forward give is normed before it is added to the hidden states."""
+    additive: bool = True
+    """Whether what attention and feed-forward give is added to the hidden states, and neither is normed before."""
+    opened: bool = False
+    """Whether these models write poorly after text without the special tokens that their tokenizer puts before it."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What the config's class assumes where ``config.json`` is silent, if that is not what others assume."""
     stock_heads: Callable[[Mapping[str, Any]], StockHeads] = lambda config: "any"

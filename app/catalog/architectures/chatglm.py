@@ -1,6 +1,7 @@
-"""ChatGLM2, ChatGLM3 and GLM-4 as their own repositories have them: transformers' ``glm`` under other names.
+"""ChatGLM as its own repositories have it, under other names: the first is our ``chatglm6b``, ChatGLM2, ChatGLM3 and GLM-4
+are transformers' ``glm``.
 
-Source: configuration_chatglm.py and modeling_chatglm.py of THUDM/chatglm3-6b.
+Source: configuration_chatglm.py and modeling_chatglm.py of zai-org/chatglm-6b and zai-org/chatglm3-6b.
 """
 
 import math
@@ -26,23 +27,59 @@ ALIKE: dict[str, tuple[bool, bool]] = {
 
 CARRIED = ("eos_token_id", "pad_token_id", "bos_token_id", "attention_dropout", "torch_dtype", "dtype")
 
+FIRST = {"position_encoding_2d", "inner_hidden_size"}
+"""What only configs of the first ChatGLM-6B have."""
+CHATGLM6B_TOKENS = ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id")
+IMAGES = ("vision_config", "eva_config")
+
 INTERPOLATED = 16
 """``rope_ratio`` of ChatGLM2-6B-32K, whose code divides positions by it where all later code multiplies the rope's base."""
 
 
-def glm_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``config.json`` of model type ``chatglm`` in the words of ``GlmConfig``: the same function of the same weights.
+def translate(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` of model type ``chatglm`` in the words of ``GlmConfig`` or of our ``ChatGLM6BConfig``: the same
+    function of the same weights.
 
     Raises:
-        PruningError: ``unsupported_architecture`` for what ``glm`` cannot be, ``config_invalid``; both name the key.
+        PruningError: ``unsupported_architecture`` for what neither can be, ``config_invalid``; both name the key.
     """
-    if "position_encoding_2d" in config or "inner_hidden_size" in config:
+    if image := next((key for key in IMAGES if config.get(key)), None):
+        raise _unsupported(f"it reads images ('{image}')")
+    return _chatglm6b(config) if FIRST & config.keys() else _glm(config)
+
+
+def _chatglm6b(config: Mapping[str, Any]) -> dict[str, Any]:
+    if not config.get("position_encoding_2d", True):
+        raise _unsupported("its 'position_encoding_2d' is false, which no published ChatGLM-6B's is")
+    if config.get("pre_seq_len"):
         raise _unsupported(
-            "it is the first ChatGLM-6B ('position_encoding_2d', 'inner_hidden_size'), which transformers has no class "
-            "for; ChatGLM2-6B and ChatGLM3-6B can be"
+            f"it has a trained prefix ('pre_seq_len' is {config['pre_seq_len']}); merge or drop it first"
         )
-    if config.get("vision_config"):
-        raise _unsupported("it reads images ('vision_config')")
+    hidden, heads = read_size(config, "hidden_size", 4096), read_size(config, "num_attention_heads", 32)
+    if hidden % heads or hidden // heads % 4:
+        raise PruningError(
+            "config_invalid",
+            f"config.json: 'num_attention_heads' is {heads}, and 'hidden_size' {hidden} is no multiple of 4 for each: "
+            "half a head cannot be rotated in pairs.",
+            field="model_id",
+        )
+    return _with_common(
+        config,
+        {
+            "model_type": "chatglm6b",
+            "vocab_size": read_size(config, "vocab_size"),
+            "hidden_size": hidden,
+            "intermediate_size": read_size(config, "inner_hidden_size", 16384),
+            "num_hidden_layers": read_size(config, "num_layers", 28, most=MOST_LAYERS),
+            "num_attention_heads": heads,
+            "max_position_embeddings": read_size(config, "max_sequence_length", 2048),
+            "layer_norm_eps": _number(config, "layernorm_epsilon", 1e-5),
+            **{key: read_size(config, key) for key in CHATGLM6B_TOKENS},
+        },
+    )
+
+
+def _glm(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, (wanted, silent) in ALIKE.items():
         value = config.get(key, silent)
         if bool(value) != wanted:
@@ -75,12 +112,17 @@ def glm_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": _number(config, "layernorm_epsilon", 1e-5),
         "rope_theta": 10000.0 * ratio,
         "partial_rotary_factor": 0.5,
-        "tie_word_embeddings": False,  # its class never ties them, whatever the config says
         # GlmConfig assumes ids of GLM-4's, beyond ChatGLM's vocabulary.
         "eos_token_id": 2,
         "pad_token_id": None,
     }
+    return _with_common(config, translated)
+
+
+def _with_common(config: Mapping[str, Any], translated: dict[str, Any]) -> dict[str, Any]:
+    """With what has the same name in every one of these configs."""
     translated |= {key: config[key] for key in CARRIED if config.get(key) is not None}
+    translated["tie_word_embeddings"] = False  # their classes never tie them, whatever the config says
     if quantized := config.get("quantization_config") or config.get("quantization_bit"):
         translated["quantization_config"] = quantized
     return translated

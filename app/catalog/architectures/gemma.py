@@ -30,6 +30,7 @@ GEMMA = Family(
     norm_parameters=_norm_parameters,
     stock_heads=lambda config: "divisors",
     biased=_biased,
-    norms_outputs=True,
+    additive=False,
+    opened=True,
     defaults={"head_dim": 256, "tie_word_embeddings": True},
 )

@@ -13,7 +13,7 @@ def _biased(config: Mapping[str, Any]) -> frozenset[str]:
     return frozenset({QUERY, KEY, VALUE} if config.get("attention_bias") else ())
 
 
-def _family(name: str, norms: int, norms_outputs: bool) -> Family:
+def _family(name: str, norms: int, additive: bool) -> Family:
     """``norms``: RMS norms of a layer."""
     return Family(
         name=name,
@@ -28,10 +28,11 @@ def _family(name: str, norms: int, norms_outputs: bool) -> Family:
         norm_parameters=lambda config: int(norms * config["hidden_size"]),
         biased=_biased,
         fused={GATE_UP: ("gate", "up")},
-        norms_outputs=norms_outputs,
+        additive=additive,
+        opened=True,
         defaults={"head_dim": 128, "attention_bias": True},
     )
 
 
-GLM = _family("glm", 2, False)
-GLM4 = _family("glm4", 4, True)
+GLM = _family("glm", 2, True)
+GLM4 = _family("glm4", 4, False)

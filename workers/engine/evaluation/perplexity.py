@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from app.catalog.errors import PruningError
-from workers.engine.decoder import Decoder, token_losses
+from workers.engine.decoder import Decoder
 
 
 @torch.no_grad()
@@ -22,9 +22,9 @@ def perplexity(decoder: Decoder, tokens: Tensor, batch_windows: int, progress: C
     total = 0.0
     for start in range(0, len(tokens), batch_windows):
         batch = tokens[start : start + batch_windows]
-        total += float(token_losses(decoder.model(batch, use_cache=False).logits, batch).double().sum())
+        total += float(decoder.losses(decoder.model(batch, use_cache=False).logits, batch).double().sum())
         progress(min(start + batch_windows, len(tokens)) / len(tokens))
-    mean = total / (len(tokens) * (tokens.shape[1] - 1))
+    mean = total / decoder.predicted(tokens)
     if math.isnan(mean):
         raise PruningError(
             "loss_not_finite",

@@ -41,8 +41,6 @@ with torch.no_grad():
 short = most(logits.max(-1).values - logits.gather(2, written[:, tokens.shape[1] :, None])[..., 0])
 assert short <= 2 * allowed, f"generate with a cache writes other tokens than without: logits differ by {short}"
 """
-MODELING_FILE = "modeling_pruned.py"
-"""The only code that a checkpoint may come with: ours."""
 NEW_TOKENS = 12
 REROUTED = 0.15
 """Share of tokens that a mixture of experts in half precision may send elsewhere."""
@@ -64,10 +62,10 @@ def check_checkpoint(decoder: Decoder, folder: Path) -> None:
         probe = Path(scratch, "probe.safetensors")
         tolerance = torch.tensor(TOLERANCE[decoder.model.dtype])
         rounds = decoder.shape.family.experts and decoder.model.dtype != torch.float32
-        expected = {"tokens": tokens, "logits": logits.contiguous(), "tolerance": tolerance}
+        expected = {"tokens": tokens.contiguous(), "logits": logits.contiguous(), "tolerance": tolerance}
         expected |= {"new_tokens": torch.tensor(NEW_TOKENS), "rerouted": torch.tensor(REROUTED if rounds else 0.0)}
         save_file(expected, probe)
-        own_code = (folder / MODELING_FILE).exists()
+        own_code = any(folder.glob("*.py"))  # the only code that a checkpoint comes with is ours
         arguments = [str(folder.resolve()), str(probe), str(torch.get_num_threads()), str(own_code)]
         done = subprocess.run(
             [sys.executable, "-I", "-c", SCRIPT, *arguments],
@@ -86,7 +84,8 @@ def check_checkpoint(decoder: Decoder, folder: Path) -> None:
 
 
 def _probe_tokens(decoder: Decoder, length: int = 48) -> torch.Tensor:
-    """Fixed random tokens ``[2, length]`` that a written checkpoint is checked with."""
+    """Fixed random tokens ``[2, length]`` that a written checkpoint is checked with, after the model's opening."""
     generator = torch.Generator().manual_seed(0)
     length = max(min(length, decoder.shape.max_positions - NEW_TOKENS), 1)
-    return torch.randint(decoder.shape.vocab_size, (2, length), generator=generator)
+    tokens = torch.randint(decoder.shape.vocab_size, (2, length), generator=generator)
+    return torch.cat([decoder.opening.expand(2, -1), tokens], 1)[:, :length]

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import shutil
 import tempfile
@@ -22,7 +23,6 @@ from app.catalog.sources import ModelSource
 from workers.engine.decoder import Decoder
 from workers.engine.evaluation.size import weight_bytes
 from workers.engine.export.card import PICTURE, model_card
-from workers.engine.export.check import MODELING_FILE
 from workers.engine.export.picture import draw_widths
 from workers.engine.plan import Plan
 
@@ -41,6 +41,7 @@ COPIED = (
     "generation_config.json",
 )
 LICENCES = ("LICENSE*", "MODEL_LICENSE*", "NOTICE*", "USE_POLICY*")
+MODELING_FILE = "modeling_pruned.py"
 MANIFEST = "secateur.json"
 WIDTHS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_groups", "intermediate_size": "intermediate_size"}
 """What a config calls the widths of a layer that a plan speaks of."""
@@ -132,6 +133,9 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
     config["head_dim"] = shape.layers[0].head_dim
     dtype_key = "dtype" if "dtype" in config else "torch_dtype"
     config[dtype_key] = str(model.dtype).removeprefix("torch.")
+    own_class = _own_class(decoder)
+    if own_class is not None:
+        shutil.copyfile(own_class, folder / own_class.name)
     if stock:
         layer = decoder.layers[0].shape
         config.update(_widths(shape.family, asdict(layer)), architectures=[type(model).__name__])
@@ -140,15 +144,13 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
             config = model.config.to_dict() | config  # with what this type assumes where config.json is silent
             config |= {"model_type": model_type, "architectures": [causal], "sliding_window": None}
             config["transformers_version"] = versions()["transformers"]  # older ones' Mistrals are warned of
+        if own_class is not None:
+            config["auto_map"] = _auto_map(own_class.stem, _classes(decoder))
     else:
         classes = _classes(decoder)
         config.update(
             architectures=[f"Pruned{classes['causal']}"],
-            auto_map={
-                "AutoConfig": f"modeling_pruned.Pruned{classes['config']}",
-                "AutoModel": f"modeling_pruned.Pruned{classes['base']}",
-                "AutoModelForCausalLM": f"modeling_pruned.Pruned{classes['causal']}",
-            },
+            auto_map=_auto_map(Path(MODELING_FILE).stem, {kind: f"Pruned{name}" for kind, name in classes.items()}),
             per_layer_config={str(layer["layer"]): _widths(shape.family, layer) for layer in plan.widths(shape)},
             allow_global_per_layer_attribute_access=True,
             added_biases=sorted(_added_biases(decoder, config)),
@@ -167,6 +169,17 @@ def _classes(decoder: Decoder) -> dict[str, str]:
     model = decoder.model
     classes = {"config": model.config, "base": model.base_model, "causal": model}
     return {kind: type(instance).__name__ for kind, instance in classes.items()}
+
+
+def _auto_map(module: str, classes: dict[str, str]) -> dict[str, str]:
+    kinds = {"AutoConfig": "config", "AutoModel": "base", "AutoModelForCausalLM": "causal"}
+    return {auto: f"{module}.{classes[kind]}" for auto, kind in kinds.items()}
+
+
+def _own_class(decoder: Decoder) -> Path | None:
+    """The file of the model's class where it is ours, which goes along with every checkpoint; transformers has the others."""
+    module = type(decoder.model).__module__
+    return Path(inspect.getfile(type(decoder.model))) if module.startswith("workers.") else None
 
 
 def _modeling_file(decoder: Decoder, classes: dict[str, str]) -> str:
@@ -189,8 +202,11 @@ def _modeling_file(decoder: Decoder, classes: dict[str, str]) -> str:
                 sums[width] += times
     held = {"kv_groups": {kv_heads: 1}, "heads": {heads: 1}, "attention_width": {heads: head_dim}}
     prefix, _, layers = family.layers.partition(".")
+    own_class = _own_class(decoder)
     return TEMPLATE.read_text().format(
         **classes,
+        module="transformers" if own_class is None else f".{own_class.stem}",
+        whose="are the stock ones" if own_class is None else f"are those of {own_class.name}",
         prefix=prefix,
         sdpa=type(decoder.model)._supports_sdpa,
         linears=json.dumps(linears, indent=4),

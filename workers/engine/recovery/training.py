@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from app.catalog.errors import PruningError
 from app.catalog.spec import Recovery
-from workers.engine.decoder import Decoder, token_losses
+from workers.engine.decoder import Decoder
 
 SEGMENT_STEPS = 20
 WARM_UP = 0.05
@@ -88,7 +88,7 @@ def train(
     def losses_of(windows: Tensor) -> Tensor:
         logits = model(windows, use_cache=False).logits
         if kind == "lora":
-            return token_losses(logits, windows)
+            return decoder.losses(logits, windows)
         assert teacher is not None
         with torch.no_grad():
             wanted = teacher(windows)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from workers.engine.decoder import Decoder, Layer, check_gradients, token_losses
+from workers.engine.decoder import Decoder, Layer, check_gradients
 from workers.engine.scoring.base import Context, Scores, by_group
 
 Tensors = dict[str, list[Tensor]]
@@ -45,7 +45,7 @@ def gradients_from_the_end(
     """
     captured = [decoder.capture(batch) for batch in batches]
     upstream: list[Tensor | None] = [None] * len(batches)
-    count = sum(batch[:, 1:].numel() for batch in batches)
+    count = sum(decoder.predicted(batch) for batch in batches)
     for index in reversed(range(len(decoder.layers))):
         wanted = [leaf.requires_grad_() for tensors in leaves[index].values() for leaf in tensors]
         totals = [torch.zeros_like(leaf, dtype=wide(leaf), requires_grad=False) for leaf in wanted]
@@ -54,7 +54,7 @@ def gradients_from_the_end(
             with torch.enable_grad():
                 output = decoder.run_layer(captured[number], index, hidden)
                 if upstream[number] is None:
-                    output = token_losses(decoder.head(output), batch).sum()
+                    output = decoder.losses(decoder.head(output), batch).sum()
                 upstream[number], *gradients = torch.autograd.grad(output, [hidden, *wanted], upstream[number])
             for total, gradient in zip(totals, gradients, strict=True):
                 total += gradient
