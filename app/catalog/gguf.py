@@ -47,6 +47,7 @@ LACKING = {
     "gpt2": _FIXED_HEADS,
     "gpt_neox": _FIXED_HEADS,
     "opt": "llama.cpp has no such architecture",
+    "chatglm6b": "llama.cpp has no such architecture",
 }
 """Why the others are not there, where it is llama.cpp that cannot run them."""
 

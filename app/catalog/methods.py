@@ -58,8 +58,8 @@ SWEEP = "one forward of every layer before and one after it is cut"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("secateur", "ours: SlimLLM's layer ratios, second-order selection, damped least-squares refit towards the unpruned model on the pruned prefix", "Secateur, docs/methods.md", "docs/methods.md", "obs", "cosine", "least-squares", passes=f"one forward for the ratios, {SWEEP}, one of the unpruned model beside it"),
-        Method("secateur-gradient", "ours, with gradients: PIEM scores in several rounds, SlimLLM's layer ratios, a gentle least-squares refit; loses least where little goes", "Secateur, docs/methods.md", "docs/methods.md", "piem", "cosine", "least-squares", passes=f"one forward for the ratios, {PIEM_PASSES}, {SWEEP}", default_rounds=4, refit_target="layer", refit_damping=10.0),
+        Method("secateur", "ours: SlimLLM's layer ratios, second-order selection, damped least-squares refit towards the unpruned model on the pruned prefix", "Secateur", "docs/methods.md", "obs", "cosine", "least-squares", passes=f"one forward for the ratios, {SWEEP}, one of the unpruned model beside it"),
+        Method("secateur-gradient", "ours, with gradients: PIEM scores in several rounds, SlimLLM's layer ratios, a gentle least-squares refit; loses least where little goes", "Secateur", "docs/methods.md", "piem", "cosine", "least-squares", passes=f"one forward for the ratios, {PIEM_PASSES}, {SWEEP}", default_rounds=4, refit_target="layer", refit_damping=10.0),
         Method("piem-lsps", "PIEM scores, LSPS layer ratios: the paper's full method", PIEM_PAPER, "section 3.2 and 3.3", "piem", "lsps", passes=PIEM_PASSES, default_rounds=4),
         Method("piem", "PIEM scores, the same ratio in every layer", PIEM_PAPER, "section 3.2", "piem", "uniform", passes=PIEM_PASSES),
         Method("lsps", "L1 scores, LSPS layer ratios", PIEM_PAPER, "section 3.3", "magnitude", "lsps", passes="two forwards and one backward over the calibration tokens"),

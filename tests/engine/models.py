@@ -35,7 +35,7 @@ from transformers import (
 
 from app.catalog.architectures import shape_from_config
 from workers.engine.decoder import Decoder, token_losses
-from workers.engine.modeling_chatglm6b import ChatGLM6BConfig
+from workers.engine.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM
 
 TEXTS = Path(__file__).parents[2] / "workers" / "demo"
 VOCABULARY = 384
@@ -117,7 +117,11 @@ def make_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model of a family, its weights and biases large enough that every unit matters."""
     config_class, own = (FAMILIES | LIKE_LLAMA)[name]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_class(**{**SIZES, **own, **changes}))
+    config = config_class(**{**SIZES, **own, **changes})
+    if isinstance(config, ChatGLM6BConfig):
+        model = ChatGLM6BForCausalLM(config)
+    else:
+        model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(

@@ -300,11 +300,6 @@ def test_a_tokenizer_that_cannot_be_had(model: Callable[[], bytes], says: str, t
         ({"multi_query_group_num": 3}, "config_invalid", "no multiple of 3"),
         ({"quantization_bit": 4}, "weights_quantized", "quantised"),
         ({"vision_config": {"hidden_size": 8}}, "unsupported_architecture", "'vision_config'"),
-        (
-            {"position_encoding_2d": True, "inner_hidden_size": 64},
-            "unsupported_architecture",
-            "ChatGLM2-6B and ChatGLM3",
-        ),
         ({"num_layers": 2}, "config_invalid", "transformer.encoder.layers.2."),
         ({"num_layers": 4}, "weights_missing", "transformer.encoder.layers.3."),
         ({"add_qkv_bias": False}, "config_invalid", "query_key_value.bias"),

@@ -14,24 +14,12 @@ from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    GlmConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
 from app.catalog.errors import PruningError
 from app.catalog.sources import ModelSource, check_weight_files
-from workers.engine.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM, ChatGLM6BModel
-
-AutoConfig.register(ChatGLM6BConfig.model_type, ChatGLM6BConfig)
-AutoModel.register(ChatGLM6BConfig, ChatGLM6BModel)
-AutoModelForCausalLM.register(ChatGLM6BConfig, ChatGLM6BForCausalLM)
+from workers.engine.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM
 
 NAMES = {
     "model.embed_tokens": "transformer.embedding.word_embeddings",
@@ -92,8 +80,10 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     assert source.path is not None and source.config is not None
     first = source.config["model_type"] == ChatGLM6BConfig.model_type
     with no_init_weights():
-        config = ChatGLM6BConfig(**source.config) if first else GlmConfig(**source.config)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if first:
+            model = ChatGLM6BForCausalLM._from_config(ChatGLM6BConfig(**source.config), dtype=dtype)
+        else:
+            model = GlmForCausalLM._from_config(GlmConfig(**source.config), dtype=dtype)
     if (source.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.path)
     files = check_weight_files(source.model_id, source.path)

@@ -17,6 +17,7 @@ from app.catalog.sources import ModelSource, check_weight_files, hub_error, loca
 from workers.engine import chatglm
 from workers.engine.decoder import Decoder
 from workers.engine.generic import sizes_of, verify
+from workers.engine.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM
 
 # Not every *.safetensors: some repositories hold the model a second time under other names.
 HUB_FILES = [
@@ -97,7 +98,10 @@ def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel
     try:
         if source.chatglm:
             return chatglm.load_model(source, torch_dtype)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        assert source.config is not None
+        # Ours is not registered with AutoModel, which would then take it for the pruned models' own as well.
+        own = source.config["model_type"] == ChatGLM6BConfig.model_type
+        model, info = (ChatGLM6BForCausalLM if own else AutoModelForCausalLM).from_pretrained(
             source.path,
             gguf_file=source.gguf_file,
             # Where transformers has kernels for them, weights would stay packed: they could not be scored or cut.

@@ -11,8 +11,13 @@ from workers.engine.evaluation import unsteady
 PICTURE = "widths.png"
 
 
-def model_card(report: dict[str, Any], extra: dict[str, Any], gguf_file: str | None = None) -> str:
-    """README.md of the published repository, from the report; ``extra`` is the manifest's (job id, repo_id)."""
+def model_card(
+    report: dict[str, Any], extra: dict[str, Any], gguf_file: str | None = None, own_class: str | None = None
+) -> str:
+    """README.md of the published repository, from the report; ``extra`` is the manifest's (job id, repo_id).
+
+    ``own_class``: the file with the model's class, where that is not in transformers.
+    """
     spec, ratio, source = report["spec"], report["ratio"], report["source"]
     method = METHODS[spec["method"]]
     base = source["model_id"].removeprefix("local:")
@@ -43,11 +48,11 @@ Perplexity on {report["evaluation"]["tokens"]:,} tokens ({report["evaluation"]["
 
 ## Use
 
-{_use(spec["layout"], repo_id, gguf_file)}
+{_use(spec["layout"], repo_id, gguf_file, own_class)}
 
 ## How it was made
 
-- Method: `{method.name}`{_description(method, report["parts"])}
+- Method: `{method.name}`{_description(method, report["parts"], spec["layout"])}
 - Parts: scoring `{report["parts"]["scoring"]}`, allocation `{report["parts"]["allocation"]}`, recovery `{report["parts"]["recovery"]}`
 - Rounds: {report["round_count"]}; target ratio {ratio["target"]:g}; seed {spec["seed"]}; dtype {report["dtype"]}
 - Calibration: {report["calibration"]["windows"]} × {report["calibration"]["sequence_length"]} tokens, {report["calibration"]["source"]}
@@ -72,16 +77,20 @@ the licence of the base model apply.
 
 
 LAYOUTS = {
-    "per-layer": "Layers differ in width, so the repository carries a small modeling file (it cuts the stock classes to size):",
-    "uniform": "All layers have the same widths: the stock class loads it, without code from this repository.",
-    "padded": "Layers that are narrower than the widest are filled up with zeros, which changes nothing that the model says: the "
-    "stock class loads it, without code from this repository.",
+    "per-layer": "Layers differ in width.",
+    "uniform": "All layers have the same widths.",
+    "padded": "Layers that are narrower than the widest are filled up with zeros, which changes nothing that the model says.",
 }
 
 
-def _use(layout: str, repo_id: str, gguf_file: str | None) -> str:
-    code = layout == "per-layer"
-    text = f"""{LAYOUTS[layout]}
+def _use(layout: str, repo_id: str, gguf_file: str | None, own_class: str | None) -> str:
+    code = layout == "per-layer" or own_class is not None
+    classes = "The stock class loads it, without code from this repository:"
+    if own_class is not None:
+        classes = f"transformers has no class for this model: `{own_class}`, in this repository, is one."
+    elif code:
+        classes = "The repository carries a small modeling file, which cuts the stock classes to size:"
+    text = f"""{LAYOUTS[layout]} {classes}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -90,7 +99,9 @@ model = AutoModelForCausalLM.from_pretrained("{repo_id}", {"trust_remote_code=Tr
 tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
 inputs = tokenizer("The river", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
-```
+```"""
+    if own_class is None:
+        text += f"""
 
 vLLM{", through its Transformers backend" if code else ""}:
 
@@ -108,11 +119,14 @@ llama-cli -m {gguf_file} -p "The river"
     return text
 
 
-def _description(method: Method, parts: dict[str, str]) -> str:
+def _description(method: Method, parts: dict[str, str], layout: str) -> str:
     """What the paper's method is; nothing where the request put other parts in its place."""
-    if parts != {"scoring": method.scoring, "allocation": method.allocation, "recovery": method.recovery}:
+    equal = layout == "uniform"
+    allocation = parts["allocation"] if equal else method.allocation
+    if parts != {"scoring": method.scoring, "allocation": allocation, "recovery": method.recovery}:
         return ", with parts of the request's own"
-    return f" — {method.summary} ({method.paper}; {method.equations})"
+    but = "; the same widths in every layer, as the layout has it" if equal and allocation != method.allocation else ""
+    return f" — {method.summary} ({method.paper}; {method.equations}){but}"
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -102,7 +102,8 @@ def write_checkpoint(
     _write_tokenizer(decoder, source, folder)
     draw_widths(report, folder / PICTURE)
     gguf_file = next((file.name for file in folder.glob("*.gguf")), None)
-    (folder / "README.md").write_text(model_card(report, extra, gguf_file))
+    own_class = _own_class(decoder)
+    (folder / "README.md").write_text(model_card(report, extra, gguf_file, own_class.name if own_class else None))
     files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
     manifest = {**extra, "plan": plan.as_dict(), "report": report, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest) + "\n")
