@@ -4,11 +4,14 @@ import json
 import logging
 import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from app.cli import FAILED, REFUSED, Json, RecoveryKind, cli, main, one_or_several, stop
+
+if TYPE_CHECKING:
+    from app.catalog.errors import PruningError
 
 WORKER_FLAGS = ("--without-gossip", "--without-mingle", "--without-heartbeat")
 
@@ -91,7 +94,7 @@ def inspect(
         )
         shape = sizes_of(source)
     except PruningError as error:
-        raise stop(f"{error.message} ({error.code})", FAILED) from None
+        raise stop(_explained(error), FAILED) from None
     made, possible = sizes(shape, source.dtype), layouts(shape, source.config or {})
     if as_json:
         found = {
@@ -112,13 +115,15 @@ def inspect(
     )
     for size in made:
         typer.echo(
-            f"pruned by {size.nearest_ratio:.1%}: {size.parameters:,} parameters, {size.bytes / 1e6:,.0f} MB in {source.dtype}"
+            f"pruned by {size.nearest_ratio:.1%}: {size.parameters:,} parameters, {size.bytes / 1e6:,.1f} MB in {source.dtype}"
         )
+    told: set[str] = set()
     for each in possible:
         files = ", ".join(each.gguf) or "none"
         typer.echo(f"layout {each.layout}: at most {each.max_ratio:.1%}; GGUF: {files}")
-        if each.gguf_reason is not None:
+        if each.gguf_reason is not None and each.gguf_reason not in told:
             typer.echo(f"  {each.gguf_reason}")
+            told.add(each.gguf_reason)
 
 
 @cli.command()
@@ -166,7 +171,10 @@ def prune(
             }
         )
     except ValidationError as error:
-        reasons = (f"{'.'.join(map(str, at['loc']))}: {at['msg']}" for at in error.errors())
+        reasons = (
+            f"{'.'.join(map(str, at['loc']))}: {at['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+            for at in error.errors()
+        )
         raise stop("\n".join(reasons), REFUSED) from None
     if output.exists() and any(output.iterdir()):
         raise stop(f"{output} is not empty", REFUSED)
@@ -190,7 +198,7 @@ def prune(
                 on_event=show,
             )
     except PruningError as error:
-        raise stop(f"{error.message} ({error.code})", FAILED) from None
+        raise stop(_explained(error), FAILED) from None
     report = result.report
     if as_json:
         typer.echo(json.dumps(report))
@@ -199,6 +207,10 @@ def prune(
         _show(output, report)
     for target in report.get("targets", ()):
         _show(output / target_folder(target["ratio"]["target"]), target)
+
+
+def _explained(error: "PruningError") -> str:
+    return f"{error.field}: {error.message} ({error.code})" if error.field else f"{error.message} ({error.code})"
 
 
 def _show(folder: Path, report: dict[str, Any]) -> None:

@@ -133,19 +133,26 @@ def locate(
                 f"There is no local model '{name}'; there are: {', '.join(known) or 'none'}.",
                 field="model_id",
             )
-        return _local(model_id, folder, gguf_file)
+        return _local(model_id, folder, revision, gguf_file)
     if allow_paths and Path(model_id).is_file() and model_id.endswith(".gguf"):
-        return _local(model_id, Path(model_id).parent, Path(model_id).name)
+        return _local(model_id, Path(model_id).parent, revision, Path(model_id).name)
     if allow_paths and Path(model_id).is_dir():
-        return _local(model_id, Path(model_id), gguf_file)
+        return _local(model_id, Path(model_id), revision, gguf_file)
     try:
         validate_repo_id(model_id)
     except errors.HFValidationError as error:
-        raise PruningError("model_id_invalid", f"'{model_id}' is no Hub id: {error}", field="model_id") from None
+        no_folder = "there is no folder of that name, and " if allow_paths else ""
+        raise PruningError(
+            "model_id_invalid", f"'{model_id}': {no_folder}it is no Hub id: {error}", field="model_id"
+        ) from None
     return _on_hub(model_id, revision, gguf_file, token, endpoint)
 
 
-def _local(model_id: str, folder: Path, gguf_file: str | None) -> ModelSource:
+def _local(model_id: str, folder: Path, revision: str | None, gguf_file: str | None) -> ModelSource:
+    if revision is not None:
+        raise PruningError(
+            "revision_not_found", f"{model_id} is on this machine, where models have no revisions.", field="revision"
+        )
     found = sorted(file.name for file in folder.glob("*.gguf"))
     if gguf_file is None and not (folder / "config.json").exists() and len(found) == 1:
         gguf_file = found[0]

@@ -183,6 +183,8 @@ def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> li
     path, config, column, calibration_split, evaluation_split = DATASETS.get(
         name, (hub_id, configuration or None, "text", "train", "test")
     )
+    if Path(path).suffix == ".txt" or path.startswith(("/", ".")):
+        raise PruningError("text_not_found", f"There is no file '{name}'.", field=f"{purpose}.dataset")
     if Path(path).exists():  # load_dataset would take a folder of that name instead
         raise PruningError("text_invalid", f"'{name}' is no data set on the Hub.", field=f"{purpose}.dataset")
     split = calibration_split if purpose == "calibration" else evaluation_split

@@ -119,9 +119,12 @@ def _glm_source_name(name: str) -> str:
 def _fill(parts: list[Tensor], tensor: Tensor, name: str, model_id: str) -> None:
     """Copy the rows of ``tensor`` into ``parts``, one after the other."""
     rows = [len(part) for part in parts]
-    if tensor.shape != (sum(rows), *parts[0].shape[1:]):
+    wanted = [sum(rows), *parts[0].shape[1:]]
+    if list(tensor.shape) != wanted:
         raise PruningError(
-            "config_invalid", f"The tensor {name} of {model_id} contradicts its config.", field="model_id"
+            "config_invalid",
+            f"The tensor {name} of {model_id} is {list(tensor.shape)}, and its config makes it {wanted}.",
+            field="model_id",
         )
     for part, own in zip(parts, tensor.split(rows), strict=True):
         part.copy_(own)

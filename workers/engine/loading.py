@@ -135,7 +135,9 @@ def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel
     if mismatched:
         raise PruningError(
             "config_invalid",
-            f"The tensor {mismatched[0][0]} of {source.model_id} contradicts its config.",
+            "The tensor {} of {} is {}, and its config makes it {}.".format(
+                mismatched[0][0], source.model_id, *map(list, mismatched[0][1:])
+            ),
             field="model_id",
         )
     loaded: PreTrainedModel = model

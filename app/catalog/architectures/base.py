@@ -34,7 +34,7 @@ def read_size(config: Mapping[str, Any], key: str, default: int | None = None, m
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise PruningError(
             "config_invalid",
-            f"config.json: '{key}' must be an integer from 1 to {most}, not {str(value)[:40]}.",
+            f"config.json: '{key}' must be an integer from 1 to {most}, not {repr(value)[:40]}.",
             field="model_id",
         )
     return value

@@ -134,7 +134,7 @@ def _number(config: Mapping[str, Any], key: str, default: float) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise PruningError(
             "config_invalid",
-            f"config.json: '{key}' must be a positive number, not {str(value)[:40]}.",
+            f"config.json: '{key}' must be a positive number, not {repr(value)[:40]}.",
             field="model_id",
         )
     return float(value)
