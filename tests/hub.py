@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,7 +48,10 @@ class Repository:
 
 @dataclass
 class FakeHub:
-    """``before_commit`` is called with the repository when a commit arrives; ``broken`` makes every answer a 503."""
+    """``before_commit`` is called with the repository when a commit arrives; ``broken`` makes every answer a 503.
+
+    ``delay`` is waited before an answer (seconds). A ``mute`` hub does what it is asked and hangs up without an answer.
+    """
 
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -55,6 +59,8 @@ class FakeHub:
     before_commit: Callable[[Repository], None] = lambda repository: None
     after_commit: Callable[[Repository], None] = lambda repository: None
     broken: bool = False
+    delay: float = 0.0
+    mute: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def create(self, repo_id: str, private: bool = True, files: dict[str, bytes] | None = None) -> Repository:
@@ -111,6 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path, self.extra = unquote(urlsplit(self.path).path), {}
+        time.sleep(self.hub.delay)
         try:
             if self.hub.broken:
                 raise _Refusal(503)
@@ -119,6 +126,9 @@ class _Handler(BaseHTTPRequestHandler):
                 if match and self.command in method:
                     with self.hub.lock:
                         result = action(self, body, **match.groupdict())
+                    if self.hub.mute:
+                        self.close_connection = True
+                        return None
                     if isinstance(result, bytes):
                         return self._answer(200, result, self.extra)
                     return self._answer(200, json.dumps(result).encode(), {"Content-Type": "application/json"})

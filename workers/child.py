@@ -38,6 +38,13 @@ def spawn(
     )
 
 
+def run(argv: list[str], **popen: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``argv`` to its end as :func:`spawn` starts it; what it printed is in the result."""
+    with spawn(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen) as process:
+        out, err = (output.decode(errors="replace") for output in process.communicate())
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+
 def describe_exit(code: int) -> str:
     """A return code of :class:`subprocess.Popen` in words."""
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
@@ -50,13 +57,17 @@ class Child:
     (ITIMER_REAL, a timer of the kernel), and :meth:`kill`.
     """
 
-    def __init__(self, argv: list[str], job: dict[str, Any], deadline: float) -> None:
-        """Start ``argv`` and hand it ``job``; at ``deadline`` (``time.monotonic()``) it dies unless renewed."""
+    def __init__(self, argv: list[str], job: dict[str, Any], deadline: float, temporary: Path) -> None:
+        """Start ``argv`` and hand it ``job``; at ``deadline`` (``time.monotonic()``) it dies unless renewed.
+
+        What it and its libraries put into temporary files is in the folder ``temporary``.
+        """
         self.deadline = deadline
         """The last one that it was given while it lived."""
         self._process = spawn(
             argv,
             timer=max(0.001, deadline - time.monotonic()),
+            env=os.environ | {"TMPDIR": str(temporary)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

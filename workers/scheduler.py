@@ -85,7 +85,8 @@ def deliver_webhooks(session: Session, settings: Settings) -> None:
 
 
 def keep_house(session: Session, settings: Settings) -> None:
-    """Drop what has expired, and what is left of deleted jobs."""
+    """Drop what has expired, and what is left of attempts and of deleted jobs."""
     idempotency.expire(session, settings.idempotency_ttl)
     fleet.forget(session, FORGET_WORKERS_AFTER)
+    jobs.clear_attempts(session, settings)
     jobs.empty_trash(settings)

@@ -97,6 +97,7 @@ class Attempt:
         self.progress: dict[str, Any] = {"stage": "start", "round": 0, "share": 0.0}
         self.folder = settings.job_dir(claim.job_id).resolve()
         self.output = self.folder / f"attempt-{claim.attempt}"
+        self.temporary = self.folder / f".{self.output.name}.tmp"
 
     def run(self, runner: list[str], publisher: list[str]) -> None:
         name = f"job {self.claim.job_id} attempt {self.claim.attempt}"
@@ -164,7 +165,8 @@ class Attempt:
     def _follow(self, argv: list[str], job: dict[str, Any]) -> dict[str, Any]:
         """Run a child to its end and return the message it ended with; whatever happens, it is dead afterwards."""
         oom_kills = _oom_kills()
-        child = Child(argv, job, self.deadline)
+        self.temporary.mkdir(exist_ok=True)
+        child = Child(argv, job, self.deadline, self.temporary)
         try:
             return self._listen(child)
         except EOFError:

@@ -5,6 +5,7 @@ All times are the database's clock, so that a worker whose clock jumps cannot ke
 
 import datetime as dt
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,6 +173,11 @@ def _fail(session: Session, job: Job, error: dict[str, Any], max_failures: int, 
     else:
         transitions.apply(session, job, Trigger.FAIL, failures=failures, error=error)
     return State(job.state)
+
+
+def owned_ids(session: Session) -> Sequence[uuid.UUID]:
+    """The jobs that a worker owns, or did until its lease ran out a moment ago."""
+    return session.scalars(select(Job.id).where(Job.state.in_(LIVE))).all()
 
 
 def reap(session: Session, max_failures: int, backoff: float, limit: int = 100) -> list[uuid.UUID]:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from app.catalog.errors import PruningError
 from app.config import Settings
-from app.jobs import door, repository, transitions
+from app.jobs import door, leases, repository, transitions
 from app.jobs.models import Job, JobEvent, JobRound
 from app.jobs.schemas import JobFilter, JobRequest, Plan
 from app.jobs.transitions import TERMINAL, State, Trigger
@@ -21,6 +21,8 @@ from app.kit import idempotency
 from app.kit.problem import Problem, invalid
 
 TRASH = ".deleted"
+LEFTOVERS = ("attempt-*", ".attempt-*", "round-*.tmp")
+"""What workers that were killed leave in a job's folder."""
 """The end of the name of a deleted job's folder."""
 
 
@@ -149,6 +151,19 @@ def delete(session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uu
     with suppress(FileNotFoundError):
         folder.rename(trash)  # in one step: nobody lists half of it
     shutil.rmtree(trash, ignore_errors=True)
+
+
+def clear_attempts(session: Session, settings: Settings) -> None:
+    """Remove what killed workers left of attempts at jobs that nobody works on any more."""
+    leftovers = [path for pattern in LEFTOVERS for path in settings.jobs_dir.glob(f"*/{pattern}")]
+    owned = {str(job_id) for job_id in leases.owned_ids(session)}
+    for leftover in leftovers:  # found first: one that is younger than the list of jobs may be a new attempt's
+        if leftover.parent.name in owned:
+            continue
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def empty_trash(settings: Settings) -> None:

@@ -61,7 +61,7 @@ def test_what_attempts_left_half_written_goes(make_job: MakeJob, supervise: Supe
     (job.folder / ".attempt-0.killed").mkdir(parents=True)
     supervisor = supervise(job)
     job.wait_for_round(1)
-    assert not list(job.folder.glob(".attempt-*"))
+    assert [path.name for path in job.folder.glob(".attempt-*")] == [".attempt-1.tmp"], "where its temporary files are"
     (job.folder / ".attempt-1.cancelled").mkdir()
     ask(job, Trigger.CANCEL)
     supervisor.wait()

@@ -134,3 +134,18 @@ def test_sigterm_ends_the_scheduler(start: Start, make_job: MakeJob) -> None:
     wait_for(lambda: job.row.dispatched_at is not None)
     process.terminate()
     assert process.wait(10) == 0
+
+
+def test_what_a_killed_worker_left_of_a_cancelled_job_goes(
+    make_job: MakeJob, session: Session, settings: Settings
+) -> None:
+    ended, live = make_job(), make_job()
+    ended.sql("state = 'cancelled'")
+    live.sql("state = 'running'")
+    for job in (ended, live):
+        for name in ("attempt-1", ".attempt-1.tmp", "artifacts"):
+            (job.folder / name).mkdir(parents=True)
+        (job.folder / "round-1.json.abc.tmp").touch()
+    scheduler.keep_house(session, settings)
+    assert [path.name for path in ended.folder.iterdir()] == ["artifacts"]
+    assert len(list(live.folder.iterdir())) == 4

@@ -1,6 +1,5 @@
 """Before a checkpoint is called done: a fresh process that has never seen this project must load it and agree."""
 
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from app.catalog.errors import PruningError
+from workers.child import run
 from workers.engine.decoder import Decoder
 
 SCRIPT = """
@@ -67,12 +67,7 @@ def check_checkpoint(decoder: Decoder, folder: Path) -> None:
         save_file(expected, probe)
         own_code = any(folder.glob("*.py"))  # the only code that a checkpoint comes with is ours
         arguments = [str(folder.resolve()), str(probe), str(torch.get_num_threads()), str(own_code)]
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", SCRIPT, *arguments],
-            capture_output=True,
-            text=True,
-            cwd=scratch,
-        )
+        done = run([sys.executable, "-I", "-c", SCRIPT, *arguments], cwd=scratch)
     if done.returncode < 0:
         raise PruningError(
             "out_of_memory",

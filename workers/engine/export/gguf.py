@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from torch import Tensor
 from app.catalog.errors import PruningError
 from app.catalog.gguf import GgufKind, gguf_architecture, gguf_obstacle, unsupported
 from app.catalog.sources import ModelSource
+from workers.child import run
 from workers.engine.decoder import Decoder, Layer
 from workers.engine.export.check import TOLERANCE
 from workers.engine.export.gguf_tokenizer import write_tokenizer
@@ -184,7 +184,7 @@ def _check_weights(decoder: Decoder, path: Path, tolerance: float) -> None:
 def _run(script: str, *arguments: str) -> str:
     """Standard output of a script in a process of its own, for llama.cpp ends the process where it is at a loss."""
     command = [sys.executable, "-I", "-c", script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run(command)
     if done.returncode == -signal.SIGKILL:
         raise PruningError("out_of_memory", "llama.cpp was killed over the GGUF file, probably for want of memory.")
     if done.returncode:

@@ -1,0 +1,216 @@
+"""What can go wrong. A fault strikes at once and returns what makes it good again, with the seconds until then."""
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+
+import psutil
+import redis
+
+from tests.chaos.world import World
+
+Healing = tuple[float, Callable[[], object]]
+Fault = Callable[[World, random.Random], Healing | None]
+"""Nothing: there was nothing to strike."""
+BRIEF, LONG = (0.2, 1.5), (7.0, 10.0)
+"""Seconds: within a lease, and beyond it."""
+
+
+def kill_worker(world: World, dice: random.Random) -> Healing | None:
+    return _kill(world, dice, dice.choice(world.workers))
+
+
+def kill_api(world: World, dice: random.Random) -> Healing | None:
+    return _kill(world, dice, "api")
+
+
+def kill_scheduler(world: World, dice: random.Random) -> Healing | None:
+    return _kill(world, dice, "scheduler")
+
+
+def kill_database(world: World, dice: random.Random) -> Healing | None:
+    return _kill(world, dice, "postgres")
+
+
+def kill_broker(world: World, dice: random.Random) -> Healing | None:
+    return _kill(world, dice, "valkey")
+
+
+def restart_worker(world: World, dice: random.Random) -> Healing | None:
+    return _restart(world, dice, dice.choice(world.workers))
+
+
+def restart_api(world: World, dice: random.Random) -> Healing | None:
+    return _restart(world, dice, "api")
+
+
+def restart_scheduler(world: World, dice: random.Random) -> Healing | None:
+    return _restart(world, dice, "scheduler")
+
+
+def restart_database(world: World, dice: random.Random) -> Healing | None:
+    return _restart(world, dice, "postgres")
+
+
+def kill_runner(world: World, dice: random.Random) -> Healing | None:
+    return _kill_child(world, dice, "tests.chaos.witness")
+
+
+def kill_publisher(world: World, dice: random.Random) -> Healing | None:
+    return _kill_child(world, dice, "publisher")
+
+
+def kill_supervisor(world: World, dice: random.Random) -> Healing | None:
+    """The forked process of a worker that looks after the job."""
+    return _kill_child(world, dice, "tests.chaos.worker")
+
+
+def freeze_worker(world: World, dice: random.Random) -> Healing | None:
+    return _freeze(world.family(dice.choice(world.workers)), dice)
+
+
+def freeze_supervisor(world: World, dice: random.Random) -> Healing | None:
+    return _freeze(world.children(dice.choice(world.workers), "tests.chaos.worker"), dice)
+
+
+def freeze_runner(world: World, dice: random.Random) -> Healing | None:
+    return _freeze(world.children(dice.choice(world.workers), "tests.chaos.witness"), dice)
+
+
+def freeze_publisher(world: World, dice: random.Random) -> Healing | None:
+    return _freeze([child for name in world.workers for child in world.children(name, "publisher")], dice)
+
+
+def freeze_api(world: World, dice: random.Random) -> Healing | None:
+    return _freeze(world.family("api"), dice)
+
+
+def freeze_scheduler(world: World, dice: random.Random) -> Healing | None:
+    return _freeze(world.family("scheduler"), dice)
+
+
+def freeze_database(world: World, dice: random.Random) -> Healing | None:
+    return _freeze(world.family("postgres"), dice)
+
+
+def freeze_broker(world: World, dice: random.Random) -> Healing | None:
+    return _freeze(world.family("valkey"), dice)
+
+
+def wipe_broker(world: World, dice: random.Random) -> Healing | None:
+    try:
+        with redis.Redis.from_url(world.broker_url, socket_timeout=2) as broker:
+            broker.flushall()
+    except redis.RedisError:
+        return None
+    return 0.0, lambda: None
+
+
+def cut_worker_from_database(world: World, dice: random.Random) -> Healing | None:
+    proxy = world.proxies[dice.choice(world.workers)]
+    proxy.cut()
+    return _seconds(dice), proxy.mend
+
+
+def fill_disk(world: World, dice: random.Random) -> Healing | None:
+    """Only where the data folder is a file system of its own."""
+    if not os.path.ismount(world.data):
+        return None
+    ballast = world.data / "ballast"
+    with suppress(OSError), ballast.open("wb") as file:
+        for size in (2**20, 2**12, 1):
+            with suppress(OSError):
+                for _ in range(shutil.disk_usage(world.data).free // size + 1):
+                    file.write(b"\0" * size)
+                    file.flush()
+    return dice.uniform(0.5, 4.0), lambda: ballast.unlink(missing_ok=True)
+
+
+def slow_hub(world: World, dice: random.Random) -> Healing | None:
+    world.hub.delay = dice.uniform(0.5, 3.0)
+    return dice.uniform(2.0, 6.0), lambda: setattr(world.hub, "delay", 0.0)
+
+
+def failing_hub(world: World, dice: random.Random) -> Healing | None:
+    world.hub.broken = True
+    return dice.uniform(1.0, 6.0), lambda: setattr(world.hub, "broken", False)
+
+
+def mute_hub(world: World, dice: random.Random) -> Healing | None:
+    """It does what it is asked, and nobody hears that it did."""
+    world.hub.mute = True
+    return dice.uniform(1.0, 6.0), lambda: setattr(world.hub, "mute", False)
+
+
+FAULTS: dict[Fault, int] = {
+    kill_worker: 5,
+    kill_runner: 4,
+    kill_publisher: 4,
+    kill_supervisor: 3,
+    kill_api: 2,
+    kill_scheduler: 2,
+    kill_database: 3,
+    kill_broker: 2,
+    restart_worker: 3,
+    restart_api: 1,
+    restart_scheduler: 1,
+    restart_database: 1,
+    freeze_worker: 3,
+    freeze_supervisor: 3,
+    freeze_runner: 3,
+    freeze_publisher: 3,
+    freeze_api: 1,
+    freeze_scheduler: 1,
+    freeze_database: 2,
+    freeze_broker: 1,
+    wipe_broker: 3,
+    cut_worker_from_database: 4,
+    fill_disk: 3,
+    slow_hub: 2,
+    failing_hub: 2,
+    mute_hub: 4,
+}
+"""Each with its weight."""
+
+
+def _seconds(dice: random.Random) -> float:
+    return dice.uniform(*dice.choice((BRIEF, LONG)))
+
+
+def _kill(world: World, dice: random.Random, name: str) -> Healing | None:
+    if not world.roles[name].wanted:
+        return None
+    world.kill(name)
+    return dice.uniform(0.0, 3.0), lambda: world.start(name)
+
+
+def _restart(world: World, dice: random.Random, name: str) -> Healing | None:
+    if not world.roles[name].wanted:
+        return None
+    world.stop(name)
+    return dice.uniform(0.0, 1.0), lambda: world.start(name)
+
+
+def _kill_child(world: World, dice: random.Random, module: str) -> Healing | None:
+    found = [child for name in world.workers for child in world.children(name, module)]
+    if not found:
+        return None
+    with suppress(psutil.NoSuchProcess):
+        dice.choice(found).kill()
+    return 0.0, lambda: None
+
+
+def _freeze(processes: list[psutil.Process], dice: random.Random) -> Healing | None:
+    if not processes:
+        return None
+
+    def signal_all(number: int) -> None:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    signal_all(signal.SIGSTOP)
+    return _seconds(dice), lambda: signal_all(signal.SIGCONT)
