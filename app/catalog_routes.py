@@ -5,15 +5,21 @@ from typing import Any, get_args
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
+from app.auth.service import Scope
 from app.catalog.errors import PruningError
 from app.catalog.inspection import PossibleLayout, PrunedSize, layouts, sizes
 from app.catalog.methods import METHODS, Allocator, Method, RecoveryKind, Scorer
-from app.deps import EVERY_V1_ROUTE, SettingsDep
-from app.jobs import door
+from app.deps import Owner, SessionDep, SettingsDep, v1
+from app.jobs import door, tokens
 from app.jobs.schemas import JobError, ModelRef
 from app.kit.problem import documented
 
-router = APIRouter(prefix="/v1", tags=["catalog"], dependencies=EVERY_V1_ROUTE, responses=documented(401, 422, 503))
+router = APIRouter(
+    prefix="/v1",
+    tags=["catalog"],
+    dependencies=v1(Scope.READ, Scope.READ),
+    responses=documented(401, 403, 422, 429, 503),
+)
 
 
 class MethodDefaults(BaseModel):
@@ -91,10 +97,12 @@ def _view(method: Method) -> MethodView:
 
 
 @router.post("/models/inspect", response_model=Inspection)
-def inspect(body: ModelRef, settings: SettingsDep) -> Inspection:
+def inspect(body: ModelRef, owner: Owner, session: SessionDep, settings: SettingsDep) -> Inspection:
     """A model's architecture and what can be pruned of it, before a job is made."""
+    token = tokens.for_request(session, settings, owner.id, body.hub_token)
+    session.rollback()  # hands the connection back while the Hub is asked
     try:
-        source, shape = door.look(body, settings)
+        source, shape = door.look(body, settings, token)
     except PruningError as error:
         if error.code != "unsupported_architecture":
             raise

@@ -1,10 +1,11 @@
 """The service's settings: the one place that reads the environment (prefix ``SECATEUR_``)."""
 
-from base64 import b64decode
+from base64 import b64decode, urlsafe_b64decode
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
+from limits import parse
 from pydantic import AfterValidator, AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import make_url
@@ -23,6 +24,24 @@ def _signing_secret(secret: SecretStr) -> SecretStr:
     if not 24 <= size <= 64:
         raise ValueError("a webhook secret is 'whsec_' and 24 to 64 random bytes in base64")
     return secret
+
+
+def _fernet_keys(secret: SecretStr) -> SecretStr:
+    try:
+        sizes = {len(urlsafe_b64decode(key)) for key in secret.get_secret_value().split(",")}
+    except ValueError:
+        sizes = set()
+    if sizes != {32}:
+        raise ValueError("secret keys are 32 random bytes each, in URL-safe base64, with commas between")
+    return secret
+
+
+def _rate(rate: str) -> str:
+    try:
+        parse(rate)
+    except ValueError:
+        raise ValueError("a rate is, for instance, '100/second' or '6000/minute'") from None
+    return rate
 
 
 def _postgres_url(url: str) -> str:
@@ -52,6 +71,10 @@ class Settings(BaseSettings):
     hf_token: SecretStr | None = Field(None, validation_alias=AliasChoices("SECATEUR_HF_TOKEN", "HF_TOKEN"))
     hf_endpoint: str | None = Field(None, validation_alias=AliasChoices("SECATEUR_HF_ENDPOINT", "HF_ENDPOINT"))
 
+    secret_keys: Annotated[SecretStr, AfterValidator(_fernet_keys)] | None = None
+    """Encrypt the Hub tokens of keys and jobs: Fernet keys, 32 random bytes in URL-safe base64 each, the newest first, with
+    commas between. Unset: requests that bring a token are refused."""
+
     lease_ttl: float = 60.0
     heartbeat_interval: float = 10.0
     lease_margin: float = 15.0
@@ -64,6 +87,17 @@ class Settings(BaseSettings):
     stall_timeout: float = 1800.0
     """A runner that reports nothing for this long is taken for hung."""
     idempotency_ttl: float = 86_400.0
+    rate_limit: Annotated[str, AfterValidator(_rate)] | None = "6000/minute"
+    """Of requests, for each API key; ``N/second``, ``N/minute``, ``N/hour`` or ``N/day``. None: no limit."""
+    max_open_jobs: int | None = Field(1000, ge=1)
+    """Of each API key, jobs that have not ended."""
+    max_running_jobs: int | None = Field(None, ge=1)
+    """Of each API key, jobs that workers work on at the same time."""
+    max_runtime_seconds: float | None = Field(None, gt=0)
+    """Of one run of a job, whatever the request allows."""
+    max_model_parameters: int | None = Field(None, ge=1)
+    retention: float | None = Field(None, gt=0)
+    """Artifacts and checkpoints of a job go this long after it has ended. None: when the job is deleted."""
     webhook_secret: Annotated[SecretStr, AfterValidator(_signing_secret)] | None = None
     """``whsec_`` and 24 to 64 bytes in base64 (Standard Webhooks); unset: requests that name a ``webhook_url`` are refused."""
     torch_threads: int | None = None

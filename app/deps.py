@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from fastapi.routing import APIRoute
@@ -11,9 +11,11 @@ from sqlalchemy.orm import Session
 
 from app.auth import service as auth
 from app.auth.models import ApiKey
+from app.auth.service import Scope
 from app.config import Settings, get_settings
 from app.db.session import session_factory
 from app.jobs.events import Feed
+from app.kit import rate
 from app.kit.problem import Problem, invalid
 
 bearer = HTTPBearer(
@@ -64,11 +66,36 @@ def refuse_unknown_parameters(request: Request) -> None:
             raise invalid(name, "unknown parameter", allowed=", ".join(sorted(known)) or "no parameters")
 
 
-SettingsDep = Annotated[Settings, Depends(get_settings)]
 # FastAPI's default scope would keep the connection until the last byte of the response is sent.
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
 Owner = Annotated[ApiKey, Depends(get_owner)]
-EVERY_V1_ROUTE = [Depends(get_owner), Depends(refuse_unknown_parameters)]
+SettingsDep = Annotated[Settings, Depends(get_settings)]
+
+
+def limit_rate(request: Request, owner: Owner, settings: SettingsDep) -> None:
+    """Count the request against its key's.
+
+    Raises:
+        Problem: 429.
+    """
+    request.state.headers = rate.count(settings, owner.id)
+
+
+def v1(reading: Scope, writing: Scope) -> list[Any]:
+    """The dependencies of every route of a router: a live key of the scope that the method needs, and known parameters alone.
+
+    Raises:
+        Problem: 401, 403, 422, 429.
+    """
+
+    def has_scope(request: Request, owner: Owner) -> None:
+        needed = reading if request.method in ("GET", "HEAD") else writing
+        if needed not in owner.scopes:
+            challenge = f'Bearer realm="secateur", error="insufficient_scope", scope="{needed}"'  # RFC 6750, 3.1
+            detail = f"This API key has no scope '{needed}'; it has: {', '.join(owner.scopes)}."
+            raise Problem(403, "insufficient_scope", detail, headers={"WWW-Authenticate": challenge})
+
+    return [Depends(has_scope), Depends(limit_rate), Depends(refuse_unknown_parameters)]
 
 
 def get_feed(request: Request) -> Feed:

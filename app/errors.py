@@ -11,6 +11,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
+from app.auth.vault import VaultError
 from app.catalog.errors import PruningError
 from app.jobs.transitions import TransitionRefused
 from app.kit.problem import FieldError, Problem, respond
@@ -55,6 +56,10 @@ def install(app: FastAPI) -> None:
         detail = f"There is no {request.url.path}." if error.status_code == 404 else str(error.detail)
         code = CODES.get(error.status_code, "http_error")
         return respond(request, Problem(error.status_code, code, detail, headers=error.headers))
+
+    @app.exception_handler(VaultError)
+    def vault(request: Request, error: VaultError) -> JSONResponse:
+        return respond(request, Problem(503, "hub_token_unreadable", f"The key's Hub token cannot be read: {error}."))
 
     @app.exception_handler(PoolTimeout)
     @app.exception_handler(OperationalError)

@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from prometheus_client import CollectorRegistry
 
 from app import catalog_routes, errors, health
+from app.auth import routes as keys
 from app.config import get_settings
 from app.jobs import routes as jobs
 from app.jobs.events import Feed
@@ -39,7 +40,7 @@ def create_app() -> FastAPI:
     app.state.feed, app.state.registry = feed, registry
     app.add_middleware(Observe, registry=registry)
     errors.install(app)
-    for router in (jobs.router, catalog_routes.router, health.router):
+    for router in (jobs.router, catalog_routes.router, keys.router, health.router):
         app.include_router(router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app

@@ -1,7 +1,7 @@
 """The Celery application of the workers. A message is a doorbell; Postgres has the jobs."""
 
 import logging
-import multiprocessing
+import mmap
 import os
 import socket
 import threading
@@ -37,14 +37,14 @@ app.conf.update(
 
 MAIN_PID = os.getpid()
 WORKER_NAME = f"{socket.gethostname()}:{MAIN_PID}"
-shutting_down = multiprocessing.RawValue("b", 0)
-"""Memory shared with the forked process that supervises a job. It has no lock, as signal handlers set it."""
+shutting_down = mmap.mmap(-1, 1)
+"""A byte shared with the forked process that supervises a job. It has no lock, as signal handlers set it."""
 _ended = threading.Event()
 
 
 @worker_shutting_down.connect
 def _pass_on_shutdown(**_: Any) -> None:
-    shutting_down.value = 1
+    shutting_down[0] = 1
 
 
 @worker_process_init.connect

@@ -35,7 +35,7 @@ def work(supervisor: Parent) -> dict[str, Any]:
     folders = [output / target_folder(each["ratio"]["target"]) if spec.several else output for each in reports]
     results = [{name: report[name] for name in SUMMARY} for report in reports]
     if wanted is not None:
-        hub = configured_hub()
+        hub = configured_hub(job["hub_token"])
         for result, folder, repo_id in zip(results, folders, repo_ids(wanted["repo_id"], spec), strict=True):
             commit = publish(hub, repo_id, wanted["private"], folder, job["job_id"])
             result |= {"repo_id": repo_id, "commit_sha": commit, "url": hub.url(repo_id, commit)}
@@ -67,12 +67,12 @@ def publish(hub: Hub, repo_id: str, private: bool, folder: Path, job_id: str) ->
     raise PruningError("hub_conflict", f"Others keep committing to '{repo_id}'; try again later.", retryable=True)
 
 
-def configured_hub() -> Hub:
+def configured_hub(token: str | None) -> Hub:
     """The folder, where one is set; else the Hub."""
     settings = get_settings()
     if settings.hub_dir is not None:
         return FolderHub(settings.hub_dir)
-    return HuggingFaceHub(settings.hf_token.get_secret_value() if settings.hf_token else None, settings.hf_endpoint)
+    return HuggingFaceHub(token, settings.hf_endpoint)
 
 
 def show_life(supervisor: Parent) -> None:

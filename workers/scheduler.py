@@ -75,7 +75,7 @@ def ring_due(session: Session, settings: Settings) -> None:
     with redis.Redis.from_url(settings.broker_url, socket_connect_timeout=1, socket_timeout=5) as broker:
         room = MOST_WAITING - int(broker.llen(QUEUE))
     if room > 0:
-        for job_id in leases.due(session, settings.redispatch_after, limit=min(room, 100)):
+        for job_id in leases.due(session, settings.redispatch_after, min(room, 100), settings.max_running_jobs):
             doorbell.ring(job_id)
 
 
@@ -89,4 +89,5 @@ def keep_house(session: Session, settings: Settings) -> None:
     idempotency.expire(session, settings.idempotency_ttl)
     fleet.forget(session, FORGET_WORKERS_AFTER)
     jobs.clear_attempts(session, settings)
+    jobs.expire_files(session, settings)
     jobs.empty_trash(settings)

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import IO, Self
 
 import httpx2
+from cryptography.fernet import Fernet
 from sqlalchemy.orm import Session
 
 from app.auth import service as auth
@@ -107,6 +108,7 @@ class Stack:
             "SECATEUR_BROKER_URL": self._broker_url,
             "SECATEUR_DATA_DIR": str(self.folder),
             "SECATEUR_HUB_DIR": str(self.hub_dir),
+            "SECATEUR_SECRET_KEYS": os.environ.get("SECATEUR_SECRET_KEYS") or self._keep_secret_key(),
         }
         uvicorn = ["-m", "uvicorn", "app.main:create_app", "--factory", "--timeout-graceful-shutdown", "3"]
         self._add("api", [*uvicorn, "--host", self.host, "--port", str(port)], environment)
@@ -203,6 +205,12 @@ class Stack:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
 
+    def _keep_secret_key(self) -> str:
+        path = self.folder / "secret-key"
+        if not path.exists():
+            _write_private(path, Fernet.generate_key().decode())
+        return path.read_text().strip()
+
     def _keep_api_key(self) -> str:
         """The key in the data folder, if this database knows it; else a new one."""
         path = self.folder / "api-key"
@@ -211,7 +219,7 @@ class Stack:
             if path.exists() and auth.authenticate(session, path.read_text().strip()) is not None:
                 secret = path.read_text().strip()
             else:
-                secret = auth.create(session, "secateur up")[1]
+                secret = auth.create(session, "secateur up", [*auth.Scope])[1]
                 _write_private(path, secret)
             session.commit()
         engine.dispose()

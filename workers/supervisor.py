@@ -6,6 +6,7 @@ fenced by the attempt's number. The children are dead before the lease can end: 
 
 import datetime as dt
 import logging
+import math
 import shutil
 import signal
 import sys
@@ -15,12 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
+from app.auth.vault import VaultError
 from app.catalog.spec import PruningSpec
 from app.config import Settings
-from app.jobs import leases, repository
+from app.jobs import leases, repository, tokens
 from app.jobs.leases import Beat, Claim, LeaseLost
 from app.jobs.transitions import State, TransitionRefused, Trigger
 from workers.child import Child, describe_exit
@@ -70,7 +73,7 @@ def supervise(
     """Claim the job and see it through to the end of this attempt; returns at once when it is not there to be taken."""
     sent = time.monotonic()
     with sessions() as session:
-        claim = leases.claim(session, job_id, worker, settings.lease_ttl)
+        claim = leases.claim(session, job_id, worker, settings.lease_ttl, settings.max_running_jobs)
     if claim is not None:
         Attempt(claim, settings, sessions, shutting_down, sent).run(runner, publisher)
 
@@ -92,8 +95,9 @@ class Attempt:
         self.shutting_down = shutting_down
         self.deadline = self._deadline(claimed)
         self.next_beat = claimed + settings.heartbeat_interval
-        limit = claim.request.get("max_runtime_seconds")
-        self.time_limit = claimed + limit if limit is not None else float("inf")
+        limits = (claim.request.get("max_runtime_seconds"), settings.max_runtime_seconds)
+        self.longest_run = min((limit for limit in limits if limit is not None), default=math.inf)
+        self.time_limit = claimed + self.longest_run
         self.progress: dict[str, Any] = {"stage": "start", "round": 0, "share": 0.0}
         self.folder = settings.job_dir(claim.job_id).resolve()
         self.output = self.folder / f"attempt-{claim.attempt}"
@@ -138,7 +142,9 @@ class Attempt:
             shutil.rmtree(leftover, ignore_errors=True)
         rounds = self._write(lambda session, job_id, attempt: repository.rounds(session, job_id))
         checkpoints = [{"number": row.number, "path": row.path, "sha256": row.sha256} for row in reversed(rounds)]
+        token = self._write(lambda session, job_id, attempt: self._hub_token(session))
         job = {
+            "hub_token": token and token.get_secret_value(),
             "job_id": str(self.claim.job_id),
             "attempt": self.claim.attempt,
             "request": self.claim.request,
@@ -153,6 +159,12 @@ class Attempt:
         for checkpoint in self.folder.glob("round-*"):
             checkpoint.unlink(missing_ok=True)  # the job may have been deleted meanwhile
 
+    def _hub_token(self, session: Session) -> SecretStr | None:
+        try:
+            return tokens.of_job(session, self.settings, self.claim.job_id)
+        except VaultError as error:
+            raise Failed("hub_token_unreadable", f"The Hub token cannot be read: {error}.", retryable=False) from None
+
     def _start_publishing(self) -> None:
         try:
             self._write(leases.move, Trigger.PUBLISH)
@@ -160,7 +172,7 @@ class Attempt:
             if refused.state is State.CANCELLING:
                 raise Cancelled from refused
             # else publishing already: the first try was committed, and only its answer lost
-        self.time_limit = float("inf")  # a commit may have been made: it can only be completed
+        self.time_limit = math.inf  # a commit may have been made: it can only be completed
 
     def _follow(self, argv: list[str], job: dict[str, Any]) -> dict[str, Any]:
         """Run a child to its end and return the message it ended with; whatever happens, it is dead afterwards."""
@@ -185,8 +197,8 @@ class Attempt:
             if now >= self.next_beat:
                 self._beat(child)
             if now >= self.time_limit:
-                limit = self.claim.request["max_runtime_seconds"]
-                raise Failed("max_runtime_exceeded", f"The job ran longer than its limit of {limit} seconds.", False)
+                limit = f"The job ran longer than its limit of {self.longest_run:g} seconds."
+                raise Failed("max_runtime_exceeded", limit, retryable=False)
             if now - heard >= self.settings.stall_timeout:
                 silence = f"The worker's process reported nothing for {self.settings.stall_timeout:.0f} seconds."
                 raise Failed("runner_stalled", silence, retryable=True)

@@ -16,11 +16,11 @@ def ring(job_id: str) -> None:
     """Look at a job and work on it if it is there to be taken."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        shutting_down.value = 1
+        shutting_down[0] = 1
 
     # A signal to the whole process group (systemd, a terminal) must not cut off the release of the job.
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        supervise(uuid.UUID(job_id), get_settings(), session_factory(), WORKER_NAME, lambda: bool(shutting_down.value))
+        supervise(uuid.UUID(job_id), get_settings(), session_factory(), WORKER_NAME, lambda: bool(shutting_down[0]))
     finally:
         signal.signal(signal.SIGTERM, before)

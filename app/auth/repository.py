@@ -1,26 +1,27 @@
-"""Queries on the table of API keys."""
+"""Queries on the table of API keys. All times are the database's clock."""
 
 import datetime as dt
 import uuid
 from collections.abc import Sequence
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.auth.models import ApiKey
 
 
-def add(session: Session, name: str, secret_sha256: str) -> ApiKey:
+def add(session: Session, name: str, scopes: Sequence[str], secret_sha256: str) -> ApiKey:
     """A new key; the caller commits."""
-    key = ApiKey(name=name, secret_sha256=secret_sha256)
+    key = ApiKey(name=name, scopes=list(scopes), secret_sha256=secret_sha256)
     session.add(key)
     session.flush()
     return key
 
 
 def find(session: Session, secret_sha256: str) -> ApiKey | None:
-    """The key with this hash, revoked or not."""
-    return session.scalars(select(ApiKey).where(ApiKey.secret_sha256 == secret_sha256)).one_or_none()
+    """The key with this hash, or that had it before it was rotated and still takes it; revoked or not."""
+    still = (ApiKey.previous_sha256 == secret_sha256) & (ApiKey.previous_expires_at > func.now())
+    return session.scalars(select(ApiKey).where(or_(ApiKey.secret_sha256 == secret_sha256, still))).one_or_none()
 
 
 def is_live(session: Session, key_id: uuid.UUID) -> bool:
@@ -33,12 +34,27 @@ def every(session: Session) -> Sequence[ApiKey]:
     return session.scalars(select(ApiKey).order_by(ApiKey.id)).all()
 
 
-def revoke(session: Session, key_id: uuid.UUID) -> ApiKey | None:
-    """Revoke the key, once and for all; ``None`` if there is none. The caller commits."""
-    key = session.get(ApiKey, key_id, with_for_update=True)
-    if key is not None and key.revoked_at is None:
-        key.revoked_at = dt.datetime.now(dt.UTC)
-    return key
+def lock(session: Session, key_id: uuid.UUID) -> ApiKey | None:
+    """The key, locked until the transaction ends."""
+    return session.get(ApiKey, key_id, with_for_update=True, populate_existing=True)
+
+
+def revoke(session: Session, key: ApiKey) -> None:
+    """Revoke the locked key, once and for all; the caller commits."""
+    key.revoked_at = key.revoked_at or dt.datetime.now(dt.UTC)
+
+
+def rotate(session: Session, key: ApiKey, secret_sha256: str, grace: float) -> None:
+    """Give the locked key another secret; the one it had serves for ``grace`` seconds more. The caller commits."""
+    key.previous_sha256, key.secret_sha256 = key.secret_sha256, secret_sha256
+    session.flush()
+    session.execute(
+        update(ApiKey)
+        .where(ApiKey.id == key.id)
+        .values(previous_expires_at=func.now() + dt.timedelta(seconds=grace))
+        .execution_options(synchronize_session=False)
+    )
+    session.refresh(key)
 
 
 def touch(session: Session, key_id: uuid.UUID, every_seconds: float) -> None:

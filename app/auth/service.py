@@ -1,4 +1,4 @@
-"""API keys: made once, shown once, stored as a hash, revoked for good."""
+"""API keys: the secret shown once and stored as a hash, rotated, revoked for good."""
 
 import datetime as dt
 import hashlib
@@ -6,27 +6,43 @@ import hmac
 import secrets
 import uuid
 from collections.abc import Sequence
+from enum import StrEnum
 
+from pydantic import SecretStr
 from sqlalchemy.orm import Session
 
-from app.auth import repository
+from app.auth import repository, vault
 from app.auth.models import ApiKey
+from app.config import Settings
 
 PREFIX = "sk-secateur-"
 TOUCH_EVERY = 60.0
 """Seconds between two updates of ``last_used_at``."""
 
 
-def create(session: Session, name: str) -> tuple[ApiKey, str]:
+class Scope(StrEnum):
+    """What a key may do: look at its jobs and at the catalogue, make and steer jobs, manage all keys. None implies another."""
+
+    READ = "read"
+    SUBMIT = "submit"
+    ADMIN = "admin"
+
+
+USER = (Scope.READ, Scope.SUBMIT)
+
+
+def create(session: Session, name: str, scopes: Sequence[Scope] = USER) -> tuple[ApiKey, str]:
     """A new key and its secret, which cannot be had again; commits.
 
     Raises:
-        ValueError: the name is none to show in a list.
+        ValueError: the name is none to show in a list, or there is no scope.
     """
     if not name.strip() or not name.isprintable():
         raise ValueError("a key's name has printable characters alone, and at least one that is no space")
-    secret = PREFIX + secrets.token_urlsafe(32)
-    key = repository.add(session, name, _hash(secret))
+    if not scopes:
+        raise ValueError("a key has at least one scope")
+    secret = _new_secret()
+    key = repository.add(session, name, sorted(set(scopes)), _hash(secret))
     session.commit()
     return key, secret
 
@@ -37,8 +53,38 @@ def every(session: Session) -> Sequence[ApiKey]:
 
 
 def revoke(session: Session, key_id: uuid.UUID) -> ApiKey | None:
-    """Revoke a key, idempotently; ``None`` if there is no such key; commits."""
-    key = repository.revoke(session, key_id)
+    """Revoke a key, idempotently; ``None`` if there is no such key; commits. Its jobs go on."""
+    key = repository.lock(session, key_id)
+    if key is not None:
+        repository.revoke(session, key)
+    session.commit()
+    return key
+
+
+def rotate(session: Session, key_id: uuid.UUID, grace: float) -> tuple[ApiKey, str] | None:
+    """Another secret for the key, whose jobs stay its own; the one it had serves for ``grace`` seconds more; commits.
+
+    ``None`` if there is no such key, or it is revoked.
+    """
+    key = repository.lock(session, key_id)
+    if key is None or key.revoked_at is not None:
+        session.rollback()
+        return None
+    secret = _new_secret()
+    repository.rotate(session, key, _hash(secret), grace)
+    session.commit()
+    return key, secret
+
+
+def keep_hub_token(session: Session, settings: Settings, key_id: uuid.UUID, token: SecretStr | None) -> ApiKey | None:
+    """The Hub token of all jobs of the key that bring none; ``None`` takes it away. ``None`` if there is no such key; commits.
+
+    Raises:
+        VaultError: the service has no key to encrypt it with.
+    """
+    key = repository.lock(session, key_id)
+    if key is not None:
+        key.hub_token = None if token is None else vault.encrypt(settings, token)
     session.commit()
     return key
 
@@ -55,12 +101,18 @@ def authenticate(session: Session, secret: str) -> ApiKey | None:
     """
     digest = _hash(secret)
     key = repository.find(session, digest)
-    if key is None or key.revoked_at is not None or not hmac.compare_digest(key.secret_sha256, digest):
+    if key is None or key.revoked_at is not None:
+        return None
+    if not any(hmac.compare_digest(known or "", digest) for known in (key.secret_sha256, key.previous_sha256)):
         return None
     now = dt.datetime.now(dt.UTC)
     if key.last_used_at is None or (now - key.last_used_at).total_seconds() > TOUCH_EVERY:
         repository.touch(session, key.id, TOUCH_EVERY)
     return key
+
+
+def _new_secret() -> str:
+    return PREFIX + secrets.token_urlsafe(32)
 
 
 def _hash(secret: str) -> str:

@@ -94,6 +94,20 @@ def read_shape(source: ModelSource) -> ModelShape:
     return shape_from_config(source.config)
 
 
+def check_size(shape: ModelShape | None, most: int | None) -> None:
+    """Whether a model of sizes ``shape`` has no more parameters than ``most``; what is not known is let pass.
+
+    Raises:
+        PruningError: ``model_too_large``.
+    """
+    if shape is not None and most is not None and shape.parameters > most:
+        raise PruningError(
+            "model_too_large",
+            f"The model has {shape.parameters:,} parameters; this service takes {most:,} at most.",
+            field="model_id",
+        )
+
+
 def locate(
     model_id: str,
     *,

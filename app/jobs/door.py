@@ -7,9 +7,10 @@ import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from pydantic import SecretStr
 
 from app.catalog.architectures import ModelShape
-from app.catalog.sources import LOCAL_NAME, LOCAL_PREFIX, ModelSource, locate, read_shape
+from app.catalog.sources import LOCAL_NAME, LOCAL_PREFIX, ModelSource, check_size, locate, read_shape
 from app.config import Settings
 from app.jobs.naming import default_repo_id, repo_ids
 from app.jobs.schemas import JobRequest, ModelRef, Plan, PlannedTarget, Publish, check_repo_id
@@ -18,7 +19,7 @@ from app.kit.problem import invalid
 UNAUTHORIZED = (401, 403)
 
 
-def look(model: ModelRef, settings: Settings) -> tuple[ModelSource, ModelShape | None]:
+def look(model: ModelRef, settings: Settings, token: SecretStr | None) -> tuple[ModelSource, ModelShape | None]:
     """The model and its sizes, which are unknown (``None``) before a GGUF file on the Hub, or a model of a family without an
     adapter, is loaded.
 
@@ -30,19 +31,21 @@ def look(model: ModelRef, settings: Settings) -> tuple[ModelSource, ModelShape |
         revision=model.revision,
         gguf_file=model.gguf_file,
         models_dir=settings.models_dir,
-        token=settings.hf_token.get_secret_value() if settings.hf_token else None,
+        token=token.get_secret_value() if token else None,
         endpoint=settings.hf_endpoint,
     )
-    return source, read_shape(source) if source.sizes_known else None
+    shape = read_shape(source) if source.sizes_known else None
+    check_size(shape, settings.max_model_parameters)
+    return source, shape
 
 
-def plan(request: JobRequest, settings: Settings) -> Plan:
+def plan(request: JobRequest, settings: Settings, token: SecretStr | None) -> Plan:
     """What the job would do.
 
     Raises:
         PruningError: the model is not there or cannot be pruned like that; retryable if the Hub does not answer.
     """
-    source, shape = look(request, settings)
+    source, shape = look(request, settings, token)
     return Plan(
         model_id=request.model_id,
         revision=source.revision,
@@ -71,7 +74,7 @@ def _targets(request: JobRequest, source: ModelSource, shape: ModelShape | None)
     ]
 
 
-def admit(request: JobRequest, settings: Settings) -> JobRequest:
+def admit(request: JobRequest, settings: Settings, token: SecretStr | None) -> JobRequest:
     """The request with a place to publish to, if this service can serve it.
 
     Raises:
@@ -94,7 +97,7 @@ def admit(request: JobRequest, settings: Settings) -> JobRequest:
         except ValueError as error:
             raise invalid("publish.repo_id", str(error)) from None
     if settings.hub_dir is None:
-        _check_may_write(request.publish.repo_id, settings)
+        _check_may_write(request.publish.repo_id, settings, token)
     return request
 
 
@@ -114,25 +117,26 @@ def _check_dataset(field: str, dataset: str, settings: Settings) -> None:
             raise invalid(field, message, allowed="wikitext2, ptb, c4, org/name, org/name:config, local:NAME") from None
 
 
-def _check_may_write(repo_id: str, settings: Settings) -> None:
+def _check_may_write(repo_id: str, settings: Settings, token: SecretStr | None) -> None:
     """The namespace alone decides, so this goes for the names made from ``repo_id`` too."""
-    if settings.hf_token is None:
-        raise invalid("publish.repo_id", "this service has no Hub token (SECATEUR_HF_TOKEN)", code="hub_forbidden")
-    api = HfApi(endpoint=settings.hf_endpoint, token=settings.hf_token.get_secret_value())
+    if token is None:
+        message = "there is no Hub token: neither 'hub_token' nor the API key's nor the service's (SECATEUR_HF_TOKEN)"
+        raise invalid("publish.repo_id", message, code="hub_forbidden")
+    api = HfApi(endpoint=settings.hf_endpoint, token=token.get_secret_value())
     try:
         me = api.whoami()
     except HfHubHTTPError as error:
         if error.response.status_code in UNAUTHORIZED:
-            message = "the Hub does not accept this service's token"
+            message = "the Hub does not accept the token"
             raise invalid("publish.repo_id", message, code="hub_forbidden") from None
         return
     except (httpx2.HTTPError, OSError):
         return
     namespaces = [me["name"], *(org["name"] for org in me.get("orgs", ()))]
     if repo_id.split("/")[0] not in namespaces:
-        message = "this service's token may not write there"
+        message = "the Hub token may not write there"
         raise invalid(
             "publish.repo_id", message, code="hub_forbidden", allowed=f"namespaces {', '.join(sorted(namespaces))}"
         )
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise invalid("publish.repo_id", "this service's Hub token may only read", code="hub_forbidden")
+        raise invalid("publish.repo_id", "the Hub token may only read", code="hub_forbidden")

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select, text, true
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from app.auth import repository as keys
 from app.jobs import transitions
 from app.jobs.models import Job, JobRound
 from app.jobs.transitions import State, Trigger
@@ -45,12 +46,21 @@ def _in(seconds: float) -> Any:
     return func.now() + dt.timedelta(seconds=seconds)
 
 
-def claim(session: Session, job_id: uuid.UUID, worker: str, ttl: float) -> Claim | None:
-    """Take a queued job; ``None`` when there is nothing to take (done, taken, deleted, or not due yet)."""
+def claim(session: Session, job_id: uuid.UUID, worker: str, ttl: float, most: int | None = None) -> Claim | None:
+    """Take a queued job; ``None`` when there is nothing to take (done, taken, deleted, or not due yet).
+
+    Nor is there when workers own ``most`` jobs of its API key already; :func:`due` finds it when they do not.
+    """
     query = select(Job).where(Job.id == job_id, Job.state == State.QUEUED).with_for_update(skip_locked=True)
     job = session.scalars(query.where((Job.not_before.is_(None)) | (Job.not_before <= func.now()))).one_or_none()
     if job is None:
         return None
+    if most is not None:
+        keys.lock(session, job.owner_id)  # or two workers might count at the same time
+        if _owned_count(session, job.owner_id) >= most:
+            job.dispatched_at = None
+            session.commit()
+            return None
     job.attempt += 1
     transitions.apply(
         session,
@@ -63,6 +73,10 @@ def claim(session: Session, job_id: uuid.UUID, worker: str, ttl: float) -> Claim
     )
     session.commit()
     return Claim(job.id, job.attempt, job.request)
+
+
+def _owned_count(session: Session, owner_id: uuid.UUID) -> int:
+    return session.scalar(select(func.count()).where(Job.owner_id == owner_id, Job.state.in_(LIVE))) or 0
 
 
 def owned(session: Session, job_id: uuid.UUID, attempt: int) -> Job:
@@ -201,8 +215,12 @@ def reap(session: Session, max_failures: int, backoff: float, limit: int = 100) 
     return reaped
 
 
-def due(session: Session, redispatch_after: float, limit: int = 100) -> list[uuid.UUID]:
-    """Mark and return queued jobs whose doorbell never rang, or rang too long ago (``FOR UPDATE SKIP LOCKED``)."""
+def due(session: Session, redispatch_after: float, limit: int = 100, most: int | None = None) -> list[uuid.UUID]:
+    """Mark and return queued jobs whose doorbell never rang, or rang too long ago (``FOR UPDATE SKIP LOCKED``).
+
+    None of an API key of which workers own ``most`` jobs already.
+    """
+    owners = select(Job.owner_id).where(Job.state.in_(LIVE)).group_by(Job.owner_id)
     stale = func.now() - text(f"interval '{float(redispatch_after)} seconds'")
     query = (
         select(Job)
@@ -210,6 +228,7 @@ def due(session: Session, redispatch_after: float, limit: int = 100) -> list[uui
             Job.state == State.QUEUED,
             (Job.not_before.is_(None)) | (Job.not_before <= func.now()),
             (Job.dispatched_at.is_(None)) | (Job.dispatched_at <= stale),
+            true() if most is None else Job.owner_id.not_in(owners.having(func.count() >= most)),
         )
         .order_by(Job.id)
         .limit(limit)

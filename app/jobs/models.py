@@ -23,6 +23,7 @@ class Job(Base):
         Index("ix_jobs_queued", "id", postgresql_where=text("state = 'queued'")),
         Index("ix_jobs_leased", "lease_expires_at", postgresql_where=text("lease_expires_at IS NOT NULL")),
         Index("ix_jobs_owner_id", "owner_id", "id"),
+        Index("ix_jobs_open", "owner_id", postgresql_where=text("state NOT IN ('succeeded', 'failed', 'cancelled')")),
         Index("ix_jobs_labels", "labels", postgresql_using="gin"),
     )
 
@@ -44,6 +45,9 @@ class Job(Base):
     pause_requested: Mapped[bool] = mapped_column(default=False)
     may_be_published: Mapped[bool] = mapped_column(default=False)
     """Publishing began in some attempt: a commit of this job's may be on the Hub."""
+
+    hub_token: Mapped[bytes | None] = mapped_column(deferred=True)
+    """The request's, encrypted (see :mod:`app.auth.vault`); gone when the job has succeeded."""
 
     progress: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]

@@ -1,5 +1,6 @@
 """Queries on jobs for those who ask about them; who works on them uses :mod:`app.jobs.leases`."""
 
+import datetime as dt
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session, defer
 
 from app.jobs.models import Job, JobEvent, JobRound
-from app.jobs.transitions import State, lock, record_event
+from app.jobs.transitions import TERMINAL, State, lock, record_event
 
 
 class QueueNumbers(NamedTuple):
@@ -35,6 +36,17 @@ def get(
     columns = [defer(Job.report)] + ([defer(Job.request, raiseload=True)] if bare else [])
     job = lock(session, job_id) if locked else session.get(Job, job_id, options=columns)
     return job if job is not None and job.owner_id == owner_id else None
+
+
+def open_count(session: Session, owner_id: uuid.UUID) -> int:
+    """How many of the owner's jobs have not ended."""
+    return session.scalar(select(func.count()).where(Job.owner_id == owner_id, Job.state.not_in(TERMINAL))) or 0
+
+
+def ended_before(session: Session, seconds: float) -> Sequence[uuid.UUID]:
+    """The jobs that ended longer ago than ``seconds``."""
+    since = func.now() - dt.timedelta(seconds=seconds)
+    return session.scalars(select(Job.id).where(Job.state.in_(TERMINAL), Job.finished_at < since)).all()
 
 
 def newest(

@@ -15,12 +15,14 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import StringConstraints, TypeAdapter, ValidationError
+from starlette import types as asgi
 from starlette.datastructures import Headers
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Send
 
 from app.auth import service as auth
+from app.auth.service import Scope
 from app.db.session import session_factory
-from app.deps import EVERY_V1_ROUTE, FeedDep, Owner, SessionDep, SettingsDep, unauthorized
+from app.deps import FeedDep, Owner, SessionDep, SettingsDep, unauthorized, v1
 from app.jobs import doorbell, service
 from app.jobs.schemas import (
     Artifact,
@@ -51,7 +53,12 @@ STREAM_BATCH = 100
 
 RANGE_PROBLEMS = {400: "range_malformed", 416: "range_not_satisfiable"}
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=EVERY_V1_ROUTE, responses=documented(401, 422, 503))
+router = APIRouter(
+    prefix="/v1/jobs",
+    tags=["jobs"],
+    dependencies=v1(Scope.READ, Scope.SUBMIT),
+    responses=documented(401, 403, 422, 429, 503),
+)
 
 IdempotencyKey = Annotated[
     Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")] | None,
@@ -118,7 +125,12 @@ async def create(
 ) -> Any:
     """Make a job. `Prefer: wait=n` holds the answer until the job ends or n seconds have passed."""
     if validate_only:
-        planned = await run_in_threadpool(service.plan, settings, body)
+
+        def look() -> Plan:
+            with session_factory()() as session:
+                return service.plan(session, settings, owner.id, body)
+
+        planned = await run_in_threadpool(look)
         return Response(planned.model_dump_json(), media_type="application/json")
 
     def make() -> Any:
@@ -303,7 +315,7 @@ def artifacts(job_id: uuid.UUID, owner: Owner, session: SessionDep, settings: Se
 class ArtifactResponse(FileResponse):
     """A file, with problem details for the ranges that cannot be served."""
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: asgi.Scope, receive: Receive, send: Send) -> None:
         async def checked(message: Message) -> None:
             code = RANGE_PROBLEMS.get(message["status"]) if message["type"] == "http.response.start" else None
             if code is not None:

@@ -13,6 +13,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SecretStr,
     StringConstraints,
     TypeAdapter,
 )
@@ -99,6 +100,13 @@ class ModelRef(_Request):
         None, description="Branch, tag or commit on the Hub; a job keeps the commit that it was when the job was made."
     )
     gguf_file: GgufFile | None = Field(None, description="Read the weights from this GGUF file of the model.")
+    hub_token: SecretStr | None = Field(
+        None,
+        min_length=1,
+        max_length=512,
+        description="Read the model, and publish, with this token instead of the API key's or the service's. It is encrypted "
+        "while the job needs it, and never shown.",
+    )
 
 
 class JobRequest(ModelRef, PruningSpec):

@@ -11,9 +11,10 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from app.auth import repository as keys
 from app.catalog.errors import PruningError
 from app.config import Settings
-from app.jobs import door, leases, repository, transitions
+from app.jobs import door, leases, repository, tokens, transitions
 from app.jobs.models import Job, JobEvent, JobRound
 from app.jobs.schemas import JobFilter, JobRequest, Plan
 from app.jobs.transitions import TERMINAL, State, Trigger
@@ -21,18 +22,22 @@ from app.kit import idempotency
 from app.kit.problem import Problem, invalid
 
 TRASH = ".deleted"
+"""The end of the name of a deleted job's folder."""
+ROOM_AFTER = 60
+"""Seconds after which there may be room for one more job (``Retry-After``)."""
 LEFTOVERS = ("attempt-*", ".attempt-*", "round-*.tmp")
 """What workers that were killed leave in a job's folder."""
-"""The end of the name of a deleted job's folder."""
 
 
-def plan(settings: Settings, request: JobRequest) -> Plan:
+def plan(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest) -> Plan:
     """What the job would do; nothing is made.
 
     Raises:
         Problem, PruningError: the request cannot be served; retryable if the Hub does not answer.
     """
-    return door.plan(door.admit(request, settings), settings)
+    token = tokens.for_request(session, settings, owner_id, request.hub_token)
+    session.rollback()  # hands the connection back while the Hub is asked
+    return door.plan(door.admit(request, settings, token), settings, token)
 
 
 def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job:
@@ -41,20 +46,26 @@ def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: J
     Raises:
         Problem, PruningError: the request cannot be served, or the key was used for another.
     """
-    digest = idempotency.fingerprint(request.model_dump(mode="json"))
+    digest = idempotency.fingerprint(request.model_dump(mode="json", exclude={"hub_token"}))
     if key is not None and (earlier := _replay(session, settings, owner_id, key, digest)):
         return earlier
-    session.rollback()  # hands the connection back while the Hub is asked
-    admitted = door.admit(request, settings)
+    kept, token = (
+        tokens.keep(settings, request.hub_token),
+        tokens.for_request(session, settings, owner_id, request.hub_token),
+    )
+    session.rollback()  # as above
+    admitted = door.admit(request, settings, token)
     try:
-        revision = door.plan(admitted, settings).revision or request.revision
+        revision = door.plan(admitted, settings, token).revision or request.revision
     except PruningError as error:
         if not error.retryable:
             raise
         revision = request.revision
+    _check_room(session, settings, owner_id)
     job = Job(
         owner_id=owner_id,
-        request=admitted.model_copy(update={"revision": revision}).model_dump(mode="json"),
+        request=admitted.model_copy(update={"revision": revision}).model_dump(mode="json", exclude={"hub_token"}),
+        hub_token=kept,
         model_id=request.model_id,
         method=request.method,
         labels=request.labels,
@@ -67,6 +78,16 @@ def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: J
         return winner
     session.commit()
     return job
+
+
+def _check_room(session: Session, settings: Settings, owner_id: uuid.UUID) -> None:
+    """Whether the key may have one more job; others of its requests wait here until this one is committed."""
+    if settings.max_open_jobs is None:
+        return
+    keys.lock(session, owner_id)
+    if repository.open_count(session, owner_id) >= settings.max_open_jobs:
+        detail = f"This API key has {settings.max_open_jobs} jobs that have not ended, as many as it may have."
+        raise Problem(429, "too_many_jobs", detail, headers={"Retry-After": str(ROOM_AFTER)})
 
 
 def _replay(session: Session, settings: Settings, owner_id: uuid.UUID, key: str, digest: str) -> Job | None:
@@ -164,6 +185,14 @@ def clear_attempts(session: Session, settings: Settings) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def expire_files(session: Session, settings: Settings) -> None:
+    """Remove the files of jobs that ended longer ago than they are kept; the jobs themselves stay."""
+    if settings.retention is None or not settings.jobs_dir.is_dir():
+        return
+    for job_id in repository.ended_before(session, settings.retention):
+        shutil.rmtree(settings.job_dir(job_id), ignore_errors=True)
 
 
 def empty_trash(settings: Settings) -> None:

@@ -123,6 +123,8 @@ def apply(session: Session, job: Job, trigger: Trigger, **values: Any) -> Job:
     if after is not before:
         if after in TERMINAL:
             job.finished_at = now
+        if after is State.SUCCEEDED:
+            job.hub_token = None
         if after is State.QUEUED:
             job.dispatched_at = job.finished_at = job.error = None
         if after not in (State.RUNNING, State.PUBLISHING, State.CANCELLING):

@@ -23,7 +23,7 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 class Observe:
     """ASGI middleware.
 
-    Every response carries ``X-Request-Id``: the client's, if it is sane, else a new one. An exception that nobody
+    Every response carries ``X-Request-Id``: the client's, if it is sane, else a new one; and what the state's ``headers`` hold. An exception that nobody
     handled is logged with that id and answered with 500, which tells nothing of the inside.
     """
 
@@ -57,7 +57,9 @@ class Observe:
             nonlocal responded
             if message["type"] == "http.response.start":
                 responded = True
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                headers.update(scope["state"].get("headers", {}))
                 route = getattr(scope.get("route"), "path", "unmatched")
                 self.durations.labels(scope["method"], route, message["status"]).observe(time.perf_counter() - begun)
             await send(message)

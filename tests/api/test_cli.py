@@ -22,9 +22,11 @@ ROOT = Path(__file__).parents[2]
 JOB_ID = uuid.UUID(int=0)
 
 
-def run(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, environment: dict[str, str] | None = None, input: str | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from workers.cli import main; main()", *arguments],
+        [sys.executable, "-c", "from workers.cli import main; main()", *arguments], input=input,
         capture_output=True, text=True, timeout=60, env=os.environ | (environment or {}), cwd=ROOT,
     )  # fmt: skip
 

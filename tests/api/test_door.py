@@ -71,7 +71,7 @@ def test_who_may_publish_where(hub: fake.FakeHub, hub_api: httpx2.Client, monkey
     assert (refused.status_code, refused.json()["code"]) == (422, "hub_forbidden")
     assert refused.json()["errors"][0] == {
         "field": "publish.repo_id",
-        "message": "this service's token may not write there",
+        "message": "the Hub token may not write there",
         "allowed": "namespaces org, tester",
     }
 
@@ -110,8 +110,9 @@ def test_without_a_good_token(hub: fake.FakeHub, monkeypatch: pytest.MonkeyPatch
         monkeypatch.delenv("SECATEUR_HF_TOKEN")
         monkeypatch.delenv("HF_TOKEN", raising=False)
     get_settings.cache_clear()
+    request = JobRequest.model_validate(REQUEST | {"publish": {"repo_id": "org/out"}})
     with pytest.raises(Exception, match=message) as refused:
-        admit(JobRequest.model_validate(REQUEST | {"publish": {"repo_id": "org/out"}}), get_settings())
+        admit(request, get_settings(), get_settings().hf_token)
     assert refused.value.status == 422  # type: ignore[attr-defined]
 
 
@@ -146,7 +147,7 @@ def test_names_for_the_folder_hub(settings: Settings, make_model: Callable[..., 
     for model_id, ratio, name in cases:
         target = {"target" if isinstance(ratio, dict) else "target_ratio": ratio}
         request = JobRequest.model_validate({"model_id": model_id, "method": "piem"} | target)
-        publish = admit(request, settings).publish
+        publish = admit(request, settings, None).publish
         assert publish is not None and publish.repo_id == name
         assert JobRequest.model_validate(request.model_dump() | {"publish": {"repo_id": name}})
 
@@ -183,7 +184,7 @@ def test_inspect(api: httpx2.Client, make_model: Callable[..., str]) -> None:
     missing = api.post("/v1/models/inspect", json={"model_id": "local:none"})
     assert (missing.status_code, missing.json()["code"]) == (422, "model_not_found")
     assert api.post("/v1/models/inspect", json={"model_id": "a", "x": 1}).json()["errors"][0]["allowed"] == (
-        "model_id, revision, gguf_file"
+        "model_id, revision, gguf_file, hub_token"
     )
 
 

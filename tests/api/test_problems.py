@@ -1,6 +1,7 @@
 """What goes wrong is a problem document that helps; who calls is known; nothing leaks."""
 
 import json
+import re
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -187,7 +188,7 @@ class TestKeys:
         for path, operations in httpx2.get(f"{url}/openapi.json").json()["paths"].items():
             if path.startswith("/v1"):
                 for method in operations:
-                    concrete = path.replace("{job_id}", str(uuid.uuid4())).replace("{name}", "x")
+                    concrete = re.sub(r"\{(job|key)_id\}", str(uuid.uuid4()), path).replace("{name}", "x")
                     assert httpx2.request(method, url + concrete).status_code == 401, (method, path)
 
     def test_a_revoked_key_is_none(self, url: str, session: Session) -> None:

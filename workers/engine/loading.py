@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from transformers.utils import logging as transformers_logging
 
 from app.catalog.errors import PruningError
-from app.catalog.sources import ModelSource, check_weight_files, hub_error, locate
+from app.catalog.sources import ModelSource, check_size, check_weight_files, hub_error, locate
 from workers.engine import chatglm
 from workers.engine.decoder import Decoder
 from workers.engine.generic import sizes_of, verify
@@ -55,19 +55,21 @@ def download(source: ModelSource, token: str | None, endpoint: str | None) -> Mo
     return replace(source, path=Path(folder), config=local.config)
 
 
-def load(source: ModelSource, dtype: str, device: torch.device) -> Decoder:
+def load(source: ModelSource, dtype: str, device: torch.device, max_parameters: int | None = None) -> Decoder:
     """Load a downloaded model, frozen and in evaluation mode.
 
     ``dtype`` ``auto`` is :attr:`ModelSource.dtype`.
 
     Raises:
-        PruningError: ``unsupported_architecture``, ``config_invalid``, ``weights_missing``, ``weights_corrupt``,
+        PruningError: ``model_too_large``, ``unsupported_architecture``, ``config_invalid``, ``weights_missing``, ``weights_corrupt``,
             ``weights_not_finite``, ``tokenizer_missing``.
     """
     assert source.path is not None
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
-    tokenizer, shape = _load_tokenizer(source), sizes_of(source)
+    shape = sizes_of(source)
+    check_size(shape, max_parameters)
+    tokenizer = _load_tokenizer(source)
     if shape.family.experts:
         _check_experts(source, shape.layers[0].experts)
     model = _load_model(source, dtype, shape.family.layers).to(device).eval().requires_grad_(False)

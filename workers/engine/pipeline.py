@@ -50,6 +50,7 @@ def prune(
     token: str | None = None,
     endpoint: str | None = None,
     allow_paths: bool = True,
+    max_parameters: int | None = None,
     device: str | None = None,
     scratch: Path | None = None,
     statistics_dir: Path | None = None,
@@ -88,7 +89,7 @@ def prune(
     source = download(source, token, endpoint)
     ratios = spec.ratios(sizes_of(source), source.dtype)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    decoder = load(source, spec.dtype, where)
+    decoder = load(source, spec.dtype, where, max_parameters)
     spec.check_fits(decoder.shape, decoder.model.config.to_dict())
     if "gguf" in spec.formats:
         gguf.check_ready(decoder, source)

@@ -1,0 +1,125 @@
+"""``/v1/keys``: API keys, for keys of scope ``admin``. A secret is in the answer that makes it, and nowhere else."""
+
+import datetime as dt
+import uuid
+from typing import Annotated
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from app.auth import service
+from app.auth.models import ApiKey
+from app.auth.service import Scope
+from app.auth.vault import VaultError
+from app.deps import SessionDep, SettingsDep, v1
+from app.kit.problem import Problem, documented, invalid
+
+GRACE = 86_400.0
+LONGEST_GRACE = 30 * 86_400.0
+
+router = APIRouter(
+    prefix="/v1/keys",
+    tags=["keys"],
+    dependencies=v1(Scope.ADMIN, Scope.ADMIN),
+    responses=documented(401, 403, 422, 429, 503),
+)
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class NewKey(_Request):
+    """A key to make."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)] = Field(description="Whom or what it is for.")
+    scopes: list[Scope] = Field([*service.USER], min_length=1, description="What it may do; none implies another.")
+
+
+class Rotation(_Request):
+    """How to rotate a key."""
+
+    grace_seconds: float = Field(GRACE, ge=0, le=LONGEST_GRACE, description="For which the secret it has serves on.")
+
+
+class HubToken(_Request):
+    """A Hub token for the jobs of a key."""
+
+    hub_token: SecretStr | None = Field(description="Null takes it away.", max_length=512)
+
+
+class KeyView(BaseModel):
+    """A key, without its secret."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: uuid.UUID
+    name: str
+    scopes: list[Scope]
+    created_at: dt.datetime
+    last_used_at: dt.datetime | None = Field(description="Right to the minute.")
+    revoked_at: dt.datetime | None
+    previous_expires_at: dt.datetime | None = Field(description="Until when the secret before the last one serves.")
+
+
+class KeyWithSecret(KeyView):
+    """A key and its secret, which cannot be had again."""
+
+    secret: str
+
+
+class KeyList(BaseModel):
+    """All keys, oldest first."""
+
+    items: list[KeyView]
+
+
+def _with_secret(made: tuple[ApiKey, str]) -> KeyWithSecret:
+    key, secret = made
+    return KeyWithSecret(**KeyView.model_validate(key).model_dump(), secret=secret)
+
+
+def _no_key(key_id: uuid.UUID) -> Problem:
+    return Problem(404, "not_found", f"There is no key {key_id} that is not revoked.")
+
+
+@router.get("", response_model=KeyList)
+def every(session: SessionDep) -> KeyList:
+    """All keys, revoked ones too."""
+    return KeyList(items=[KeyView.model_validate(key) for key in service.every(session)])
+
+
+@router.post("", status_code=201, response_model=KeyWithSecret)
+def create(body: NewKey, session: SessionDep) -> KeyWithSecret:
+    """Make a key."""
+    try:
+        return _with_secret(service.create(session, body.name, body.scopes))
+    except ValueError as error:
+        raise invalid("name", str(error)) from None
+
+
+@router.post("/{key_id}/rotate", response_model=KeyWithSecret, responses=documented(404))
+def rotate(key_id: uuid.UUID, body: Rotation, session: SessionDep) -> KeyWithSecret:
+    """Another secret for the same key."""
+    made = service.rotate(session, key_id, body.grace_seconds)
+    if made is None:
+        raise _no_key(key_id)
+    return _with_secret(made)
+
+
+@router.put("/{key_id}/hub-token", status_code=204, responses=documented(404))
+def hub_token(key_id: uuid.UUID, body: HubToken, session: SessionDep, settings: SettingsDep) -> None:
+    """The Hub token of the key's jobs; it is encrypted, and never shown again."""
+    try:
+        key = service.keep_hub_token(session, settings, key_id, body.hub_token)
+    except VaultError as error:
+        raise invalid("hub_token", str(error), code="hub_tokens_disabled") from None
+    if key is None:
+        raise _no_key(key_id)
+
+
+@router.delete("/{key_id}", status_code=204, responses=documented(404))
+def revoke(key_id: uuid.UUID, session: SessionDep) -> None:
+    """Revoke a key for good, at once; idempotent. Its jobs go on."""
+    if service.revoke(session, key_id) is None:
+        raise _no_key(key_id)

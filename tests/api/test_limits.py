@@ -1,0 +1,156 @@
+"""What one API key may ask for: requests, jobs, sizes, time, space."""
+
+import datetime as dt
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session, sessionmaker
+
+from app.auth.models import ApiKey
+from app.config import Settings, get_settings
+from app.db.session import session_factory
+from app.jobs import leases, service
+from app.jobs.schemas import JobRequest
+from app.jobs.transitions import Trigger
+from app.kit.problem import Problem
+from tests.test_leases import _at_once
+
+Change = Callable[..., Settings]
+
+
+@pytest.fixture
+def change(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Change:
+    """Set settings by name; what they are then."""
+
+    def set_all(**values: object) -> Settings:
+        for name, value in values.items():
+            monkeypatch.setenv(f"SECATEUR_{name.upper()}", str(value))
+        get_settings.cache_clear()
+        return get_settings()
+
+    return set_all
+
+
+def test_the_rate_is_by_key(change: Change, url: str, make_client: Callable[[str], httpx2.Client]) -> None:
+    change(rate_limit="3/minute")
+    alice, bob = make_client("alice"), make_client("bob")
+    answers = [alice.get("/v1/methods") for _ in range(4)]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+    assert [answer.headers["RateLimit"].split(";")[1] for answer in answers] == ["r=2", "r=1", "r=0", "r=0"]
+    assert answers[0].headers["RateLimit-Policy"] == '"key";q=3;w=60'
+    assert 1 <= int(answers[3].headers["Retry-After"]) <= 60 and answers[3].json()["code"] == "rate_limited"
+    assert alice.get("/v1/jobs").status_code == 429, "on every route"
+    assert bob.get("/v1/jobs").status_code == 200
+    assert httpx2.get(f"{url}/healthz").status_code == 200
+
+
+def test_without_the_broker_nobody_is_limited(change: Change, make_client: Callable[[str], httpx2.Client]) -> None:
+    change(rate_limit="1/minute", broker_url="redis://127.0.0.1:9/0")
+    client = make_client("alice")
+    answers = [client.get("/v1/methods") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200] * 3 and "RateLimit" not in answers[0].headers
+
+
+def test_open_jobs(
+    change: Change, api: httpx2.Client, body: dict[str, Any], make_client: Callable[[str], httpx2.Client]
+) -> None:
+    change(max_open_jobs=2)
+    first = api.post("/v1/jobs", json=body).json()
+    headers = {"Idempotency-Key": "second"}
+    assert api.post("/v1/jobs", json=body, headers=headers).status_code == 202
+    full = api.post("/v1/jobs", json=body)
+    assert (full.status_code, full.json()["code"]) == (429, "too_many_jobs") and int(full.headers["Retry-After"]) > 0
+    assert api.post("/v1/jobs", json=body, headers=headers).status_code == 202, "which was accepted before"
+    assert make_client("bob").post("/v1/jobs", json=body).status_code == 202
+    api.post(f"/v1/jobs/{first['id']}/cancel").raise_for_status()
+    assert api.post("/v1/jobs", json=body).status_code == 202
+
+
+def test_open_jobs_when_many_ask_at_once(
+    change: Change, sessions: Any, api: httpx2.Client, body: dict[str, Any], session: Session
+) -> None:
+    settings = change(max_open_jobs=3)
+    api.get("/v1/jobs")
+    owner = session.query(ApiKey).one().id
+    session.rollback()
+    request = JobRequest.model_validate(body)
+
+    def submit(session: Session) -> int:
+        try:
+            service.create(session, settings, owner, request, None)
+        except Problem as problem:
+            return problem.status
+        return 202
+
+    assert sorted(_at_once(sessions, *([submit] * 8))) == [202] * 3 + [429] * 5
+
+
+@pytest.fixture
+def sessions(settings: Settings) -> sessionmaker[Session]:
+    return session_factory()
+
+
+def test_running_jobs(
+    api: httpx2.Client, body: dict[str, Any], session: Session, make_client: Callable[[str], httpx2.Client]
+) -> None:
+    bob = make_client("bob")
+    ids = [uuid.UUID(client.post("/v1/jobs", json=body).json()["id"]) for client in (api, api, api, bob)]
+
+    def claim(job_id: uuid.UUID) -> bool:
+        return leases.claim(session, job_id, "w", 60, 2) is not None
+
+    assert [claim(job_id) for job_id in ids] == [True, True, False, True]
+    assert leases.due(session, 60, most=2) == [], "its key has two at work"
+    leases.release(session, ids[0], 1)
+    assert set(leases.due(session, 0, most=2)) == {ids[0], ids[2]}
+    assert claim(ids[2]) and not claim(ids[0])
+
+
+def test_running_jobs_when_many_claim_at_once(api: httpx2.Client, body: dict[str, Any], sessions: Any) -> None:
+    ids = [uuid.UUID(api.post("/v1/jobs", json=body).json()["id"]) for _ in range(6)]
+    claims = _at_once(sessions, *[lambda s, job_id=job_id: leases.claim(s, job_id, "w", 60, 2) for job_id in ids])
+    assert sum(isinstance(claim, leases.Claim) for claim in claims) == 2
+
+
+def test_size(change: Change, api: httpx2.Client, body: dict[str, Any]) -> None:
+    size = api.post("/v1/models/inspect", json={"model_id": body["model_id"]}).json()["shape"]["parameters"]
+    change(max_model_parameters=size)
+    assert api.post("/v1/jobs", json=body).status_code == 202
+    change(max_model_parameters=size - 1)
+    refused = api.post("/v1/jobs", json=body)
+    assert (refused.status_code, refused.json()["code"]) == (422, "model_too_large")
+    assert refused.json()["errors"][0]["field"] == "model_id"
+
+
+def test_files_are_kept_for_so_long(change: Change, api: httpx2.Client, body: dict[str, Any], session: Session) -> None:
+    old, young, live = (uuid.UUID(api.post("/v1/jobs", json=body).json()["id"]) for _ in range(3))
+    settings = change(retention=3600)
+    for job_id in (old, young, live):
+        artifact = settings.job_dir(job_id) / "artifacts" / "config.json"
+        artifact.parent.mkdir(parents=True)
+        artifact.touch()
+    for job_id in (old, young):
+        leases.claim(session, job_id, "w", 60)
+        leases.move(session, job_id, 1, Trigger.PUBLISH)
+        leases.move(session, job_id, 1, Trigger.SUCCEED)
+    session.execute(
+        text("UPDATE jobs SET finished_at = :then WHERE id = :id"),
+        {"then": dt.datetime.now(dt.UTC) - dt.timedelta(hours=2), "id": old},
+    )
+    session.commit()
+    service.expire_files(session, settings)
+    assert [settings.job_dir(job_id).exists() for job_id in (old, young, live)] == [False, True, True]
+    assert api.get(f"/v1/jobs/{old}/artifacts").json()["items"] == []
+    assert len(api.get(f"/v1/jobs/{young}/artifacts").json()["items"]) == 1
+    assert api.get(f"/v1/jobs/{old}").json()["state"] == "succeeded"
+
+
+def test_bad_settings(change: Change) -> None:
+    for name, value in (("rate_limit", "lots"), ("secret_keys", "short"), ("max_open_jobs", "0")):
+        with pytest.raises(ValueError, match=name):
+            change(**{name: value})
+        change(**{name: {"rate_limit": "1/second", "max_open_jobs": "1"}.get(name, "A" * 43 + "=")})
