@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-gguf test-compat bench-quality bench-speed check lint types contracts clean
+.PHONY: demo test test-slow chaos test-gguf test-compat bench-quality bench-speed check lint types contracts clean
 
 demo: .venv/.model
 	$(BIN)/python -m workers.demo
@@ -14,6 +14,10 @@ test: .venv/.installed
 # What takes minutes: every method through the whole service, models that are trained first.
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
+
+# 200 faults against the whole service while it does 100 jobs: half an hour. OPTIONS: see --help.
+chaos: .venv/.installed
+	$(BIN)/python -m tests.chaos $(OPTIONS)
 
 # GGUF files run by llama.cpp, which is compiled on the first run: minutes.
 test-gguf: .venv/.llama-cpp

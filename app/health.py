@@ -15,14 +15,13 @@ from app.config import Settings
 from app.db.session import session_factory
 from app.deps import SettingsDep
 from app.fleet import repository as fleet
+from app.fleet.repository import MISSED_BEATS
 from app.jobs import repository as jobs
 from app.jobs.transitions import State
 
 router = APIRouter(tags=["health"])
 
 BROKER_TIMEOUT = 1.0
-MISSED_BEATS = 3
-"""A worker that has missed this many heartbeats counts as gone."""
 
 
 class Health(BaseModel):

@@ -48,7 +48,7 @@ class Repository:
 
 @dataclass
 class FakeHub:
-    """``before_commit`` is called with the repository when a commit arrives; ``broken`` makes every answer a 503.
+    """``before_upload`` is called when a large file has arrived, ``before_commit`` with the repository when a commit has; ``broken`` makes every answer a 503.
 
     ``delay`` is waited before an answer (seconds). A ``mute`` hub does what it is asked and hangs up without an answer.
     """
@@ -56,6 +56,7 @@ class FakeHub:
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
+    before_upload: Callable[[], None] = lambda: None
     before_commit: Callable[[Repository], None] = lambda repository: None
     after_commit: Callable[[Repository], None] = lambda repository: None
     broken: bool = False
@@ -221,6 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def lfs_put(self, body: bytes, oid: str) -> Any:
         assert hashlib.sha256(body).hexdigest() == oid
+        self.hub.before_upload()
         self.hub.blobs[oid] = body
         return {}
 

@@ -14,6 +14,7 @@ from app.config import get_settings
 from app.db.session import session_factory
 from app.fleet import repository as fleet
 from app.jobs.doorbell import TRANSPORT_OPTIONS
+from workers.devices import device_memory
 from workers.launch import die_with_parent
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def _stop_beating(**_: Any) -> None:
 def _beat() -> None:
     """Say in the fleet table that this worker lives, idle or busy."""
     settings = get_settings()
-    info = {"devices": os.environ.get("CUDA_VISIBLE_DEVICES", "all"), "cpus": os.cpu_count()}
+    info = {"devices": os.environ.get("CUDA_VISIBLE_DEVICES", "all"), "cpus": os.cpu_count(), **device_memory()}
     while True:
         try:
             with session_factory()() as session:

@@ -4,7 +4,6 @@ import fcntl
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ from app.config import DATABASE_URL_FILE
 from app.db.migrate import upgrade
 from app.db.session import make_engine
 from workers.child import describe_exit, spawn
+from workers.devices import gpus
 from workers.embedded import START_TIMEOUT, Server, free_port, start_postgres, start_valkey
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Stack:
         uvicorn = ["-m", "uvicorn", "app.main:create_app", "--factory", "--timeout-graceful-shutdown", "3"]
         self._add("api", [*uvicorn, "--host", self.host, "--port", str(port)], environment)
         self._add("scheduler", ["-m", "workers.cli", "scheduler"], environment)
-        for gpu in _gpus() or [""]:  # none: one worker, on the processor
+        for gpu in gpus() or [""]:  # none: one worker, on the processor
             self._add(f"worker{gpu}", ["-m", "workers.cli", "worker"], environment | {"CUDA_VISIBLE_DEVICES": gpu})
         self.url = f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{port}"
         self._wait_until_ready()
@@ -243,14 +243,3 @@ def _choose_port(host: str, port: int | None) -> int:
                 raise StackError(f"cannot listen on {host} port {port}: {error.strerror}") from None
             return free_port()
     return port or DEFAULT_PORT
-
-
-def _gpus() -> list[str]:
-    """The GPUs to use, as ``CUDA_VISIBLE_DEVICES`` names them. Asked of the driver: torch is not to be loaded here."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    listing = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=30)
-    return [str(number) for number, line in enumerate(listing.stdout.splitlines()) if line.startswith("GPU ")]

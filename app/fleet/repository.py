@@ -10,6 +10,9 @@ from sqlalchemy.orm import Session
 
 from app.fleet.models import Worker
 
+MISSED_BEATS = 3
+"""A worker that has missed this many heartbeats counts as gone."""
+
 
 def beat(session: Session, name: str, kind: str, info: dict[str, Any]) -> None:
     """Say that the process ``name`` (unique: host and pid, say) of ``kind`` is alive; commits."""
@@ -25,6 +28,12 @@ def live(session: Session, within_seconds: float, kind: str = "worker") -> Seque
     return session.scalars(
         select(Worker).where(Worker.kind == kind, Worker.last_seen_at > since).order_by(Worker.name)
     ).all()
+
+
+def largest(session: Session, within_seconds: float) -> tuple[int, str] | None:
+    """The most memory that a live worker has, in bytes, and on which device; ``None`` when none is known."""
+    known = [worker.info for worker in live(session, within_seconds) if "memory_bytes" in worker.info]
+    return max(((int(info["memory_bytes"]), str(info["device"])) for info in known), default=None)
 
 
 def leave(session: Session, name: str) -> None:

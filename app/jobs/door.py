@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from pydantic import SecretStr
 
+from app.catalog import memory
 from app.catalog.architectures import ModelShape
 from app.catalog.sources import LOCAL_NAME, LOCAL_PREFIX, ModelSource, check_size, locate, read_shape
 from app.config import Settings
@@ -39,13 +40,14 @@ def look(model: ModelRef, settings: Settings, token: SecretStr | None) -> tuple[
     return source, shape
 
 
-def plan(request: JobRequest, settings: Settings, token: SecretStr | None) -> Plan:
-    """What the job would do.
+def plan(request: JobRequest, settings: Settings, token: SecretStr | None, largest: tuple[int, str] | None) -> Plan:
+    """What the job would do; ``largest`` is the memory of the largest worker in bytes, and its device.
 
     Raises:
         PruningError: the model is not there or cannot be pruned like that; retryable if the Hub does not answer.
     """
     source, shape = look(request, settings, token)
+    needed = None if shape is None else _memory(request, source, shape, largest)
     return Plan(
         model_id=request.model_id,
         revision=source.revision,
@@ -53,6 +55,7 @@ def plan(request: JobRequest, settings: Settings, token: SecretStr | None) -> Pl
         rounds=request.round_count,
         targets=_targets(request, source, shape),
         publish=request.publish,
+        memory_bytes=needed,
         shape=None if shape is None else shape.as_dict(),
     )
 
@@ -72,6 +75,17 @@ def _targets(request: JobRequest, source: ModelSource, shape: ModelShape | None)
         PlannedTarget(target_ratio=ratio, nearest_ratio=nearest, repo_id=name)
         for (ratio, nearest), name in zip(found, names, strict=True)
     ]
+
+
+def _memory(request: JobRequest, source: ModelSource, shape: ModelShape, largest: tuple[int, str] | None) -> int:
+    """Bytes that the job takes at least."""
+    dtype = source.dtype if request.dtype == "auto" else request.dtype
+    mapped = largest is not None and largest[1] == "cpu" and dtype == source.dtype and source.gguf_file is None
+    ratio = min(request.ratios(shape, source.dtype))
+    needed = memory.estimate(request, shape, dtype, ratio, mapped)
+    if largest is not None:
+        memory.check_fits(request, needed, dtype, largest[0])
+    return needed.total
 
 
 def admit(request: JobRequest, settings: Settings, token: SecretStr | None) -> JobRequest:

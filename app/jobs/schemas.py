@@ -180,6 +180,9 @@ class Plan(BaseModel):
     rounds: int
     targets: list[PlannedTarget]
     publish: Publish | None
+    memory_bytes: int | None = Field(
+        description="What it takes at least on a worker's device; null before sizes are known."
+    )
     shape: dict[str, Any] | None = Field(description="The model's sizes, as `POST /v1/models/inspect` gives them.")
 
 

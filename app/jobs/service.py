@@ -14,6 +14,8 @@ from sqlalchemy.orm import Session
 from app.auth import repository as keys
 from app.catalog.errors import PruningError
 from app.config import Settings
+from app.fleet import repository as fleet
+from app.fleet.repository import MISSED_BEATS
 from app.jobs import door, leases, repository, tokens, transitions
 from app.jobs.models import Job, JobEvent, JobRound
 from app.jobs.schemas import JobFilter, JobRequest, Plan
@@ -36,8 +38,9 @@ def plan(session: Session, settings: Settings, owner_id: uuid.UUID, request: Job
         Problem, PruningError: the request cannot be served; retryable if the Hub does not answer.
     """
     token = tokens.for_request(session, settings, owner_id, request.hub_token)
+    largest = _largest_worker(session, settings)
     session.rollback()  # hands the connection back while the Hub is asked
-    return door.plan(door.admit(request, settings, token), settings, token)
+    return door.plan(door.admit(request, settings, token), settings, token, largest)
 
 
 def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job:
@@ -49,14 +52,13 @@ def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: J
     digest = idempotency.fingerprint(request.model_dump(mode="json", exclude={"hub_token"}))
     if key is not None and (earlier := _replay(session, settings, owner_id, key, digest)):
         return earlier
-    kept, token = (
-        tokens.keep(settings, request.hub_token),
-        tokens.for_request(session, settings, owner_id, request.hub_token),
-    )
+    kept = tokens.keep(settings, request.hub_token)
+    token = tokens.for_request(session, settings, owner_id, request.hub_token)
+    largest = _largest_worker(session, settings)
     session.rollback()  # as above
     admitted = door.admit(request, settings, token)
     try:
-        revision = door.plan(admitted, settings, token).revision or request.revision
+        revision = door.plan(admitted, settings, token, largest).revision or request.revision
     except PruningError as error:
         if not error.retryable:
             raise
@@ -78,6 +80,10 @@ def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: J
         return winner
     session.commit()
     return job
+
+
+def _largest_worker(session: Session, settings: Settings) -> tuple[int, str] | None:
+    return fleet.largest(session, MISSED_BEATS * settings.heartbeat_interval)
 
 
 def _check_room(session: Session, settings: Settings, owner_id: uuid.UUID) -> None:

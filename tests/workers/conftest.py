@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from huggingface_hub import constants
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from app.auth import service as auth
 from app.config import Settings
 from app.jobs.models import Job, JobEvent, JobRound
+from tests import hub as fake
+from tests.hub import TOKEN, FakeHub
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
@@ -153,3 +156,20 @@ def start() -> Iterator[Start]:
 def supervise(start: Start) -> Callable[[JobHandle], subprocess.Popen[bytes]]:
     """Start a worker for one attempt at the job, with the stand-in as its runner."""
     return lambda job: start("tests.workers.one_attempt", job.id)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with fake.running() as running:
+        yield running
+
+
+@pytest.fixture
+def service_hub(hub: FakeHub, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    """The Hub that jobs are published to."""
+    monkeypatch.delenv("SECATEUR_HUB_DIR")
+    monkeypatch.setenv("SECATEUR_HF_TOKEN", TOKEN)
+    monkeypatch.setenv("SECATEUR_HF_ENDPOINT", hub.url)
+    return hub

@@ -1,5 +1,6 @@
 """A runner without an engine: its rounds are as long, and it ends as badly, as the job's ``script`` says."""
 
+import ctypes
 import json
 import os
 import signal
@@ -54,7 +55,12 @@ def work(supervisor: Parent) -> dict[str, Any]:
         if number == script.get("bug_in_round"):
             raise ZeroDivisionError("a bug")
         time.sleep(script.get("round_seconds", 0.0))
+        if number == script.get("hold_gil_in_round") and first_attempt:
+            ctypes.PyDLL(None).sleep(3600)  # unlike CDLL it keeps the lock
         saved = save_checkpoint(folder, number, job["attempt"], {"round": number})
+        if number == script.get("kill_worker_after_checkpoint") and first_attempt:
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(3600)
         supervisor.tell({"type": "round", "number": number, "data": {"perplexity": 10.0 + number}, **saved})
         if supervisor.wants_pause():
             return {"type": "paused"}

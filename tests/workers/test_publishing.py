@@ -5,12 +5,10 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
 
 from app.catalog.errors import PruningError
 from app.config import Settings
@@ -21,23 +19,6 @@ from workers.hubs import FolderHub, HeadMoved, Hub, HuggingFaceHub
 from workers.publisher import publish
 
 REPO = "org/small"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    with fake.running() as running:
-        yield running
-
-
-@pytest.fixture
-def service_hub(hub: FakeHub, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    """The Hub that jobs are published to."""
-    monkeypatch.delenv("SECATEUR_HUB_DIR")
-    monkeypatch.setenv("SECATEUR_HF_TOKEN", TOKEN)
-    monkeypatch.setenv("SECATEUR_HF_ENDPOINT", hub.url)
-    return hub
 
 
 @pytest.fixture
