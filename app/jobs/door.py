@@ -7,6 +7,7 @@ import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from pydantic import AnyHttpUrl
 
 from app.catalog.architectures import ModelShape
 from app.catalog.sources import LOCAL_NAME, LOCAL_PREFIX, ModelSource, locate, read_shape
@@ -14,6 +15,7 @@ from app.config import Settings
 from app.jobs.naming import default_repo_id, repo_ids
 from app.jobs.schemas import JobRequest, ModelRef, Plan, PlannedTarget, Publish, check_repo_id
 from app.kit.problem import invalid
+from app.webhooks.addresses import is_allowed_host
 
 UNAUTHORIZED = (401, 403)
 
@@ -81,6 +83,11 @@ def admit(request: JobRequest, settings: Settings) -> JobRequest:
         raise invalid(
             "webhook_url", "this service has no SECATEUR_WEBHOOK_SECRET to sign webhooks with", code="webhooks_disabled"
         )
+    if request.webhook_url is not None and not is_allowed_host(
+        AnyHttpUrl(request.webhook_url).host or "", settings.webhook_networks
+    ):
+        message = "this service sends webhooks to public addresses only, and to those its operator allows"
+        raise invalid("webhook_url", message, code="webhook_url_forbidden", allowed="a public host")
     for purpose, source in (("calibration", request.calibration), ("evaluation", request.evaluation)):
         if source.dataset is not None:
             _check_dataset(f"{purpose}.dataset", source.dataset, settings)

@@ -62,6 +62,7 @@ def receiver() -> Iterator[Receiver]:
 @pytest.fixture
 def signing(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("SECATEUR_WEBHOOK_SECRET", SECRET)
+    monkeypatch.setenv("SECATEUR_WEBHOOK_NETWORKS", "127.0.0.0/8, ::1/128")
     get_settings.cache_clear()
     return get_settings()
 
