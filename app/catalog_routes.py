@@ -96,7 +96,7 @@ def _view(method: Method) -> MethodView:
     return MethodView(**vars(method), needs_gradients=method.needs_gradients, defaults=defaults)
 
 
-@router.post("/models/inspect", response_model=Inspection)
+@router.post("/models/inspect", response_model=Inspection, responses=documented(400, 413))
 def inspect(body: ModelRef, owner: Owner, session: SessionDep, settings: SettingsDep) -> Inspection:
     """A model's architecture and what can be pruned of it, before a job is made."""
     token = tokens.for_request(session, settings, owner.id, body.hub_token)

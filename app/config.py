@@ -2,17 +2,26 @@
 
 from base64 import b64decode, urlsafe_b64decode
 from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from limits import parse
-from pydantic import AfterValidator, AliasChoices, Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, StringConstraints
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
 DATABASE_URL_FILE = "database-url"
 """In the data folder: the URL of the database that ``secateur up`` runs there."""
+
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^/\s@]+)$")]
+"""As browsers send it (RFC 6454): scheme, host and port, with no slash at the end; or ``*``."""
+
+
+def _listed(value: Any) -> Any:
+    """A list as the environment has it: ``a,b``."""
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
 def _signing_secret(secret: SecretStr) -> SecretStr:
@@ -100,6 +109,14 @@ class Settings(BaseSettings):
     """Artifacts and checkpoints of a job go this long after it has ended. None: when the job is deleted."""
     webhook_secret: Annotated[SecretStr, AfterValidator(_signing_secret)] | None = None
     """``whsec_`` and 24 to 64 bytes in base64 (Standard Webhooks); unset: requests that name a ``webhook_url`` are refused."""
+    webhook_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_listed)] = ()
+    """Networks that webhooks may go to although they are not public, as in ``10.0.0.0/8,fd00::/8``."""
+    max_body_bytes: int = Field(64 * 2**20, ge=1)
+    """Of a request. Calibration and evaluation texts are what makes one large."""
+    cors_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_listed)] = ()
+    """Origins whose pages may call the API, as in ``https://tools.example.org,https://ml.example.org``; ``*``: all."""
+    docs: bool = True
+    """Serve ``/docs``, ``/redoc`` and ``/openapi.json``."""
     torch_threads: int | None = None
     """Threads a runner gives torch; unset: one for every core of the machine."""
 

@@ -8,12 +8,15 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CollectorRegistry
+from starlette.middleware.cors import CORSMiddleware
 
 from app import catalog_routes, errors, health
 from app.auth import routes as keys
 from app.config import get_settings
 from app.jobs import routes as jobs
 from app.jobs.events import Feed
+from app.kit.body_limit import BodyLimit
+from app.kit.browser_rules import BrowserRules
 from app.kit.observe import Observe
 from app.kit.problem import ProblemDetails
 
@@ -23,6 +26,13 @@ Prunes large language models: post a job, get back a smaller model with a report
 Errors are problem details (RFC 9457) with a stable `code`. Times are RFC 3339 UTC. Ids are UUIDv7. Unknown fields are
 refused. Every response carries `X-Request-Id`; a sane one of the request is kept.
 """
+
+CORS_REQUEST_HEADERS = (
+    "Authorization", "Content-Type", "Idempotency-Key", "If-None-Match", "Last-Event-ID", "Prefer", "Range", "X-Request-Id",
+)  # fmt: skip
+CORS_RESPONSE_HEADERS = (
+    "Content-Range", "ETag", "Location", "Preference-Applied", "Retry-After", "WWW-Authenticate", "X-Request-Id",
+)  # fmt: skip
 
 
 def create_app() -> FastAPI:
@@ -36,9 +46,25 @@ def create_app() -> FastAPI:
         async with feed.listening(settings.database_url):
             yield
 
-    app = FastAPI(title="Secateur", version=version("secateur"), description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="Secateur",
+        version=version("secateur"),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        openapi_url="/openapi.json" if settings.docs else None,
+    )
     app.state.feed, app.state.registry = feed, registry
+    app.add_middleware(BodyLimit, largest=settings.max_body_bytes)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=CORS_REQUEST_HEADERS,
+            expose_headers=CORS_RESPONSE_HEADERS,
+        )
     app.add_middleware(Observe, registry=registry)
+    app.add_middleware(BrowserRules, private="/v1/", pages=("/docs", "/redoc"))
     errors.install(app)
     for router in (jobs.router, catalog_routes.router, keys.router, health.router):
         app.include_router(router)

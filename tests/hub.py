@@ -255,7 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
         return content
 
 
-_REPO = r"(?P<repo>[^/]+/[^/]+)"
+_REPO = r"(?P<repo>(?:[^/]+/)?[^/]+)"
 _REVISION = r"(?P<revision>[^/]+)"
 ROUTES: list[tuple[tuple[str, ...], str, Callable[..., Any]]] = [
     (("GET",), "/api/whoami-v2", _Handler.whoami),

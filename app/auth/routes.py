@@ -89,7 +89,7 @@ def every(session: SessionDep) -> KeyList:
     return KeyList(items=[KeyView.model_validate(key) for key in service.every(session)])
 
 
-@router.post("", status_code=201, response_model=KeyWithSecret)
+@router.post("", status_code=201, response_model=KeyWithSecret, responses=documented(400, 413))
 def create(body: NewKey, session: SessionDep) -> KeyWithSecret:
     """Make a key."""
     try:
@@ -98,7 +98,7 @@ def create(body: NewKey, session: SessionDep) -> KeyWithSecret:
         raise invalid("name", str(error)) from None
 
 
-@router.post("/{key_id}/rotate", response_model=KeyWithSecret, responses=documented(404))
+@router.post("/{key_id}/rotate", response_model=KeyWithSecret, responses=documented(400, 404, 413))
 def rotate(key_id: uuid.UUID, body: Rotation, session: SessionDep) -> KeyWithSecret:
     """Another secret for the same key."""
     made = service.rotate(session, key_id, body.grace_seconds)
@@ -107,7 +107,7 @@ def rotate(key_id: uuid.UUID, body: Rotation, session: SessionDep) -> KeyWithSec
     return _with_secret(made)
 
 
-@router.put("/{key_id}/hub-token", status_code=204, responses=documented(404))
+@router.put("/{key_id}/hub-token", status_code=204, responses=documented(400, 404, 413))
 def hub_token(key_id: uuid.UUID, body: HubToken, session: SessionDep, settings: SettingsDep) -> None:
     """The Hub token of the key's jobs; it is encrypted, and never shown again."""
     try:

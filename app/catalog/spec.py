@@ -191,7 +191,9 @@ class PruningSpec(_Part):
     target: Target | None = Field(
         None, validate_default=True, description="Instead of `target_ratio`: how large the result is to be."
     )
-    method: str = Field(description="A name of `GET /v1/methods`.", examples=["piem-lsps"])
+    method: str = Field(
+        description="A name of `GET /v1/methods`.", examples=["piem-lsps"], json_schema_extra={"enum": list(METHODS)}
+    )
     rounds: int | None = Field(
         None, strict=True, ge=1, le=64, description="Pruning rounds; unset: the method's default.", examples=[3]
     )

@@ -7,7 +7,7 @@ import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from pydantic import SecretStr
+from pydantic import AnyHttpUrl, SecretStr
 
 from app.catalog import memory
 from app.catalog.architectures import ModelShape
@@ -16,6 +16,7 @@ from app.config import Settings
 from app.jobs.naming import default_repo_id, repo_ids
 from app.jobs.schemas import JobRequest, ModelRef, Plan, PlannedTarget, Publish, check_repo_id
 from app.kit.problem import invalid
+from app.webhooks.addresses import is_allowed_host
 
 UNAUTHORIZED = (401, 403)
 
@@ -98,6 +99,11 @@ def admit(request: JobRequest, settings: Settings, token: SecretStr | None) -> J
         raise invalid(
             "webhook_url", "this service has no SECATEUR_WEBHOOK_SECRET to sign webhooks with", code="webhooks_disabled"
         )
+    if request.webhook_url is not None and not is_allowed_host(
+        AnyHttpUrl(request.webhook_url).host or "", settings.webhook_networks
+    ):
+        message = "this service sends webhooks to public addresses only, and to those its operator allows"
+        raise invalid("webhook_url", message, code="webhook_url_forbidden", allowed="a public host")
     for purpose, source in (("calibration", request.calibration), ("evaluation", request.evaluation)):
         if source.dataset is not None:
             _check_dataset(f"{purpose}.dataset", source.dataset, settings)

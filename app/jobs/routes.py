@@ -67,7 +67,8 @@ IdempotencyKey = Annotated[
 IfNoneMatch = Annotated[str | None, Header(description="`ETag` of an earlier answer.")]
 LastEventId = Annotated[int, Header(ge=0, lt=2**63, description="The last event that was seen.")]
 Labels = TypeAdapter(dict[LabelName, LabelValue])
-FILE_CONTENT = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+FILE_TYPE = "application/octet-stream"
+FILE_CONTENT = {FILE_TYPE: {"schema": {"type": "string", "format": "binary"}}}
 LABEL_PARAMETER = {
     "name": "label.KEY",
     "in": "query",
@@ -111,7 +112,7 @@ async def _wait(
             await bell.wait(left)
 
 
-@router.post("", status_code=202, response_model=JobView, responses={200: {"model": Plan}, **documented(410, 413)})
+@router.post("", status_code=202, response_model=JobView, responses={200: {"model": Plan}, **documented(400, 410, 413)})
 async def create(
     body: JobRequest,
     response: Response,
@@ -344,4 +345,4 @@ def artifact(job_id: uuid.UUID, name: str, owner: Owner, session: SessionDep, se
     if found is None:
         raise Problem(404, "not_found", f"Job {job_id} has no artifact '{name}'.")
     path, status = found
-    return ArtifactResponse(path, filename=path.name, stat_result=status)
+    return ArtifactResponse(path, media_type=FILE_TYPE, filename=path.name, stat_result=status)

@@ -59,8 +59,10 @@ def check_relative_path(path: str) -> str:
 
 
 def check_webhook_url(url: str) -> str:
-    """An absolute http or https URL."""
-    _HTTP_URL.validate_python(url)
+    """An absolute http or https URL, which names no user."""
+    parsed = _HTTP_URL.validate_python(url)
+    if parsed.username is not None or parsed.password is not None:
+        raise ValueError("a URL without user name and password; the signature tells who calls")
     return url
 
 

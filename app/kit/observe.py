@@ -1,4 +1,4 @@
-"""The outermost layer of every request: its id, its duration, its size limit, and the answer when code fails."""
+"""The outermost layer of every request: its id, its duration, and the answer when code fails."""
 
 import logging
 import re
@@ -8,14 +8,12 @@ import uuid
 from fastapi import Request
 from prometheus_client import CollectorRegistry, Histogram
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.kit.problem import Problem, respond
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 32 * 2**20
 SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -43,15 +41,7 @@ class Observe:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if SANE_ID.fullmatch(given) else str(uuid.uuid4())
         scope.setdefault("state", {})["request_id"] = request_id
-        begun, responded, received = time.perf_counter(), False, 0
-
-        async def bounded() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES:
-                raise HTTPException(413, f"The body is larger than {MAX_BODY_BYTES} bytes.")
-            return message
+        begun, responded = time.perf_counter(), False
 
         async def stamped(message: Message) -> None:
             nonlocal responded
@@ -65,7 +55,7 @@ class Observe:
             await send(message)
 
         try:
-            await self.app(scope, bounded, stamped)
+            await self.app(scope, receive, stamped)
         except Exception:
             if responded:
                 raise

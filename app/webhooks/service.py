@@ -3,7 +3,7 @@
 import asyncio
 import datetime as dt
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import httpx2
 from sqlalchemy.orm import Session
@@ -11,7 +11,9 @@ from standardwebhooks import Webhook
 
 from app.config import Settings
 from app.webhooks import repository
+from app.webhooks.addresses import Network
 from app.webhooks.models import WebhookDelivery
+from app.webhooks.transport import GuardedTransport
 
 TIMEOUT = 10.0
 """Seconds for one attempt, all of it."""
@@ -26,7 +28,8 @@ def deliver_due(session: Session, settings: Settings) -> int:
     if settings.webhook_secret is None:
         return 0
     due = repository.claim_due(session, BACKOFF, BATCH)
-    statuses = asyncio.run(_post_all(Webhook(settings.webhook_secret.get_secret_value()), due)) if due else []
+    signer = Webhook(settings.webhook_secret.get_secret_value())
+    statuses = asyncio.run(_post_all(signer, settings.webhook_networks, due)) if due else []
     for delivery, status in zip(due, statuses, strict=True):
         if isinstance(status, int) and 200 <= status < 300:
             repository.delivered(session, delivery.id)
@@ -38,8 +41,11 @@ def deliver_due(session: Session, settings: Settings) -> int:
     return len(due)
 
 
-async def _post_all(signer: Webhook, due: Sequence[WebhookDelivery]) -> list[int | str]:
-    async with httpx2.AsyncClient(follow_redirects=False, timeout=TIMEOUT) as client:
+async def _post_all(signer: Webhook, networks: Collection[Network], due: Sequence[WebhookDelivery]) -> list[int | str]:
+    transport = GuardedTransport(networks)
+    async with httpx2.AsyncClient(
+        transport=transport, trust_env=False, follow_redirects=False, timeout=TIMEOUT
+    ) as client:
         return await asyncio.gather(*(_post(client, signer, delivery) for delivery in due))
 
 

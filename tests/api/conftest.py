@@ -11,12 +11,14 @@ import httpx2
 import numpy as np
 import pytest
 import uvicorn
+from huggingface_hub import constants
 from safetensors.numpy import save_file
 from sqlalchemy.orm import Session
 
 from app.auth import service as auth
-from app.config import Settings
+from app.config import Settings, get_settings
 from app.main import create_app
+from tests import hub as fake
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -61,11 +63,11 @@ def url(settings: Settings) -> Iterator[str]:
 
 @pytest.fixture
 def make_client(url: str, session: Session) -> Iterator[Callable[[str], httpx2.Client]]:
-    """A client with an API key of its own, by the key's name."""
+    """A client with an API key of its own, for everything, by the key's name."""
     clients = []
 
     def make(name: str) -> httpx2.Client:
-        _, secret = auth.create(session, name)
+        _, secret = auth.create(session, name, [*auth.Scope])
         clients.append(httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {secret}"}, timeout=30))
         return clients[-1]
 
@@ -98,3 +100,19 @@ def make_model(settings: Settings) -> Callable[..., str]:
 def body(make_model: Callable[..., str]) -> dict[str, Any]:
     """A request that is accepted."""
     return {"model_id": make_model(), "target_ratio": 0.2, "method": "piem-lsps"}
+
+
+@pytest.fixture
+def hub(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake.FakeHub]:
+    """A Hub with one model; the service publishes there."""
+    with fake.running() as hub:
+        hub.create(
+            "org/tiny",
+            files={"config.json": json.dumps(CONFIG).encode(), "tokenizer.json": b"{}", "model.safetensors": b""},
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.delenv("SECATEUR_HUB_DIR")
+        monkeypatch.setenv("SECATEUR_HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("SECATEUR_HF_TOKEN", fake.TOKEN)
+        get_settings.cache_clear()
+        yield hub

@@ -1,13 +1,10 @@
 """What is checked on the Hub before a job is accepted, and what is let in when the Hub does not answer."""
 
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import httpx2
 import pytest
-from huggingface_hub import constants
 
 from app.config import Settings, get_settings
 from app.jobs.door import admit
@@ -16,22 +13,6 @@ from tests import hub as fake
 from tests.api.conftest import CONFIG
 
 REQUEST: dict[str, Any] = {"model_id": "org/tiny", "target_ratio": 0.2, "method": "piem"}
-
-
-@pytest.fixture
-def hub(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake.FakeHub]:
-    """A Hub with one model; the service publishes there."""
-    with fake.running() as hub:
-        hub.create(
-            "org/tiny",
-            files={"config.json": json.dumps(CONFIG).encode(), "tokenizer.json": b"{}", "model.safetensors": b""},
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.delenv("SECATEUR_HUB_DIR")
-        monkeypatch.setenv("SECATEUR_HF_ENDPOINT", hub.url)
-        monkeypatch.setenv("SECATEUR_HF_TOKEN", fake.TOKEN)
-        get_settings.cache_clear()
-        yield hub
 
 
 @pytest.fixture

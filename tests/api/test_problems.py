@@ -15,7 +15,6 @@ from app.auth import service as auth
 from app.auth.models import ApiKey
 from app.config import Settings
 from app.jobs import service
-from app.kit import observe
 from tests.api.conftest import CONFIG
 
 Body = dict[str, Any]
@@ -115,11 +114,6 @@ def test_bodies_that_are_no_json_object(api: httpx2.Client) -> None:
         response = api.post("/v1/jobs", content=content, headers={"Content-Type": "application/json"})
         assert response.status_code in (400, 422), content
         assert response.headers["Content-Type"] == "application/problem+json"
-
-
-def test_a_body_that_is_too_large(api: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observe, "MAX_BODY_BYTES", 1000)
-    _problem(api.post("/v1/jobs", content=b" " * 1001), 413, "body_too_large")
 
 
 def test_models_that_cannot_be_pruned(api: httpx2.Client, body: Body, make_model: Callable[..., str]) -> None:

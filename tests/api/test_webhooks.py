@@ -1,10 +1,14 @@
-"""Webhooks: signed, sent once, retried, given up; against a real receiver."""
+"""Webhooks: signed, sent once, retried, given up, and to nowhere private; against a real receiver."""
 
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address, ip_network
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -17,9 +21,12 @@ from standardwebhooks import Webhook
 from app.config import Settings, get_settings
 from app.db.session import session_factory
 from app.webhooks import service
+from app.webhooks.addresses import is_allowed
 from app.webhooks.models import WebhookDelivery
 
 SECRET = "whsec_" + "c2VjYXRldXItc2VjYXRldXItc2VjYXRldXI="
+CERTIFICATE = Path(__file__).parent / "hooks.example.test.pem"
+"""Of that name, signed by itself, with its key."""
 
 
 class Receiver(ThreadingHTTPServer):
@@ -62,6 +69,7 @@ def receiver() -> Iterator[Receiver]:
 @pytest.fixture
 def signing(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("SECATEUR_WEBHOOK_SECRET", SECRET)
+    monkeypatch.setenv("SECATEUR_WEBHOOK_NETWORKS", "127.0.0.0/8, ::1/128")
     get_settings.cache_clear()
     return get_settings()
 
@@ -171,3 +179,165 @@ def test_bad_secrets_stop_the_service(monkeypatch: pytest.MonkeyPatch, secret: s
     monkeypatch.setenv("SECATEUR_WEBHOOK_SECRET", secret)
     with pytest.raises(ValidationError, match="whsec_"):
         Settings()
+
+
+FORBIDDEN = (
+    *("0.0.0.0", "10.1.2.3", "100.64.0.1", "127.0.0.1", "169.254.169.254", "172.16.0.1", "192.0.0.192", "192.168.1.1"),
+    *("198.18.0.1", "192.0.2.1", "224.0.0.1", "239.1.1.1", "240.0.0.1", "255.255.255.255"),
+    *(
+        "::",
+        "::1",
+        "fc00::1",
+        "fd12::1",
+        "fe80::1",
+        "fec0::1",
+        "ff02::1",
+        "ff0e::1",
+        "2001:db8::1",
+        "100::1",
+        "4000::1",
+    ),
+    *("::ffff:127.0.0.1", "::ffff:169.254.169.254", "::10.0.0.1"),
+    *("64:ff9b::10.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::808:808", "2002:7f00:1::", "2002:a9fe:a9fe::1", "2001::1"),
+)
+PUBLIC = ("8.8.8.8", "93.184.215.14", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "2002:808:808::1")
+
+
+class TestWhere:
+    @pytest.mark.parametrize("address", FORBIDDEN)
+    def test_no_address_but_public_ones(self, address: str) -> None:
+        assert not is_allowed(ip_address(address), ())
+
+    @pytest.mark.parametrize("address", PUBLIC)
+    def test_public_addresses(self, address: str) -> None:
+        assert is_allowed(ip_address(address), ())
+
+    def test_networks_that_the_operator_allows(self) -> None:
+        networks = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
+        for address in ("10.1.2.3", "::ffff:10.1.2.3", "64:ff9b::10.1.2.3", "fd12::1", "8.8.8.8"):
+            assert is_allowed(ip_address(address), networks), address
+        for address in ("127.0.0.1", "192.168.0.1", "fc00::1", "::ffff:127.0.0.1"):
+            assert not is_allowed(ip_address(address), networks), address
+
+    def test_refused_at_the_door(self, private: None, api: httpx2.Client, body: dict[str, Any]) -> None:
+        for host in (
+            *("127.0.0.1", "127.1", "2130706433", "0x7f.0.0.1", "127.0.0.1.", "localhost", "LOCALHOST.", "a.localhost"),
+            *("[::1]", "[::ffff:10.0.0.1]", "[::ffff:a00:1]", "10.0.0.7:8443", "169.254.169.254", "[fe80::1]", "0"),
+        ):
+            response = api.post("/v1/jobs", json=body | {"webhook_url": f"https://{host}/hook"})
+            assert (response.status_code, response.json()["code"]) == (422, "webhook_url_forbidden"), host
+            assert response.json()["errors"][0]["field"] == "webhook_url"
+
+    def test_names_are_no_matter_of_the_door(self, private: None, api: httpx2.Client, body: dict[str, Any]) -> None:
+        for url in ("https://hooks.example.test/", "http://8.8.8.8:81/x", "https://localhost.example.test/"):
+            assert api.post("/v1/jobs", json=body | {"webhook_url": url}).status_code == 202
+
+    def test_urls_with_a_user(self, signing: Settings, api: httpx2.Client, body: dict[str, Any]) -> None:
+        for url in ("https://user@example.org/", "https://user:password@example.org/", "https://:x@example.org/"):
+            response = api.post("/v1/jobs", json=body | {"webhook_url": url})
+            assert response.status_code == 422 and response.json()["errors"][0]["field"] == "webhook_url", url
+
+    @pytest.fixture
+    def private(self, signing: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The operator allows no network."""
+        monkeypatch.delenv("SECATEUR_WEBHOOK_NETWORKS")
+        get_settings.cache_clear()
+
+    def test_what_is_forbidden_is_not_connected_to(
+        self, session: Session, signing: Settings, receiver: Receiver, ended: str, names: dict[str, list[str]]
+    ) -> None:
+        names["hooks.example.test"] = ["127.0.0.1"]
+        port = receiver.server_address[1]
+        hosts = ("hooks.example.test", "127.0.0.1", "localhost", "2130706433", "[::ffff:127.0.0.1]", "0")
+        for number, host in enumerate(hosts, start=1):
+            session.execute(update(WebhookDelivery).values(url=f"http://{host}:{port}/hook", last_error=None))
+            _make_due(session)
+            assert service.deliver_due(session, signing.model_copy(update={"webhook_networks": ()})) == 1
+            row = _delivery(session)
+            assert str(row.last_error).startswith("Forbidden: "), (host, row.last_error)
+            assert row.next_attempt_at is not None and row.attempts == number
+        assert receiver.got == []
+
+    def test_a_user_in_a_url_that_is_stored(
+        self, session: Session, signing: Settings, receiver: Receiver, ended: str
+    ) -> None:
+        session.execute(update(WebhookDelivery).values(url=receiver.url.replace("//", "//user:password@")))
+        session.commit()
+        service.deliver_due(session, signing)
+        assert receiver.got == [] and str(_delivery(session).last_error).startswith("Forbidden: ")
+
+    def test_the_address_that_was_checked_is_the_one_connected_to(
+        self, session: Session, signing: Settings, receiver: Receiver, ended: str, names: dict[str, list[str]]
+    ) -> None:
+        """A name server that says something else the second time; and an address beside it that is forbidden."""
+        names["hooks.example.test"] = ["10.0.0.1", "127.0.0.1"]
+        port = receiver.server_address[1]
+        session.execute(update(WebhookDelivery).values(url=f"http://hooks.example.test:{port}/hook"))
+        session.commit()
+        service.deliver_due(session, signing)
+        assert "hooks.example.test" not in names, "looked up once"
+        [(headers, _)] = receiver.got
+        assert headers["Host"] == f"hooks.example.test:{port}"
+        assert _delivery(session).delivered_at is not None
+
+    def test_the_next_address_is_tried(
+        self, session: Session, signing: Settings, receiver: Receiver, ended: str, names: dict[str, list[str]]
+    ) -> None:
+        names["hooks.example.test"] = ["127.0.0.2", "127.0.0.1"]  # the receiver listens at the second
+        url = f"http://hooks.example.test:{receiver.server_address[1]}/hook"
+        session.execute(update(WebhookDelivery).values(url=url))
+        session.commit()
+        service.deliver_due(session, signing)
+        assert len(receiver.got) == 1
+
+    def test_a_certificate_is_checked_against_the_name(
+        self,
+        session: Session,
+        signing: Settings,
+        receiver: Receiver,
+        ended: str,
+        names: dict[str, list[str]],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(CERTIFICATE)
+        receiver.socket = context.wrap_socket(receiver.socket, server_side=True)
+        for host, got in (("other.example.test", 0), ("hooks.example.test", 1)):
+            names[host] = ["127.0.0.1"]
+            url = f"https://{host}:{receiver.server_address[1]}/hook"
+            session.execute(update(WebhookDelivery).values(url=url, next_attempt_at=func.now()))
+            session.commit()
+            service.deliver_due(session, signing)
+            assert len(receiver.got) == got, _delivery(session).last_error
+            assert ("certificate" in str(_delivery(session).last_error)) == (got == 0)
+
+    def test_no_proxy_of_the_environment(
+        self, session: Session, signing: Settings, receiver: Receiver, ended: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, "http://127.0.0.1:9")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        service.deliver_due(session, signing)
+        assert len(receiver.got) == 1
+
+    def test_bad_networks_stop_the_service(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for networks in ("10.0.0.0/33", "10.0.0.1/8", "private"):
+            monkeypatch.setenv("SECATEUR_WEBHOOK_NETWORKS", networks)
+            with pytest.raises(ValidationError, match="webhook_networks"):
+                Settings()
+
+    @pytest.fixture
+    def names(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+        """Addresses by name, each to be asked for once, before the machine's own resolver."""
+        known: dict[str, list[str]] = {}
+        resolver = socket.getaddrinfo
+
+        def resolve(host: Any, port: Any, *arguments: Any, **options: Any) -> Any:
+            if host not in known:
+                return resolver(host, port, *arguments, **options)
+            return [entry for address in known.pop(host) for entry in resolver(address, port, *arguments, **options)]
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        return known
