@@ -68,6 +68,25 @@ def worker() -> None:
 
 
 @cli.command()
+def doctor(as_json: Json = False) -> None:
+    """Look at everything that the service needs: exit code 1 if something is amiss, warnings aside."""
+    from app.config import get_settings
+    from workers.doctor import examine
+
+    findings = []
+    for finding in examine(get_settings()):
+        findings.append(finding)
+        if not as_json:
+            typer.echo(f"{finding.verdict:8} {finding.part}: {finding.found}")
+            if finding.advice:
+                typer.echo(f"         -> {finding.advice}")
+    if as_json:
+        typer.echo(json.dumps([finding.as_dict() for finding in findings]))
+    if any(finding.verdict == "failed" for finding in findings):
+        raise typer.Exit(FAILED)
+
+
+@cli.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="A Hub id, 'local:NAME', or a folder.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,

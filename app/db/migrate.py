@@ -6,6 +6,7 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, NullPool, create_engine, text
 
 import migrations
@@ -26,6 +27,11 @@ def downgrade(database_url: str, revision: str) -> None:
         command.downgrade(_config(connection), revision)
 
 
+def newest_revision() -> str | None:
+    """That of the newest migration."""
+    return ScriptDirectory.from_config(_config()).get_current_head()
+
+
 @contextmanager
 def _locked(database_url: str) -> Iterator[Connection]:
     """One transaction for all of it: a migration that fails leaves the schema as it was."""
@@ -35,7 +41,7 @@ def _locked(database_url: str) -> Iterator[Connection]:
         yield connection
 
 
-def _config(connection: Connection) -> Config:
+def _config(connection: Connection | None = None) -> Config:
     config = Config(attributes={"connection": connection})
     config.set_main_option("script_location", str(Path(migrations.__file__).parent).replace("%", "%%"))
     return config

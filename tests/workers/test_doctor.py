@@ -1,0 +1,83 @@
+"""``secateur doctor`` with everything there, and with each thing broken."""
+
+from pathlib import Path
+
+import pytest
+from cryptography.fernet import Fernet
+from sqlalchemy.orm import Session
+
+from app.config import Settings, get_settings
+from app.fleet import repository as fleet
+from tests import hub as fake
+from tests.api.test_cli import run
+from workers import doctor
+from workers.doctor import Finding, examine
+
+SIGNING = "whsec_" + "A" * 32
+
+
+def found(settings: Settings) -> dict[str, Finding]:
+    return {finding.part: finding for finding in examine(settings)}
+
+
+@pytest.fixture
+def complete(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setenv("SECATEUR_SECRET_KEYS", Fernet.generate_key().decode())
+    monkeypatch.setenv("SECATEUR_WEBHOOK_SECRET", SIGNING)
+    monkeypatch.setattr(doctor, "LITTLE_ROOM", 0)
+    get_settings.cache_clear()
+    return get_settings()
+
+
+def test_all_is_well(complete: Settings, session: Session) -> None:
+    fleet.beat(session, "w", "worker", {"device": "cpu"})
+    verdicts = {part: finding.verdict for part, finding in found(complete).items()}
+    assert verdicts.pop("device") in ("ok", "warning")
+    assert set(verdicts.values()) == {"ok"} and len(verdicts) == 7
+    told = run("doctor")
+    assert told.returncode == 0 and told.stdout.count("ok  ") >= 6
+    assert SIGNING not in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "part", "verdict", "advice"),
+    [
+        ({"database_url": "postgresql+psycopg://x:hunter2@127.0.0.1:9/x"}, "database", "failed", "DATABASE_URL"),
+        ({"broker_url": "redis://:hunter2@127.0.0.1:9/0"}, "broker", "failed", "BROKER_URL"),
+        ({"data_dir": Path("/proc/nothing")}, "disk", "failed", "DATA_DIR"),
+        ({"secret_keys": None}, "secrets", "warning", "operating.md"),
+        ({"webhook_secret": None}, "secrets", "warning", "operating.md"),
+        ({"hub_dir": None, "hf_token": None}, "Hub", "warning", "HF_TOKEN"),
+    ],
+)
+def test_what_is_amiss(changes: dict[str, object], part: str, verdict: str, advice: str, complete: Settings) -> None:
+    findings = found(complete.model_copy(update=changes))
+    assert findings[part].verdict == verdict and advice in findings[part].advice
+    assert not any("hunter2" in str(finding) for finding in findings.values())
+
+
+def test_little_room_and_no_worker(complete: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "LITTLE_ROOM", 2**62)
+    findings = found(complete)
+    assert (findings["disk"].verdict, findings["workers"].verdict) == ("warning", "warning")
+
+
+def test_an_old_schema(settings: Settings, empty_database_url: str) -> None:
+    finding = found(settings.model_copy(update={"database_url": empty_database_url}))["database"]
+    assert finding.verdict == "failed" and "secateur migrate" in finding.advice
+
+
+@pytest.mark.parametrize(("token", "verdict"), [(fake.TOKEN, "ok"), ("hf_wrong", "failed")])
+def test_the_hub(token: str, verdict: str, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake.running() as hub:
+        monkeypatch.delenv("SECATEUR_HUB_DIR")
+        monkeypatch.setenv("SECATEUR_HF_TOKEN", token)
+        monkeypatch.setenv("SECATEUR_HF_ENDPOINT", hub.url)
+        get_settings.cache_clear()
+        finding = found(get_settings())["Hub"]
+        assert finding.verdict == verdict and token not in str(finding)
+
+
+def test_the_exit_code(settings: Settings) -> None:
+    told = run("doctor", "--json", environment={"SECATEUR_BROKER_URL": "redis://127.0.0.1:9/0"})
+    assert told.returncode == 1 and '"verdict": "failed"' in told.stdout
