@@ -8,12 +8,18 @@ from pydantic import BaseModel, Field
 from app.catalog.errors import PruningError
 from app.catalog.inspection import PossibleLayout, PrunedSize, layouts, sizes
 from app.catalog.methods import METHODS, Allocator, Method, RecoveryKind, Scorer
-from app.deps import EVERY_V1_ROUTE, SettingsDep
+from app.deps import EVERY_V1_ROUTE, KeyedRoute, SettingsDep
 from app.jobs import door
 from app.jobs.schemas import JobError, ModelRef
 from app.kit.problem import documented
 
-router = APIRouter(prefix="/v1", tags=["catalog"], dependencies=EVERY_V1_ROUTE, responses=documented(401, 422, 503))
+router = APIRouter(
+    prefix="/v1",
+    tags=["catalog"],
+    route_class=KeyedRoute,
+    dependencies=EVERY_V1_ROUTE,
+    responses=documented(401, 422, 503),
+)
 
 
 class MethodDefaults(BaseModel):

@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app.auth import service as auth
 from app.db.session import session_factory
-from app.deps import EVERY_V1_ROUTE, FeedDep, Owner, SessionDep, SettingsDep, unauthorized
+from app.deps import EVERY_V1_ROUTE, FeedDep, KeyedRoute, Owner, SessionDep, SettingsDep, unauthorized
 from app.jobs import doorbell, service
 from app.jobs.schemas import (
     Artifact,
@@ -51,7 +51,13 @@ STREAM_BATCH = 100
 
 RANGE_PROBLEMS = {400: "range_malformed", 416: "range_not_satisfiable"}
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=EVERY_V1_ROUTE, responses=documented(401, 422, 503))
+router = APIRouter(
+    prefix="/v1/jobs",
+    tags=["jobs"],
+    route_class=KeyedRoute,
+    dependencies=EVERY_V1_ROUTE,
+    responses=documented(401, 422, 503),
+)
 
 IdempotencyKey = Annotated[
     Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")] | None,
