@@ -9,15 +9,23 @@ from app.auth.service import Scope
 from app.catalog.errors import PruningError
 from app.catalog.inspection import PossibleLayout, PrunedSize, layouts, sizes
 from app.catalog.methods import METHODS, Allocator, Method, RecoveryKind, Scorer
-from app.deps import Owner, SessionDep, SettingsDep, v1
+from app.deps import EVERY_V1_ROUTE, KeyedRoute, Owner, SessionDep, SettingsDep
 from app.jobs import door, tokens
 from app.jobs.schemas import JobError, ModelRef
 from app.kit.problem import documented
 
+
+class CatalogRoute(KeyedRoute):
+    """Its ``POST`` makes nothing."""
+
+    writing = Scope.READ
+
+
 router = APIRouter(
     prefix="/v1",
     tags=["catalog"],
-    dependencies=v1(Scope.READ, Scope.READ),
+    route_class=CatalogRoute,
+    dependencies=EVERY_V1_ROUTE,
     responses=documented(401, 403, 422, 429, 503),
 )
 

@@ -1,10 +1,11 @@
 """What routes ask for: settings, a session, who is calling."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session
@@ -31,16 +32,47 @@ def get_session() -> Iterator[Session]:
         yield session
 
 
-def get_owner(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> ApiKey:
-    """The API key of the caller.
+class KeyedRoute(APIRoute):
+    """A route that looks at the API key before it reads a body: FastAPI's own holds and parses those of strangers too.
+
+    ``reading`` and ``writing`` are the scopes that its methods need.
+    """
+
+    reading = Scope.READ
+    writing = Scope.SUBMIT
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def keyed(request: Request) -> Response:
+            needed = self.reading if request.method in ("GET", "HEAD") else self.writing
+            state = request.state
+            state.owner, state.headers = await run_in_threadpool(_admit, await bearer(request), needed)
+            return await handle(request)
+
+        return keyed
+
+
+def _admit(credentials: HTTPAuthorizationCredentials | None, needed: Scope) -> tuple[ApiKey, dict[str, str]]:
+    """The API key of the caller, and the headers that tell how often it may still ask.
 
     Raises:
-        Problem: 401.
+        Problem: 401, 403, 429.
     """
     with session_factory()() as session:
         owner = auth.authenticate(session, credentials.credentials) if credentials else None
     if owner is None:
         raise unauthorized()
+    if needed not in owner.scopes:
+        challenge = f'Bearer realm="secateur", error="insufficient_scope", scope="{needed}"'  # RFC 6750, 3.1
+        detail = f"This API key has no scope '{needed}'; it has: {', '.join(owner.scopes)}."
+        raise Problem(403, "insufficient_scope", detail, headers={"WWW-Authenticate": challenge})
+    return owner, rate.count(get_settings(), owner.id)
+
+
+async def get_owner(request: Request) -> ApiKey:
+    """The API key of the caller of a :class:`KeyedRoute`."""
+    owner: ApiKey = request.state.owner
     return owner
 
 
@@ -70,32 +102,8 @@ def refuse_unknown_parameters(request: Request) -> None:
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
 Owner = Annotated[ApiKey, Depends(get_owner)]
 SettingsDep = Annotated[Settings, Depends(get_settings)]
-
-
-def limit_rate(request: Request, owner: Owner, settings: SettingsDep) -> None:
-    """Count the request against its key's.
-
-    Raises:
-        Problem: 429.
-    """
-    request.state.headers = rate.count(settings, owner.id)
-
-
-def v1(reading: Scope, writing: Scope) -> list[Any]:
-    """The dependencies of every route of a router: a live key of the scope that the method needs, and known parameters alone.
-
-    Raises:
-        Problem: 401, 403, 422, 429.
-    """
-
-    def has_scope(request: Request, owner: Owner) -> None:
-        needed = reading if request.method in ("GET", "HEAD") else writing
-        if needed not in owner.scopes:
-            challenge = f'Bearer realm="secateur", error="insufficient_scope", scope="{needed}"'  # RFC 6750, 3.1
-            detail = f"This API key has no scope '{needed}'; it has: {', '.join(owner.scopes)}."
-            raise Problem(403, "insufficient_scope", detail, headers={"WWW-Authenticate": challenge})
-
-    return [Depends(has_scope), Depends(limit_rate), Depends(refuse_unknown_parameters)]
+EVERY_V1_ROUTE = [Depends(bearer), Depends(refuse_unknown_parameters)]
+"""Of a :class:`KeyedRoute`; ``bearer`` is what the OpenAPI document knows of the key."""
 
 
 def get_feed(request: Request) -> Feed:

@@ -11,16 +11,24 @@ from app.auth import service
 from app.auth.models import ApiKey
 from app.auth.service import Scope
 from app.auth.vault import VaultError
-from app.deps import SessionDep, SettingsDep, v1
+from app.deps import EVERY_V1_ROUTE, KeyedRoute, SessionDep, SettingsDep
 from app.kit.problem import Problem, documented, invalid
 
 GRACE = 86_400.0
 LONGEST_GRACE = 30 * 86_400.0
 
+
+class AdminRoute(KeyedRoute):
+    """For keys of scope ``admin``."""
+
+    reading = writing = Scope.ADMIN
+
+
 router = APIRouter(
     prefix="/v1/keys",
     tags=["keys"],
-    dependencies=v1(Scope.ADMIN, Scope.ADMIN),
+    route_class=AdminRoute,
+    dependencies=EVERY_V1_ROUTE,
     responses=documented(401, 403, 422, 429, 503),
 )
 

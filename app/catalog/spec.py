@@ -47,7 +47,12 @@ class TextSource(_Part):
         description="`wikitext2`, `c4`, a Hub data set id (`org/name`, optionally `:config`), or `local:NAME`, a UTF-8 text file in the texts folder.",
         examples=["wikitext2"],
     )
-    texts: list[Text] | None = Field(None, min_length=1, max_length=10_000, description="The texts themselves.")
+    texts: list[Text] | None = Field(
+        None,
+        min_length=1,
+        max_length=10_000,
+        description="The texts themselves, as far as they fit into the largest request that the service takes (64 MiB, unless its operator says otherwise).",
+    )
     samples: int = Field(32, ge=1, le=65_536, description="Windows of `sequence_length` tokens, at most.")
     sequence_length: int = Field(256, ge=8, le=8192, description="Tokens a window; capped at what the model takes.")
 

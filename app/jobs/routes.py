@@ -20,9 +20,8 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Send
 
 from app.auth import service as auth
-from app.auth.service import Scope
 from app.db.session import session_factory
-from app.deps import FeedDep, Owner, SessionDep, SettingsDep, unauthorized, v1
+from app.deps import EVERY_V1_ROUTE, FeedDep, KeyedRoute, Owner, SessionDep, SettingsDep, unauthorized
 from app.jobs import doorbell, service
 from app.jobs.schemas import (
     Artifact,
@@ -56,7 +55,8 @@ RANGE_PROBLEMS = {400: "range_malformed", 416: "range_not_satisfiable"}
 router = APIRouter(
     prefix="/v1/jobs",
     tags=["jobs"],
-    dependencies=v1(Scope.READ, Scope.SUBMIT),
+    route_class=KeyedRoute,
+    dependencies=EVERY_V1_ROUTE,
     responses=documented(401, 403, 422, 429, 503),
 )
 

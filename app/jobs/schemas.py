@@ -156,7 +156,7 @@ class JobRequest(ModelRef, PruningSpec):
     )
     webhook_url: Annotated[str, StringConstraints(max_length=2048), AfterValidator(check_webhook_url)] | None = Field(
         None,
-        description="Gets a signed POST (Standard Webhooks) when the job ends.",
+        description="Gets a signed POST (Standard Webhooks) when the job ends. At a public address, or one that the operator allows.",
         examples=["https://example.org/hook"],
     )
     labels: dict[LabelName, LabelValue] = Field({}, max_length=32, description="Yours, to find jobs by.")

@@ -66,6 +66,15 @@ class TestBodies:
             client.sendall(head.encode() + (b"7d1\r\n" + b" " * 2001 + b"\r\n" if "chunked" in header else b""))
             assert client.recv(100).startswith(b"HTTP/1.1 413 ")
 
+    @pytest.mark.parametrize("path", ["/v1/jobs", "/v1/models/inspect"])
+    def test_nothing_is_read_of_strangers(self, url: str, path: str) -> None:
+        """Whose body never ends, and would be held in memory until it does."""
+        address = httpx2.URL(url)
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n{{"
+        with socket.create_connection((address.host, address.port or 0), timeout=10) as client:
+            client.sendall(head.encode())
+            assert client.recv(100).startswith(b"HTTP/1.1 401 ")
+
     def test_texts_of_many_megabytes(self, api: httpx2.Client, body: dict[str, Any]) -> None:
         texts = ["word " * 200_000] * 40
         assert api.post("/v1/jobs", json=body | {"calibration": {"texts": texts}}).status_code == 202

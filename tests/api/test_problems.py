@@ -155,6 +155,8 @@ def test_a_database_that_is_away(api: httpx2.Client, monkeypatch: pytest.MonkeyP
     response = api.get("/v1/jobs")
     _problem(response, 503, "database_unavailable")
     assert int(response.headers["Retry-After"]) > 0
+    monkeypatch.setattr(auth, "authenticate", away)
+    _problem(api.post("/v1/jobs", content=b"{"), 503, "database_unavailable")
 
 
 def test_request_ids(api: httpx2.Client) -> None:

@@ -1,5 +1,6 @@
 """Webhooks: signed, sent once, retried, given up, and to nowhere private; against a real receiver."""
 
+import datetime as dt
 import socket
 import ssl
 import threading
@@ -288,6 +289,28 @@ class TestWhere:
         session.execute(update(WebhookDelivery).values(url=url))
         session.commit()
         service.deliver_due(session, signing)
+        assert len(receiver.got) == 1
+
+    def test_name_servers_that_do_not_answer_hold_up_nobody(
+        self, session: Session, signing: Settings, receiver: Receiver, ended: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job_id, answered, resolver = _delivery(session).job_id, threading.Event(), socket.getaddrinfo
+
+        def resolve(host: Any, *arguments: Any, **options: Any) -> Any:
+            if str(host).startswith("slow"):
+                answered.wait(20)
+            return resolver(host, *arguments, **options)
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        monkeypatch.setattr(service, "TIMEOUT", 1.0)
+        for number in range(20):
+            url, long_ago = f"http://slow{number}.example.test/", dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
+            session.add(WebhookDelivery(job_id=job_id, url=url, payload={}, next_attempt_at=long_ago))
+        session.commit()
+        begun = time.monotonic()
+        assert service.deliver_due(session, signing) == 21
+        assert time.monotonic() - begun < 5
+        answered.set()
         assert len(receiver.got) == 1
 
     def test_a_certificate_is_checked_against_the_name(
