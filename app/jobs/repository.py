@@ -1,18 +1,22 @@
 """Queries on jobs for those who ask about them; who works on them uses :mod:`app.jobs.leases`."""
 
+import datetime as dt
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session, defer
 
 from app.jobs.models import Job, JobEvent, JobRound
 from app.jobs.transitions import State, lock, record_event
 
 
+FINISHED_WITHIN = dt.timedelta(hours=1)
+
+
 class QueueNumbers(NamedTuple):
-    """Jobs by state, and how long (seconds) the oldest queued one has been there."""
+    """Jobs by state (ended ones: those of the last hour), and how long (seconds) the oldest queued one has been there."""
 
     by_state: Mapping[str, int]
     oldest_seconds: float
@@ -80,11 +84,9 @@ def rounds(session: Session, job_id: uuid.UUID) -> Sequence[JobRound]:
 
 def queue_numbers(session: Session) -> QueueNumbers:
     """What the metrics show."""
-    rows = session.execute(
-        select(Job.state, func.count(), func.extract("epoch", func.now() - func.min(Job.created_at))).group_by(
-            Job.state
-        )
-    ).all()
+    recent = or_(Job.finished_at.is_(None), Job.finished_at > func.now() - FINISHED_WITHIN)
+    age = func.extract("epoch", func.now() - func.min(Job.created_at))
+    rows = session.execute(select(Job.state, func.count(), age).where(recent).group_by(Job.state)).all()
     oldest = next((float(age) for state, _, age in rows if state == State.QUEUED), 0.0)
     return QueueNumbers({state: count for state, count, _ in rows}, oldest)
 
