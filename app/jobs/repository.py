@@ -11,7 +11,6 @@ from sqlalchemy.orm import Session, defer
 from app.jobs.models import Job, JobEvent, JobRound
 from app.jobs.transitions import State, lock, record_event
 
-
 FINISHED_WITHIN = dt.timedelta(hours=1)
 
 
