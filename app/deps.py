@@ -1,4 +1,7 @@
-"""What routes ask for: settings, a session, who is calling."""
+"""What routes ask for: settings, a session, who is calling.
+
+What does not wait is ``async``: FastAPI would hand it to a thread otherwise.
+"""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from sqlalchemy.orm import Session
 from app.auth import service as auth
 from app.auth.models import ApiKey
 from app.config import Settings, get_settings
-from app.db.session import session_factory
+from app.db.session import reading, session_factory
 from app.jobs.events import Feed
 from app.kit.problem import Problem, invalid
 
@@ -35,7 +38,7 @@ def get_owner(credentials: Annotated[HTTPAuthorizationCredentials | None, Depend
     Raises:
         Problem: 401.
     """
-    with session_factory()() as session:
+    with reading() as session:
         owner = auth.authenticate(session, credentials.credentials) if credentials else None
     if owner is None:
         raise unauthorized()
@@ -48,7 +51,7 @@ def unauthorized() -> Problem:
     return Problem(401, "unauthorized", detail, headers={"WWW-Authenticate": 'Bearer realm="secateur"'})
 
 
-def refuse_unknown_parameters(request: Request) -> None:
+async def refuse_unknown_parameters(request: Request) -> None:
     """Nothing in the query but the route's own parameters: a misspelt ``validate_only`` is not to make a job.
 
     Names that only ``openapi_extra`` can tell, as ``label.KEY``, stand there.
@@ -71,7 +74,7 @@ Owner = Annotated[ApiKey, Depends(get_owner)]
 EVERY_V1_ROUTE = [Depends(get_owner), Depends(refuse_unknown_parameters)]
 
 
-def get_feed(request: Request) -> Feed:
+async def get_feed(request: Request) -> Feed:
     """The process's feed of job changes."""
     feed: Feed = request.app.state.feed
     return feed

@@ -4,10 +4,13 @@ import datetime as dt
 import uuid
 from collections.abc import Sequence
 
-from sqlalchemy import func, select, update
+from sqlalchemy import bindparam, func, select, update
 from sqlalchemy.orm import Session
 
 from app.auth.models import ApiKey
+
+# Built once, as every request asks it: making a statement takes longer than the database's answer.
+FIND = select(ApiKey).where(ApiKey.secret_sha256 == bindparam("digest"))
 
 
 def add(session: Session, name: str, secret_sha256: str) -> ApiKey:
@@ -20,7 +23,7 @@ def add(session: Session, name: str, secret_sha256: str) -> ApiKey:
 
 def find(session: Session, secret_sha256: str) -> ApiKey | None:
     """The key with this hash, revoked or not."""
-    return session.scalars(select(ApiKey).where(ApiKey.secret_sha256 == secret_sha256)).one_or_none()
+    return session.scalars(FIND, {"digest": secret_sha256}).one_or_none()
 
 
 def is_live(session: Session, key_id: uuid.UUID) -> bool:

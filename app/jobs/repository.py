@@ -5,12 +5,15 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import bindparam, func, or_, select
 from sqlalchemy.orm import Session, defer
 
 from app.jobs.models import Job, JobEvent, JobRound
 from app.jobs.transitions import State, lock, record_event
 
+# Built once, as pollers ask them again and again: making a statement takes longer than the database's answer.
+GET = select(Job).options(defer(Job.report)).where(Job.id == bindparam("job_id"))
+GET_BARE = GET.options(defer(Job.request, raiseload=True))
 FINISHED_WITHIN = dt.timedelta(hours=1)
 
 
@@ -35,8 +38,10 @@ def get(
 
     ``bare`` is for those who look again and again: the request, which may have megabytes of texts, is left out too.
     """
-    columns = [defer(Job.report)] + ([defer(Job.request, raiseload=True)] if bare else [])
-    job = lock(session, job_id) if locked else session.get(Job, job_id, options=columns)
+    if locked:
+        job = lock(session, job_id)
+    else:
+        job = session.scalars(GET_BARE if bare else GET, {"job_id": job_id}).one_or_none()
     return job if job is not None and job.owner_id == owner_id else None
 
 
