@@ -50,10 +50,10 @@ PAUSE = 1.0
 CHANGE_EVERY = 0.1
 """Seconds between two changes of some job."""
 CLOSED_LOOP_CLIENTS = 16
-TURNS, TURN_SECONDS = 7, 4.0
+TURNS, TURN_SECONDS = 5, 3.0
 LEAST_RATIO = 0.6
 PASTS = (100, 100_000)
-REPEATS = 30
+REPEATS = 20
 TTL = 3600.0
 CONFIG = {
     "model_type": "llama",
