@@ -1,4 +1,7 @@
-"""What routes ask for: settings, a session, who is calling."""
+"""What routes ask for: settings, a session, who is calling.
+
+What does not wait is ``async``: FastAPI would hand it to a thread otherwise.
+"""
 
 import re
 from collections.abc import Callable, Coroutine, Iterator
@@ -14,7 +17,7 @@ from app.auth import service as auth
 from app.auth.models import ApiKey
 from app.auth.service import Scope
 from app.config import Settings, get_settings
-from app.db.session import session_factory
+from app.db.session import reading, session_factory
 from app.jobs.events import Feed
 from app.kit import rate
 from app.kit.problem import Problem, invalid
@@ -59,7 +62,7 @@ def _admit(credentials: HTTPAuthorizationCredentials | None, needed: Scope) -> t
     Raises:
         Problem: 401, 403, 429.
     """
-    with session_factory()() as session:
+    with reading() as session:
         owner = auth.authenticate(session, credentials.credentials) if credentials else None
     if owner is None:
         raise unauthorized()
@@ -82,7 +85,7 @@ def unauthorized() -> Problem:
     return Problem(401, "unauthorized", detail, headers={"WWW-Authenticate": 'Bearer realm="secateur"'})
 
 
-def refuse_unknown_parameters(request: Request) -> None:
+async def refuse_unknown_parameters(request: Request) -> None:
     """Nothing in the query but the route's own parameters: a misspelt ``validate_only`` is not to make a job.
 
     Names that only ``openapi_extra`` can tell, as ``label.KEY``, stand there.
@@ -106,7 +109,7 @@ EVERY_V1_ROUTE = [Depends(bearer), Depends(refuse_unknown_parameters)]
 """Of a :class:`KeyedRoute`; ``bearer`` is what the OpenAPI document knows of the key."""
 
 
-def get_feed(request: Request) -> Feed:
+async def get_feed(request: Request) -> Feed:
     """The process's feed of job changes."""
     feed: Feed = request.app.state.feed
     return feed

@@ -105,7 +105,9 @@ class QueueCollector(Collector):
         except SQLAlchemyError:
             yield GaugeMetricFamily("secateur_database_up", up.documentation, value=0)
             return
-        by_state = GaugeMetricFamily("secateur_jobs", "Jobs by state.", labels=["state"])
+        by_state = GaugeMetricFamily(
+            "secateur_jobs", "Jobs by state; of those that have ended, the last hour's.", labels=["state"]
+        )
         for state in State:
             by_state.add_metric([state], numbers.by_state.get(state, 0))
         depth = numbers.by_state.get(State.QUEUED, 0)

@@ -9,6 +9,7 @@ from typing import Any
 
 from celery import Celery
 from celery.signals import worker_process_init, worker_ready, worker_shutdown, worker_shutting_down
+from kombu.utils import eventio
 
 from app.config import get_settings
 from app.db.session import session_factory
@@ -18,6 +19,10 @@ from workers.devices import device_memory
 from workers.launch import die_with_parent
 
 log = logging.getLogger(__name__)
+
+# Of a child that was killed, epoll goes on telling for as long as another has its pipe, and the worker spins (celery #1845);
+# poll forgets what is closed.
+eventio.epoll = None
 
 app = Celery("secateur", broker=get_settings().broker_url, include=["workers.tasks"])
 app.conf.update(

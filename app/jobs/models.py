@@ -24,7 +24,11 @@ class Job(Base):
         Index("ix_jobs_leased", "lease_expires_at", postgresql_where=text("lease_expires_at IS NOT NULL")),
         Index("ix_jobs_owner_id", "owner_id", "id"),
         Index("ix_jobs_open", "owner_id", postgresql_where=text("state NOT IN ('succeeded', 'failed', 'cancelled')")),
+        Index("ix_jobs_owner_id_state", "owner_id", "state", "id"),
+        Index("ix_jobs_owner_id_method", "owner_id", "method", "id"),
+        Index("ix_jobs_owner_id_model_id", "owner_id", "model_id", "id"),
         Index("ix_jobs_labels", "labels", postgresql_using="gin"),
+        Index("ix_jobs_finished_at", "finished_at"),
     )
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)

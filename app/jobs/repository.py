@@ -5,15 +5,20 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, or_, select
 from sqlalchemy.orm import Session, defer
 
 from app.jobs.models import Job, JobEvent, JobRound
 from app.jobs.transitions import TERMINAL, State, lock, record_event
 
+# Built once, as pollers ask them again and again: making a statement takes longer than the database's answer.
+GET = select(Job).options(defer(Job.report)).where(Job.id == bindparam("job_id"))
+GET_BARE = GET.options(defer(Job.request, raiseload=True))
+FINISHED_WITHIN = dt.timedelta(hours=1)
+
 
 class QueueNumbers(NamedTuple):
-    """Jobs by state, and how long (seconds) the oldest queued one has been there."""
+    """Jobs by state (ended ones: those of the last hour), and how long (seconds) the oldest queued one has been there."""
 
     by_state: Mapping[str, int]
     oldest_seconds: float
@@ -33,8 +38,10 @@ def get(
 
     ``bare`` is for those who look again and again: the request, which may have megabytes of texts, is left out too.
     """
-    columns = [defer(Job.report)] + ([defer(Job.request, raiseload=True)] if bare else [])
-    job = lock(session, job_id) if locked else session.get(Job, job_id, options=columns)
+    if locked:
+        job = lock(session, job_id)
+    else:
+        job = session.scalars(GET_BARE if bare else GET, {"job_id": job_id}).one_or_none()
     return job if job is not None and job.owner_id == owner_id else None
 
 
@@ -92,11 +99,9 @@ def rounds(session: Session, job_id: uuid.UUID) -> Sequence[JobRound]:
 
 def queue_numbers(session: Session) -> QueueNumbers:
     """What the metrics show."""
-    rows = session.execute(
-        select(Job.state, func.count(), func.extract("epoch", func.now() - func.min(Job.created_at))).group_by(
-            Job.state
-        )
-    ).all()
+    recent = or_(Job.finished_at.is_(None), Job.finished_at > func.now() - FINISHED_WITHIN)
+    age = func.extract("epoch", func.now() - func.min(Job.created_at))
+    rows = session.execute(select(Job.state, func.count(), age).where(recent).group_by(Job.state)).all()
     oldest = next((float(age) for state, _, age in rows if state == State.QUEUED), 0.0)
     return QueueNumbers({state: count for state, count, _ in rows}, oldest)
 

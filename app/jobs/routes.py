@@ -20,7 +20,7 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Send
 
 from app.auth import service as auth
-from app.db.session import session_factory
+from app.db.session import reading, session_factory
 from app.deps import EVERY_V1_ROUTE, FeedDep, KeyedRoute, Owner, SessionDep, SettingsDep, unauthorized
 from app.jobs import doorbell, service
 from app.jobs.schemas import (
@@ -84,14 +84,17 @@ def _view(job: Any, response: Response) -> JobView:
     return JobView.model_validate(job)
 
 
-async def _read(owner_id: uuid.UUID, job_id: uuid.UUID, *, bare: bool = False) -> Any:
-    def read() -> Any:
-        with session_factory()() as session:
-            if not auth.is_live(session, owner_id):
-                raise unauthorized()
-            return service.get(session, owner_id, job_id, bare=bare)
+def _read(owner_id: uuid.UUID, job_id: uuid.UUID) -> Any:
+    with reading() as session:
+        return service.get(session, owner_id, job_id)
 
-    return await run_in_threadpool(read)
+
+def _look(owner_id: uuid.UUID, job_id: uuid.UUID) -> Any:
+    """The job without its request; the key may have been revoked since the last look."""
+    with reading() as session:
+        if not auth.is_live(session, owner_id):
+            raise unauthorized()
+        return service.get(session, owner_id, job_id, bare=True)
 
 
 async def _wait(
@@ -105,10 +108,10 @@ async def _wait(
     deadline = time.monotonic() + seconds
     with feed.bell(job_id) as bell:
         while True:
-            job = await _read(owner_id, job_id, bare=True)
+            job = await run_in_threadpool(_look, owner_id, job_id)
             left = deadline - time.monotonic()
             if done(job) or left <= 0:
-                return await _read(owner_id, job_id)
+                return await run_in_threadpool(_read, owner_id, job_id)
             await bell.wait(left)
 
 
@@ -182,7 +185,7 @@ async def get(
     job_id: uuid.UUID, response: Response, owner: Owner, feed: FeedDep, wait: Wait, if_none_match: IfNoneMatch = None
 ) -> Any:
     """A job. `Prefer: wait=n` holds the answer until the job changes from `If-None-Match`, or from what it is now."""
-    job = await _read(owner.id, job_id)
+    job = await run_in_threadpool(_read, owner.id, job_id)
     seen = if_none_match or etag(job.version)
     if wait is not None:
         response.headers["Preference-Applied"] = f"wait={wait}"
@@ -239,7 +242,7 @@ def events(
 
 
 def _must_exist(job_id: uuid.UUID, owner: Owner) -> None:
-    with session_factory()() as session:
+    with reading() as session:
         service.get(session, owner.id, job_id)
 
 
@@ -261,7 +264,7 @@ async def stream(
     after, shown = last_event_id, None
 
     def read() -> Any:
-        with session_factory()() as session:
+        with reading() as session:
             if not auth.is_live(session, owner.id):
                 return None
             return service.events(session, owner.id, job_id, after, STREAM_BATCH)

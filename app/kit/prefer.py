@@ -9,7 +9,7 @@ LONGEST = 60
 _WAIT = re.compile(r'(?:^|[,;])\s*wait\s*=\s*"?(\d{1,9})"?\s*(?=$|[,;])', re.IGNORECASE)
 
 
-def wait_seconds(
+async def wait_seconds(
     prefer: Annotated[
         list[str] | None, Header(description="`wait=n`, 1 to 60: hold the answer for up to n seconds.")
     ] = None,

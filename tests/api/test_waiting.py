@@ -1,5 +1,6 @@
 """``Prefer: wait`` and the event stream: told at once, resumed exactly, ended at the end."""
 
+import asyncio
 import json
 import threading
 import time
@@ -57,7 +58,7 @@ def test_reading_the_header() -> None:
         (["await=5"], None),
         (["wait=5x"], None),
     ]:
-        assert wait_seconds(header) == wait, header
+        assert asyncio.run(wait_seconds(header)) == wait, header
 
 
 def test_get_waits_for_a_change(api: httpx2.Client, job_id: str, session: Session, later: Callable[..., None]) -> None:
