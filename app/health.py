@@ -1,12 +1,10 @@
 """Liveness, readiness, metrics: for orchestrators and Prometheus; no API key."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import redis
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
 from pydantic import BaseModel, Field
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
@@ -16,8 +14,6 @@ from app.db.session import session_factory
 from app.deps import SettingsDep
 from app.fleet import repository as fleet
 from app.fleet.repository import MISSED_BEATS
-from app.jobs import repository as jobs
-from app.jobs.transitions import State
 
 router = APIRouter(tags=["health"])
 
@@ -88,36 +84,6 @@ def _count_workers(settings: Settings) -> None:
     with session_factory()() as session:
         if not fleet.live(session, settings.heartbeat_interval * MISSED_BEATS):
             raise Unready("no live worker")
-
-
-class QueueCollector(Collector):
-    """The state of the queue, read from the database when Prometheus asks."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        up = GaugeMetricFamily("secateur_database_up", "Whether the database answers.", value=1)
-        try:
-            with session_factory()() as session:
-                numbers = jobs.queue_numbers(session)
-                workers = len(fleet.live(session, self.settings.heartbeat_interval * MISSED_BEATS))
-        except SQLAlchemyError:
-            yield GaugeMetricFamily("secateur_database_up", up.documentation, value=0)
-            return
-        by_state = GaugeMetricFamily(
-            "secateur_jobs", "Jobs by state; of those that have ended, the last hour's.", labels=["state"]
-        )
-        for state in State:
-            by_state.add_metric([state], numbers.by_state.get(state, 0))
-        depth = numbers.by_state.get(State.QUEUED, 0)
-        yield up
-        yield by_state
-        yield GaugeMetricFamily("secateur_queue_depth", "Jobs that wait for a worker.", value=depth)
-        yield GaugeMetricFamily(
-            "secateur_queue_oldest_seconds", "Age of the oldest of them.", value=numbers.oldest_seconds
-        )
-        yield GaugeMetricFamily("secateur_workers_live", "Workers that beat.", value=workers)
 
 
 @router.get("/metrics", response_class=Response)

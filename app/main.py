@@ -19,6 +19,7 @@ from app.kit.body_limit import BodyLimit
 from app.kit.browser_rules import BrowserRules
 from app.kit.observe import Observe
 from app.kit.problem import ProblemDetails
+from app.metrics import ServiceCollector
 
 DESCRIPTION = """
 Prunes large language models: post a job, get back a smaller model with a report of what it cost.
@@ -39,7 +40,7 @@ def create_app() -> FastAPI:
     """The application, on the settings of this process."""
     settings = get_settings()
     feed, registry = Feed(), CollectorRegistry()
-    registry.register(health.QueueCollector(settings))
+    registry.register(ServiceCollector(settings))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -3,6 +3,7 @@
 import logging
 import mmap
 import os
+import shutil
 import socket
 import threading
 from typing import Any
@@ -78,10 +79,12 @@ def _beat() -> None:
     """Say in the fleet table that this worker lives, idle or busy."""
     settings = get_settings()
     info = {"devices": os.environ.get("CUDA_VISIBLE_DEVICES", "all"), "cpus": os.cpu_count(), **device_memory()}
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
     while True:
         try:
+            free = shutil.disk_usage(settings.data_dir).free
             with session_factory()() as session:
-                fleet.beat(session, WORKER_NAME, "worker", info)
+                fleet.beat(session, WORKER_NAME, "worker", {**info, "disk_free_bytes": free})
         except Exception as error:
             log.warning("could not beat: %s", error)
         if _ended.wait(settings.heartbeat_interval):

@@ -68,7 +68,10 @@ class JobEvent(Base):
     """Something that happened; ``id`` is the cursor of the event stream."""
 
     __tablename__ = "job_events"
-    __table_args__ = (Index("ix_job_events_job_id", "job_id", "id"),)
+    __table_args__ = (
+        Index("ix_job_events_job_id", "job_id", "id"),
+        Index("ix_job_events_retries", "created_at", postgresql_where=text("type = 'retry'")),
+    )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
@@ -82,6 +85,7 @@ class JobRound(Base):
     """A completed pruning round: the checkpoint a later attempt resumes from. Round 0 is the unpruned model, measured."""
 
     __tablename__ = "job_rounds"
+    __table_args__ = (Index("ix_job_rounds_created_at", "created_at"),)
 
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)

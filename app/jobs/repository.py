@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sqlalchemy import bindparam, func, or_, select
+from sqlalchemy import Float, bindparam, cast, func, or_, select
 from sqlalchemy.orm import Session, defer
 
 from app.jobs.models import Job, JobEvent, JobRound
@@ -104,6 +104,28 @@ def queue_numbers(session: Session) -> QueueNumbers:
     rows = session.execute(select(Job.state, func.count(), age).where(recent).group_by(Job.state)).all()
     oldest = next((float(age) for state, _, age in rows if state == State.QUEUED), 0.0)
     return QueueNumbers({state: count for state, count, _ in rows}, oldest)
+
+
+def running_by_worker(session: Session) -> dict[str, float]:
+    """How many jobs each worker owns."""
+    query = select(Job.worker, func.count()).where(Job.lease_expires_at.is_not(None)).group_by(Job.worker)
+    return {str(worker): count for worker, count in session.execute(query)}
+
+
+def recent_retries(session: Session) -> dict[str, float]:
+    """Attempts of the last hour that failed and were queued again, by the error's code."""
+    code = JobEvent.data["error"]["code"].astext
+    since = JobEvent.created_at > func.now() - FINISHED_WITHIN
+    query = select(code, func.count()).where(JobEvent.type == "retry", since).group_by(code)
+    return {str(name): count for name, count in session.execute(query)}
+
+
+def recent_rounds(session: Session) -> dict[str, float]:
+    """Mean seconds of the rounds of the last hour, by method."""
+    seconds = func.avg(cast(JobRound.data["seconds"].astext, Float))
+    since = JobRound.created_at > func.now() - FINISHED_WITHIN
+    query = select(Job.method, seconds).join(Job, Job.id == JobRound.job_id).where(since, JobRound.number > 0)
+    return {method: mean for method, mean in session.execute(query.group_by(Job.method)) if mean is not None}
 
 
 def delete(session: Session, job: Job) -> None:

@@ -20,6 +20,11 @@ class WebhookDelivery(Base):
     __table_args__ = (
         Index("ix_webhook_deliveries_due", "next_attempt_at", postgresql_where=text("next_attempt_at IS NOT NULL")),
         Index("ix_webhook_deliveries_job_id", "job_id"),
+        Index(
+            "ix_webhook_deliveries_given_up",
+            "created_at",
+            postgresql_where=text("next_attempt_at IS NULL AND delivered_at IS NULL"),
+        ),
     )
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)

@@ -30,6 +30,15 @@ def owe(session: Session, job: Job) -> None:
     session.add(WebhookDelivery(job_id=job.id, url=url, payload=payload))
 
 
+def counts(session: Session) -> tuple[int, int]:
+    """Deliveries that are still to be made, and those of the last day that were given up."""
+    pending = select(func.count()).where(WebhookDelivery.next_attempt_at.is_not(None))
+    since = WebhookDelivery.created_at > func.now() - dt.timedelta(days=1)
+    given_up = WebhookDelivery.next_attempt_at.is_(None) & WebhookDelivery.delivered_at.is_(None)
+    failed = select(func.count()).where(since, given_up)
+    return session.scalar(pending) or 0, session.scalar(failed) or 0
+
+
 def claim_due(session: Session, backoff: Sequence[float], limit: int) -> Sequence[WebhookDelivery]:
     """Take up to ``limit`` due deliveries for one attempt each; commits.
 

@@ -1,4 +1,4 @@
-"""Scopes and rotation of API keys; Hub tokens of keys and jobs; an index of the jobs that have not ended."""
+"""Scopes and rotation of API keys; Hub tokens of keys and jobs; indexes for limits and metrics."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -17,11 +17,18 @@ def upgrade() -> None:
     op.add_column("api_keys", sa.Column("hub_token", sa.LargeBinary))
     op.create_unique_constraint("uq_api_keys_previous_sha256", "api_keys", ["previous_sha256"])
     op.add_column("jobs", sa.Column("hub_token", sa.LargeBinary))
+    op.create_index("ix_job_events_retries", "job_events", ["created_at"], postgresql_where=sa.text("type = 'retry'"))
+    op.create_index("ix_job_rounds_created_at", "job_rounds", ["created_at"])
+    given_up = sa.text("next_attempt_at IS NULL AND delivered_at IS NULL")
+    op.create_index("ix_webhook_deliveries_given_up", "webhook_deliveries", ["created_at"], postgresql_where=given_up)
     not_ended = "state NOT IN ('succeeded', 'failed', 'cancelled')"
     op.create_index("ix_jobs_open", "jobs", ["owner_id"], postgresql_where=sa.text(not_ended))
 
 
 def downgrade() -> None:
+    op.drop_index("ix_webhook_deliveries_given_up", "webhook_deliveries")
+    op.drop_index("ix_job_rounds_created_at", "job_rounds")
+    op.drop_index("ix_job_events_retries", "job_events")
     op.drop_index("ix_jobs_open", "jobs")
     op.drop_column("jobs", "hub_token")
     for column in ("hub_token", "previous_expires_at", "previous_sha256", "scopes"):

@@ -1,13 +1,17 @@
 """Liveness, readiness with a verdict on each part, metrics; the doorbell when the broker is away."""
 
+import json
+import re
 import socket
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 import redis
+import yaml  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import func, update
 from sqlalchemy.orm import Session
@@ -16,8 +20,11 @@ from app.config import Settings, get_settings
 from app.db.session import session_factory
 from app.fleet import repository as fleet
 from app.fleet.models import Worker
-from app.jobs import doorbell
+from app.jobs import doorbell, leases
+from app.jobs.models import Job
 from tests.api import play
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 def _ready(url: str) -> tuple[int, dict[str, Any]]:
@@ -123,3 +130,35 @@ def test_a_job_is_accepted_without_a_broker(
     response = api.post("/v1/jobs", json=body)
     assert response.status_code == 202
     assert api.get(response.headers["Location"]).json()["state"] == "queued"
+
+
+def test_metrics_of_trouble(api: httpx2.Client, url: str, body: dict[str, Any], session: Session) -> None:
+    job_id = api.post("/v1/jobs", json=body).json()["id"]
+    attempt = play.start(session, job_id)
+    play.finish_round(session, job_id, attempt, 1)
+    session.execute(update(Job).values(lease_expires_at=func.now()))
+    session.commit()
+    leases.reap(session, 3, 0.0)
+    fleet.beat(session, "w", "worker", {"device": "cpu", "memory_bytes": 8, "disk_free_bytes": 9})
+    text = httpx2.get(f"{url}/metrics", timeout=30).text
+    for line in (
+        'secateur_retries_last_hour{code="worker_lost"} 1.0',
+        'secateur_worker_disk_free_bytes{worker="w"} 9.0',
+        'secateur_worker_memory_bytes{worker="w"} 8.0',
+        "secateur_webhooks_pending 0.0",
+    ):
+        assert line in text
+    assert 'secateur_round_seconds{method="piem-lsps"}' in text
+    play.start(session, job_id)
+    assert 'secateur_running_jobs{worker="' in httpx2.get(f"{url}/metrics", timeout=30).text
+
+
+def test_rules_and_dashboard_ask_for_metrics_that_there_are(url: str) -> None:
+    told = {family.name for family in text_string_to_metric_families(httpx2.get(f"{url}/metrics", timeout=30).text)}
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
+    panels = json.loads((DEPLOY / "grafana" / "secateur.json").read_text())["panels"]
+    asked = [rule["expr"] for rule in rules] + [target["expr"] for panel in panels for target in panel["targets"]]
+    names = {name for expression in asked for name in re.findall(r"\bsecateur_\w+", expression)}
+    assert len(rules) > 8 and len(panels) > 8 and len(names) > 10
+    assert {re.sub(r"_(count|bucket)$", "", name) for name in names} <= told
+    assert all(rule["annotations"]["runbook"] and rule["labels"]["severity"] in ("page", "ticket") for rule in rules)

@@ -1,0 +1,79 @@
+"""What Prometheus is told of jobs, workers and webhooks: read from the database when it asks, so every API replica says the same."""
+
+from collections.abc import Iterator
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.config import Settings
+from app.db.session import reading
+from app.fleet import repository as fleet
+from app.fleet.repository import MISSED_BEATS
+from app.jobs import repository as jobs
+from app.jobs.transitions import State
+from app.webhooks import repository as webhooks
+
+WORKER_NUMBERS = {
+    "memory_bytes": "Memory of a worker's device.",
+    "disk_free_bytes": "Free bytes on the disk that a worker writes to.",
+}
+
+
+class ServiceCollector(Collector):
+    """Is it stuck (queue, workers, retries), is it slow (rounds), is it full (memory, disk)."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("secateur_database_up", "Whether the database answers.", value=1)
+        try:
+            metrics = list(self._read())
+        except SQLAlchemyError:
+            yield GaugeMetricFamily("secateur_database_up", up.documentation, value=0)
+            return
+        yield from [up, *metrics]
+
+    def _read(self) -> Iterator[Metric]:
+        with reading() as session:
+            numbers = jobs.queue_numbers(session)
+            running = jobs.running_by_worker(session)
+            retries, rounds = jobs.recent_retries(session), jobs.recent_rounds(session)
+            workers = fleet.live(session, self.settings.heartbeat_interval * MISSED_BEATS)
+            pending, failed = webhooks.counts(session)
+        yield _labelled(
+            "secateur_jobs",
+            "Jobs by state; of those that have ended, the last hour's.",
+            "state",
+            {state: numbers.by_state.get(state, 0) for state in State},
+        )
+        depth = numbers.by_state.get(State.QUEUED, 0)
+        yield GaugeMetricFamily("secateur_queue_depth", "Jobs that wait for a worker.", value=depth)
+        yield GaugeMetricFamily(
+            "secateur_queue_oldest_seconds", "Age of the oldest of them.", value=numbers.oldest_seconds
+        )
+        yield GaugeMetricFamily("secateur_workers_live", "Workers that beat.", value=len(workers))
+        yield _labelled("secateur_running_jobs", "Jobs that a worker owns.", "worker", running)
+        yield _labelled(
+            "secateur_retries_last_hour",
+            "Attempts of the last hour that failed and were queued again, by the error's code: worker_lost is a lease that ran "
+            "out, hub_conflict a repository that others kept committing to.",
+            "code",
+            retries,
+        )
+        yield _labelled("secateur_round_seconds", "Mean time of a round of the last hour, by method.", "method", rounds)
+        yield GaugeMetricFamily("secateur_webhooks_pending", "Webhooks that are still to be delivered.", value=pending)
+        yield GaugeMetricFamily(
+            "secateur_webhooks_failed_last_day", "Webhooks of the last day that were given up.", value=failed
+        )
+        for number, description in WORKER_NUMBERS.items():
+            known = {worker.name: float(worker.info[number]) for worker in workers if number in worker.info}
+            yield _labelled(f"secateur_worker_{number}", description, "worker", known)
+
+
+def _labelled(name: str, description: str, label: str, values: dict[str, float]) -> Metric:
+    metric = GaugeMetricFamily(name, description, labels=[label])
+    for value, number in values.items():
+        metric.add_metric([value], number)
+    return metric
