@@ -28,7 +28,7 @@ ROUNDS = 4
 SHARED_REPOSITORY = 0.2
 """Of the jobs, those that publish to one repository, all of them."""
 CANCELLED, PAUSED = 0.1, 0.1
-DISK = 96 * 2**20
+DISK = 512 * 2**20
 """Of the data folder, where it can be a file system of its own."""
 AUDIT_SECONDS = 0.5
 SETTLING = 8.0
