@@ -4,7 +4,7 @@ from base64 import b64decode, urlsafe_b64decode
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from limits import parse
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, StringConstraints
@@ -117,6 +117,7 @@ class Settings(BaseSettings):
     """Origins whose pages may call the API, as in ``https://tools.example.org,https://ml.example.org``; ``*``: all."""
     docs: bool = True
     """Serve ``/docs``, ``/redoc`` and ``/openapi.json``."""
+    log_format: Literal["text", "json"] = "text"
     torch_threads: int | None = None
     """Threads a runner gives torch; unset: one for every core of the machine."""
 

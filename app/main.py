@@ -15,6 +15,7 @@ from app.auth import routes as keys
 from app.config import get_settings
 from app.jobs import routes as jobs
 from app.jobs.events import Feed
+from app.kit import logs
 from app.kit.body_limit import BodyLimit
 from app.kit.browser_rules import BrowserRules
 from app.kit.observe import Observe
@@ -39,6 +40,7 @@ CORS_RESPONSE_HEADERS = (
 def create_app() -> FastAPI:
     """The application, on the settings of this process."""
     settings = get_settings()
+    logs.configure(settings)
     feed, registry = Feed(), CollectorRegistry()
     registry.register(ServiceCollector(settings))
 

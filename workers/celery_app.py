@@ -9,13 +9,21 @@ import threading
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_process_init, worker_ready, worker_shutdown, worker_shutting_down
+from celery.signals import (
+    after_setup_logger,
+    after_setup_task_logger,
+    worker_process_init,
+    worker_ready,
+    worker_shutdown,
+    worker_shutting_down,
+)
 from kombu.utils import eventio
 
 from app.config import get_settings
 from app.db.session import session_factory
 from app.fleet import repository as fleet
 from app.jobs.doorbell import TRANSPORT_OPTIONS
+from app.kit import logs
 from workers.devices import device_memory
 from workers.launch import die_with_parent
 
@@ -47,6 +55,12 @@ WORKER_NAME = f"{socket.gethostname()}:{MAIN_PID}"
 shutting_down = mmap.mmap(-1, 1)
 """A byte shared with the forked process that supervises a job. It has no lock, as signal handlers set it."""
 _ended = threading.Event()
+
+
+@after_setup_logger.connect
+@after_setup_task_logger.connect
+def _format_logs(logger: logging.Logger, **_: Any) -> None:
+    logs.adopt(logger.handlers, get_settings())
 
 
 @worker_shutting_down.connect

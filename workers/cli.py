@@ -53,9 +53,10 @@ def scheduler() -> None:
     """Run a scheduler; any number may run."""
     from app.config import get_settings
     from app.db.session import session_factory
+    from app.kit import logs
     from workers.scheduler import run
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logs.configure(get_settings())
     run(get_settings(), session_factory())
 
 

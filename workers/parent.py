@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import math
 import os
 import shutil
@@ -9,11 +10,14 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 from app.catalog.errors import PruningError
+from app.config import get_settings
+from app.kit import logs
+
+log = logging.getLogger(__name__)
 
 
 class Parent:
@@ -57,10 +61,12 @@ class Parent:
 def run(work: Callable[[Parent], dict[str, Any]]) -> None:
     """Do ``work`` and tell the message it returns, or the error it raised; then end the process."""
     parent = Parent()
-    try:
-        message = work(parent)
-    except Exception as error:
-        message = {"type": "error", "error": explain(error, parent.job["folder"])}
+    logs.configure(get_settings())
+    with logs.about(**{name: parent.job.get(name) for name in logs.NAMES}):
+        try:
+            message = work(parent)
+        except Exception as error:
+            message = {"type": "error", "error": explain(error, parent.job["folder"])}
     parent.tell(message)
     sys.stderr.flush()
     os._exit(0)  # the reading thread would keep the interpreter from closing down cleanly
@@ -70,7 +76,7 @@ def explain(error: Exception, folder: str) -> dict[str, Any]:
     """What the job's owner is told: {code, message, retryable} and, of what a person can mend, the field."""
     if isinstance(error, PruningError):
         return error.as_dict()
-    traceback.print_exception(error, file=sys.stderr)
+    log.error("unexpected", exc_info=error)
     text = str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         advice = "use a smaller dtype, fewer or shorter calibration samples, or a larger worker"

@@ -26,6 +26,7 @@ from app.config import Settings
 from app.jobs import leases, repository, tokens
 from app.jobs.leases import Beat, Claim, LeaseLost
 from app.jobs.transitions import State, TransitionRefused, Trigger
+from app.kit import logs
 from workers.child import Child, describe_exit
 from workers.parent import explain
 
@@ -75,7 +76,8 @@ def supervise(
     with sessions() as session:
         claim = leases.claim(session, job_id, worker, settings.lease_ttl, settings.max_running_jobs)
     if claim is not None:
-        Attempt(claim, settings, sessions, shutting_down, sent).run(runner, publisher)
+        with logs.about(job_id=str(claim.job_id), attempt=claim.attempt, request_id=claim.request_id):
+            Attempt(claim, settings, sessions, shutting_down, sent).run(runner, publisher)
 
 
 class Attempt:
@@ -104,16 +106,15 @@ class Attempt:
         self.temporary = self.folder / f".{self.output.name}.tmp"
 
     def run(self, runner: list[str], publisher: list[str]) -> None:
-        name = f"job {self.claim.job_id} attempt {self.claim.attempt}"
-        log.info("%s: started", name)
+        log.info("the attempt has begun")
         try:
             self._run(runner, publisher)
         except (LeaseLost, DatabaseLost) as reason:
-            log.warning("%s: given up: %s", name, reason)
+            log.warning("the attempt is given up: %s", reason)
         finally:
             for leftover in (self.output, *self.folder.glob(f".{self.output.name}.*")):  # whole, and half written
                 shutil.rmtree(leftover, ignore_errors=True)
-        log.info("%s: ended", name)
+        log.info("the attempt has ended")
 
     def _run(self, runner: list[str], publisher: list[str]) -> None:
         """The attempt, and what follows from the way it ended."""
@@ -147,6 +148,7 @@ class Attempt:
             "hub_token": token and token.get_secret_value(),
             "job_id": str(self.claim.job_id),
             "attempt": self.claim.attempt,
+            "request_id": self.claim.request_id,
             "request": self.claim.request,
             "folder": str(self.folder),
             "output": str(self.output),

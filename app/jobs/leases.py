@@ -32,6 +32,8 @@ class Claim:
     job_id: uuid.UUID
     attempt: int
     request: dict[str, Any]
+    request_id: str | None = None
+    """Of the HTTP request that made the job."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def claim(session: Session, job_id: uuid.UUID, worker: str, ttl: float, most: in
         started_at=job.started_at or dt.datetime.now(dt.UTC),
     )
     session.commit()
-    return Claim(job.id, job.attempt, job.request)
+    return Claim(job.id, job.attempt, job.request, job.request_id)
 
 
 def _owned_count(session: Session, owner_id: uuid.UUID) -> int:

@@ -39,6 +39,8 @@ class Job(Base):
     model_id: Mapped[str]
     method: Mapped[str]
     labels: Mapped[dict[str, str]] = mapped_column(default=dict)
+    request_id: Mapped[str | None]
+    """Of the HTTP request that made it, as its log lines have it."""
 
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)

@@ -20,7 +20,7 @@ from app.jobs import door, leases, repository, tokens, transitions
 from app.jobs.models import Job, JobEvent, JobRound
 from app.jobs.schemas import JobFilter, JobRequest, Plan
 from app.jobs.transitions import TERMINAL, State, Trigger
-from app.kit import idempotency
+from app.kit import idempotency, logs
 from app.kit.problem import Problem, invalid
 
 TRASH = ".deleted"
@@ -71,6 +71,7 @@ def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: J
         model_id=request.model_id,
         method=request.method,
         labels=request.labels,
+        request_id=logs.request_id(),
     )
     repository.add(session, job)
     if key is not None and not idempotency.remember(session, owner_id, key, digest, job.id, settings.idempotency_ttl):

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.kit import logs
 from app.kit.problem import Problem, respond
 
 log = logging.getLogger(__name__)
@@ -54,11 +55,14 @@ class Observe:
                 self.durations.labels(scope["method"], route, message["status"]).observe(time.perf_counter() - begun)
             await send(message)
 
-        try:
-            await self.app(scope, receive, stamped)
-        except Exception:
-            if responded:
-                raise
-            log.exception("request %s failed", request_id)
-            problem = Problem(500, "internal_error", "Something went wrong here; the request id finds it in the log.")
-            await respond(Request(scope), problem)(scope, receive, stamped)
+        with logs.about(request_id=request_id):
+            try:
+                await self.app(scope, receive, stamped)
+            except Exception:
+                if responded:
+                    raise
+                log.exception("request %s failed", request_id)
+                problem = Problem(
+                    500, "internal_error", "Something went wrong here; the request id finds it in the log."
+                )
+                await respond(Request(scope), problem)(scope, receive, stamped)

@@ -17,6 +17,7 @@ def upgrade() -> None:
     op.add_column("api_keys", sa.Column("hub_token", sa.LargeBinary))
     op.create_unique_constraint("uq_api_keys_previous_sha256", "api_keys", ["previous_sha256"])
     op.add_column("jobs", sa.Column("hub_token", sa.LargeBinary))
+    op.add_column("jobs", sa.Column("request_id", sa.String))
     op.create_index("ix_job_events_retries", "job_events", ["created_at"], postgresql_where=sa.text("type = 'retry'"))
     op.create_index("ix_job_rounds_created_at", "job_rounds", ["created_at"])
     given_up = sa.text("next_attempt_at IS NULL AND delivered_at IS NULL")
@@ -30,6 +31,7 @@ def downgrade() -> None:
     op.drop_index("ix_job_rounds_created_at", "job_rounds")
     op.drop_index("ix_job_events_retries", "job_events")
     op.drop_index("ix_jobs_open", "jobs")
+    op.drop_column("jobs", "request_id")
     op.drop_column("jobs", "hub_token")
     for column in ("hub_token", "previous_expires_at", "previous_sha256", "scopes"):
         op.drop_column("api_keys", column)
