@@ -1,5 +1,6 @@
 """The service's settings: the one place that reads the environment (prefix ``SECATEUR_``)."""
 
+import os
 from base64 import b64decode, urlsafe_b64decode
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network
@@ -12,6 +13,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
+SECRETS_DIR = "SECATEUR_SECRETS_DIR"
+"""Names a folder of files that are named like the variables, as Docker's and Kubernetes' secrets are; variables go first."""
 DATABASE_URL_FILE = "database-url"
 """In the data folder: the URL of the database that ``secateur up`` runs there."""
 
@@ -47,9 +50,10 @@ def _fernet_keys(secret: SecretStr) -> SecretStr:
 
 def _rate(rate: str) -> str:
     try:
-        parse(rate)
+        if rate:
+            parse(rate)
     except ValueError:
-        raise ValueError("a rate is, for instance, '100/second' or '6000/minute'") from None
+        raise ValueError("a rate is, for instance, '100/second' or '6000/minute', or empty") from None
     return rate
 
 
@@ -66,7 +70,12 @@ def _postgres_url(url: str) -> str:
 class Settings(BaseSettings):
     """Everything an operator can set. Durations are seconds, paths are created on first use."""
 
-    model_config = SettingsConfigDict(env_prefix="SECATEUR_", populate_by_name=True, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix="SECATEUR_",
+        secrets_dir=os.environ.get(SECRETS_DIR),
+        populate_by_name=True,
+        hide_input_in_errors=True,
+    )
 
     database_url: Annotated[str, AfterValidator(_postgres_url)] = (
         "postgresql+psycopg://secateur:secateur@localhost:5432/secateur"
@@ -96,8 +105,8 @@ class Settings(BaseSettings):
     stall_timeout: float = 1800.0
     """A runner that reports nothing for this long is taken for hung."""
     idempotency_ttl: float = 86_400.0
-    rate_limit: Annotated[str, AfterValidator(_rate)] | None = "6000/minute"
-    """Of requests, for each API key; ``N/second``, ``N/minute``, ``N/hour`` or ``N/day``. None: no limit."""
+    rate_limit: Annotated[str, AfterValidator(_rate)] = "6000/minute"
+    """Of requests, for each API key; ``N/second``, ``N/minute``, ``N/hour`` or ``N/day``. Empty: no limit."""
     max_open_jobs: int | None = Field(1000, ge=1)
     """Of each API key, jobs that have not ended."""
     max_running_jobs: int | None = Field(None, ge=1)

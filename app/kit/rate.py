@@ -35,7 +35,7 @@ def count(settings: Settings, key_id: uuid.UUID) -> dict[str, str]:
     Raises:
         Problem: 429 with ``Retry-After``, when there is nothing left.
     """
-    if settings.rate_limit is None:
+    if not settings.rate_limit:
         return {}
     limit, limiter = parse(settings.rate_limit), _limiter(settings.broker_url)
     try:

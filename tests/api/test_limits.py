@@ -1,8 +1,12 @@
 """What one API key may ask for: requests, jobs, sizes, time, space."""
 
 import datetime as dt
+import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -18,6 +22,7 @@ from app.jobs.schemas import JobRequest
 from app.jobs.transitions import Trigger
 from app.kit.problem import Problem
 from tests.test_leases import _at_once
+from tests.workers.conftest import ROOT
 
 Change = Callable[..., Settings]
 
@@ -154,3 +159,18 @@ def test_bad_settings(change: Change) -> None:
         with pytest.raises(ValueError, match=name):
             change(**{name: value})
         change(**{name: {"rate_limit": "1/second", "max_open_jobs": "1"}.get(name, "A" * 43 + "=")})
+
+
+def test_secrets_in_files(tmp_path: Path, settings: Settings) -> None:
+    (tmp_path / "secateur_hf_token").write_text("hf_of_a_file\n")
+    (tmp_path / "secateur_broker_url").write_text("redis://file:1/0")
+    script = "from app.config import Settings; s = Settings(); print(s.hf_token.get_secret_value(), s.broker_url)"
+    environment = {name: value for name, value in os.environ.items() if "HF_TOKEN" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment | {"SECATEUR_SECRETS_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.stdout.split() == ["hf_of_a_file", settings.broker_url], done.stderr

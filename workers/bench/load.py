@@ -111,6 +111,7 @@ class Bench:
             "SECATEUR_BROKER_URL": self.settings.broker_url,
             "SECATEUR_DATA_DIR": str(self.settings.data_dir),
             "SECATEUR_HUB_DIR": str(self.settings.hub_dir),
+            "SECATEUR_RATE_LIMIT": "1000000/minute",  # counted, and never reached
         }
         self.api, self.api_port = self._start("app.main:create_app", "/healthz", environment, folder / "api.log")
         self.bare, self.bare_port = self._start(
