@@ -3,9 +3,11 @@
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import redis
 from sqlalchemy.orm import Session
@@ -98,6 +100,10 @@ def test_a_worker_replaces_the_process_that_supervises(
     wait_for(lambda: not alive(pid), timeout=2)
     start("workers.cli", "scheduler")
     job.wait_for_state("succeeded")
+    main = psutil.Process(worker.pid)
+    before, began = sum(main.cpu_times()[:2]), time.monotonic()
+    time.sleep(2)
+    assert sum(main.cpu_times()[:2]) - before < 0.2 * (time.monotonic() - began), "it does not spin over what is closed"
 
 
 def test_a_broker_that_loses_every_message_loses_no_job(
