@@ -2,9 +2,11 @@
 
 import logging
 import mmap
+import multiprocessing
 import os
 import shutil
 import socket
+import tempfile
 import threading
 from typing import Any
 
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 # Of a child that was killed, epoll goes on telling for as long as another has its pipe, and the worker spins (celery #1845);
 # poll forgets what is closed.
 eventio.epoll = None
+# Else the pool makes a folder for its shared memory, which a kill leaves behind.
+multiprocessing.current_process()._config["tempdir"] = tempfile.gettempdir()  # type: ignore[attr-defined]
 
 app = Celery("secateur", broker=get_settings().broker_url, include=["workers.tasks"])
 app.conf.update(

@@ -95,6 +95,9 @@ class World:
         """As an operator does it, who then waits."""
         role = self.roles[name]
         role.wanted = False
+        for process in self.family(name):  # which a frozen one could not heed
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
         if role.process.poll() is None:
             role.process.send_signal(signal.SIGINT if name == "postgres" else signal.SIGTERM)
             try:
