@@ -1,4 +1,4 @@
-"""How often an API key may ask: a window in the broker, shared by all replicas of the API (library ``limits``).
+"""How often an API key may ask: windows of fixed length, counted in the broker for all replicas of the API (library ``limits``).
 
 The answer's headers are those of draft-ietf-httpapi-ratelimit-headers-10.
 """
@@ -10,10 +10,9 @@ import uuid
 from functools import lru_cache
 from typing import Any
 
-from limits import RateLimitItem, parse
+from limits import parse
 from limits.errors import StorageError
 from limits.storage import RedisStorage
-from limits.strategies import SlidingWindowCounterRateLimiter
 
 from app.config import Settings
 from app.kit.problem import Problem
@@ -24,9 +23,9 @@ BROKER_SECONDS = 1.0
 
 
 @lru_cache
-def _limiter(broker_url: str) -> SlidingWindowCounterRateLimiter:
+def _counters(broker_url: str) -> RedisStorage:
     options: dict[str, Any] = {"socket_timeout": BROKER_SECONDS, "socket_connect_timeout": BROKER_SECONDS}
-    return SlidingWindowCounterRateLimiter(RedisStorage(broker_url, wrap_exceptions=True, **options))
+    return RedisStorage(broker_url, wrap_exceptions=True, **options)
 
 
 def count(settings: Settings, key_id: uuid.UUID) -> dict[str, str]:
@@ -37,23 +36,20 @@ def count(settings: Settings, key_id: uuid.UUID) -> dict[str, str]:
     """
     if not settings.rate_limit:
         return {}
-    limit, limiter = parse(settings.rate_limit), _limiter(settings.broker_url)
+    limit = parse(settings.rate_limit)
+    length = limit.get_expiry()
+    window, passed = divmod(time.time(), length)
     try:
-        allowed = limiter.hit(limit, str(key_id))
-        reset, remaining = limiter.get_window_stats(limit, str(key_id))
+        used = _counters(settings.broker_url).incr(f"rate/{key_id}/{window:.0f}", length)
     except StorageError as error:
         log.warning("requests are not limited, the broker does not answer: %s", error)
         return {}
-    headers = _headers(limit, remaining, math.ceil(max(reset - time.time(), 0)))
-    if not allowed:
-        seconds = math.ceil(max(reset - time.time(), 1))
-        detail = f"This API key may ask {limit.amount} times in {limit.get_expiry()} seconds."
+    seconds = math.ceil(length - passed)
+    headers = {
+        "RateLimit-Policy": f'"key";q={limit.amount};w={length}',
+        "RateLimit": f'"key";r={max(limit.amount - used, 0)};t={seconds}',
+    }
+    if used > limit.amount:
+        detail = f"This API key may ask {limit.amount} times in {length} seconds."
         raise Problem(429, "rate_limited", detail, headers=headers | {"Retry-After": str(seconds)})
     return headers
-
-
-def _headers(limit: RateLimitItem, remaining: int, seconds: int) -> dict[str, str]:
-    return {
-        "RateLimit-Policy": f'"key";q={limit.amount};w={limit.get_expiry()}',
-        "RateLimit": f'"key";r={remaining};t={seconds}',
-    }

@@ -41,13 +41,13 @@ def change(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Change:
 
 
 def test_the_rate_is_by_key(change: Change, url: str, make_client: Callable[[str], httpx2.Client]) -> None:
-    change(rate_limit="3/minute")
+    change(rate_limit="3/day")
     alice, bob = make_client("alice"), make_client("bob")
     answers = [alice.get("/v1/methods") for _ in range(4)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
     assert [answer.headers["RateLimit"].split(";")[1] for answer in answers] == ["r=2", "r=1", "r=0", "r=0"]
-    assert answers[0].headers["RateLimit-Policy"] == '"key";q=3;w=60'
-    assert 1 <= int(answers[3].headers["Retry-After"]) <= 60 and answers[3].json()["code"] == "rate_limited"
+    assert answers[0].headers["RateLimit-Policy"] == '"key";q=3;w=86400'
+    assert 1 <= int(answers[3].headers["Retry-After"]) <= 86_400 and answers[3].json()["code"] == "rate_limited"
     assert alice.get("/v1/jobs").status_code == 429, "on every route"
     assert bob.get("/v1/jobs").status_code == 200
     assert httpx2.get(f"{url}/healthz").status_code == 200
