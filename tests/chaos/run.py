@@ -1,5 +1,6 @@
 """Jobs on one side, faults on the other, and the verdict when all is quiet again."""
 
+import os
 import random
 import shutil
 import subprocess
@@ -66,6 +67,8 @@ def run(seed: int, faults: int, jobs: int, gap: float, patience: float, say: Cal
                 keep_house(session, world.settings)
             verdict = judge(world, client.accepted, audit.torn, left)
             verdict.counts = {"seconds": round(seconds), "faults": sum(struck.values()), **verdict.counts}
+            if not os.path.ismount(data):
+                say("the disk was never filled: that takes a file system of its own, which only root may mount")
             say("struck: " + ", ".join(f"{kind} {count}" for kind, count in sorted(struck.items())))
             if verdict.faults:
                 kept = Path(tempfile.mkdtemp(prefix="chaos-logs-"))
