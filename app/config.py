@@ -17,6 +17,7 @@ SECRETS_DIR = "SECATEUR_SECRETS_DIR"
 """Names a folder of files that are named like the variables, as Docker's and Kubernetes' secrets are; variables go first."""
 DATABASE_URL_FILE = "database-url"
 """In the data folder: the URL of the database that ``secateur up`` runs there."""
+MISSED_BEATS = 3
 
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^/\s@]+)$")]
 """As browsers send it (RFC 6454): scheme, host and port, with no slash at the end; or ``*``."""
@@ -129,6 +130,11 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = "text"
     torch_threads: int | None = None
     """Threads a runner gives torch; unset: one for every core of the machine."""
+
+    @property
+    def worker_silence(self) -> float:
+        """Seconds without a heartbeat after which a worker counts as gone."""
+        return MISSED_BEATS * self.heartbeat_interval
 
     @property
     def models_dir(self) -> Path:

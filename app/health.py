@@ -13,7 +13,6 @@ from app.config import Settings
 from app.db.session import session_factory
 from app.deps import SettingsDep
 from app.fleet import repository as fleet
-from app.fleet.repository import MISSED_BEATS
 
 router = APIRouter(tags=["health"])
 
@@ -82,7 +81,7 @@ def _ask_broker(settings: Settings) -> None:
 
 def _count_workers(settings: Settings) -> None:
     with session_factory()() as session:
-        if not fleet.live(session, settings.heartbeat_interval * MISSED_BEATS):
+        if not fleet.live(session, settings.worker_silence):
             raise Unready("no live worker")
 
 

@@ -9,7 +9,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.config import Settings
 from app.db.session import reading
 from app.fleet import repository as fleet
-from app.fleet.repository import MISSED_BEATS
 from app.jobs import repository as jobs
 from app.jobs.transitions import State
 from app.webhooks import repository as webhooks
@@ -40,7 +39,7 @@ class ServiceCollector(Collector):
             numbers = jobs.queue_numbers(session)
             running = jobs.running_by_worker(session)
             retries, rounds = jobs.recent_retries(session), jobs.recent_rounds(session)
-            workers = fleet.live(session, self.settings.heartbeat_interval * MISSED_BEATS)
+            workers = fleet.live(session, self.settings.worker_silence)
             pending, failed = webhooks.counts(session)
         yield _labelled(
             "secateur_jobs",

@@ -21,7 +21,6 @@ from sqlalchemy.orm import Session
 from app.config import Settings
 from app.db.migrate import newest_revision
 from app.fleet import repository as fleet
-from app.fleet.repository import MISSED_BEATS
 from workers.devices import device_memory
 
 SECONDS = 3
@@ -113,7 +112,7 @@ def _workers(settings: Settings) -> Finding:
     engine = create_engine(settings.nearest_database_url(), connect_args={"connect_timeout": SECONDS})
     try:
         with Session(engine) as session:
-            live = fleet.live(session, MISSED_BEATS * settings.heartbeat_interval)
+            live = fleet.live(session, settings.worker_silence)
     except SQLAlchemyError:
         return Finding("workers", "failed", "not known without the database")
     finally:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from app.catalog.architectures import ModelShape
 from app.catalog.errors import PruningError
-from app.catalog.methods import GRADIENT_ALLOCATORS, LAYERWISE_SCORERS
+from app.catalog.methods import GRADIENT_ALLOCATORS, GRADIENT_SCORERS, LAYERWISE_SCORERS
 from app.catalog.spec import DTYPE_BYTES, PruningSpec
 
 BATCH_TOKENS = 1024
-"""Of one forward or backward pass; one window, where that is longer."""
+"""Of one forward or backward pass; one window, where that is longer. Bounds activations, and the logits that are the largest."""
 WIDE = 4
 """Bytes of a number in float32, in which losses, moments and gradients are summed."""
 ADAM = 4 * WIDE
@@ -60,7 +60,7 @@ def estimate(spec: PruningSpec, shape: ModelShape, dtype: str, ratio: float, map
         stages["layer by layer"] = tokens * states * (3 if spec.needs_reference else 1) + moments
     if spec.scorer == "piem" or spec.allocator in GRADIENT_ALLOCATORS:
         stages["gates"] = depth * batch * states + backward + logits
-    if spec.scorer in ("llm-pruner", "loraprune", "movement"):
+    if spec.scorer in GRADIENT_SCORERS - {"piem"}:
         stages["gradients"] = depth * tokens * states + backward + logits + 2 * block * WIDE
     if spec.training is not None:
         trained = shape.prunable_parameters * ADAM if spec.training == "distill" else 0

@@ -10,9 +10,6 @@ from sqlalchemy.orm import Session
 
 from app.fleet.models import Worker
 
-MISSED_BEATS = 3
-"""A worker that has missed this many heartbeats counts as gone."""
-
 
 def beat(session: Session, name: str, kind: str, info: dict[str, Any]) -> None:
     """Say that the process ``name`` (unique: host and pid, say) of ``kind`` is alive; commits."""

@@ -15,7 +15,6 @@ from app.auth import repository as keys
 from app.catalog.errors import PruningError
 from app.config import Settings
 from app.fleet import repository as fleet
-from app.fleet.repository import MISSED_BEATS
 from app.jobs import door, leases, repository, tokens, transitions
 from app.jobs.models import Job, JobEvent, JobRound
 from app.jobs.schemas import JobFilter, JobRequest, Plan
@@ -38,7 +37,7 @@ def plan(session: Session, settings: Settings, owner_id: uuid.UUID, request: Job
         Problem, PruningError: the request cannot be served; retryable if the Hub does not answer.
     """
     token = tokens.for_request(session, settings, owner_id, request.hub_token)
-    largest = _largest_worker(session, settings)
+    largest = fleet.largest(session, settings.worker_silence)
     session.rollback()  # hands the connection back while the Hub is asked
     return door.plan(door.admit(request, settings, token), settings, token, largest)
 
@@ -54,7 +53,7 @@ def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: J
         return earlier
     kept = tokens.keep(settings, request.hub_token)
     token = tokens.for_request(session, settings, owner_id, request.hub_token)
-    largest = _largest_worker(session, settings)
+    largest = fleet.largest(session, settings.worker_silence)
     session.rollback()  # as above
     admitted = door.admit(request, settings, token)
     try:
@@ -81,10 +80,6 @@ def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: J
         return winner
     session.commit()
     return job
-
-
-def _largest_worker(session: Session, settings: Settings) -> tuple[int, str] | None:
-    return fleet.largest(session, MISSED_BEATS * settings.heartbeat_interval)
 
 
 def _check_room(session: Session, settings: Settings, owner_id: uuid.UUID) -> None:

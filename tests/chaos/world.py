@@ -152,21 +152,13 @@ def running(folder: Path, data: Path) -> Iterator[World]:
             _start(world)
             yield world
         finally:
-            for role in reversed(world.roles.values()):
-                for process in _tree(role.process):
+            for name in reversed(world.roles):
+                for process in world.family(name):
                     with suppress(psutil.NoSuchProcess):
                         process.kill()
-                role.process.wait()
+                world.roles[name].process.wait()
             for proxy in world.proxies.values():
                 proxy.close()
-
-
-def _tree(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    try:
-        top = psutil.Process(process.pid)
-        return [top, *top.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
 
 
 def _start(world: World) -> None:

@@ -159,6 +159,19 @@ def make_case(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast, **cha
     return Case(folder, decoder, plan, logits)
 
 
+def pruned(folder: Path, layout: str = "") -> tuple[Decoder, Path]:
+    """The model of ``folder`` cut, and where it was written and checked: beside it."""
+    source = locate(str(folder), allow_paths=True)
+    decoder = load(source, "auto", torch.device("cpu"))
+    plan = PLANS[layout](decoder.shape)
+    apply_plan(decoder, plan)
+    out = folder.parent / "pruned"
+    out.mkdir()
+    checkpoint.write_checkpoint(decoder, source, plan, out, report_of(decoder, plan), {}, bool(layout))
+    check_checkpoint(decoder, out)
+    return decoder, out
+
+
 def alike(shape: ModelShape) -> Plan:
     """The same cut in every layer, of heads as far as the stock class takes it."""
     first = shape.layers[0]
@@ -348,15 +361,7 @@ def test_the_card_tells_the_method_only_where_it_was_followed(cases: dict[str, C
 
 
 def test_a_checkpoint_that_disagrees_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    folder = save(make_model("llama"), tokenizer, tmp_path / "source")
-    source = locate(str(folder), allow_paths=True)
-    decoder = load(source, "auto", torch.device("cpu"))
-    plan = some_plan(decoder.shape)
-    apply_plan(decoder, plan)
-    out = tmp_path / "pruned"
-    out.mkdir()
-    checkpoint.write_checkpoint(decoder, source, plan, out, report_of(decoder, plan), {})
-    check_checkpoint(decoder, out)
+    decoder, out = pruned(save(make_model("llama"), tokenizer, tmp_path / "source"))
     weights = load_file(out / "model.safetensors")
     weights["model.layers.0.mlp.down_proj.weight"] = weights["model.layers.0.mlp.down_proj.weight"].flip(0).contiguous()
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
@@ -379,14 +384,7 @@ def test_code_of_the_source_is_neither_run_nor_published(
         config = json.loads((folder / name).read_text())
         config["auto_map"] = {"AutoModelForCausalLM": "foreign.Model", "AutoTokenizer": ["foreign.Tokenizer", None]}
         (folder / name).write_text(json.dumps(config))
-    source = locate(str(folder), allow_paths=True)
-    decoder = load(source, "auto", torch.device("cpu"))
-    plan = PLANS[layout](decoder.shape)
-    apply_plan(decoder, plan)
-    out = tmp_path / "pruned"
-    out.mkdir()
-    checkpoint.write_checkpoint(decoder, source, plan, out, report_of(decoder, plan), {}, bool(layout))
-    check_checkpoint(decoder, out)
+    _, out = pruned(folder, layout)
     assert not ran.exists()
     assert "auto_map" not in json.loads((out / "tokenizer_config.json").read_text())
     named = json.loads((out / "config.json").read_text()).get("auto_map", {})
@@ -397,15 +395,7 @@ def test_code_of_the_source_is_neither_run_nor_published(
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_mixture_in_half_precision(name: str, seed: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Rounding sends a token elsewhere now and then."""
-    folder = save(make_model(name, seed).bfloat16(), tokenizer, tmp_path / "source")
-    source = locate(str(folder), allow_paths=True)
-    decoder = load(source, "auto", torch.device("cpu"))
-    plan = some_plan(decoder.shape)
-    apply_plan(decoder, plan)
-    out = tmp_path / "pruned"
-    out.mkdir()
-    checkpoint.write_checkpoint(decoder, source, plan, out, report_of(decoder, plan), {})
-    check_checkpoint(decoder, out)
+    decoder, out = pruned(save(make_model(name, seed).bfloat16(), tokenizer, tmp_path / "source"))
     decoder.layers[0].channel_output.weight.mul_(0.5)
     with pytest.raises(PruningError, match="logits differ"):
         check_checkpoint(decoder, out)

@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 
 import pytest
 from huggingface_hub import constants
-from sqlalchemy import select, text
+from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from app.auth import service as auth
-from app.config import Settings
+from app.config import Settings, get_settings
+from app.jobs import leases
 from app.jobs.models import Job, JobEvent, JobRound
 from tests import hub as fake
 from tests.hub import TOKEN, FakeHub
@@ -111,6 +112,21 @@ class JobHandle:
         """Change the row behind everyone's back."""
         self.session.execute(text(f"UPDATE jobs SET {assignment} WHERE id = :id"), {"id": self.id})
         self.session.commit()
+
+
+def reap(job: JobHandle) -> None:
+    """Wait until the scheduler would take the job from its worker."""
+    settings = get_settings()
+    wait_for(lambda: leases.reap(job.session, settings.max_failures, settings.retry_backoff))
+
+
+def assert_dead_within_the_lease(job: JobHandle, pid: int) -> None:
+    """The process ends before the lease that the job has now does, by the database's clock."""
+    lease = job.row.lease_expires_at
+    wait_for(lambda: not alive(pid))
+    now = job.session.execute(select(func.now())).scalar_one()
+    job.session.rollback()
+    assert lease is not None and now < lease
 
 
 MakeJob = Callable[..., JobHandle]

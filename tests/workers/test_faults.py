@@ -21,17 +21,12 @@ from app.db.session import make_engine, session_factory
 from app.jobs import leases
 from app.jobs.models import Job
 from tests.hub import FakeHub, Repository
-from tests.workers.conftest import JobHandle, MakeJob, Start, alive, wait_for
+from tests.workers.conftest import JobHandle, MakeJob, Start, assert_dead_within_the_lease, reap, wait_for
 from workers.embedded import free_port, start_postgres
 
 REPO = "org/small"
 PUBLISHED = {"repo_id": REPO, "private": True}
 Supervise = Callable[[JobHandle], subprocess.Popen[bytes]]
-
-
-def reap(job: JobHandle) -> None:
-    settings = get_settings()
-    wait_for(lambda: leases.reap(job.session, settings.max_failures, settings.retry_backoff))
 
 
 def child(worker: subprocess.Popen[bytes], module: str) -> psutil.Process:
@@ -108,18 +103,14 @@ def test_a_kill_between_the_checkpoint_and_its_row(make_job: MakeJob, supervise:
 
 
 def test_a_runner_that_holds_the_interpreter_lock_is_dead_before_the_lease_ends(
-    make_job: MakeJob, supervise: Supervise, session: Session
+    make_job: MakeJob, supervise: Supervise
 ) -> None:
     job = make_job({"hold_gil_in_round": 1})
     supervisor = supervise(job)
     pid = job.runner_pid
     job.wait_for_round(0)
     supervisor.send_signal(signal.SIGSTOP)
-    lease = job.row.lease_expires_at
-    wait_for(lambda: not alive(pid))
-    now = session.connection().exec_driver_sql("SELECT now()").scalar_one()
-    session.rollback()
-    assert lease is not None and now < lease
+    assert_dead_within_the_lease(job, pid)
     supervisor.kill()
     reap(job)
     supervise(job).wait()

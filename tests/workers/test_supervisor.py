@@ -15,7 +15,7 @@ from app.db.session import make_engine
 from app.jobs import leases, transitions
 from app.jobs.models import Job, JobRound
 from app.jobs.transitions import Trigger
-from tests.workers.conftest import JobHandle, MakeJob, alive, wait_for
+from tests.workers.conftest import JobHandle, MakeJob, alive, assert_dead_within_the_lease, reap, wait_for
 
 Supervise = Callable[[JobHandle], subprocess.Popen[bytes]]
 
@@ -26,11 +26,6 @@ def ask(job: JobHandle, trigger: Trigger) -> None:
     assert row is not None
     transitions.apply(job.session, row, trigger)
     job.session.commit()
-
-
-def reap(job: JobHandle, settings: Settings) -> None:
-    """Wait until the scheduler would take the job from its worker."""
-    wait_for(lambda: leases.reap(job.session, settings.max_failures, settings.retry_backoff))
 
 
 def test_a_job_runs_to_its_end(make_job: MakeJob, supervise: Supervise) -> None:
@@ -95,7 +90,7 @@ def test_the_runner_dies_with_its_supervisor(make_job: MakeJob, supervise: Super
     job.wait_for_round(1)
     supervisor.kill()
     wait_for(lambda: not alive(job.runner_pid), timeout=settings.lease_ttl / 2)
-    reap(job, settings)
+    reap(job)
     assert (job.row.state, job.row.failures) == ("queued", 1)
     supervise(job).wait()
     assert job.row.state == "succeeded"
@@ -103,30 +98,24 @@ def test_the_runner_dies_with_its_supervisor(make_job: MakeJob, supervise: Super
 
 
 def test_the_runner_of_a_frozen_supervisor_is_dead_before_the_lease_ends(
-    make_job: MakeJob, supervise: Supervise, session: Session
+    make_job: MakeJob, supervise: Supervise
 ) -> None:
     job = make_job({"hang_in_round": 1})
     supervisor = supervise(job)
     pid = job.runner_pid
     supervisor.send_signal(signal.SIGSTOP)
-    lease = job.row.lease_expires_at
-    wait_for(lambda: not alive(pid))
-    now = session.connection().exec_driver_sql("SELECT now()").scalar_one()
-    session.rollback()
-    assert lease is not None and now < lease
+    assert_dead_within_the_lease(job, pid)
     supervisor.send_signal(signal.SIGCONT)
     supervisor.wait()
     assert job.row.failures == 0, "no fault of the job's"
 
 
-def test_a_frozen_supervisor_that_wakes_too_late_writes_nothing(
-    make_job: MakeJob, supervise: Supervise, settings: Settings
-) -> None:
+def test_a_frozen_supervisor_that_wakes_too_late_writes_nothing(make_job: MakeJob, supervise: Supervise) -> None:
     job = make_job({"hang_in_round": 1})
     frozen = supervise(job)
     job.wait_for_round(0)
     frozen.send_signal(signal.SIGSTOP)
-    reap(job, settings)
+    reap(job)
     supervise(job).wait()
     before = job.row
     assert (before.state, before.attempt) == ("succeeded", 2)

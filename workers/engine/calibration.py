@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from app.catalog.errors import PruningError
+from app.catalog.memory import BATCH_TOKENS
 from app.catalog.sources import LOCAL_NAME, LOCAL_PREFIX
 from app.catalog.spec import Calibration, Evaluation, TextSource
 from workers.engine.decoder import Decoder
@@ -19,8 +20,6 @@ from workers.engine.decoder import Decoder
 HELD_OUT_SHARE = 0.2
 EVALUATION_SEED_OFFSET = 1_000_003
 SAMPLING_BATCH = 16
-BATCH_TOKENS = 1024
-"""Tokens of one forward or backward pass: bounds activations, and the logits that are the largest of them."""
 
 # name -> (Hub data set, configuration, text column, calibration split, evaluation split)
 DATASETS: dict[str, tuple[str, str | None, str, str, str]] = {
