@@ -11,11 +11,12 @@ from fastapi import Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy import Executable
 from sqlalchemy.orm import Session
 
 from app.auth import service as auth
-from app.auth.models import ApiKey
-from app.auth.service import Scope
+from app.auth.repository import FIND
+from app.auth.service import Caller, Scope
 from app.config import Settings, get_settings
 from app.db.session import reading, session_factory
 from app.jobs.events import Feed
@@ -38,44 +39,51 @@ def get_session() -> Iterator[Session]:
 class KeyedRoute(APIRoute):
     """A route that looks at the API key before it reads a body: FastAPI's own holds and parses those of strangers too.
 
-    ``reading`` and ``writing`` are the scopes that its methods need.
+    ``reading`` and ``writing`` are the scopes that its methods need. ``query`` finds the key and, in the same round trip,
+    whatever else the route is sure to read, with what ``parameters`` gives; the row is in the request's ``state.found``.
     """
 
     reading = Scope.READ
     writing = Scope.SUBMIT
+    query: Executable = FIND
+
+    def parameters(self, request: Request) -> dict[str, Any]:
+        """Of :attr:`query`, beside the key's."""
+        return {}
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def keyed(request: Request) -> Response:
-            needed = self.reading if request.method in ("GET", "HEAD") else self.writing
-            state = request.state
-            state.owner, state.headers = await run_in_threadpool(_admit, await bearer(request), needed)
+            await run_in_threadpool(self._admit, request, await bearer(request))
             return await handle(request)
 
         return keyed
 
+    def _admit(self, request: Request, credentials: HTTPAuthorizationCredentials | None) -> None:
+        """Put the caller, what was found, and the headers that tell how often it may still ask, into the request's state.
 
-def _admit(credentials: HTTPAuthorizationCredentials | None, needed: Scope) -> tuple[ApiKey, dict[str, str]]:
-    """The API key of the caller, and the headers that tell how often it may still ask.
+        Raises:
+            Problem: 401, 403, 422, 429.
+        """
+        state, parameters = request.state, self.parameters(request)
+        with reading() as session:
+            known = credentials and auth.authenticate(session, credentials.credentials, self.query, **parameters)
+        if not known:
+            raise unauthorized()
+        state.owner, state.found = known
+        needed = self.reading if request.method in ("GET", "HEAD") else self.writing
+        if needed not in state.owner.scopes:
+            challenge = f'Bearer realm="secateur", error="insufficient_scope", scope="{needed}"'  # RFC 6750, 3.1
+            detail = f"This API key has no scope '{needed}'; it has: {', '.join(state.owner.scopes)}."
+            raise Problem(403, "insufficient_scope", detail, headers={"WWW-Authenticate": challenge})
+        state.headers = rate.count(get_settings(), state.owner.id)
+        _refuse_unknown_parameters(request)
 
-    Raises:
-        Problem: 401, 403, 429.
-    """
-    with reading() as session:
-        owner = auth.authenticate(session, credentials.credentials) if credentials else None
-    if owner is None:
-        raise unauthorized()
-    if needed not in owner.scopes:
-        challenge = f'Bearer realm="secateur", error="insufficient_scope", scope="{needed}"'  # RFC 6750, 3.1
-        detail = f"This API key has no scope '{needed}'; it has: {', '.join(owner.scopes)}."
-        raise Problem(403, "insufficient_scope", detail, headers={"WWW-Authenticate": challenge})
-    return owner, rate.count(get_settings(), owner.id)
 
-
-async def get_owner(request: Request) -> ApiKey:
+async def get_owner(request: Request) -> Caller:
     """The API key of the caller of a :class:`KeyedRoute`."""
-    owner: ApiKey = request.state.owner
+    owner: Caller = request.state.owner
     return owner
 
 
@@ -85,7 +93,7 @@ def unauthorized() -> Problem:
     return Problem(401, "unauthorized", detail, headers={"WWW-Authenticate": 'Bearer realm="secateur"'})
 
 
-async def refuse_unknown_parameters(request: Request) -> None:
+def _refuse_unknown_parameters(request: Request) -> None:
     """Nothing in the query but the route's own parameters: a misspelt ``validate_only`` is not to make a job.
 
     Names that only ``openapi_extra`` can tell, as ``label.KEY``, stand there.
@@ -93,6 +101,8 @@ async def refuse_unknown_parameters(request: Request) -> None:
     Raises:
         Problem: 422.
     """
+    if not request.query_params:
+        return
     route: APIRoute = request.scope["route"]
     known = {field.alias for field in route.dependant.query_params}
     known |= {extra["name"] for extra in (route.openapi_extra or {}).get("parameters", ())}
@@ -103,9 +113,9 @@ async def refuse_unknown_parameters(request: Request) -> None:
 
 # FastAPI's default scope would keep the connection until the last byte of the response is sent.
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
-Owner = Annotated[ApiKey, Depends(get_owner)]
+Owner = Annotated[Caller, Depends(get_owner)]
 SettingsDep = Annotated[Settings, Depends(get_settings)]
-EVERY_V1_ROUTE = [Depends(bearer), Depends(refuse_unknown_parameters)]
+EVERY_V1_ROUTE = [Depends(bearer)]
 """Of a :class:`KeyedRoute`; ``bearer`` is what the OpenAPI document knows of the key."""
 
 

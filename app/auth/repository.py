@@ -3,14 +3,22 @@
 import datetime as dt
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
-from sqlalchemy import bindparam, func, or_, select, update
+from sqlalchemy import Executable, Row, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.auth.models import ApiKey
 
 # Built once, as every request asks it: making a statement takes longer than the database's answer.
-FIND = select(ApiKey).where(
+FIND = select(
+    ApiKey.id.label("key_id"),
+    ApiKey.scopes,
+    ApiKey.secret_sha256,
+    ApiKey.previous_sha256,
+    ApiKey.revoked_at,
+    ApiKey.last_used_at,
+).where(
     or_(
         ApiKey.secret_sha256 == bindparam("digest"),
         (ApiKey.previous_sha256 == bindparam("digest")) & (ApiKey.previous_expires_at > func.now()),
@@ -26,9 +34,9 @@ def add(session: Session, name: str, scopes: Sequence[str], secret_sha256: str) 
     return key
 
 
-def find(session: Session, secret_sha256: str) -> ApiKey | None:
-    """The key with this hash, or that had it before it was rotated and still takes it; revoked or not."""
-    return session.scalars(FIND, {"digest": secret_sha256}).one_or_none()
+def find(session: Session, secret_sha256: str, query: Executable, **parameters: Any) -> Row[Any] | None:
+    """The row of ``query``, :data:`FIND` or more, of the key with this hash; or that had it and still takes it. Revoked or not."""
+    return session.execute(query, {"digest": secret_sha256} | parameters).one_or_none()
 
 
 def is_live(session: Session, key_id: uuid.UUID) -> bool:

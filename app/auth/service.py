@@ -7,8 +7,10 @@ import secrets
 import uuid
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import Any, NamedTuple
 
 from pydantic import SecretStr
+from sqlalchemy import Executable, Row
 from sqlalchemy.orm import Session
 
 from app.auth import repository, vault
@@ -29,6 +31,13 @@ class Scope(StrEnum):
 
 
 USER = (Scope.READ, Scope.SUBMIT)
+
+
+class Caller(NamedTuple):
+    """The API key of a request, as far as the request's answer depends on it."""
+
+    id: uuid.UUID
+    scopes: Sequence[str]
 
 
 def create(session: Session, name: str, scopes: Sequence[Scope] = USER) -> tuple[ApiKey, str]:
@@ -94,21 +103,23 @@ def is_live(session: Session, key_id: uuid.UUID) -> bool:
     return repository.is_live(session, key_id)
 
 
-def authenticate(session: Session, secret: str) -> ApiKey | None:
-    """The live key that ``secret`` belongs to.
+def authenticate(
+    session: Session, secret: str, query: Executable = repository.FIND, **parameters: Any
+) -> tuple[Caller, Row[Any]] | None:
+    """The live key that ``secret`` belongs to, and the row of ``query`` (see :func:`app.auth.repository.find`).
 
     A plain hash is enough: the secret has 256 random bits, so there is nothing to guess or to look up in a table.
     """
     digest = _hash(secret)
-    key = repository.find(session, digest)
+    key = repository.find(session, digest, query, **parameters)
     if key is None or key.revoked_at is not None:
         return None
     if not any(hmac.compare_digest(known or "", digest) for known in (key.secret_sha256, key.previous_sha256)):
         return None
     now = dt.datetime.now(dt.UTC)
     if key.last_used_at is None or (now - key.last_used_at).total_seconds() > TOUCH_EVERY:
-        repository.touch(session, key.id, TOUCH_EVERY)
-    return key
+        repository.touch(session, key.key_id, TOUCH_EVERY)
+    return Caller(key.key_id, key.scopes), key
 
 
 def _new_secret() -> str:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
 from app.auth import repository as keys
@@ -104,19 +105,32 @@ def _replay(session: Session, settings: Settings, owner_id: uuid.UUID, key: str,
     return repository.get(session, owner_id, used.job_id)
 
 
-def get(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, locked: bool = False, bare: bool = False) -> Job:
+def view(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, bare: bool = False) -> Row[Any]:
+    """See :func:`app.jobs.repository.view`.
+
+    Raises:
+        Problem: 404, for another owner's too.
+    """
+    job = repository.view(session, owner_id, job_id, bare=bare)
+    if job is None:
+        raise no_job(job_id)
+    return job
+
+
+def get(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, locked: bool = False) -> Job:
     """The owner's job; see :func:`app.jobs.repository.get`.
 
     Raises:
         Problem: 404, for another owner's too.
     """
-    job = repository.get(session, owner_id, job_id, locked=locked, bare=bare)
+    job = repository.get(session, owner_id, job_id, locked=locked)
     if job is None:
-        raise _no_job(job_id)
+        raise no_job(job_id)
     return job
 
 
-def _no_job(job_id: uuid.UUID) -> Problem:
+def no_job(job_id: uuid.UUID) -> Problem:
+    """404, for another owner's too."""
     return Problem(404, "not_found", f"There is no job {job_id}.")
 
 
@@ -193,7 +207,11 @@ def expire_files(session: Session, settings: Settings) -> None:
     """Remove the files of jobs that ended longer ago than they are kept; the jobs themselves stay."""
     if settings.retention is None or not settings.jobs_dir.is_dir():
         return
-    for job_id in repository.ended_before(session, settings.retention):
+    kept = []
+    for folder in settings.jobs_dir.iterdir():
+        with suppress(ValueError):
+            kept.append(uuid.UUID(folder.name))
+    for job_id in repository.ended_before(session, settings.retention, kept):
         shutil.rmtree(settings.job_dir(job_id), ignore_errors=True)
 
 
@@ -205,13 +223,13 @@ def empty_trash(settings: Settings) -> None:
 
 def events(
     session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, after: int, limit: int
-) -> tuple[Job, Sequence[JobEvent]]:
+) -> tuple[Row[Any], Sequence[JobEvent]]:
     """The job, and what happened to it after event ``after``. If the job has ended, its last event is there to be read.
 
     Raises:
         Problem: 404.
     """
-    job = get(session, owner_id, job_id, bare=True)
+    job = view(session, owner_id, job_id, bare=True)
     return job, repository.events(session, job_id, after, limit)
 
 
@@ -251,5 +269,5 @@ def artifacts(
     try:
         found = {path.relative_to(folder).as_posix(): (path, path.lstat()) for path in sorted(folder.rglob("*"))}
     except FileNotFoundError:  # the job was deleted meanwhile
-        raise _no_job(job_id) from None
+        raise no_job(job_id) from None
     return {name: (path, status) for name, (path, status) in found.items() if stat.S_ISREG(status.st_mode)}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from app.db.session import session_factory
 from app.jobs import leases, service
 from app.jobs.schemas import JobRequest
 from app.jobs.transitions import Trigger
+from app.kit import rate
 from app.kit.problem import Problem
 from tests.test_leases import _at_once
 from tests.workers.conftest import ROOT
@@ -51,6 +53,20 @@ def test_the_rate_is_by_key(change: Change, url: str, make_client: Callable[[str
     assert alice.get("/v1/jobs").status_code == 429, "on every route"
     assert bob.get("/v1/jobs").status_code == 200
     assert httpx2.get(f"{url}/healthz").status_code == 200
+
+
+def test_replicas_take_shares_of_a_large_rate(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, key_id = change(rate_limit="300/day"), uuid.uuid4()
+    lone = [rate.count(settings, uuid.UUID(int=1))["RateLimit"].split(";")[1] for _ in range(300)]
+    assert lone == [f"r={left}" for left in reversed(range(300))]
+    replicas, answered = [rate._Taken(0.0), rate._Taken(0.0)], 0
+    with suppress(Problem):
+        while answered < 1000:
+            monkeypatch.setattr(rate, "_taken", replicas[answered % 2])
+            rate.count(settings, key_id)
+            replicas[answered % 2] = rate._taken
+            answered += 1
+    assert 297 <= answered <= 300, "what one has taken is lost to the other"
 
 
 def test_without_the_broker_nobody_is_limited(change: Change, make_client: Callable[[str], httpx2.Client]) -> None:
