@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-slow chaos test-gguf test-compat bench-quality bench-speed bench-load check lint types contracts clean
+.PHONY: demo test test-slow chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper check lint types contracts clean
 
 demo: .venv/.model
 	$(BIN)/python -m workers.demo
@@ -35,6 +35,10 @@ bench-quality: .venv/.model
 # Seconds and peak memory of every method, against one forward pass over the calibration tokens.
 bench-speed: .venv/.model
 	$(BIN)/python -m workers.bench.speed $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(OPTIONS)
+
+# The papers' tables on SmolLM2-135M beside the printed numbers; an hour or more. CALIBRATION as above; OPTIONS: see --help.
+bench-paper: .venv/.model
+	$(BIN)/python -m workers.bench.paper $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(OPTIONS)
 
 # One API process under many clients, polling against a bare route, queries over 100,000 finished jobs; minutes.
 bench-load: .venv/.installed

@@ -83,7 +83,7 @@ class Settings(BaseSettings):
     )
     broker_url: str = "redis://localhost:6379/0"
     data_dir: Path = Path(".secateur")
-    """Holds ``models/`` (``local:NAME`` models), ``texts/`` (``local:NAME`` texts), ``jobs/`` (round checkpoints,
+    """Holds ``models/`` (``local:NAME`` models), ``texts/`` (``local:NAME`` texts), ``tasks/`` (zero-shot tasks), ``jobs/`` (round checkpoints,
     artifacts), ``statistics/`` (of earlier jobs' models) and, under ``secateur up``, the servers' files and ``database-url``."""
     hub_dir: Path | None = None
     """Publish into this folder, laid out like a Hub cache, instead of to a Hugging Face Hub."""
@@ -143,6 +143,10 @@ class Settings(BaseSettings):
     @property
     def texts_dir(self) -> Path:
         return self.data_dir / "texts"
+
+    @property
+    def tasks_dir(self) -> Path:
+        return self.data_dir / "tasks"
 
     @property
     def jobs_dir(self) -> Path:

@@ -213,6 +213,7 @@ def prune(
                 gguf_file=gguf_file,
                 models_dir=settings.models_dir,
                 texts_dir=settings.texts_dir,
+                tasks_dir=settings.tasks_dir,
                 token=settings.hf_token.get_secret_value() if settings.hf_token else None,
                 endpoint=settings.hf_endpoint,
                 on_event=show,

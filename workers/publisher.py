@@ -21,7 +21,7 @@ from workers.parent import Parent
 TRIES = 10
 LIFE_SIGN_SECONDS = 5.0
 LIFE_SIGN_BYTES = 2**16
-SUMMARY = ("parameters", "ratio", "perplexity", "latency", "weights_bytes", "widths")
+SUMMARY = ("parameters", "ratio", "perplexity", "benchmarks", "retained_accuracy", "latency", "weights_bytes", "widths")
 """What of the report is the job's result."""
 
 

@@ -44,6 +44,7 @@ def work(supervisor: Parent) -> dict[str, Any]:
             gguf_file=request.get("gguf_file"),
             models_dir=settings.models_dir,
             texts_dir=settings.texts_dir,
+            tasks_dir=settings.tasks_dir,
             token=job["hub_token"],
             endpoint=settings.hf_endpoint,
             allow_paths=False,

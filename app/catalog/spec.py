@@ -29,8 +29,22 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Layout = Literal["per-layer", "uniform", "padded"]
 Format = Literal["safetensors", "gguf"]
 
+ZERO_SHOT = {
+    "boolq": "super_glue/boolq/default.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+}
+"""The papers' tasks, and where ``lm_eval`` keeps them."""
+
 Text = Annotated[str, Field(min_length=1, max_length=1_000_000, pattern=r"^[^\x00]*$")]
 """Postgres stores no NUL."""
+DatasetName = Annotated[str, Field(max_length=255, pattern=r"^[^\x00]+$")]
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+Prompt = Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^[^\x00]*$")]
 
 
 class _Part(BaseModel):
@@ -40,11 +54,9 @@ class _Part(BaseModel):
 class TextSource(_Part):
     """Where text comes from: a named data set, a file, or the texts themselves; neither: sampled from the model."""
 
-    dataset: str | None = Field(
+    dataset: DatasetName | None = Field(
         None,
-        max_length=255,
-        pattern=r"^[^\x00]+$",
-        description="`wikitext2`, `c4`, a Hub data set id (`org/name`, optionally `:config`), or `local:NAME`, a UTF-8 text file in the texts folder.",
+        description="`wikitext2`, `ptb`, `c4`, a Hub data set id (`org/name`, optionally `:config`), or `local:NAME`, a UTF-8 text file in the texts folder.",
         examples=["wikitext2"],
     )
     texts: list[Text] | None = Field(
@@ -74,7 +86,38 @@ class Evaluation(TextSource):
     """Held-out text for perplexity. Neither ``dataset`` nor ``texts``: the last fifth of the calibration text, which is then
     not calibrated on; or sampled from the model, where there is no such text or too little."""
 
-    latency: bool = Field(True, description="Measure prefill and decode time and peak memory, before and after.")
+    latency: bool | Literal["slimllm"] = Field(
+        True,
+        description="Measure prefill and decode time and peak memory, before and after; `slimllm`: as the SlimLLM paper's table 3 does, decoding 256 tokens at batch 8, in 20 repeats.",
+    )
+    perplexity: list[DatasetName] = Field(
+        [],
+        max_length=8,
+        description="Also on these texts, whole: `wikitext2`, `ptb`, `c4`, a Hub data set, or `local:NAME`.",
+        examples=[["wikitext2", "ptb"]],
+    )
+    perplexity_length: int = Field(
+        128, ge=8, le=8192, description="Tokens a window of these texts; 128 is the LLM-Pruner and SlimLLM papers'."
+    )
+    zero_shot: list[TaskName] = Field(
+        [],
+        max_length=32,
+        description=f"Tasks that lm-eval scores, before and after: {', '.join(f'`{name}`' for name in ZERO_SHOT)}, or NAME of a file `NAME.jsonl` in the service's tasks folder.",
+        examples=[["piqa", "arc_easy"]],
+    )
+    limit: int | None = Field(
+        None, ge=1, description="The first so many examples of each task, and windows of each text; unset: all."
+    )
+    prompts: list[Prompt] | None = Field(
+        None, max_length=8, description="What both models go on from, for the report; unset: three of ours."
+    )
+
+    @field_validator("perplexity", "zero_shot")
+    @classmethod
+    def _once(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError("a name stands there twice")
+        return names
 
 
 class Scoring(_Part):

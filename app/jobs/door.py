@@ -12,6 +12,7 @@ from pydantic import AnyHttpUrl, SecretStr
 from app.catalog import memory
 from app.catalog.architectures import ModelShape
 from app.catalog.sources import LOCAL_NAME, LOCAL_PREFIX, ModelSource, check_size, locate, read_shape
+from app.catalog.spec import ZERO_SHOT
 from app.config import Settings
 from app.jobs.naming import default_repo_id, repo_ids
 from app.jobs.schemas import JobRequest, ModelRef, Plan, PlannedTarget, Publish, check_repo_id
@@ -107,6 +108,13 @@ def admit(request: JobRequest, settings: Settings, token: SecretStr | None) -> J
     for purpose, source in (("calibration", request.calibration), ("evaluation", request.evaluation)):
         if source.dataset is not None:
             _check_dataset(f"{purpose}.dataset", source.dataset, settings)
+    for index, name in enumerate(request.evaluation.perplexity):
+        _check_dataset(f"evaluation.perplexity.{index}", name, settings)
+    for index, name in enumerate(request.evaluation.zero_shot):
+        if name not in ZERO_SHOT and not (settings.tasks_dir / f"{name}.jsonl").is_file():
+            known = [*ZERO_SHOT, *sorted(file.stem for file in settings.tasks_dir.glob("*.jsonl"))]
+            message = f"there is no task '{name}'"
+            raise invalid(f"evaluation.zero_shot.{index}", message, code="task_not_found", allowed=", ".join(known))
     if request.publish is None:
         if settings.hub_dir is None:
             return request

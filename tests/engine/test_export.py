@@ -101,6 +101,7 @@ def report_of(decoder: Decoder, plan: Plan) -> dict[str, object]:
         "ratio": {"target": 0.4, "reached": 0.41},
         **dict.fromkeys(("parameters", "weights_bytes", "flops", "perplexity"), pair),
         "latency": {"before": None, "after": None},
+        "benchmarks": {"perplexity": {}, "zero_shot": {}},
         "published": {"parameters": 1, "weights_bytes": 1},
         "widths": {
             "before": Plan.full(decoder.shape.layers).widths(decoder.shape),

@@ -19,7 +19,7 @@ from app.catalog.spec import Calibration, Evaluation, PruningSpec, Scoring
 from tests.engine.models import english, make_tokenizer, save
 from workers.engine import Paused, PruningResult, loading, pipeline, progress, prune
 from workers.engine.decoder import Decoder
-from workers.engine.evaluation import latency
+from workers.engine.evaluation import latency, suite
 from workers.engine.export import check_checkpoint
 from workers.engine.loading import load
 from workers.engine.scoring import base, llm_pruner, piem
@@ -40,7 +40,9 @@ def spec(**changes: Any) -> PruningSpec:
         "method": "piem-lsps",
         "rounds": 2,
         "calibration": Calibration(texts=english("calibration"), samples=16, sequence_length=64),
-        "evaluation": Evaluation(texts=english("evaluation"), samples=16, sequence_length=64, latency=False),
+        "evaluation": Evaluation(
+            texts=english("evaluation"), samples=16, sequence_length=64, latency=False, prompts=[]
+        ),
     }
     return PruningSpec(**{**plain, **changes})
 
@@ -268,12 +270,12 @@ def test_the_unpruned_model_is_loaded_again_once_and_gone_when_memory_is_measure
         loaded.append(weakref.ref(decoder))
         return decoder
 
-    def measure_latency(decoder: Decoder) -> dict[str, Any]:
+    def measure_latency(decoder: Decoder, protocol: latency.Protocol) -> dict[str, Any]:
         alive.append(sum(known() is not None for known in loaded))
-        return latency.measure_latency(decoder)
+        return latency.measure_latency(decoder, protocol)
 
     monkeypatch.setattr(pipeline, "load", load)
-    monkeypatch.setattr(pipeline, "measure_latency", measure_latency)
+    monkeypatch.setattr(suite, "measure_latency", measure_latency)
     asked = spec(**changes, calibration=SHORT, evaluation={**SHORT, "latency": True})
     run(trained_folder, tmp_path / "out", asked)
     assert len(loaded) == 2 and alive and set(alive) == {1}
@@ -284,11 +286,11 @@ def test_times_of_a_busy_machine_are_called_so(
 ) -> None:
     spreads = iter([[10.0, 16.0], [10.0, 12.0]])
 
-    def measure_latency(decoder: Decoder) -> dict[str, Any]:
-        found = latency.measure_latency(decoder)
+    def measure_latency(decoder: Decoder, protocol: latency.Protocol) -> dict[str, Any]:
+        found = latency.measure_latency(decoder, protocol)
         return {**found, "spread": {"prefill_ms": next(spreads), "decode_ms_per_token": [5.0, 6.0]}}
 
-    monkeypatch.setattr(pipeline, "measure_latency", measure_latency)
+    monkeypatch.setattr(suite, "measure_latency", measure_latency)
     asked = spec(method="magnitude", rounds=1, calibration=SHORT, evaluation={**SHORT, "latency": True})
     events: list[dict[str, Any]] = []
     run(trained_folder, tmp_path / "out", asked, on_event=events.append)

@@ -26,6 +26,10 @@ class Results:
         self._content = content
         self._known = {Case(**row["case"]).key: row["result"] for row in content["results"]}
 
+    def cases(self) -> list[Case]:
+        """All that were measured, in that order."""
+        return [Case(**row["case"]) for row in self._content["results"]]
+
     def get(self, case: Case) -> dict[str, Any] | None:
         return self._known.get(case.key)
 

@@ -24,8 +24,13 @@ SAMPLING_BATCH = 16
 # name -> (Hub data set, configuration, text column, calibration split, evaluation split)
 DATASETS: dict[str, tuple[str, str | None, str, str, str]] = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "train", "test"),
+    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", "train", "validation"),
     "c4": ("allenai/c4", "en", "text", "train", "validation"),
 }
+REVISIONS = {"ptb": "refs/convert/parquet"}
+"""Of data sets whose main branch is a loading script, which ``datasets`` runs no more."""
+WHOLE = 65_536
+"""Windows, where no limit is set."""
 SAMPLED = "sampled from the model"
 
 
@@ -105,6 +110,27 @@ def read_windows(
         Windows(tokens.to(device), describe(calibration)),
         Windows(evaluation_tokens.to(device), evaluation_source),
     )
+
+
+def read_texts(
+    decoder: Decoder, evaluation: Evaluation, texts_dir: Path | None, token: str | None, allow_paths: bool = False
+) -> dict[str, Tensor]:
+    """Of each text of ``evaluation.perplexity`` its windows ``[windows, length]``, one after the other: all, or ``limit``.
+
+    LLM-Pruner's protocol (Ma et al. 2023), which SlimLLM follows: the rows joined by blank lines, windows of 128 tokens.
+
+    Raises:
+        PruningError: as :func:`read_windows`.
+    """
+    length = min(evaluation.perplexity_length, decoder.shape.max_positions)
+    found = {}
+    for name in evaluation.perplexity:
+        most = evaluation.limit or WHOLE
+        source = TextSource(dataset=name, samples=most, sequence_length=length)
+        stream = _stream(decoder, source, most * length, "evaluation", texts_dir, token, allow_paths)
+        assert stream is not None, "it has a data set"
+        found[name] = _cut(decoder, stream, length, "evaluation")[:most].to(decoder.device)
+    return found
 
 
 def describe(source: TextSource) -> str:
@@ -188,7 +214,9 @@ def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> li
         raise PruningError("text_invalid", f"'{name}' is no data set on the Hub.", field=f"{purpose}.dataset")
     split = calibration_split if purpose == "calibration" else evaluation_split
     try:
-        rows = datasets.load_dataset(path, config, split=split, streaming=True, token=token)
+        rows = datasets.load_dataset(
+            path, config, split=split, streaming=True, token=token, revision=REVISIONS.get(name)
+        )
         texts: list[str] = []
         size = 0
         for row in rows:
@@ -218,7 +246,7 @@ def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> li
 
 
 @contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
     """``generate`` fills what its config leaves open (a repetition penalty, say) from the model's own: leave it nothing."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
@@ -249,7 +277,7 @@ def sample_windows(decoder: Decoder, windows: int, length: int, seed: int, progr
     )
     rows = []
     devices = [decoder.device] if decoder.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _plain_generation(model):
+    with torch.random.fork_rng(devices=devices), plain_generation(model):
         torch.manual_seed(seed)
         for first in range(0, windows, SAMPLING_BATCH):
             prompt = torch.tensor([opening or [start]], device=decoder.device)

@@ -15,9 +15,9 @@ from app.catalog.errors import PruningError
 from app.catalog.sources import ModelSource, locate, read_shape
 from app.catalog.spec import PruningSpec, target_folder
 from workers.engine import tensor_files
-from workers.engine.calibration import SAMPLED, Windows, batch_windows, read_windows
+from workers.engine.calibration import SAMPLED, Windows, batch_windows, read_texts, read_windows
 from workers.engine.decoder import Decoder
-from workers.engine.evaluation import forward_flops, measure_latency, perplexity, unsteady, weight_bytes
+from workers.engine.evaluation import Suite, forward_flops, paired, perplexity, unsteady, weight_bytes
 from workers.engine.export import check_checkpoint, check_room, gguf, staged, versions, write_checkpoint
 from workers.engine.generic import sizes_of
 from workers.engine.loading import download, load
@@ -47,6 +47,7 @@ def prune(
     gguf_file: str | None = None,
     models_dir: Path | None = None,
     texts_dir: Path | None = None,
+    tasks_dir: Path | None = None,
     token: str | None = None,
     endpoint: str | None = None,
     allow_paths: bool = True,
@@ -99,12 +100,14 @@ def prune(
     calibration, evaluation = read_windows(
         decoder, spec.calibration, spec.evaluation, spec.seed, texts_dir, token, progress.share, allow_paths
     )
+    texts = read_texts(decoder, spec.evaluation, texts_dir, token, allow_paths)
+    suite = Suite(spec.evaluation, texts, tasks_dir)
     for message in _shortfalls(spec, calibration, evaluation):
         on_event({"type": "warning", "message": message})
 
-    def measure(decoder: Decoder, latency: bool = True) -> dict[str, Any]:
+    def measure(decoder: Decoder, whole: bool = True) -> dict[str, Any]:
         progress.stage("evaluating")
-        measured = _measure(decoder, evaluation, spec, progress, latency)
+        measured = _measure(decoder, evaluation, suite if whole else None, progress)
         if unsteady(measured["latency"]):
             message = "latency: repeats are far apart, so the machine was busy with something else; see their spread."
             on_event({"type": "warning", "message": message})
@@ -187,19 +190,23 @@ def _check_reached(decoder: Decoder, ratio: float, spec: PruningSpec) -> None:
         raise PruningError("ratio_missed", f"The target {ratio:g} was missed: {reached:.6f} was reached.")
 
 
-def _measure(
-    decoder: Decoder, evaluation: Windows, spec: PruningSpec, progress: Progress, latency: bool
-) -> dict[str, Any]:
+def _measure(decoder: Decoder, evaluation: Windows, suite: Suite | None, progress: Progress) -> dict[str, Any]:
+    """With the ``suite`` that takes longer: of the unpruned model, and of a target's last round."""
+    parts = 1 if suite is None else 2
     with decoder.routed():
-        value = perplexity(decoder, evaluation.tokens, batch_windows(evaluation.tokens), progress.share)
-        speed = measure_latency(decoder) if latency and spec.evaluation.latency else None
+        value = perplexity(
+            decoder, evaluation.tokens, batch_windows(evaluation.tokens), lambda share: progress.share(share / parts)
+        )
+        found = (
+            suite.measure(decoder, lambda share: progress.share((1 + share) / parts)) if suite else {"latency": None}
+        )
     return {
         "perplexity": value if math.isfinite(value) else None,  # JSON has no infinity
         "parameters": decoder.parameters,
         "prunable_parameters": decoder.prunable_parameters,
         "weights_bytes": weight_bytes(decoder),
         "flops": forward_flops(decoder, FLOPS_TOKENS),
-        "latency": speed,
+        **found,
     }
 
 
@@ -273,6 +280,8 @@ def _report(
             "of_all_parameters": 1 - after["parameters"] / before["parameters"],
             "of_flops": 1 - after["flops"] / before["flops"],
         },
+        "redundancy_removed": plan.removed_share(decoder.shape),
+        **paired(before, after),
         "parameters": {
             **pair("parameters"),
             "prunable_before": before["prunable_parameters"],

@@ -50,7 +50,7 @@ class Targets:
         stop: Callable[[], bool],
         state: dict[str, Any],
     ) -> None:
-        """``decoder`` is the unpruned model, which ``load`` can load again; ``measure(decoder, latency)`` measures."""
+        """``decoder`` is the unpruned model, which ``load`` can load again; ``measure(decoder, whole)`` measures."""
         self.state = state
         self._spec, self._ratios = spec, ratios
         self._decoder: Decoder | None = decoder
@@ -129,7 +129,7 @@ class Targets:
             "ratio": {"target": goals[number - 1].ratio, "reached": decoder.reached_ratio},
             "widths": plan.widths(decoder.shape),
             **context.details,
-            **self._measure(decoder, latency=number == spec.round_count),
+            **self._measure(decoder, whole=number == spec.rounds_per_target),
             "seconds": time.monotonic() - began,
         }
         changed = self._keep(index, changed_by_mending(decoder)) if spec.mend in MENDS else None
@@ -177,7 +177,7 @@ class Targets:
             "ratio": {"target": target["ratio"], "reached": decoder.reached_ratio},
             "widths": widths,
             "recovery": {"kind": kind, **curve},
-            **self._measure(decoder, latency=True),
+            **self._measure(decoder),
             "seconds": time.monotonic() - began,
         }
         layers = decoder.model.get_submodule(decoder.shape.family.layers)

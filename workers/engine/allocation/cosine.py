@@ -26,6 +26,7 @@ def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Sh
     if alpha is None:
         alpha = _between(ALPHAS, between)
     cosines = context.survey.cosines
+    context.details["sensitivity"] = [1 - cosine for cosine in cosines]
     count = len(cosines)
     kept = {0, count - 1} if count >= DEEP else set()
     for index in sorted(range(count), key=cosines.__getitem__):

@@ -24,6 +24,7 @@ def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Sh
     The paper says that τ(l) falls as α(l) rises and that the whole must meet τ, not by which function; a straight line
     has one parameter, β (:data:`STEEPNESS`).
     """
-    sizes = layer_parameters(context)
-    weights = [(1 - STEEPNESS * alpha) * size for alpha, size in zip(sensitivity(context), sizes, strict=True)]
+    sizes, sensitivities = layer_parameters(context), sensitivity(context)
+    context.details["sensitivity"] = sensitivities
+    weights = [(1 - STEEPNESS * alpha) * size for alpha, size in zip(sensitivities, sizes, strict=True)]
     return Share(fill(weights, [limit.parameters for limit in limits], total))

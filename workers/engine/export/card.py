@@ -134,12 +134,19 @@ def _table(report: dict[str, Any]) -> str:
         ("parameters", "parameters", lambda value: f"{value:,}"),
         ("weights (bytes)", "weights_bytes", lambda value: f"{value:,}"),
         ("FLOPs of a 256-token prefill", "flops", lambda value: f"{value:.3g}"),
-        ("perplexity", "perplexity", lambda value: "infinite" if value is None else f"{value:.2f}"),
+        ("perplexity", "perplexity", _perplexity),
     ]
     lines = [f"| {title} | {show(report[key]['before'])} | {show(report[key]['after'])} |" for title, key, show in rows]
     if (published := report["published"])["parameters"] != report["parameters"]["after"]:
         lines.append(f"| parameters in the files, with the zeros | | {published['parameters']:,} |")
         lines.append(f"| weights in the files (bytes) | | {published['weights_bytes']:,} |")
+    benchmarks = report["benchmarks"]
+    for name, pair in benchmarks["perplexity"].items():
+        lines.append(f"| perplexity, {name} | {_perplexity(pair['before'])} | {_perplexity(pair['after'])} |")
+    for name, task in benchmarks["zero_shot"].items():
+        lines.append(
+            f"| {name} ({task['metric']}, {task['examples']} examples) | {task['before']:.3f} | {task['after']:.3f} |"
+        )
     latency = report["latency"]
     if latency["before"] and latency["after"]:
         for title, key in (("prefill (ms)", "prefill_ms"), ("decode (ms a token)", "decode_ms_per_token")):
@@ -147,6 +154,10 @@ def _table(report: dict[str, Any]) -> str:
     if any(unsteady(latency[when]) for when in ("before", "after")):
         lines += ["", "Repeats of prefill and decode are far apart: the machine was busy, and these times mean little."]
     return "\n".join(lines)
+
+
+def _perplexity(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.2f}"
 
 
 def _device(report: dict[str, Any]) -> str:
