@@ -18,6 +18,8 @@ REPORT: dict[str, Any] = {
     "parameters": {"before": 10, "after": 8},
     "ratio": {"target": 0.2, "reached": 0.2},
     "perplexity": {"before": 10.0, "after": float("nan")},
+    "benchmarks": {"perplexity": {}, "zero_shot": {}, "zero_shot_mean": None},
+    "retained_accuracy": None,
     "latency": {"before": {}, "after": {}},
     "weights_bytes": {"before": 40, "after": 32},
     "widths": [],

@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    made = common.parser("paper", __doc__, "float32")
+    made = common.parser("paper", __doc__, "bfloat16")
     made.add_argument(
         "--texts",
         nargs="+",
