@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-slow chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper check lint types contracts clean
+.PHONY: demo test test-slow test-browser chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper check lint types contracts clean
 
 demo: .venv/.model
 	$(BIN)/python -m workers.demo
@@ -14,6 +14,11 @@ test: .venv/.installed
 # What takes minutes: every method through the whole service, models that are trained first.
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
+
+# The web page in Debian's Chromium, which is installed where it is missing and this is root.
+test-browser: .venv/.installed
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install --yes -qq chromium >/dev/null; }
+	$(BIN)/python -m pytest -m browser tests/dashboard
 
 # 200 faults against the whole service while it does 100 jobs: half an hour. OPTIONS: see --help.
 chaos: .venv/.installed

@@ -127,6 +127,8 @@ class Settings(BaseSettings):
     """Origins whose pages may call the API, as in ``https://tools.example.org,https://ml.example.org``; ``*``: all."""
     docs: bool = True
     """Serve ``/docs``, ``/redoc`` and ``/openapi.json``."""
+    dashboard: bool = True
+    """Serve the web page at ``/``."""
     log_format: Literal["text", "json"] = "text"
     torch_threads: int | None = None
     """Threads a runner gives torch; unset: one for every core of the machine."""

@@ -13,11 +13,12 @@ from starlette.middleware.cors import CORSMiddleware
 from app import catalog_routes, errors, health
 from app.auth import routes as keys
 from app.config import get_settings
+from app.dashboard import routes as dashboard
 from app.jobs import routes as jobs
 from app.jobs.events import Feed
 from app.kit import logs
 from app.kit.body_limit import BodyLimit
-from app.kit.browser_rules import BrowserRules
+from app.kit.browser_rules import DASHBOARD, DOCS, BrowserRules
 from app.kit.observe import Observe
 from app.kit.problem import ProblemDetails
 from app.metrics import ServiceCollector
@@ -67,10 +68,12 @@ def create_app() -> FastAPI:
             expose_headers=CORS_RESPONSE_HEADERS,
         )
     app.add_middleware(Observe, registry=registry)
-    app.add_middleware(BrowserRules, private="/v1/", pages=("/docs", "/redoc"))
+    app.add_middleware(BrowserRules, private="/v1/", pages={"/docs": DOCS, "/redoc": DOCS, "/": DASHBOARD})
     errors.install(app)
     for router in (jobs.router, catalog_routes.router, keys.router, health.router):
         app.include_router(router)
+    if settings.dashboard:
+        dashboard.install(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

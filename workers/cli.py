@@ -39,6 +39,7 @@ def up(
     try:
         with stack:
             typer.echo(f"Secateur is running at {stack.url}")
+            typer.echo(f"  web page       {stack.url}/#key={stack.api_key}")
             typer.echo(f"  documentation  {stack.url}/docs")
             typer.echo(f"  API key        {stack.api_key}")
             typer.echo(f"  data           {stack.folder}")

@@ -86,7 +86,7 @@ class Evaluation(TextSource):
     """Held-out text for perplexity. Neither ``dataset`` nor ``texts``: the last fifth of the calibration text, which is then
     not calibrated on; or sampled from the model, where there is no such text or too little."""
 
-    latency: bool | Literal["slimllm"] = Field(
+    latency: Literal[True, False, "slimllm"] = Field(
         True,
         description="Measure prefill and decode time and peak memory, before and after; `slimllm`: as the SlimLLM paper's table 3 does, decoding 256 tokens at batch 8, in 20 repeats.",
     )

@@ -6,13 +6,13 @@ clients hold neither a thread nor a connection.
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Annotated, Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, RedirectResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import StringConstraints, TypeAdapter, ValidationError
 from starlette import types as asgi
@@ -20,6 +20,7 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Send
 
 from app.auth import service as auth
+from app.config import get_settings
 from app.db.session import reading, session_factory
 from app.deps import EVERY_V1_ROUTE, FeedDep, KeyedRoute, Owner, SessionDep, SettingsDep, unauthorized
 from app.jobs import doorbell, repository, service
@@ -326,10 +327,33 @@ def rounds(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> RoundList:
     return RoundList(items=[RoundView.model_validate(item) for item in found])
 
 
-@router.get("/{job_id}/report", responses=documented(404, 409))
+class ReportRoute(KeyedRoute):
+    """A person's browser, which sends no key by itself, is sent to the web page instead."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        keyed = super().get_route_handler()
+
+        async def negotiated(request: Request) -> Response:
+            types = [part.partition(";")[0].strip() for part in request.headers.get("accept", "").split(",")]
+            if "text/html" in types and "application/json" not in types and get_settings().dashboard:
+                return RedirectResponse(f"/#/jobs/{request.path_params['job_id']}", 303)
+            return await keyed(request)
+
+        return negotiated
+
+
 def report(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> dict[str, Any]:
-    """The whole result of a job that has succeeded."""
+    """The whole result of a job that has succeeded; its web page for `Accept: text/html`."""
     return service.report(session, owner.id, job_id)
+
+
+router.add_api_route(
+    "/{job_id}/report",
+    report,
+    response_model=dict[str, Any],
+    responses={303: {"description": "The web page, for `Accept: text/html`."}, **documented(404, 409)},
+    route_class_override=ReportRoute,
+)
 
 
 @router.get("/{job_id}/artifacts", response_model=ArtifactList, responses=documented(404))

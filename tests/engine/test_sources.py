@@ -164,7 +164,7 @@ def test_named_data_sets(trained_folder: Path, tmp_path: Path, monkeypatch: pyte
     rows = {"train": english("calibration"), "test": english("evaluation")}
 
     def load_dataset(
-        path: str, config: str | None, split: str, streaming: bool, token: str | None
+        path: str, config: str | None, split: str, streaming: bool, token: str | None, revision: str | None
     ) -> list[dict[str, str]]:
         asked.append((path, config, split))
         if path == "org/absent":

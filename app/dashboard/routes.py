@@ -1,0 +1,31 @@
+"""The web page at ``/``: one HTML file and its modules, served as they are. All data come from ``/v1``, with the reader's key."""
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+
+FOLDER = Path(__file__).parent / "static"
+ASSETS = "/assets"
+REVALIDATE = {"Cache-Control": "no-cache"}
+"""The files of one release belong together: a browser asks whether it still has them."""
+
+
+class _Assets(StaticFiles):
+    def file_response(self, *arguments: Any, **options: Any) -> Response:
+        response = super().file_response(*arguments, **options)
+        response.headers.update(REVALIDATE)
+        return response
+
+
+def install(app: FastAPI) -> None:
+    """Serve the page and its files."""
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(FOLDER / "index.html", headers=REVALIDATE)
+
+    app.mount(ASSETS, _Assets(directory=FOLDER))
