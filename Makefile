@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-browser chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper check lint types contracts clean
+.PHONY: demo test test-slow test-browser chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper check lint types contracts client openapi clean
 
 demo: .venv/.model
 	$(BIN)/python -m workers.demo
@@ -79,6 +79,14 @@ contracts: .venv/.installed
 	$(PYTHON) -m venv .venv-4
 	.venv-4/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==4.57.6
 	touch $@
+
+# The synchronous client, from the asynchronous one.
+client: .venv/.installed
+	$(BIN)/python -m app.client_generator
+
+# The API's contract as a file, which a test compares with the service's.
+openapi: .venv/.installed
+	$(BIN)/python -m app.contract docs/openapi.json
 
 clean:
 	rm -rf .venv .venv-4 .demo .secateur

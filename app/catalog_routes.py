@@ -1,14 +1,14 @@
 """``/v1/methods`` and ``/v1/models/inspect``: what this service can do, before a job is made."""
 
-from typing import Any, get_args
+from typing import get_args
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
 
-from app.auth.service import Scope
+from app.auth.schemas import Scope
 from app.catalog.errors import PruningError
-from app.catalog.inspection import PossibleLayout, PrunedSize, layouts, sizes
+from app.catalog.inspection import layouts, sizes
 from app.catalog.methods import METHODS, Allocator, Method, RecoveryKind, Scorer
+from app.catalog_schemas import Inspection, Kinds, MethodDefaults, MethodList, MethodView
 from app.deps import EVERY_V1_ROUTE, KeyedRoute, Owner, SessionDep, SettingsDep
 from app.jobs import door, tokens
 from app.jobs.schemas import JobError, ModelRef
@@ -28,64 +28,6 @@ router = APIRouter(
     dependencies=EVERY_V1_ROUTE,
     responses=documented(401, 403, 422, 429, 503),
 )
-
-
-class MethodDefaults(BaseModel):
-    """What a request that names the method alone gets."""
-
-    rounds: int
-    scoring: str
-    allocation: str
-    recovery: str
-
-
-class MethodView(BaseModel):
-    """A pruning method."""
-
-    name: str
-    summary: str
-    paper: str
-    equations: str = Field(description="Where in the paper.")
-    scoring: str = Field(description="What a unit is scored by.")
-    allocation: str = Field(description="How the ratio is spread over the layers.")
-    recovery: str
-    needs_gradients: bool
-    passes: str = Field(description="What scoring costs a round.")
-    defaults: MethodDefaults
-
-
-class Kinds(BaseModel):
-    """What a method's parts can be replaced by.
-
-    In any combination but one: the allocation `threshold` needs scores of the whole model, which the scorings `lorap`,
-    `obs`, `slimllm` and `wanda` do not give.
-    """
-
-    scoring: list[str] = Field(description="For `scoring.kind`.")
-    allocation: list[str] = Field(description="For `allocation.kind`.")
-    recovery: list[str] = Field(description="For `recovery.kind`.")
-
-
-class MethodList(BaseModel):
-    """The methods, by name."""
-
-    items: list[MethodView]
-    kinds: Kinds
-
-
-class Inspection(BaseModel):
-    """What is known of a model without its weights."""
-
-    model_id: str
-    revision: str | None = Field(description="The commit; null for a local model.")
-    supported: bool = Field(description="Whether this service can prune it.")
-    reason: JobError | None = Field(description="Why not.")
-    shape: dict[str, Any] | None = Field(
-        description="Family, parameters, largest ratio, and each layer's heads, KV groups and feed-forward width; "
-        "null for a model that is not supported, and where it is known once the model is loaded: GGUF files on the Hub and types without an adapter."
-    )
-    sizes: list[PrunedSize] = Field([], description="What ratios of 0.2 and 0.5 come to; empty without a shape.")
-    layouts: list[PossibleLayout] = Field([], description="What each layout allows; empty without a shape.")
 
 
 @router.get("/methods", response_model=MethodList)

@@ -5,9 +5,7 @@ Exit codes: 0 done, 1 the job failed or was cancelled, 2 refused or misused, 3 s
 
 import datetime as dt
 import json
-import re
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,16 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    import httpx2
     from sqlalchemy.orm import Session
 
     from app.auth.models import ApiKey as KeyRow
+    from app.client import Client, Job
+    from app.jobs.schemas import JobView
 
 FAILED, REFUSED, UNREACHABLE = 1, 2, 3
 ENDED = {"succeeded": 0, "failed": FAILED, "cancelled": FAILED}
-LONG_POLL = 20
-PATIENCE = 60.0
-"""Seconds for which ``watch`` waits for a service that went away."""
 
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 keys = typer.Typer(no_args_is_help=True, help="API keys; needs the database (SECATEUR_DATABASE_URL).")
@@ -82,35 +78,26 @@ def stop(message: str, code: int) -> typer.Exit:
     return typer.Exit(code)
 
 
-def _call(client: "httpx2.Client", method: str, path: str, **options: Any) -> "httpx2.Response":
-    """The response to a request that was not refused."""
-    import httpx2
-
-    try:
-        response = client.request(method, path, **options)
-    except (httpx2.TransportError, httpx2.InvalidURL) as error:
-        raise stop(f"The service at {client.base_url} cannot be reached: {error}", UNREACHABLE) from None
-    if response.status_code < 400:
-        return response
-    try:
-        problem = response.json()
-        reason = f"{problem['detail']} ({problem['code']})"
-    except (ValueError, KeyError, TypeError):
-        problem, reason = {}, f"The answer was {response.status_code}, which is none of this service's."
-    for field in problem.get("errors", ()):
-        if "allowed" in field:
-            reason += f"\n  {field['field']}: allowed: {field['allowed']}"
-    raise stop(reason, UNREACHABLE if response.status_code >= 500 else REFUSED)
-
-
-def _connect(url: str, api_key: str) -> "httpx2.Client":
-    import httpx2
+@contextmanager
+def _connect(url: str, api_key: str) -> Iterator["Client"]:
+    """The service's client; what goes wrong with it ends the command."""
+    from app.client import ApiError, Client, Unavailable, Unreachable
 
     if not api_key:
         raise stop("no API key: set SECATEUR_API_KEY or --api-key", REFUSED)
-    if not re.fullmatch(r"[\x21-\x7e]+", api_key):
-        raise stop("The API key has characters that no API key has.", REFUSED)
-    return httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {api_key}"}, timeout=LONG_POLL + 10)
+    try:
+        with Client(url, api_key) as client:
+            yield client
+    except Unreachable as error:
+        raise stop(str(error), UNREACHABLE) from None
+    except ApiError as error:
+        reason = str(error)
+        for field in error.errors:
+            if field.allowed is not None:
+                reason += f"\n  {field.field}: allowed: {field.allowed}"
+        raise stop(reason, UNREACHABLE if isinstance(error, Unavailable) else REFUSED) from None
+    except ValueError as error:
+        raise stop(str(error), REFUSED) from None
 
 
 @contextmanager
@@ -262,10 +249,11 @@ def submit(
         body["recovery"] = {**(body.get("recovery") or {}), "kind": recovery}
     if repo_id is not None:
         body["publish"] = {"repo_id": repo_id}
+    for name in ("model_id", "method"):
+        body.setdefault(name, None)  # which the service refuses, and says why
     with _connect(url, api_key) as client:
-        # A key of its own makes the request safe to repeat for whatever lies between here and the service.
-        job = _call(client, "POST", "/v1/jobs", json=body, headers={"Idempotency-Key": str(uuid.uuid4())}).json()
-    typer.echo(json.dumps(job) if as_json else job["id"])
+        job = client.jobs.create(**body)
+    typer.echo(job.view.model_dump_json() if as_json else str(job.id))
 
 
 def one_or_several(ratios: list[float] | None) -> float | list[float] | None:
@@ -289,106 +277,77 @@ def _read_request(path: Path | None) -> dict[str, Any]:
 def status(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: Json = False) -> None:
     """Show a job."""
     with _connect(url, api_key) as client:
-        job = _call(client, "GET", f"/v1/jobs/{job_id}").json()
-    typer.echo(json.dumps(job) if as_json else _line(job))
-    raise typer.Exit(ENDED.get(job["state"], 0))
+        job = client.jobs.get(job_id).view
+    typer.echo(job.model_dump_json() if as_json else _line(job))
+    raise typer.Exit(ENDED.get(job.state, 0))
 
 
 @cli.command()
 def cancel(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: Json = False) -> None:
     """Cancel a job."""
     with _connect(url, api_key) as client:
-        job = _call(client, "POST", f"/v1/jobs/{job_id}/cancel").json()
-    typer.echo(json.dumps(job) if as_json else _line(job))
+        job = client.jobs.get(job_id).cancel().view
+    typer.echo(job.model_dump_json() if as_json else _line(job))
 
 
 @cli.command()
 def watch(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: Json = False) -> None:
     """Follow a job to its end: a bar on a terminal, else a line (or with --json an object) for each step."""
     with _connect(url, api_key) as client:
+        job = client.jobs.get(job_id)
         if sys.stdout.isatty() and not as_json:
-            job = _watch_bar(client, job_id)
-            typer.echo(_line(job))
+            _watch_bar(job)
+            typer.echo(_line(job.view))
         else:
-            job = _watch_lines(client, job_id, as_json)
-    raise typer.Exit(ENDED[job["state"]])
+            _watch_lines(job, as_json)
+    raise typer.Exit(ENDED[job.state])
 
 
-def _changes(client: "httpx2.Client", job_id: uuid.UUID) -> Iterator[dict[str, Any]]:
-    """The job now, and again after every change, to its end; bridges ``PATIENCE`` seconds without service."""
-    import httpx2
-
-    headers: dict[str, str] = {}
-    heard = time.monotonic()
-    while True:
-        try:
-            response = client.get(f"/v1/jobs/{job_id}", headers=headers)
-        except httpx2.TransportError:
-            response = None
-        if response is None or response.status_code >= 500:
-            if time.monotonic() - heard > PATIENCE or not headers:
-                _call(client, "GET", f"/v1/jobs/{job_id}")
-            time.sleep(1)
-            continue
-        heard = time.monotonic()
-        if response.status_code == 304:
-            continue
-        if response.status_code >= 400:
-            response = _call(client, "GET", f"/v1/jobs/{job_id}")
-        job = response.json()
-        yield job
-        if job["state"] in ENDED:
-            return
-        headers = {"If-None-Match": response.headers["ETag"], "Prefer": f"wait={LONG_POLL}"}
-
-
-def _watch_lines(client: "httpx2.Client", job_id: uuid.UUID, as_json: bool) -> dict[str, Any]:
+def _watch_lines(job: "Job", as_json: bool) -> None:
     """A line when state, stage or round changes, and at every tenth of the way."""
     shown: tuple[object, ...] = ()
-    for job in _changes(client, job_id):
-        progress = job["progress"] or {"stage": None, "round": None, "share": 0}
-        step = (job["state"], progress["stage"], progress["round"], int(progress["share"] * 10))
+    for _ in job.changes():
+        progress = job.progress
+        step = (job.state, *((progress.stage, progress.round, int(progress.share * 10)) if progress else ()))
         if step != shown:
-            typer.echo(json.dumps(job) if as_json else _line(job))
+            typer.echo(job.view.model_dump_json() if as_json else _line(job.view))
         shown = step
-    return job
 
 
-def _watch_bar(client: "httpx2.Client", job_id: uuid.UUID) -> dict[str, Any]:
+def _watch_bar(job: "Job") -> None:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}")
     with Progress(*columns) as bar:
         task = bar.add_task("", total=1.0, left="")
-        for job in _changes(client, job_id):
-            progress = job["progress"] or {}
-            bar.update(task, description=_where(job), completed=progress.get("share", 0), left=_time_left(job))
-    return job
+        for _ in job.changes():
+            share = job.progress.share if job.progress else 0.0
+            bar.update(task, description=_where(job.view), completed=share, left=_time_left(job.view))
 
 
-def _where(job: dict[str, Any]) -> str:
-    progress = job["progress"]
-    if progress is None or job["state"] in ENDED:
-        return str(job["state"])
-    return f"{job['state']}  {progress['stage']}  round {progress['round']}/{progress['rounds']}"
+def _where(job: "JobView") -> str:
+    progress = job.progress
+    if progress is None or job.state in ENDED:
+        return str(job.state)
+    return f"{job.state}  {progress.stage}  round {progress.round}/{progress.rounds}"
 
 
-def _time_left(job: dict[str, Any]) -> str:
-    finish = (job["progress"] or {}).get("estimated_finish_at")
-    if finish is None or job["state"] in ENDED:
+def _time_left(job: "JobView") -> str:
+    finish = job.progress.estimated_finish_at if job.progress else None
+    if finish is None or job.state in ENDED:
         return ""
-    seconds = max((dt.datetime.fromisoformat(finish) - dt.datetime.now(dt.UTC)).total_seconds(), 0)
+    seconds = max((finish - dt.datetime.now(dt.UTC)).total_seconds(), 0)
     return f"{int(seconds) // 60}:{int(seconds) % 60:02} left"
 
 
-def _line(job: dict[str, Any]) -> str:
+def _line(job: "JobView") -> str:
     """A job in one line."""
-    parts = [job["id"], _where(job)]
-    if job["progress"] and job["state"] not in ENDED:
-        parts += [f"{job['progress']['share']:.0%}", _time_left(job)]
-    if job["error"]:
-        parts.append(f"{job['error']['message']} ({job['error']['code']})")
-    results = (job["result"] or {}).get("targets") or [job["result"] or {}]
+    parts = [str(job.id), _where(job)]
+    if job.progress and job.state not in ENDED:
+        parts += [f"{job.progress.share:.0%}", _time_left(job)]
+    if job.error:
+        parts.append(f"{job.error.message} ({job.error.code})")
+    results = (job.result or {}).get("targets") or [job.result or {}]
     if published := [result["repo_id"] for result in results if "repo_id" in result]:
         parts.append(f"published to {', '.join(published)}")
     return "  ".join(part for part in parts if part)

@@ -16,7 +16,8 @@ from sqlalchemy.orm import Session
 
 from app.auth import service as auth
 from app.auth.repository import FIND
-from app.auth.service import Caller, Scope
+from app.auth.schemas import Scope
+from app.auth.service import Caller
 from app.config import Settings, get_settings
 from app.db.session import reading, session_factory
 from app.jobs.events import Feed

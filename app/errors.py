@@ -14,7 +14,8 @@ from starlette.exceptions import HTTPException
 from app.auth.vault import VaultError
 from app.catalog.errors import PruningError
 from app.jobs.transitions import TransitionRefused
-from app.kit.problem import FieldError, Problem, respond
+from app.kit.field_error import FieldError
+from app.kit.problem import Problem, respond
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from app.config import Settings
 from app.db.session import reading
 from app.fleet import repository as fleet
 from app.jobs import repository as jobs
-from app.jobs.transitions import State
+from app.jobs.states import State
 from app.webhooks import repository as webhooks
 
 WORKER_NUMBERS = {

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from app.catalog.methods import METHODS
+from app.client import Client, JobFailed
 from tests.engine.models import SIZES, english, make_tokenizer, save, train
 from tests.workers.conftest import SHORT, wait_for
 from tests.workers.test_stack import announced
@@ -119,6 +120,23 @@ def start_service(data: Path) -> Iterator[StartService]:
 @pytest.fixture(scope="module")
 def service(start_service: StartService) -> Service:
     return start_service()
+
+
+def test_the_python_client(service: Service, tmp_path: Path) -> None:
+    key = service.client.headers["Authorization"].removeprefix("Bearer ")
+    shown: list[float] = []
+    with Client(str(service.client.base_url), key) as client:
+        job = client.jobs.create(**request(rounds=2))
+        job.wait(timeout=120, on_progress=lambda job: shown.append(job.progress.share if job.progress else 0.0))
+        report = job.report()
+        assert shown == sorted(shown) and shown[-1] == 1.0
+        assert report.ratio == pytest.approx(0.3, abs=0.02) and len(job.rounds()) == 3
+        assert [len(axis.containers) for axis in report.plot_widths().axes] == [2, 2]
+        weights = load_file(job.download(tmp_path / "pruned") / "model.safetensors")
+        assert sum(tensor.numel() for tensor in weights.values()) == report.parameters[1]
+        failing = client.jobs.create(**request(model_id="local:broken"))
+        with pytest.raises(JobFailed, match="NaN"):
+            failing.wait(timeout=120)
 
 
 def test_the_main_job(service: Service, tmp_path: Path) -> None:

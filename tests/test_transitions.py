@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 from app.auth import service as auth
 from app.jobs import transitions
 from app.jobs.models import Job, JobEvent
-from app.jobs.transitions import TERMINAL, State, TransitionRefused, Trigger
+from app.jobs.states import TERMINAL, State
+from app.jobs.transitions import TransitionRefused, Trigger
 from app.webhooks.models import WebhookDelivery
 
 # Written out, not derived from the code's table: rows are states, "." refuses, "=" changes nothing.

@@ -25,7 +25,8 @@ from app.catalog.spec import PruningSpec
 from app.config import Settings
 from app.jobs import leases, repository, tokens
 from app.jobs.leases import Beat, Claim, LeaseLost
-from app.jobs.transitions import State, TransitionRefused, Trigger
+from app.jobs.states import State
+from app.jobs.transitions import TransitionRefused, Trigger
 from app.kit import logs
 from workers.child import Child, describe_exit
 from workers.parent import explain

@@ -1,21 +1,15 @@
 """``/v1/keys``: API keys, for keys of scope ``admin``. A secret is in the answer that makes it, and nowhere else."""
 
-import datetime as dt
 import uuid
-from typing import Annotated
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from app.auth import service
 from app.auth.models import ApiKey
-from app.auth.service import Scope
+from app.auth.schemas import HubToken, KeyList, KeyView, KeyWithSecret, NewKey, Rotation, Scope
 from app.auth.vault import VaultError
 from app.deps import EVERY_V1_ROUTE, KeyedRoute, SessionDep, SettingsDep
 from app.kit.problem import Problem, documented, invalid
-
-GRACE = 86_400.0
-LONGEST_GRACE = 30 * 86_400.0
 
 
 class AdminRoute(KeyedRoute):
@@ -31,55 +25,6 @@ router = APIRouter(
     dependencies=EVERY_V1_ROUTE,
     responses=documented(401, 403, 422, 429, 503),
 )
-
-
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class NewKey(_Request):
-    """A key to make."""
-
-    name: Annotated[str, Field(min_length=1, max_length=200)] = Field(description="Whom or what it is for.")
-    scopes: list[Scope] = Field([*service.USER], min_length=1, description="What it may do; none implies another.")
-
-
-class Rotation(_Request):
-    """How to rotate a key."""
-
-    grace_seconds: float = Field(GRACE, ge=0, le=LONGEST_GRACE, description="For which the secret it has serves on.")
-
-
-class HubToken(_Request):
-    """A Hub token for the jobs of a key."""
-
-    hub_token: SecretStr | None = Field(description="Null takes it away.", max_length=512)
-
-
-class KeyView(BaseModel):
-    """A key, without its secret."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    id: uuid.UUID
-    name: str
-    scopes: list[Scope]
-    created_at: dt.datetime
-    last_used_at: dt.datetime | None = Field(description="Right to the minute.")
-    revoked_at: dt.datetime | None
-    previous_expires_at: dt.datetime | None = Field(description="Until when the secret before the last one serves.")
-
-
-class KeyWithSecret(KeyView):
-    """A key and its secret, which cannot be had again."""
-
-    secret: str
-
-
-class KeyList(BaseModel):
-    """All keys, oldest first."""
-
-    items: list[KeyView]
 
 
 def _with_secret(made: tuple[ApiKey, str]) -> KeyWithSecret:

@@ -6,7 +6,6 @@ import hmac
 import secrets
 import uuid
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import Any, NamedTuple
 
 from pydantic import SecretStr
@@ -15,22 +14,12 @@ from sqlalchemy.orm import Session
 
 from app.auth import repository, vault
 from app.auth.models import ApiKey
+from app.auth.schemas import USER, Scope
 from app.config import Settings
 
 PREFIX = "sk-secateur-"
 TOUCH_EVERY = 60.0
 """Seconds between two updates of ``last_used_at``."""
-
-
-class Scope(StrEnum):
-    """What a key may do: look at its jobs and at the catalogue, make and steer jobs, manage all keys. None implies another."""
-
-    READ = "read"
-    SUBMIT = "submit"
-    ADMIN = "admin"
-
-
-USER = (Scope.READ, Scope.SUBMIT)
 
 
 class Caller(NamedTuple):

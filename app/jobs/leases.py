@@ -16,7 +16,8 @@ from sqlalchemy.orm import Session
 from app.auth import repository as keys
 from app.jobs import transitions
 from app.jobs.models import Job, JobRound
-from app.jobs.transitions import State, Trigger
+from app.jobs.states import State
+from app.jobs.transitions import Trigger
 
 LIVE = (State.RUNNING, State.PUBLISHING, State.CANCELLING)
 

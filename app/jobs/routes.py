@@ -40,7 +40,8 @@ from app.jobs.schemas import (
     RoundList,
     RoundView,
 )
-from app.jobs.transitions import TERMINAL, State, Trigger
+from app.jobs.states import TERMINAL, State
+from app.jobs.transitions import Trigger
 from app.kit import pages
 from app.kit.etags import etag, matches
 from app.kit.pages import PageSize, PageToken

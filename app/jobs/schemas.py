@@ -20,7 +20,7 @@ from pydantic import (
 
 from app.catalog.sources import LOCAL_NAME, LOCAL_PREFIX
 from app.catalog.spec import PruningSpec, without_texts
-from app.jobs.transitions import State
+from app.jobs.states import State
 
 LONGEST_RUN = 30 * 86_400
 LABEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$"

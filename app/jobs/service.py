@@ -19,7 +19,8 @@ from app.fleet import repository as fleet
 from app.jobs import door, leases, repository, tokens, transitions
 from app.jobs.models import Job, JobEvent, JobRound
 from app.jobs.schemas import JobFilter, JobRequest, Plan
-from app.jobs.transitions import TERMINAL, State, Trigger
+from app.jobs.states import TERMINAL, State
+from app.jobs.transitions import Trigger
 from app.kit import idempotency, logs
 from app.kit.problem import Problem, invalid
 

@@ -14,21 +14,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.jobs.models import Job, JobEvent
+from app.jobs.states import TERMINAL, State
 from app.webhooks import repository as webhooks
-
-
-class State(StrEnum):
-    QUEUED = "queued"
-    RUNNING = "running"
-    PUBLISHING = "publishing"
-    PAUSED = "paused"
-    CANCELLING = "cancelling"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED})
 
 
 class Trigger(StrEnum):

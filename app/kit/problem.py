@@ -8,15 +8,9 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.kit.field_error import FieldError
+
 MEDIA_TYPE = "application/problem+json"
-
-
-class FieldError(BaseModel):
-    """What is wrong with one field of the request, and what would be right."""
-
-    field: str = Field(description="Dotted path of the field.", examples=["target_ratio"])
-    message: str
-    allowed: str | None = Field(None, description="What is allowed there.")
 
 
 class ProblemDetails(BaseModel):

@@ -1,5 +1,6 @@
 """The command line in a process of its own, against the API on a socket."""
 
+import datetime as dt
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ from sqlalchemy.orm import Session
 
 from app.cli import _line
 from app.config import Settings
+from app.jobs.schemas import JobView
+from app.jobs.states import State
 from tests.api import play
 from workers.cli import _show
 
@@ -108,10 +111,15 @@ def test_submit_status_cancel(service: str, body: dict[str, Any], tmp_path: Path
 
 
 def test_a_job_of_several_targets_shows_every_repository() -> None:
-    job = {"id": str(JOB_ID), "state": "succeeded", "progress": None, "error": None}
-    published = {"targets": [{"repo_id": "org/a-20"}, {"repo_id": "org/a-50"}]}
-    assert _line({**job, "result": published}).endswith("succeeded  published to org/a-20, org/a-50")
-    assert "published" not in _line({**job, "result": {"targets": [{"target_ratio": 0.2}]}})
+    made = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    job = JobView(
+        id=JOB_ID, state=State.SUCCEEDED, model_id="a/b", method="piem", labels={}, attempt=1, failures=0,
+        pause_requested=False, created_at=made, request={},
+    )  # fmt: skip
+    job.result = {"targets": [{"repo_id": "org/a-20"}, {"repo_id": "org/a-50"}]}
+    assert _line(job).endswith("succeeded  published to org/a-20, org/a-50")
+    job.result = {"targets": [{"target_ratio": 0.2}]}
+    assert "published" not in _line(job)
 
 
 def test_refusals(service: str, body: dict[str, Any], tmp_path: Path) -> None:

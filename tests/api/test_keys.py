@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from app.auth import service as auth
 from app.auth import vault
 from app.auth.models import ApiKey
-from app.auth.service import Scope
+from app.auth.schemas import Scope
 from app.config import Settings, get_settings
 from app.jobs import leases, tokens
 from app.jobs.transitions import Trigger

@@ -10,7 +10,7 @@ from app.config import Settings
 from app.fleet import repository as fleet
 from app.jobs import leases, repository
 from app.jobs.models import Job
-from app.jobs.transitions import State
+from app.jobs.states import State
 from app.kit import idempotency
 from app.webhooks import repository as webhooks
 
