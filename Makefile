@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-browser chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper check lint types contracts client openapi clean
+.PHONY: demo test test-slow test-browser chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper bench-progress check lint types contracts client openapi clean
 
 demo: .venv/.model
 	$(BIN)/python -m workers.demo
@@ -44,6 +44,10 @@ bench-speed: .venv/.model
 # The papers' tables on SmolLM2-135M beside the printed numbers; an hour or more. CALIBRATION as above; OPTIONS: see --help.
 bench-paper: .venv/.model
 	$(BIN)/python -m workers.bench.paper $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(OPTIONS)
+
+# The time left that is told, against the time that was left, of every method.
+bench-progress: .venv/.model
+	$(BIN)/python -m workers.bench.progress $(OPTIONS)
 
 # One API process under many clients, polling against a bare route, queries over 100,000 finished jobs; minutes.
 bench-load: .venv/.installed

@@ -315,14 +315,14 @@ def _watch_lines(job: "Job", as_json: bool) -> None:
 
 
 def _watch_bar(job: "Job") -> None:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.console import Console
 
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}")
-    with Progress(*columns) as bar:
-        task = bar.add_task("", total=1.0, left="")
+    from app.bars import Bars
+
+    with Bars(Console()) as bars:
         for _ in job.changes():
-            share = job.progress.share if job.progress else 0.0
-            bar.update(task, description=_where(job.view), completed=share, left=_time_left(job.view))
+            if job.progress is not None:
+                bars.show(job.progress.model_dump(), _seconds_left(job.view))
 
 
 def _where(job: "JobView") -> str:
@@ -332,12 +332,18 @@ def _where(job: "JobView") -> str:
     return f"{job.state}  {progress.stage}  round {progress.round}/{progress.rounds}"
 
 
-def _time_left(job: "JobView") -> str:
+def _seconds_left(job: "JobView") -> float | None:
     finish = job.progress.estimated_finish_at if job.progress else None
     if finish is None or job.state in ENDED:
-        return ""
-    seconds = max((finish - dt.datetime.now(dt.UTC)).total_seconds(), 0)
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02} left"
+        return None
+    return (finish - dt.datetime.now(dt.UTC)).total_seconds()
+
+
+def _time_left(job: "JobView") -> str:
+    from app.bars import clock
+
+    seconds = _seconds_left(job)
+    return "" if seconds is None else f"{clock(seconds)} left"
 
 
 def _line(job: "JobView") -> str:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
@@ -79,8 +80,8 @@ def test_plots_draw_the_data() -> None:
         17,
         18,
     ]
-    assert list(found.plot_perplexity().axes[0].lines[0].get_ydata()) == [10.0, 11.0, 12.0]
-    assert list(found.plot_loss().axes[0].lines[0].get_ydata()) == [3.0, 2.5]
+    assert np.asarray(found.plot_perplexity().axes[0].lines[0].get_ydata()).tolist() == [10.0, 11.0, 12.0]
+    assert np.asarray(found.plot_loss().axes[0].lines[0].get_ydata()).tolist() == [3.0, 2.5]
     assert heights(found.plot_latency(), 0) == [[10.0, 10.0]]
     with pytest.raises(ValueError, match="no training"):
         report(rounds=[{"perplexity": 11.0}]).plot_loss()
@@ -91,4 +92,4 @@ def test_plots_draw_the_data() -> None:
 def test_the_front_joins_what_nothing_beats() -> None:
     figure = compare([report(80, 12.0), report(60, 11.0), report(50, 20.0), report(90, None)])
     [front] = figure.axes[0].lines
-    assert [tuple(point) for point in front.get_xydata()] == [(50, 20.0), (60, 11.0), (100, 10.0)]
+    assert [tuple(point) for point in np.asarray(front.get_xydata())] == [(50, 20.0), (60, 11.0), (100, 10.0)]

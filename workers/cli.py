@@ -257,37 +257,35 @@ def _text_source(name: str | None) -> dict[str, Any]:
 
 
 class _Progress:
-    """The engine's events on stderr: a bar on a terminal, else a line a stage."""
+    """The engine's events on stderr: bars on a terminal, else a line a stage."""
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        from app.bars import Bars
 
         console = Console(stderr=True)
+        self._bars = Bars(console)
         self._lines = not console.is_terminal
         self._last = ""
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=console,
-            disable=self._lines,
-        )  # fmt: skip
-        self._task = self._bar.add_task("start", total=1.0)
 
     def __enter__(self) -> None:
-        self._bar.start()
+        self._bars.__enter__()
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+    def __exit__(self, *error: object) -> None:
+        self._bars.__exit__(*error)
 
     def __call__(self, event: dict[str, Any]) -> None:
+        from app.bars import where
+
         if event["type"] == "warning":
             typer.echo(f"warning: {event['message']}", err=True)
         if event["type"] != "progress":
             return
-        stage = f"round {event['round']}/{event['rounds']} {event['stage']}"
-        self._bar.update(self._task, completed=event["share"], description=stage)
-        if self._lines and stage != self._last:
-            typer.echo(f"{stage} ({event['share']:.0%})", err=True)
-        self._last = stage
+        self._bars.show(event, event["remaining_seconds"])
+        if self._lines and where(event) != self._last:
+            typer.echo(f"{where(event)} ({event['share']:.0%})", err=True)
+        self._last = where(event)
 
 
 if __name__ == "__main__":

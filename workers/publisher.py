@@ -28,10 +28,11 @@ SUMMARY = ("parameters", "ratio", "perplexity", "benchmarks", "retained_accuracy
 def work(supervisor: Parent) -> dict[str, Any]:
     """Publish ``output`` if the job asks for it, and keep it as the job's artifacts; the message with the result."""
     job = supervisor.job
-    threading.Thread(target=show_life, args=(supervisor,), daemon=True).start()
     output, request, report = Path(job["output"]), job["request"], job["report"]
     wanted, spec = request.get("publish"), PruningSpec.of_request(request)
     reports = report["targets"] if spec.several else [report]
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    threading.Thread(target=show_life, args=(supervisor, size), daemon=True).start()
     folders = [output / target_folder(each["ratio"]["target"]) if spec.several else output for each in reports]
     results = [{name: report[name] for name in SUMMARY} for report in reports]
     if wanted is not None:
@@ -75,14 +76,34 @@ def configured_hub(token: str | None) -> Hub:
     return HuggingFaceHub(token, settings.hf_endpoint)
 
 
-def show_life(supervisor: Parent) -> None:
-    """Report progress while files are being read: an upload may take hours, and one that hangs reads nothing."""
-    seen = -LIFE_SIGN_BYTES
+def show_life(supervisor: Parent, size: int) -> None:
+    """Report progress while files are being read: an upload may take hours, and one that hangs reads nothing.
+
+    Each of the ``size`` bytes is read twice, to be hashed and to be sent.
+    """
+
+    def read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])  # "rchar: N", see proc(5)
+
+    began, first = time.monotonic(), read()
+    seen = first - LIFE_SIGN_BYTES
     while True:
-        read = int(Path("/proc/self/io").read_text().split()[1])  # "rchar: N", see proc(5)
-        if read - seen >= LIFE_SIGN_BYTES:
-            seen = read
-            supervisor.tell({"type": "progress", "stage": "publish", "share": 1.0, "remaining_seconds": None})
+        now = read()
+        if now - seen >= LIFE_SIGN_BYTES:
+            seen = now
+            share = min((now - first) / (2 * size), 1.0)
+            rate = size * share / max(time.monotonic() - began, 1e-9)
+            supervisor.tell(
+                {
+                    "type": "progress",
+                    "stage": "publish",
+                    "share": 1.0,
+                    "stage_share": share,
+                    "rate": rate or None,
+                    "rate_unit": "bytes/s" if rate else None,
+                    "remaining_seconds": size * (1 - share) / rate if rate else None,
+                }
+            )
         time.sleep(LIFE_SIGN_SECONDS)
 
 

@@ -101,7 +101,7 @@ class Attempt:
         limits = (claim.request.get("max_runtime_seconds"), settings.max_runtime_seconds)
         self.longest_run = min((limit for limit in limits if limit is not None), default=math.inf)
         self.time_limit = claimed + self.longest_run
-        self.progress: dict[str, Any] = {"stage": "start", "round": 0, "share": 0.0}
+        self.progress: dict[str, Any] = {"stage": "start", "round": 0, "share": 0.0, "stage_share": 0.0}
         self.folder = settings.job_dir(claim.job_id).resolve()
         self.output = self.folder / f"attempt-{claim.attempt}"
         self.temporary = self.folder / f".{self.output.name}.tmp"
@@ -157,7 +157,7 @@ class Attempt:
         report = self._follow(runner, {**job, "checkpoints": checkpoints})["report"]
         self._start_publishing()
         result = self._follow(publisher, {**job, "report": report})["result"]
-        done = {**self.progress, "stage": "done", "share": 1.0}
+        done = {**self.progress, "stage": "done", "share": 1.0, "stage_share": 1.0, "rate": None, "rate_unit": None}
         self._write(leases.move, Trigger.SUCCEED, result=result, report=report, progress=done)
         for checkpoint in self.folder.glob("round-*"):
             checkpoint.unlink(missing_ok=True)  # the job may have been deleted meanwhile

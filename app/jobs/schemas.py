@@ -195,6 +195,9 @@ class Progress(BaseModel):
     round: int = Field(0, description="0 is the measuring of the unpruned model.")
     rounds: int = Field(description="Of all targets, and of training recovery.")
     share: float = Field(ge=0, le=1, description="Of the whole job.")
+    stage_share: float = Field(0.0, ge=0, le=1, description="Of the stage.")
+    rate: float | None = Field(None, description="What the stage gets through in a second.")
+    rate_unit: str | None = Field(None, description="`tokens/s` or `bytes/s`.")
     estimated_finish_at: dt.datetime | None = None
 
 

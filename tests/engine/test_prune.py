@@ -452,6 +452,7 @@ def test_progress_only_grows(trained_folder: Path, tmp_path: Path, monkeypatch: 
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1
     stages = [event["stage"] for event in events if event["type"] == "progress"]
     assert list(dict.fromkeys(stages)) == [
+        "downloading",
         "loading",
         "calibrating",
         "evaluating",

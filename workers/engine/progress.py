@@ -1,63 +1,74 @@
-"""How far a pruning is, and how long it will still take."""
+"""How far a pruning is, how fast it goes, and how long it will still take."""
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from app.catalog.spec import PruningSpec
 
 INTERVAL = 0.5
-UNLIKE = ("loading", "calibrating")
-"""Stages whose time says nothing of the others': they read files, or nothing."""
-# Rough cost of each stage in forward passes over the calibration text: only the shape of the bar depends on them.
+UNLIKE = ("downloading", "loading", "calibrating", "checking")
+"""Stages whose time says nothing of the others': they read files, write text, start a process, or do nothing."""
+# Rough cost of each stage in forward passes over the calibration text: only the shape of the bar depends on them, and the
+# time left until a stage of the same kind has been seen.
 STAGE_COST = {
+    "downloading": 1.0,
     "loading": 1.0,
     "calibrating": 1.0,
     "scoring": 4.0,
-    "evaluating": 1.5,
+    "evaluating": 0.5,
+    "evaluating whole": 1.5,
     "training": 20.0,
     "exporting": 0.5,
     "checking": 1.0,
 }
+CHECK_SECONDS = 10.0
+"""To check a checkpoint, a process imports torch and transformers, whatever the model's size; after that it loads it."""
 
 
 class Progress:
     """Turns stages and shares of a stage into ``progress`` events, at most two a second.
 
-    Time left is the time of a stage of the same name that is over, or its cost relative to what is over, for each stage
-    still to come.
+    ``share`` is of the whole job, ``stage_share`` of the stage. ``rate`` is what a stage gets through in a second, in
+    ``rate_unit`` (``tokens/s``, ``bytes/s``); ``None`` where nothing is counted.
+
+    Time left is, for each stage still to come, the time of one of the same kind that is over, or its cost relative to what is
+    over. Evaluating has two kinds: the unpruned model and a target's last round are measured by more than the other rounds.
     """
 
     def __init__(self, on_event: Callable[[dict[str, Any]], None], spec: PruningSpec) -> None:
         self._on_event = on_event
         trained = spec.rounds_per_target - spec.round_count
         per_target = ["scoring"] * spec.round_count + ["training"] * trained
-        self._stages = ["loading", "calibrating", "evaluating"]
-        self._rounds_of = [0, 0, 0]
+        self._kinds = ["downloading", "loading", "calibrating", "evaluating whole"]
+        self._rounds_of = [0] * len(self._kinds)
         for _ in range(spec.target_count):
-            for number, stage in enumerate(per_target, start=self._rounds_of[-1] + 1):
-                self._stages += [stage, "evaluating"]
-                self._rounds_of += [number, number]
-            self._stages += ["exporting", "checking"]
+            for number, stage in enumerate(per_target, start=1):
+                self._kinds += [stage, "evaluating whole" if number == len(per_target) else "evaluating"]
+                self._rounds_of += [self._rounds_of[-1] + 1] * 2
+            self._kinds += ["exporting", "checking"]
             self._rounds_of += [self._rounds_of[-1]] * 2
         self._rounds = spec.total_rounds
-        self._total = sum(STAGE_COST[stage] for stage in self._stages)
+        self._total = sum(STAGE_COST[kind] for kind in self._kinds)
         self._index, self._done = -1, 0.0
+        self._amount: float | None = None
+        self._unit: str | None = None
         self._seconds: dict[str, list[float]] = {}
         self._began = time.monotonic()
         self._sent = 0.0
 
-    def stage(self, name: str, number: int | None = None) -> None:
-        """The next stage of that ``name`` begins, of round ``number`` where a resumed job skips some."""
+    def stage(self, name: str, number: int | None = None, tokens: int | None = None) -> None:
+        """The next stage of that ``name`` begins, of round ``number`` where a resumed job skips some. It has so many ``tokens``."""
         now = time.monotonic()
         if self._index >= 0:
-            self._seconds.setdefault(self._stages[self._index], []).append(now - self._began)
+            self._seconds.setdefault(self._kinds[self._index], []).append(now - self._began)
         self._index = next(
             index
-            for index in range(self._index + 1, len(self._stages))
-            if self._stages[index] == name and number in (None, self._rounds_of[index])
+            for index in range(self._index + 1, len(self._kinds))
+            if self._kinds[index].split()[0] == name and number in (None, self._rounds_of[index])
         )
         self._began, self._done = now, 0.0
+        self._count(tokens, "tokens/s")
         self._send(0.0)
 
     def share(self, done: float) -> None:
@@ -66,39 +77,58 @@ class Progress:
         if time.monotonic() - self._sent >= INTERVAL:
             self._send(self._done)
 
+    def bytes(self, done: int, total: int) -> None:
+        """So many bytes of this stage are done."""
+        self._count(total, "bytes/s")
+        self.share(min(done / total, 1.0) if total else 0.0)
+
+    def _count(self, amount: float | None, unit: Literal["tokens/s", "bytes/s"]) -> None:
+        self._amount, self._unit = amount, None if amount is None else unit
+
     def done(self) -> None:
         self._index += 1
+        self._done = 1.0
+        self._count(None, "tokens/s")
         self._on_event(self._event("done", 1.0, 0.0))
 
     def _send(self, done: float) -> None:
         self._sent = time.monotonic()
-        stage = self._stages[self._index]
-        passed = sum(STAGE_COST[name] for name in self._stages[: self._index])
-        share = (passed + done * STAGE_COST[stage]) / self._total
-        self._on_event(self._event(stage, share, self._remaining(done)))
+        kind = self._kinds[self._index]
+        passed = sum(STAGE_COST[name] for name in self._kinds[: self._index])
+        share = (passed + done * STAGE_COST[kind]) / self._total
+        self._on_event(self._event(kind.split()[0], share, self._remaining(done)))
 
     def _event(self, stage: str, share: float, remaining: float | None) -> dict[str, Any]:
+        elapsed = time.monotonic() - self._began
+        known = self._amount is not None and self._done > 0 and elapsed > 0
         return {
             "type": "progress",
             "stage": stage,
-            "round": self._rounds_of[min(self._index, len(self._stages) - 1)],
+            "round": self._rounds_of[min(self._index, len(self._kinds) - 1)],
             "rounds": self._rounds,
             "share": round(share, 4),
+            "stage_share": round(self._done, 4),
+            "rate": round((self._amount or 0) * self._done / elapsed, 1) if known else None,
+            "rate_unit": self._unit if known else None,
             "remaining_seconds": remaining,
         }
 
     def _remaining(self, done: float) -> float | None:
-        over = [(name, seconds) for name, runs in self._seconds.items() for seconds in runs if name not in UNLIKE]
+        over = [(kind, seconds) for kind, runs in self._seconds.items() for seconds in runs if kind not in UNLIKE]
         elapsed = time.monotonic() - self._began
-        stage = self._stages[self._index]
-        if not over and done < 0.2:
+        kind = self._kinds[self._index]
+        if not over and (done < 0.2 or kind in UNLIKE):
             return None
-        cost = sum(STAGE_COST[name] for name, _ in over) + done * STAGE_COST[stage]
+        cost = sum(STAGE_COST[name] for name, _ in over) + done * STAGE_COST[kind]
         rate = (sum(seconds for _, seconds in over) + elapsed) / max(cost, 1e-9)
 
-        def expected(name: str) -> float:
-            runs = self._seconds.get(name)
-            return sum(runs) / len(runs) if runs else STAGE_COST[name] * rate
+        def expected(kind: str) -> float:
+            runs = self._seconds.get(kind)
+            if runs:
+                return sum(runs) / len(runs)
+            if kind == "checking":
+                return CHECK_SECONDS + sum(self._seconds.get("loading", []))
+            return STAGE_COST[kind] * rate
 
-        here = elapsed * (1 - done) / done if done > 0.2 else max(expected(stage) - elapsed, 0.0)
-        return round(here + sum(expected(name) for name in self._stages[self._index + 1 :]), 1)
+        here = elapsed * (1 - done) / done if done > 0.2 else max(expected(kind) - elapsed, 0.0)
+        return round(here + sum(expected(name) for name in self._kinds[self._index + 1 :]), 1)

@@ -106,7 +106,7 @@ class Targets:
         multiple = decoder.shape.width_multiple(spec.allocation.width_multiple)
         schedule = spec.allocation.schedule
         goals = round_targets(decoder.shape, target["ratio"], spec.round_count, schedule, multiple, spec.uniform)
-        self._progress.stage("scoring", self._round(index, number))
+        self._progress.stage("scoring", self._round(index, number), self._tokens.numel())
         if spec.needs_reference and number > 1:
             self._reference = self._reference or self._load()
         context = Context(
@@ -149,7 +149,8 @@ class Targets:
             resume = Segment(
                 begun["step"], begun["steps"], begun["loss"], tensor_files.read(self._scratch, begun["tensors"])
             )
-        self._progress.stage("training", self._round(index, spec.round_count + 1))
+        tokens = round(spec.recovery.epochs * self._tokens.numel())
+        self._progress.stage("training", self._round(index, spec.round_count + 1), tokens)
         segments = train(
             decoder,
             self._teach if kind == "distill" else None,

@@ -26,6 +26,11 @@ class Suite:
     texts: Mapping[str, Tensor]
     tasks_dir: Path | None
 
+    @property
+    def lengthy(self) -> bool:
+        """Whether texts or tasks were asked for."""
+        return bool(self.texts or self.asked.zero_shot)
+
     def measure(self, decoder: Decoder, progress: Callable[[float], None]) -> dict[str, Any]:
         """``benchmarks`` {``perplexity`` by text, ``zero_shot`` by task}, ``generations`` {``prompt``, ``text``}, ``latency``.
 
@@ -36,7 +41,7 @@ class Suite:
         done = 0
 
         def share(of_part: float) -> None:
-            progress((done + of_part) / parts)
+            progress((done + of_part) / parts)  # of the parts that take long
 
         perplexities = {}
         for name, tokens in self.texts.items():

@@ -1,0 +1,89 @@
+"""Shares, rates and time left, on a clock of the test's."""
+
+from typing import Any
+
+import pytest
+
+from app.catalog.spec import PruningSpec
+from workers.engine import progress
+from workers.engine.progress import CHECK_SECONDS, Progress
+
+
+class Clock:
+    """``monotonic``, and what was told when."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **spec: Any) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+        self.events: list[dict[str, Any]] = []
+        asked = PruningSpec(**{"target_ratio": 0.2, "method": "piem", "rounds": 3, **spec})
+        self.progress = Progress(self.events.append, asked)
+
+    def spend(self, stage: str, seconds: float, tokens: int | None = None) -> None:
+        """A stage, in ten steps."""
+        self.progress.stage(stage, tokens=tokens)
+        for step in range(1, 11):
+            self.now += seconds / 10
+            self.progress.share(step / 10)
+
+
+def test_time_left_is_what_stages_of_the_same_kind_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    for stage, seconds in (("downloading", 50), ("loading", 3), ("calibrating", 9), ("evaluating", 12)):
+        clock.spend(stage, seconds)
+    for _ in range(2):
+        clock.spend("scoring", 20)
+        clock.spend("evaluating", 4)
+    left = clock.events[-1]["remaining_seconds"]
+    exporting = left - (20 + 12 + CHECK_SECONDS + 3)
+    assert 0 < exporting < 6, "the last evaluation is as long as the first one, checking starts a process and loads"
+    clock.spend("scoring", 20)
+    clock.spend("evaluating", 12)
+    assert clock.events[-1]["remaining_seconds"] == pytest.approx(left - 32, abs=1.5)
+
+
+def test_nothing_is_guessed_from_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.spend("downloading", 500)
+    clock.spend("loading", 30)
+    assert all(event["remaining_seconds"] is None for event in clock.events)
+
+
+def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.progress.stage("downloading")
+    clock.now += 4
+    clock.progress.bytes(1_000_000, 8_000_000)
+    told = clock.events[-1]
+    assert (told["rate"], told["rate_unit"], told["stage_share"]) == (250_000.0, "bytes/s", 0.125)
+    clock.spend("calibrating", 10, tokens=5_000)
+    assert (clock.events[-1]["rate"], clock.events[-1]["rate_unit"]) == (500.0, "tokens/s")
+    clock.progress.stage("evaluating")
+    assert (clock.events[-1]["rate"], clock.events[-1]["rate_unit"], clock.events[-1]["stage_share"]) == (
+        None,
+        None,
+        0.0,
+    )
+
+
+def test_several_targets_and_training_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, target_ratio=[0.2, 0.4], rounds=1, recovery={"kind": "lora"})
+    for stage in ("downloading", "loading", "calibrating", "evaluating"):
+        clock.spend(stage, 1)
+    for target in range(2):
+        for stage, seconds in (
+            ("scoring", 4),
+            ("evaluating", 1),
+            ("training", 30),
+            ("evaluating", 1),
+            ("exporting", 2),
+        ):
+            clock.spend(stage, seconds)
+        clock.spend("checking", 6)
+        if target == 0:
+            assert clock.events[-1]["remaining_seconds"] == pytest.approx(
+                4 + 1 + 30 + 1 + 2 + CHECK_SECONDS + 1, abs=0.2
+            )
+    clock.progress.done()
+    shares = [event["share"] for event in clock.events]
+    assert shares == sorted(shares) and shares[-1] == 1.0 and clock.events[-1]["round"] == 4
