@@ -446,4 +446,4 @@ def test_a_job_that_cannot_make_it_is_refused_before_any_work(
     with pytest.raises(PruningError, match="its type is gpt2") as caught:
         prune(str(source), PruningSpec.model_validate(FORMATS), tmp_path / "out", on_event=events.append)
     assert (caught.value.code, caught.value.field) == ("gguf_unsupported", "formats")
-    assert {event.get("stage") for event in events} <= {"loading"} and not (tmp_path / "out").exists()
+    assert {event.get("stage") for event in events} <= {"downloading", "loading"} and not (tmp_path / "out").exists()
