@@ -92,6 +92,7 @@ def prune(
     ratios = spec.ratios(sizes_of(source), source.dtype)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     decoder = load(source, spec.dtype, where, max_parameters)
+    progress.weights(weight_bytes(decoder))
     spec.check_fits(decoder.shape, decoder.model.config.to_dict())
     if "gguf" in spec.formats:
         gguf.check_ready(decoder, source)

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from app.catalog.spec import PruningSpec
 
 INTERVAL = 0.5
-UNLIKE = ("downloading", "loading", "calibrating", "checking")
-"""Stages whose time says nothing of the others': they read files, write text, start a process, or do nothing."""
+UNLIKE = ("downloading", "loading", "calibrating", "exporting", "checking")
+"""Stages whose time says nothing of the others': they read and write files, start a process, or do nothing."""
 # Rough cost of each stage in forward passes over the calibration text: only the shape of the bar depends on them, and the
 # time left until a stage of the same kind has been seen.
 STAGE_COST = {
@@ -22,8 +22,10 @@ STAGE_COST = {
     "exporting": 0.5,
     "checking": 1.0,
 }
-CHECK_SECONDS = 10.0
-"""To check a checkpoint, a process imports torch and transformers, whatever the model's size; after that it loads it."""
+CHECK_SECONDS = 5.0
+"""To check a checkpoint, a process imports torch and transformers, whatever the model's size; after that it reads what exporting wrote."""
+WRITTEN_PER_SECOND = 5e8
+"""Bytes of weights, before an export has been seen: a common disk's."""
 
 
 class Progress:
@@ -53,6 +55,7 @@ class Progress:
         self._index, self._done = -1, 0.0
         self._amount: float | None = None
         self._unit: str | None = None
+        self._weight_bytes = 0
         self._seconds: dict[str, list[float]] = {}
         self._began = time.monotonic()
         self._sent = 0.0
@@ -70,6 +73,10 @@ class Progress:
         self._began, self._done = now, 0.0
         self._count(tokens, "tokens/s")
         self._send(0.0)
+
+    def weights(self, size: int) -> None:
+        """The model has so many bytes of weights, which tells how long writing them takes."""
+        self._weight_bytes = size
 
     def share(self, done: float) -> None:
         """``done`` of 1 of this stage is done; of the several passes that a stage may make, the furthest counts."""
@@ -126,8 +133,10 @@ class Progress:
             runs = self._seconds.get(kind)
             if runs:
                 return sum(runs) / len(runs)
+            if kind == "exporting":
+                return self._weight_bytes / WRITTEN_PER_SECOND
             if kind == "checking":
-                return CHECK_SECONDS + sum(self._seconds.get("loading", []))
+                return CHECK_SECONDS + expected("exporting")
             return STAGE_COST[kind] * rate
 
         here = elapsed * (1 - done) / done if done > 0.2 else max(expected(kind) - elapsed, 0.0)
