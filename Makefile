@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-browser chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper bench-progress check lint types contracts client openapi clean
+.PHONY: demo test test-slow test-browser test-docs chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper bench-progress check lint types contracts client openapi clean
 
 demo: .venv/.model
 	$(BIN)/python -m workers.demo
@@ -19,6 +19,10 @@ test-slow: .venv/.installed
 test-browser: .venv/.installed
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install --yes -qq chromium >/dev/null; }
 	$(BIN)/python -m pytest -m browser tests/dashboard
+
+# The commands of README and docs/, page by page, against a running service.
+test-docs: .venv/.installed
+	$(BIN)/python -m pytest -m docs tests/test_docs.py
 
 # 200 faults against the whole service while it does 100 jobs: half an hour. OPTIONS: see --help.
 chaos: .venv/.installed

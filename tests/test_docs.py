@@ -1,0 +1,111 @@
+"""Every command of README and docs/ is run, page by page, against a running service; those that cannot be are listed here."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.main import get_group
+
+from tests.engine.models import SIZES, make_tokenizer, save, train
+from tests.workers.conftest import ROOT, SHORT
+from tests.workers.test_stack import announced
+from workers.cli import cli
+
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SHOWN = {
+    "make demo": "the README's first command; minutes",
+    "make test": "this",
+    "SECATEUR_DATA_DIR=.demo .venv/bin/secateur up": "the fixture's, with another folder",
+    ". .venv/bin/activate": "the fixture's environment",
+    "export SECATEUR_DATA_DIR=.demo SECATEUR_URL=ADDRESS SECATEUR_API_KEY=KEY": "the fixture's environment",
+    'echo "POSTGRES_PASSWORD=$(openssl rand -hex 16)" > .env': "for Docker",
+    "docker compose up --build --detach": "needs Docker",
+    "docker compose exec api secateur keys create platform-team": "needs Docker",
+    'pg_dump --format custom --file secateur.dump "$DATABASE"': "tests/workers/test_backup.py",
+    'tar --create --file data.tar -C "$SECATEUR_DATA_DIR" .': "tests/workers/test_backup.py, as a copy",
+}
+"""Commands in ``console`` blocks, and why they are not run here."""
+RUN = [ROOT / "README.md", DOCS / "quickstart.md", DOCS / "api.md", DOCS / "client.md"]
+MODEL = "smollm2-135m-instruct"
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return [(kind, text) for kind, text in BLOCK.findall(page.read_text())]
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Of a shell beside a running service, whose model is a small one."""
+    data = tmp_path_factory.mktemp("docs")
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    tokenizer = make_tokenizer()
+    save(train(LlamaForCausalLM(LlamaConfig(**SIZES)), tokenizer, 30), tokenizer, data / "models" / MODEL)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("SECATEUR_")}
+    plain |= {
+        "SECATEUR_DATA_DIR": str(data),
+        "SECATEUR_TORCH_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{plain['PATH']}",
+        "no_proxy": "*",
+    }
+    served = plain | {f"SECATEUR_{name}": value for name, value in SHORT.items()}
+    process = subprocess.Popen([sys.executable, "-m", "workers.cli", "up"], stdout=subprocess.PIPE, env=served)
+    url, key = announced(process)
+    yield plain | {"SECATEUR_URL": url, "SECATEUR_API_KEY": key}
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(page: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "workers").symlink_to(ROOT / "workers")  # pages start in a checkout
+    script = ["set -euo pipefail"]
+    for kind, text in blocks(page):
+        if kind == "sh":
+            script.append(text)
+        elif kind == "python":
+            script.append(f"python - <<'PYTHON'\n{text}PYTHON")
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(script)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_no_command_slips_in_unrun() -> None:
+    shown = set()
+    for page in pages():
+        for kind, text in blocks(page):
+            assert kind in ("sh", "python", "console", "http", "text"), f"{page.name}: {kind}"
+            assert kind not in ("sh", "python") or page in RUN, f"{page.name} has commands that no test runs"
+            if kind == "console":
+                shown |= set(text.strip().splitlines())
+        indented = re.search(r"\n\n    \S.*", re.sub(BLOCK, "", page.read_text()))
+        assert not indented or re.match(r"\s+\d\.|\s+-", indented[0]), f"{page.name}: {indented[0]}"
+    assert shown == SHOWN.keys()
+
+
+def test_what_is_named_is_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    commands = get_group(cli).commands.keys()
+    for page in pages():
+        text = page.read_text()
+        for target in re.findall(r"[`\n]make ([a-z-]+)", text):
+            assert target in targets, f"{page.name}: make {target}"
+        for command in re.findall(r"[`\n]secateur ([a-z-]+)", text):
+            assert command in commands, f"{page.name}: secateur {command}"
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
