@@ -139,5 +139,7 @@ class Progress:
                 return CHECK_SECONDS + expected("exporting")
             return STAGE_COST[kind] * rate
 
-        here = elapsed * (1 - done) / done if done > 0.2 else max(expected(kind) - elapsed, 0.0)
+        here = elapsed * (1 - done) / done if done > 0.2 else 0.0
+        if done <= 0.2 or kind in self._seconds:  # what is counted may be over long before the stage is
+            here = max(here, expected(kind) - elapsed)
         return round(here + sum(expected(name) for name in self._kinds[self._index + 1 :]), 1)
