@@ -71,6 +71,8 @@ def test_several_targets_and_training_are_counted(monkeypatch: pytest.MonkeyPatc
     for stage in ("downloading", "loading", "calibrating", "evaluating"):
         clock.spend(stage, 1)
     for target in range(2):
+        if target:
+            clock.spend("loading", 3)
         for stage, seconds in (
             ("scoring", 4),
             ("evaluating", 1),
@@ -82,7 +84,7 @@ def test_several_targets_and_training_are_counted(monkeypatch: pytest.MonkeyPatc
         clock.spend("checking", 6)
         if target == 0:
             assert clock.events[-1]["remaining_seconds"] == pytest.approx(
-                4 + 1 + 30 + 1 + 2 + CHECK_SECONDS + 2, abs=0.2
+                1 + 4 + 1 + 30 + 1 + 2 + CHECK_SECONDS + 2, abs=0.2
             )
     clock.progress.done()
     shares = [event["share"] for event in clock.events]

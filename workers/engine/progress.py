@@ -18,10 +18,11 @@ STAGE_COST = {
     "scoring": 4.0,
     "evaluating": 0.5,
     "evaluating whole": 1.5,
-    "training": 20.0,
     "exporting": 0.5,
     "checking": 1.0,
 }
+TRAINING_PASSES = 3.0
+"""Of an epoch: a forward, and a backward of twice its work."""
 CHECK_SECONDS = 5.0
 """To check a checkpoint, a process imports torch and transformers, whatever the model's size; after that it reads what exporting wrote."""
 WRITTEN_PER_SECOND = 5e8
@@ -44,14 +45,19 @@ class Progress:
         per_target = ["scoring"] * spec.round_count + ["training"] * trained
         self._kinds = ["downloading", "loading", "calibrating", "evaluating whole"]
         self._rounds_of = [0] * len(self._kinds)
-        for _ in range(spec.target_count):
+        for target in range(spec.target_count):
+            if target:
+                self._kinds.append("loading")
+                self._rounds_of.append(self._rounds_of[-1])
             for number, stage in enumerate(per_target, start=1):
                 self._kinds += [stage, "evaluating whole" if number == len(per_target) else "evaluating"]
                 self._rounds_of += [self._rounds_of[-1] + 1] * 2
             self._kinds += ["exporting", "checking"]
             self._rounds_of += [self._rounds_of[-1]] * 2
         self._rounds = spec.total_rounds
-        self._total = sum(STAGE_COST[kind] for kind in self._kinds)
+        passes = TRAINING_PASSES + (spec.training == "distill")  # the unpruned model's forward
+        self._costs = {**STAGE_COST, "training": passes * spec.recovery.epochs}
+        self._total = sum(self._costs[kind] for kind in self._kinds)
         self._index, self._done = -1, 0.0
         self._amount: float | None = None
         self._unit: str | None = None
@@ -101,8 +107,8 @@ class Progress:
     def _send(self, done: float) -> None:
         self._sent = time.monotonic()
         kind = self._kinds[self._index]
-        passed = sum(STAGE_COST[name] for name in self._kinds[: self._index])
-        share = (passed + done * STAGE_COST[kind]) / self._total
+        passed = sum(self._costs[name] for name in self._kinds[: self._index])
+        share = (passed + done * self._costs[kind]) / self._total
         self._on_event(self._event(kind.split()[0], share, self._remaining(done)))
 
     def _event(self, stage: str, share: float, remaining: float | None) -> dict[str, Any]:
@@ -126,7 +132,7 @@ class Progress:
         kind = self._kinds[self._index]
         if not over and (done < 0.2 or kind in UNLIKE):
             return None
-        cost = sum(STAGE_COST[name] for name, _ in over) + done * STAGE_COST[kind]
+        cost = sum(self._costs[name] for name, _ in over) + done * self._costs[kind]
         rate = (sum(seconds for _, seconds in over) + elapsed) / max(cost, 1e-9)
 
         def expected(kind: str) -> float:
@@ -137,7 +143,7 @@ class Progress:
                 return self._weight_bytes / WRITTEN_PER_SECOND
             if kind == "checking":
                 return CHECK_SECONDS + expected("exporting")
-            return STAGE_COST[kind] * rate
+            return self._costs[kind] * rate
 
         here = elapsed * (1 - done) / done if done > 0.2 else 0.0
         if done <= 0.2 or kind in self._seconds:  # what is counted may be over long before the stage is

@@ -93,6 +93,8 @@ class Targets:
         """The model as the state of target ``index`` has it."""
         target = self.state["targets"][index]
         gc.collect()  # what is left of the last target's model
+        if self._decoder is None:
+            self._progress.stage("loading")
         decoder, self._decoder = self._decoder or self._load(), None
         if target["plan"] is not None:
             apply_plan(decoder, Plan.from_dict(target["plan"]))
