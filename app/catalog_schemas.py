@@ -28,6 +28,7 @@ class MethodView(BaseModel):
     allocation: str = Field(description="How the ratio is spread over the layers.")
     recovery: str
     needs_gradients: bool
+    dynamic: bool = Field(description="Nothing is cut: the published model chooses for each prompt what writes.")
     passes: str = Field(description="What scoring costs a round.")
     defaults: MethodDefaults
 

@@ -54,11 +54,11 @@ def estimate(spec: PruningSpec, shape: ModelShape, dtype: str, ratio: float, map
     backward = batch * (ATTENTION_TENSORS * hidden + CHANNEL_TENSORS * layer.channels) * size
 
     stages = {"evaluating": logits}
-    if spec.scorer in LAYERWISE_SCORERS or spec.mend != "none":
+    if not spec.is_dynamic and (spec.scorer in LAYERWISE_SCORERS or spec.mend != "none"):
         solved = spec.scorer == "obs" or spec.mend != "none"
         moments = ((3 if solved else 1) * widest**2 + widest * hidden) * WIDE
         stages["layer by layer"] = tokens * states * (3 if spec.needs_reference else 1) + moments
-    if spec.scorer == "piem" or spec.allocator in GRADIENT_ALLOCATORS:
+    if spec.is_dynamic or spec.scorer == "piem" or spec.allocator in GRADIENT_ALLOCATORS:
         stages["gates"] = depth * batch * states + backward + logits
     if spec.scorer in GRADIENT_SCORERS - {"piem"}:
         stages["gradients"] = depth * tokens * states + backward + logits + 2 * block * WIDE
@@ -68,6 +68,8 @@ def estimate(spec: PruningSpec, shape: ModelShape, dtype: str, ratio: float, map
 
     whole = shape.parameters * size
     weights = whole - round(ratio * shape.prunable_parameters) * size if mapped else whole
+    if spec.is_dynamic:  # the plain model, the published one, and what writes of it
+        weights = (1 if mapped else 2) * whole + round((1 - ratio) * shape.prunable_parameters) * size
     if (spec.needs_reference and spec.round_count > 1) or spec.training == "distill":
         weights += 0 if mapped else whole
     return Memory(weights, stages)

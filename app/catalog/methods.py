@@ -43,10 +43,12 @@ class Method:
     default_rounds: int = 1
     refit_target: Literal["model", "layer"] = "model"
     refit_damping: float = DAMPING
+    dynamic: bool = False
+    """Whether the published model chooses its units itself, for each prompt: nothing is cut."""
 
     @property
     def needs_gradients(self) -> bool:
-        return self.scoring in GRADIENT_SCORERS or self.allocation in GRADIENT_ALLOCATORS
+        return self.dynamic or self.scoring in GRADIENT_SCORERS or self.allocation in GRADIENT_ALLOCATORS
 
 
 PIEM_PAPER = "Wang, Structured Compression of Large Language Models with Sensitivity-aware Pruning Mechanisms"
@@ -72,6 +74,10 @@ METHODS: dict[str, Method] = {
         Method("lorap", "low-rank attention is not to be had in a stock checkpoint: its input-weighted norms for channels and, likewise, heads", "Li et al., LoRAP: Transformer Sub-Layers Deserve Differentiated Structured Compression for Large Language Models", "7 to 9", "lorap", "uniform", passes=SWEEP),
         Method("movement", "accumulated −w·∂L/∂w over some training steps", "Sanh et al., Movement Pruning: Adaptive Sparsity by Fine-Tuning", "section 4", "movement", "uniform", passes="a few training steps over the calibration tokens", default_rounds=4),
         Method("magnitude", "L1 norm of a unit's weights, the same ratio in every layer", "Han et al., Learning both Weights and Connections for Efficient Neural Networks", "section 3", "magnitude", "uniform"),
+        Method("dsgp", "the whole model reads a prompt and measures what it needs; the units with the most energy in prompt and calibration text, gathered into smaller weights, write on", "Zhu et al., Dynamic Structured Pruning for LLMs based on Real-Time Sensitivity Analysis", "abstract; docs/methods.md", "wanda", "threshold", passes="two forwards and one backward over the calibration tokens, one forward", dynamic=True),
         Method("random", "units drawn at random, the same ratio in every layer: the floor", "none", "none", "random", "uniform"),
     )
 }  # fmt: skip
+
+STATIC_METHODS = [name for name, method in METHODS.items() if not method.dynamic]
+"""Those that cut."""

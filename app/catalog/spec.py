@@ -15,6 +15,7 @@ from app.catalog.methods import (
     LAYERWISE_SCORERS,
     METHODS,
     RANKING_ALLOCATORS,
+    STATIC_METHODS,
     TRAINED,
     Allocator,
     Method,
@@ -182,6 +183,25 @@ class Recovery(_Part):
     temperature: float = Field(1.0, gt=0, le=100, description="`distill`: of both models' softmax.")
 
 
+class Dynamic(_Part):
+    """How a model of method `dsgp` chooses the units that write, for each prompt; other methods ignore it. The published
+    `config.json` has it as `dynamic_pruning`, where it can be changed."""
+
+    prior_weight: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="From 0, the prompt alone decides, to 1, the calibration text alone; unset: what loses least on the calibration text.",
+    )
+    per_sequence: bool = Field(
+        False,
+        description="Each sequence of a batch has units of its own, which takes their weights as often; else all share those that they need together.",
+    )
+    refresh_tokens: int | None = Field(
+        None, ge=1, description="After so many written tokens the whole text so far is read anew; unset: never."
+    )
+
+
 class Target(_Part):
     """How large the pruned model is to be; one of the two.
 
@@ -253,7 +273,8 @@ class PruningSpec(_Part):
     evaluation: Evaluation = Evaluation()
     scoring: Scoring = Scoring()
     allocation: Allocation = Field(Allocation(), validate_default=True)
-    recovery: Recovery = Recovery()
+    recovery: Recovery = Field(Recovery(), validate_default=True)
+    dynamic: Dynamic = Dynamic()
     layout: Layout = Field(
         "per-layer",
         validate_default=True,
@@ -277,10 +298,33 @@ class PruningSpec(_Part):
 
     @field_validator("method")
     @classmethod
-    def _known_method(cls, name: str) -> str:
+    def _known_method(cls, name: str, info: ValidationInfo) -> str:
         if name not in METHODS:
             raise ValueError(f"no method '{name}'; allowed: {', '.join(METHODS)}")
+        if METHODS[name].dynamic and info.data.get("target") is not None:
+            raise ValueError(
+                f"'{name}' leaves the model its size: give 'target_ratio', the share of work that writing saves"
+            )
         return name
+
+    @field_validator("rounds", "scoring", "allocation", "recovery", "layout", "formats")
+    @classmethod
+    def _nothing_is_cut(cls, value: Any, info: ValidationInfo) -> Any:
+        """A dynamic method has one round, parts of its own, and one form."""
+        method = info.data.get("method")
+        if method is None or not METHODS[method].dynamic:
+            return value
+        allowed = {
+            "rounds": value in (None, 1) or "1",
+            "scoring": getattr(value, "kind", None) is None or "no kind",
+            "allocation": getattr(value, "kind", None) is None or "no kind",
+            "recovery": getattr(value, "kind", None) in (None, "none") or "kind 'none'",
+            "layout": value == "per-layer" or "'per-layer'",
+            "formats": value == ["safetensors"] or "['safetensors']",
+        }[str(info.field_name)]
+        if allowed is not True:
+            raise ValueError(f"'{method}' cuts nothing before it has a prompt; allowed: {allowed}")
+        return value
 
     @field_validator("target_ratio", mode="before")
     @classmethod
@@ -312,7 +356,7 @@ class PruningSpec(_Part):
         if {"method", "scoring"} <= info.data.keys():  # or they are at fault themselves
             method = METHODS[info.data["method"]]
             scorer, allocator = info.data["scoring"].kind or method.scoring, allocation.kind or method.allocation
-            if scorer in LAYERWISE_SCORERS and allocator in RANKING_ALLOCATORS:
+            if not method.dynamic and scorer in LAYERWISE_SCORERS and allocator in RANKING_ALLOCATORS:
                 allowed = ", ".join(kind for kind in get_args(Allocator) if kind not in RANKING_ALLOCATORS)
                 raise ValueError(
                     f"'{allocator}' needs scores of the whole model, '{scorer}' has none; allowed: {allowed}"
@@ -352,7 +396,7 @@ class PruningSpec(_Part):
         """Refuse what cannot be done with a model of this shape and config.
 
         Raises:
-            PruningError: ``recovery_unsupported``, ``gguf_unsupported``, naming what would do.
+            PruningError: ``recovery_unsupported``, ``method_unsupported``, ``gguf_unsupported``, naming what would do.
         """
         if shape.family.experts and self.mend in BIASING:
             raise PruningError(
@@ -360,6 +404,12 @@ class PruningSpec(_Part):
                 f"Experts have no place for the biases that '{self.mend}', the recovery of method '{self.method}' or the one "
                 "asked for, adds; allowed: recovery.kind 'least-squares' or 'none'.",
                 field="recovery.kind",
+            )
+        if self.is_dynamic and shape.family.experts:
+            raise PruningError(
+                "method_unsupported",
+                f"Method '{self.method}' does not know mixtures of experts; allowed: {', '.join(STATIC_METHODS)}.",
+                field="method",
             )
         if "gguf" in self.formats:
             obstacle = gguf_obstacle(
@@ -414,6 +464,11 @@ class PruningSpec(_Part):
         """Scorer, allocator and recovery that the pruning is made with, by the part of the request they belong to."""
         steps = [step for step in (self.mend, self.training) if step not in ("none", None)]
         return {"scoring": self.scorer, "allocation": self.allocator, "recovery": " and ".join(steps) or "none"}
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the published model chooses its units itself."""
+        return METHODS[self.method].dynamic
 
     @property
     def scorer(self) -> Scorer:

@@ -169,7 +169,7 @@ def pruned(folder: Path, layout: str = "") -> tuple[Decoder, Path]:
     out = folder.parent / "pruned"
     out.mkdir()
     checkpoint.write_checkpoint(decoder, source, plan, out, report_of(decoder, plan), {}, bool(layout))
-    check_checkpoint(decoder, out)
+    check_checkpoint(decoder, out, own_code=True)
     return decoder, out
 
 
@@ -367,12 +367,12 @@ def test_a_checkpoint_that_disagrees_is_refused(tokenizer: PreTrainedTokenizerFa
     weights["model.layers.0.mlp.down_proj.weight"] = weights["model.layers.0.mlp.down_proj.weight"].flip(0).contiguous()
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PruningError, match="logits differ") as caught:
-        check_checkpoint(decoder, out)
+        check_checkpoint(decoder, out, own_code=True)
     assert caught.value.code == "export_invalid"
     del weights["model.norm.weight"]
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PruningError, match="do not fit"):
-        check_checkpoint(decoder, out)
+        check_checkpoint(decoder, out, own_code=True)
 
 
 @pytest.mark.parametrize("layout", ["", "uniform"])
@@ -399,7 +399,7 @@ def test_a_mixture_in_half_precision(name: str, seed: int, tokenizer: PreTrained
     decoder, out = pruned(save(make_model(name, seed).bfloat16(), tokenizer, tmp_path / "source"))
     decoder.layers[0].channel_output.weight.mul_(0.5)
     with pytest.raises(PruningError, match="logits differ"):
-        check_checkpoint(decoder, out)
+        check_checkpoint(decoder, out, own_code=True)
 
 
 def test_the_card_tells_how_to_load_it(cases: dict[str, Case]) -> None:

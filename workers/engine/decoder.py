@@ -131,6 +131,8 @@ class Decoder:
         opening = tokenizer("")["input_ids"] if shape.family.opened else []
         self.opening = torch.tensor(opening, dtype=torch.long)
         """Ids ``[opening]`` that every window begins with: what the tokenizer puts before a text, where the family needs it."""
+        self.read_share = 0.0
+        """Of a window that is measured, the share that is read first, and not predicted: a dynamic model's prompt."""
         modules = model.get_submodule(shape.family.layers)
         assert isinstance(modules, nn.ModuleList)
         first = shape.layers[0]
@@ -143,9 +145,14 @@ class Decoder:
         return self.model.device
 
     @property
+    def widths(self) -> list[LayerShape]:
+        """Of all layers, now."""
+        return [layer.shape for layer in self.layers]
+
+    @property
     def prunable_parameters(self) -> int:
         """Parameters in the projections of all layers, by their widths now."""
-        return sum(self.shape.layer_parameters(layer.shape) for layer in self.layers)
+        return sum(self.shape.layer_parameters(widths) for widths in self.widths)
 
     @property
     def projection_parameters(self) -> int:
@@ -244,6 +251,15 @@ class Decoder:
         """
         start = max(len(self.opening) - 1, 0)
         return token_losses(logits[:, start:], tokens[:, start:])
+
+    def window_losses(self, tokens: Tensor) -> Tensor:
+        """Next-token losses ``[windows, predicted]`` of windows ``tokens`` ``[windows, length]``, of what is not read first."""
+        losses = self.losses(self.model(tokens, use_cache=False).logits, tokens)
+        return losses[:, -(tokens.shape[1] - self.read_tokens(tokens)) :] if self.read_share else losses
+
+    def read_tokens(self, tokens: Tensor) -> int:
+        """How many tokens of each of the windows ``[windows, length]`` are read first."""
+        return max(int(tokens.shape[1] * self.read_share), len(self.opening), 1)
 
     def predicted(self, tokens: Tensor) -> int:
         """How many losses the windows ``tokens`` ``[windows, length]`` have."""

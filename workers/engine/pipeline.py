@@ -17,8 +17,11 @@ from app.catalog.spec import PruningSpec, target_folder
 from workers.engine import tensor_files
 from workers.engine.calibration import SAMPLED, Windows, batch_windows, read_texts, read_windows
 from workers.engine.decoder import Decoder
+from workers.engine.dynamic.check import check_dynamic
+from workers.engine.dynamic.runtime import Runtime
+from workers.engine.dynamic.targets import DynamicTargets
 from workers.engine.evaluation import Suite, forward_flops, paired, perplexity, unsteady, weight_bytes
-from workers.engine.export import check_checkpoint, check_room, gguf, staged, versions, write_checkpoint
+from workers.engine.export import check_checkpoint, check_room, gguf, staged, versions, write_manifest, write_model
 from workers.engine.generic import sizes_of
 from workers.engine.loading import download, load
 from workers.engine.plan import Plan
@@ -28,6 +31,8 @@ from workers.engine.statistics import Statistics
 from workers.engine.targets import Targets
 
 FLOPS_TOKENS = 256
+READ_SHARE = 0.5
+"""Of every window that a dynamic model is measured on, its prompt; the rest is what it would have written."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ def prune(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     decoder = load(source, spec.dtype, where, max_parameters)
     progress.weights(weight_bytes(decoder))
+    decoder.read_share = READ_SHARE if spec.is_dynamic else 0.0
     spec.check_fits(decoder.shape, decoder.model.config.to_dict())
     if "gguf" in spec.formats:
         gguf.check_ready(decoder, source)
@@ -123,44 +129,53 @@ def prune(
         state = {**_identity(source, spec), "baseline": baseline, "targets": []}
         on_event({"type": "round", "number": 0, "data": baseline, "state": state})
     with tensor_files.folder(scratch, output_dir.parent) as kept:
-        targets = Targets(
-            spec=spec,
-            ratios=ratios,
-            decoder=decoder,
-            load=lambda: load(source, spec.dtype, where),
-            tokens=calibration.tokens,
-            batch_windows=batch_windows(calibration.tokens),
-            measure=measure,
-            statistics=Statistics(statistics_dir, _statistics_key(source, spec, calibration, where)),
-            scratch=kept,
-            progress=progress,
-            on_event=on_event,
-            stop=stop,
-            state=state,
-        )
-        del decoder
+        shared: dict[str, Any] = {
+            "spec": spec,
+            "ratios": ratios,
+            "decoder": decoder,
+            "tokens": calibration.tokens,
+            "batch_windows": batch_windows(calibration.tokens),
+            "measure": measure,
+            "progress": progress,
+            "on_event": on_event,
+            "stop": stop,
+            "state": state,
+        }
+        targets: Targets | DynamicTargets
+        if spec.is_dynamic:
+            targets = DynamicTargets(**shared, source=source)
+        else:
+            statistics = Statistics(statistics_dir, _statistics_key(source, spec, calibration, where))
+            reload = lambda: load(source, spec.dtype, where)  # noqa: E731
+            targets = Targets(**shared, load=reload, statistics=statistics, scratch=kept)
+        del decoder, shared
 
         def finish(index: int, staging: Path) -> dict[str, Any]:
             """Prune to one target and write it. Its model goes with this frame, before the next one's is loaded."""
-            decoder = targets.prune(index)
+            folder = staging / target_folder(ratios[index]) if spec.several else staging
+            folder.mkdir(exist_ok=True)
+            decoder = targets.make(index, folder)
             done = targets.state["targets"][index]
             _check_reached(decoder, ratios[index], spec)
             progress.stage("exporting")
             report = _report(decoder, source, spec, targets.state["baseline"], done, calibration, evaluation)
             report["seconds"] = time.monotonic() - started
-            folder = staging / target_folder(ratios[index]) if spec.several else staging
-            folder.mkdir(exist_ok=True)
             plan = Plan.from_dict(done["plan"])
             if spec.layout == "padded":
                 pad(decoder)
             report["published"] = {"parameters": decoder.parameters, "weights_bytes": weight_bytes(decoder)}
-            check_room(decoder, folder, spec.formats)
             file = folder / f"model-{spec.gguf_quantization}.gguf" if "gguf" in spec.formats else None
-            if file is not None:
-                gguf.write_gguf(decoder, source, file, spec.gguf_quantization)
-            write_checkpoint(decoder, source, plan, folder, report, manifest_extra(index), spec.layout != "per-layer")
+            if not isinstance(decoder, Runtime):  # which was written to be measured
+                check_room(decoder, folder, spec.formats)
+                if file is not None:
+                    gguf.write_gguf(decoder, source, file, spec.gguf_quantization)
+                write_model(decoder, source, plan, folder, spec.layout != "per-layer")
+            write_manifest(decoder, plan, folder, report, manifest_extra(index))
             progress.stage("checking")
-            check_checkpoint(decoder, folder)
+            if isinstance(decoder, Runtime):
+                check_dynamic(decoder, folder)
+            else:
+                check_checkpoint(decoder, folder, own_code=any(folder.glob("*.py")))
             if file is not None:
                 gguf.check_gguf(decoder, file, spec.gguf_quantization)
             return report
@@ -260,7 +275,12 @@ def _report(
     evaluation: Windows,
 ) -> dict[str, Any]:
     """``before`` is what the unpruned model measured, ``done`` the target's part of the state."""
-    after, plan = done["rounds"][-1], Plan.from_dict(done["plan"])
+    after = done["rounds"][-1]
+    widths = {"before": Plan.full(decoder.shape.layers).widths(decoder.shape), "after": after["widths"]}
+    units = {
+        when: sum(layer["kv_groups"] + layer["intermediate_size"] * decoder.shape.layers[0].experts for layer in layers)
+        for when, layers in widths.items()
+    }
 
     def pair(key: str) -> dict[str, Any]:
         return {"before": before[key], "after": after[key]}
@@ -286,7 +306,7 @@ def _report(
             "of_all_parameters": 1 - after["parameters"] / before["parameters"],
             "of_flops": 1 - after["flops"] / before["flops"],
         },
-        "redundancy_removed": plan.removed_share(decoder.shape),
+        "redundancy_removed": 1 - units["after"] / units["before"],
         **paired(before, after),
         "parameters": {
             **pair("parameters"),
@@ -298,10 +318,7 @@ def _report(
         "perplexity": pair("perplexity"),
         "latency": pair("latency"),
         "peak_memory_bytes": {"before": peak(before), "after": peak(after)},
-        "widths": {
-            "before": Plan.full(decoder.shape.layers).widths(decoder.shape),
-            "after": plan.widths(decoder.shape),
-        },
+        "widths": widths,
         "rounds": done["rounds"],
         "calibration": calibration.as_dict(),
         "evaluation": evaluation.as_dict(),

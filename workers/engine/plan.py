@@ -58,11 +58,6 @@ class Plan:
             for layer in self.layers
         )
 
-    def removed_share(self, shape: ModelShape) -> float:
-        """Of all KV groups and channels, the share that goes, each unit counting as one."""
-        units = sum(layer.kv_groups + layer.channels for layer in shape.layers)
-        return 1 - sum(len(layer.kv_groups) + len(layer.channels) for layer in self.layers) / units
-
     def as_dict(self) -> list[dict[str, Any]]:
         """JSON form: index ranges ``[first, last]`` rather than long lists."""
         return [{"kv_groups": list(layer.kv_groups), "channels": _ranges(layer.channels)} for layer in self.layers]

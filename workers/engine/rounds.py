@@ -23,7 +23,7 @@ def prune_round(context: Context, target: RoundTarget, width_multiple: int) -> P
     spec = context.spec
     if spec.scorer in MODEL_SCORERS:
         context.scores = MODEL_SCORERS[spec.scorer](context)
-    counts = _counts(context, target, width_multiple)
+    counts = unit_counts(context, target, width_multiple)
     sweep = _sweep(context)
     layers: Iterable[Layer] = context.decoder.layers if sweep is None else sweep.layers()
     plans = []
@@ -34,7 +34,7 @@ def prune_round(context: Context, target: RoundTarget, width_multiple: int) -> P
     return Plan(tuple(plans))
 
 
-def _counts(context: Context, target: RoundTarget, width_multiple: int) -> list[UnitCounts]:
+def unit_counts(context: Context, target: RoundTarget, width_multiple: int) -> list[UnitCounts]:
     """How many units every layer gives, so that of the source just as much is gone as the round asks."""
     decoder, cost = context.decoder, context.decoder.shape.cost
     source, widths = decoder.shape.layers, [layer.shape for layer in decoder.layers]

@@ -61,8 +61,8 @@ class Targets:
         self._statistics, self._scratch = statistics, scratch
         self._progress, self._on_event, self._stop = progress, on_event, stop
 
-    def prune(self, index: int) -> Decoder:
-        """Bring target ``index`` from where its state has it to its end; returns the model.
+    def make(self, index: int, _: Path) -> Decoder:
+        """Bring target ``index`` from where its state has it to its end; returns the model. Writes nothing into its folder.
 
         Let it go before the next target is pruned, or two models are in memory.
 

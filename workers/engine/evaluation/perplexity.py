@@ -19,12 +19,13 @@ def perplexity(decoder: Decoder, tokens: Tensor, batch_windows: int, progress: C
     Raises:
         PruningError: ``loss_not_finite`` when the loss is NaN.
     """
-    total = 0.0
+    total, count = 0.0, 0
     for start in range(0, len(tokens), batch_windows):
         batch = tokens[start : start + batch_windows]
-        total += float(decoder.losses(decoder.model(batch, use_cache=False).logits, batch).double().sum())
+        losses = decoder.window_losses(batch)
+        total, count = total + float(losses.double().sum()), count + losses.numel()
         progress(min(start + batch_windows, len(tokens)) / len(tokens))
-    mean = total / decoder.predicted(tokens)
+    mean = total / count
     if math.isnan(mean):
         raise PruningError(
             "loss_not_finite",

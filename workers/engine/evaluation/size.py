@@ -17,8 +17,8 @@ def forward_flops(decoder: Decoder, tokens: int) -> int:
     """
     shape = decoder.shape
     projections = decoder.prunable_parameters + shape.vocab_size * shape.hidden_size
-    for layer in decoder.layers:
-        idle = layer.shape.experts - shape.experts_per_token
-        projections -= layer.shape.intermediate_size * shape.cost.channel * idle // layer.shape.experts
-    heads = sum(layer.shape.heads * layer.head_dim for layer in decoder.layers)
+    for widths in decoder.widths:
+        idle = widths.experts - shape.experts_per_token
+        projections -= widths.intermediate_size * shape.cost.channel * idle // widths.experts
+    heads = sum(widths.attention_width for widths in decoder.widths)
     return 2 * tokens * projections + 4 * tokens * tokens * heads

@@ -11,11 +11,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx2
+import torch
 import yaml
 
 from app.catalog.errors import PruningError
 from app.catalog.spec import ZERO_SHOT
 from workers.engine.decoder import Decoder
+from workers.engine.dynamic.runtime import Runtime
 
 BATCH = {"cuda": 16}
 BATCH_ELSEWHERE = 4
@@ -72,6 +74,22 @@ def zero_shot(
             progress(self.done / self.questions)
             return logits
 
+    class Written(HFLM):
+        """Of a model that prunes itself the context is read by all of it, the answer written by what that needs."""
+
+        def _loglikelihood_tokens(self, requests: list[Any], *_: Any, **__: Any) -> list[tuple[float, bool]]:
+            found = []
+            assert isinstance(decoder, Runtime)
+            for done, (_, context, answer) in enumerate(requests, start=1):
+                tokens = torch.tensor([[*context, *answer][-self.max_length :]], device=decoder.device)
+                read = tokens.shape[1] - len(answer)
+                logits = decoder.logits(tokens, read)[0, read - 1 : -1].float().log_softmax(-1)
+                expected = tokens[0, read:]
+                chosen = logits.gather(1, expected[:, None])
+                found.append((float(chosen.double().sum()), bool((logits.argmax(-1) == expected).all())))
+                progress(done / len(requests))
+            return found
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with TemporaryDirectory() as folder, redirect_stderr(StringIO()):  # its bars: ours are told by ``progress``
         files = [_task_file(name, tasks_dir, Path(folder)) for name in names]
@@ -86,7 +104,7 @@ def zero_shot(
             ) from error
         except Exception as error:  # whatever a data set's rows or its reader may raise
             raise PruningError("task_invalid", f"{', '.join(names)}: {error}", field=FIELD) from error
-        model = Watched(
+        model = (Written if isinstance(decoder, Runtime) else Watched)(
             pretrained=decoder.model,
             tokenizer=copy.deepcopy(decoder.tokenizer),  # it is given a padding token
             batch_size=BATCH.get(decoder.device.type, BATCH_ELSEWHERE),

@@ -33,22 +33,18 @@ def model_card(
 {head.to_yaml()}
 ---
 
-# {base}, pruned by {ratio["reached"]:.1%}
-
-{ratio["reached"]:.2%} of the parameters in the attention and feed-forward weights of
-{f"[{base}](https://huggingface.co/{base})" if on_hub else base} are gone: whole KV groups of attention heads and whole feed-forward channels, cut out of the
-tensors. No masks, no special kernels.
+{_opening(method, base, f"[{base}](https://huggingface.co/{base})" if on_hub else base, ratio["reached"])}
 
 | | before | after |
 |---|---|---|
 {_table(report)}
 
-Perplexity on {report["evaluation"]["tokens"]:,} tokens ({report["evaluation"]["source"]}). Latency on
+Perplexity on {report["evaluation"]["tokens"]:,} tokens ({report["evaluation"]["source"]}){", the second half of each window when the first is read" if method.dynamic else ""}. Latency on
 {_device(report)}, batch 1.
 
 ## Use
 
-{_use(spec["layout"], repo_id, gguf_file, own_class)}
+{_use(spec["layout"], repo_id, gguf_file, own_class, method.dynamic)}
 
 ## How it was made
 
@@ -76,6 +72,24 @@ the licence of the base model apply.
 """
 
 
+def _opening(method: Method, base: str, linked: str, reached: float) -> str:
+    if method.dynamic:
+        return f"""# {base}, pruning itself for each prompt
+
+All of {linked} reads a prompt and measures what it needs; the KV groups and feed-forward channels that it needs most, gathered
+into smaller weights, write on, and save {reached:.2%} of the work in the attention and feed-forward weights. The weights are untouched.
+"""
+    return f"""# {base}, pruned by {reached:.1%}
+
+{reached:.2%} of the parameters in the attention and feed-forward weights of
+{linked} are gone: whole KV groups of attention heads and whole feed-forward channels, cut out of the
+tensors. No masks, no special kernels.
+"""
+
+
+DYNAMIC = """The repository carries a small modeling file; without `trust_remote_code` the stock class loads the plain model.
+`config.json` has under `dynamic_pruning` what can be set, and the modeling file says what it means:"""
+
 LAYOUTS = {
     "per-layer": "Layers differ in width.",
     "uniform": "All layers have the same widths.",
@@ -83,14 +97,14 @@ LAYOUTS = {
 }
 
 
-def _use(layout: str, repo_id: str, gguf_file: str | None, own_class: str | None) -> str:
+def _use(layout: str, repo_id: str, gguf_file: str | None, own_class: str | None, dynamic: bool) -> str:
     code = layout == "per-layer" or own_class is not None
     classes = "The stock class loads it, without code from this repository:"
     if own_class is not None:
         classes = f"transformers has no class for this model: `{own_class}`, in this repository, is one."
     elif code:
         classes = "The repository carries a small modeling file, which cuts the stock classes to size:"
-    text = f"""{LAYOUTS[layout]} {classes}
+    text = f"""{DYNAMIC if dynamic else f"{LAYOUTS[layout]} {classes}"}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -100,7 +114,7 @@ tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
 inputs = tokenizer("The river", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
 ```"""
-    if own_class is None:
+    if own_class is None and not dynamic:  # which knows no weights that change
         text += f"""
 
 vLLM{", through its Transformers backend" if code else ""}:
@@ -133,7 +147,7 @@ def _table(report: dict[str, Any]) -> str:
     rows = [
         ("parameters", "parameters", lambda value: f"{value:,}"),
         ("weights (bytes)", "weights_bytes", lambda value: f"{value:,}"),
-        ("FLOPs of a 256-token prefill", "flops", lambda value: f"{value:.3g}"),
+        ("FLOPs of 256 tokens", "flops", lambda value: f"{value:.3g}"),
         ("perplexity", "perplexity", _perplexity),
     ]
     lines = [f"| {title} | {show(report[key]['before'])} | {show(report[key]['after'])} |" for title, key, show in rows]

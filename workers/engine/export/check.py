@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from app.catalog.errors import PruningError
 from workers.child import run
@@ -47,27 +48,35 @@ REROUTED = 0.15
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
 
-def check_checkpoint(decoder: Decoder, folder: Path) -> None:
+def check_checkpoint(decoder: Decoder, folder: Path, own_code: bool) -> None:
     """Load ``folder`` with plain transformers in a new process and compare logits with the model in memory.
 
-    No code but our own is run. There it also writes greedily with a cache: every token must be what the whole text so far gives without one.
+    With ``own_code`` by the code that it comes with, all of which is ours. There it also writes greedily with a cache: every token must be what the whole text so far gives without one.
 
     Raises:
         PruningError: ``export_invalid``; nothing may be published then.
     """
-    tokens = _probe_tokens(decoder)
+    tokens = probe_tokens(decoder)
     with torch.no_grad(), decoder.routed():
         logits = decoder.model(tokens.to(decoder.device), use_cache=False).logits.float().cpu()
+    rounds = decoder.shape.family.experts and decoder.model.dtype != torch.float32
+    expected = {"tokens": tokens.contiguous(), "logits": logits.contiguous()}
+    expected |= {"new_tokens": torch.tensor(NEW_TOKENS), "rerouted": torch.tensor(REROUTED if rounds else 0.0)}
+    run_check(SCRIPT, decoder, folder, expected, str(own_code))
+
+
+def run_check(script: str, decoder: Decoder, folder: Path, expected: dict[str, Tensor], *arguments: str) -> None:
+    """Run ``script`` in a new process with the folder, a file of the tensors ``expected`` and ``tolerance``, the number of
+    threads, and ``arguments``.
+
+    Raises:
+        PruningError: ``export_invalid`` with the last line of what it said, ``out_of_memory``.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         probe = Path(scratch, "probe.safetensors")
-        tolerance = torch.tensor(TOLERANCE[decoder.model.dtype])
-        rounds = decoder.shape.family.experts and decoder.model.dtype != torch.float32
-        expected = {"tokens": tokens.contiguous(), "logits": logits.contiguous(), "tolerance": tolerance}
-        expected |= {"new_tokens": torch.tensor(NEW_TOKENS), "rerouted": torch.tensor(REROUTED if rounds else 0.0)}
-        save_file(expected, probe)
-        own_code = any(folder.glob("*.py"))  # the only code that a checkpoint comes with is ours
-        arguments = [str(folder.resolve()), str(probe), str(torch.get_num_threads()), str(own_code)]
-        done = run([sys.executable, "-I", "-c", SCRIPT, *arguments], cwd=scratch)
+        save_file({**expected, "tolerance": torch.tensor(TOLERANCE[decoder.model.dtype])}, probe)
+        command = [sys.executable, "-I", "-c", script, str(folder.resolve()), str(probe), str(torch.get_num_threads())]
+        done = run([*command, *arguments], cwd=scratch)
     if done.returncode < 0:
         raise PruningError(
             "out_of_memory",
@@ -78,7 +87,7 @@ def check_checkpoint(decoder: Decoder, folder: Path) -> None:
         raise PruningError("export_invalid", f"The written checkpoint does not load as it should: {reason}")
 
 
-def _probe_tokens(decoder: Decoder, length: int = 48) -> torch.Tensor:
+def probe_tokens(decoder: Decoder, length: int = 48) -> torch.Tensor:
     """Fixed random tokens ``[2, length]`` that a written checkpoint is checked with, after the model's opening."""
     generator = torch.Generator().manual_seed(0)
     length = max(min(length, decoder.shape.max_positions - NEW_TOKENS), 1)

@@ -79,16 +79,8 @@ def check_room(decoder: Decoder, folder: Path, formats: Sequence[str]) -> None:
         )
 
 
-def write_checkpoint(
-    decoder: Decoder,
-    source: ModelSource,
-    plan: Plan,
-    folder: Path,
-    report: dict[str, Any],
-    extra: dict[str, Any],
-    stock: bool = False,
-) -> None:
-    """Write the pruned model into ``folder``; ``extra`` goes into the manifest beside plan and hashes.
+def write_model(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path, stock: bool = False) -> None:
+    """Write config, weights and tokenizer into ``folder``, and the modeling file where the model needs one.
 
     ``stock``: as one of the stock class, all of whose layers have the widths of the first.
     """
@@ -100,6 +92,10 @@ def write_checkpoint(
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner alone
     _write_tokenizer(decoder, source, folder)
+
+
+def write_manifest(decoder: Decoder, plan: Plan, folder: Path, report: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Write what tells of the model in ``folder``: the card, and the manifest of plan and hashes, with ``extra`` beside them."""
     draw_widths(report, folder / PICTURE)
     gguf_file = next((file.name for file in folder.glob("*.gguf")), None)
     own_class = _own_class(decoder)

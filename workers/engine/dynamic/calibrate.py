@@ -1,0 +1,121 @@
+"""What a dynamic checkpoint knows beforehand: how wide each layer writes, and what units do on calibration text."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from workers.engine.decoder import PARTS, Decoder
+from workers.engine.gates import gate_statistics
+from workers.engine.rounds import unit_counts
+from workers.engine.schedule import round_targets
+from workers.engine.scoring.base import Context, Scores
+
+Progress = Callable[[float], None]
+RANK = 64
+"""Of the channels' second moments that are kept: in trials 128 compensated hardly better, and took twice the time and room."""
+OVERSAMPLING = 16
+
+
+def kept_units(context: Context) -> list[list[int]]:
+    """KV groups and channels that each layer writes with, so that ``context.target_ratio`` of the projections' work is saved.
+
+    What a unit is worth here is the loss's curvature by its gate for each parameter that it has: units of all layers and
+    both parts are ranked together, and their numbers alone count, as which they are is chosen anew for each prompt.
+
+    Raises:
+        PruningError: ``loss_not_finite``.
+    """
+    shape, spec = context.decoder.shape, context.spec
+    gates = gate_statistics(context.decoder, context.tokens, context.batch_windows, context.progress)
+    by_price = shape.cost.channel / shape.cost.kv_group
+    context.scores = Scores(
+        [layer.head_curvature * by_price for layer in gates], [layer.channel_curvature for layer in gates]
+    )
+    multiple = shape.width_multiple(spec.allocation.width_multiple)
+    (goal,) = round_targets(shape, context.target_ratio, 1, spec.allocation.schedule, multiple, spec.uniform)
+    counts = unit_counts(context, goal, multiple)
+    return [
+        [width.kv_groups - count.kv_groups, width.channels - count.channels]
+        for width, count in zip(shape.layers, counts, strict=True)
+    ]
+
+
+def saved_share(decoder: Decoder, kept: list[list[int]]) -> float:
+    """Share of the projections' multiplications that writing a token is spared."""
+    shape, cost = decoder.shape, decoder.shape.cost
+    saved = sum(
+        (width.kv_groups - groups) * cost.kv_group + (width.channels - channels) * cost.channel
+        for width, (groups, channels) in zip(shape.layers, kept, strict=True)
+    )
+    return saved / shape.prunable_parameters
+
+
+@torch.no_grad()
+def priors(decoder: Decoder, tokens: Tensor, batch_windows: int, seed: int, progress: Progress) -> dict[str, Tensor]:
+    """Of every layer and part over ``tokens`` ``[windows, length]``, in one forward:
+
+    - ``energy`` ``[units]``: mean square of what a unit gives through its output projection, taken input by input;
+    - ``norms`` ``[inputs]``: squared norms of the output projection's columns;
+    - of channels ``factor`` ``[channels, rank]`` and ``rest`` ``[channels]``, with second moments
+      ``E[a aᵀ] ≈ factor factorᵀ + diag(rest)`` by Nyström's method, and ``outputs`` ``[hidden, rank]``, the output
+      projection times ``factor``: what compensating for channels that do not write needs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rank = [min(RANK, layer.channels) for layer in decoder.layers]
+    probes = [
+        torch.randn(layer.channels, min(size + OVERSAMPLING, layer.channels), generator=generator).to(decoder.device)
+        for layer, size in zip(decoder.layers, rank, strict=True)
+    ]
+    squares: dict[tuple[int, str], Tensor] = {}
+    images = [torch.zeros_like(probe) for probe in probes]
+
+    def measure(index: int, part: str, inputs: Tensor) -> None:
+        flat = inputs.flatten(0, -2).float()
+        squares[index, part] = squares.get((index, part), 0) + flat.square().sum(0)
+        if part == "channels":
+            images[index] += flat.T @ (flat @ probes[index])
+
+    hooks = []
+    for index, layer in enumerate(decoder.layers):
+        for part in PARTS:
+
+            def hook(_: nn.Module, args: tuple[Tensor], index: int = index, part: str = part) -> None:
+                measure(index, part, args[0])
+
+            hooks.append(layer.output(part).register_forward_pre_hook(hook))
+    try:
+        for start in range(0, len(tokens), batch_windows):
+            decoder.model(tokens[start : start + batch_windows], use_cache=False, logits_to_keep=1)
+            progress(min(start + batch_windows, len(tokens)) / len(tokens))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    found: dict[str, Tensor] = {}
+    for index, layer in enumerate(decoder.layers):
+        for part in PARTS:
+            weight = layer.output(part).weight.float()
+            mean, norms = squares[index, part] / tokens.numel(), weight.square().sum(0)
+            found[f"{index}.{part}.energy"] = (mean * norms).view(-1, layer.width(part)).sum(1)
+            found[f"{index}.{part}.norms"] = norms
+            if part == "channels":
+                factor = nystrom(probes[index], images[index] / tokens.numel(), rank[index]).float()
+                found[f"{index}.channels.factor"] = factor
+                found[f"{index}.channels.rest"] = (mean - factor.square().sum(1)).clamp_min(0)
+                found[f"{index}.channels.outputs"] = weight @ factor
+    return {name: tensor.float().cpu().contiguous() for name, tensor in found.items()}
+
+
+def nystrom(probes: Tensor, images: Tensor, rank: int) -> Tensor:
+    """``factor`` ``[n, rank]`` with ``factor factorᵀ ≈ A``, positive semi-definite, from ``images = A probes``.
+
+    Tropp et al., Fixed-Rank Approximation of a Positive-Semidefinite Matrix from Streaming Data, algorithm 3, in float64.
+    """
+    probes, images = probes.double(), images.double()
+    shift = torch.finfo(torch.float32).eps * float(images.norm())
+    shifted = images + shift * probes
+    core = probes.T @ shifted
+    root = torch.linalg.cholesky((core + core.T) / 2)
+    half = torch.linalg.solve_triangular(root, shifted.T, upper=False).T
+    left, values, _ = torch.linalg.svd(half, full_matrices=False)
+    return left[:, :rank] * (values[:rank].square() - shift).clamp_min(0).sqrt()

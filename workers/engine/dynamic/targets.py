@@ -1,0 +1,123 @@
+"""Makes the dynamic checkpoints of a job: one for each ratio, of weights that all share."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from app.catalog.sources import ModelSource
+from app.catalog.spec import PruningSpec
+from workers.engine.decoder import Decoder
+from workers.engine.dynamic.calibrate import kept_units, priors
+from workers.engine.dynamic.modeling import MODELING_FILE, PRIORS, modeling_file
+from workers.engine.dynamic.runtime import Runtime
+from workers.engine.export import check_room, write_model
+from workers.engine.plan import Plan
+from workers.engine.progress import Progress
+from workers.engine.scoring.base import Context
+from workers.engine.targets import Paused
+
+
+class DynamicTargets:
+    """``state`` is as :class:`workers.engine.targets.Targets` has it; every target is one round."""
+
+    def __init__(
+        self,
+        *,
+        spec: PruningSpec,
+        ratios: tuple[float, ...],
+        decoder: Decoder,
+        source: ModelSource,
+        tokens: Tensor,
+        batch_windows: int,
+        measure: Callable[[Decoder], dict[str, Any]],
+        progress: Progress,
+        on_event: Callable[[dict[str, Any]], None],
+        stop: Callable[[], bool],
+        state: dict[str, Any],
+    ) -> None:
+        self.state = state
+        self._spec, self._ratios, self._decoder, self._source = spec, ratios, decoder, source
+        self._tokens, self._batch_windows, self._measure = tokens, batch_windows, measure
+        self._progress, self._on_event, self._stop = progress, on_event, stop
+
+    def make(self, index: int, folder: Path) -> Runtime:
+        """Write the model's files of target ``index`` into ``folder`` and measure how it runs from there.
+
+        A resumed job writes them anew, which gives the same, and measures what it has not.
+
+        Raises:
+            Paused: see there.
+            PruningError: see :func:`workers.engine.pipeline.prune`.
+        """
+        if self._stop():
+            raise Paused
+        began, spec, decoder = time.monotonic(), self._spec, self._decoder
+        measured = index < len(self.state["targets"])
+        if not measured:
+            self._progress.stage("scoring", index + 1, self._tokens.numel())
+        context = Context(
+            decoder,
+            self._tokens,
+            self._batch_windows,
+            spec,
+            self._ratios[index],
+            spec.seed + 1,
+            lambda share: self._share(share / 2, measured),
+        )
+        kept = kept_units(context)
+        known = priors(
+            decoder, self._tokens, self._batch_windows, spec.seed, lambda share: self._share((1 + share) / 2, measured)
+        )
+        plan = Plan.full(decoder.shape.layers)
+        check_room(decoder, folder, spec.formats)
+        write_model(decoder, self._source, plan, folder, stock=True)
+        save_file(known, folder / PRIORS)
+        (folder / MODELING_FILE).write_text(modeling_file(decoder))
+        asked = spec.dynamic
+        settings = {"enabled": True, "kept": kept, **asked.model_dump()}
+        _configure(decoder, folder, settings)
+        runtime = Runtime(decoder, folder, kept)
+        if asked.prior_weight is None:
+            settings["prior_weight"] = (
+                self.state["targets"][index]["rounds"][0]["prior_weight"]
+                if measured
+                else runtime.choose_prior_weight(self._tokens)
+            )
+            runtime.model.config.dynamic_pruning["prior_weight"] = settings["prior_weight"]
+            _configure(decoder, folder, settings)
+        if not measured:
+            data = {
+                "number": index + 1,
+                "target_ratio": self._ratios[index],
+                "ratio": {"target": self._ratios[index], "reached": runtime.reached_ratio},
+                "widths": [
+                    {"layer": at, "kv_groups": w.kv_groups, "heads": w.heads, "intermediate_size": w.intermediate_size}
+                    for at, w in enumerate(runtime.widths)
+                ],
+                "prior_weight": settings["prior_weight"],
+                **self._measure(runtime),
+                "seconds": time.monotonic() - began,
+            }
+            done = {"ratio": self._ratios[index], "plan": plan.as_dict(), "rounds": [data]}
+            self.state = {**self.state, "targets": [*self.state["targets"], done], "steps": index + 1}
+            self._on_event({"type": "round", "number": index + 1, "data": data, "state": self.state})
+        return runtime
+
+    def _share(self, share: float, measured: bool) -> None:
+        if not measured:
+            self._progress.share(share)
+
+
+def _configure(decoder: Decoder, folder: Path, settings: dict[str, Any]) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    causal = type(decoder.model).__name__
+    own = config.get("auto_map", {})
+    config["auto_map"] = own | {"AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.Dynamic{causal}"}
+    config["dynamic_pruning"] = settings
+    path.write_text(json.dumps(config, indent=2) + "\n")
