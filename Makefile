@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-browser test-docs chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper bench-progress check lint types contracts client openapi clean
+.PHONY: demo test test-slow test-browser test-docs chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper bench-progress bench-dynamic check lint types contracts client openapi clean
 
 demo: .venv/.model
 	$(BIN)/python -m workers.demo
@@ -52,6 +52,10 @@ bench-paper: .venv/.model
 # The time left that is told, against the time that was left, of every method.
 bench-progress: .venv/.model
 	$(BIN)/python -m workers.bench.progress $(OPTIONS)
+
+# Models that prune themselves for each prompt against static ones. CALIBRATION as above; OPTIONS: see --help.
+bench-dynamic: .venv/.model
+	$(BIN)/python -m workers.bench.dynamic $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(OPTIONS)
 
 # One API process under many clients, polling against a bare route, queries over 100,000 finished jobs; minutes.
 bench-load: .venv/.installed

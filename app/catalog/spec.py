@@ -405,10 +405,11 @@ class PruningSpec(_Part):
                 "asked for, adds; allowed: recovery.kind 'least-squares' or 'none'.",
                 field="recovery.kind",
             )
-        if self.is_dynamic and shape.family.experts:
+        if self.is_dynamic and (shape.family.experts or shape.family.two_positions):
             raise PruningError(
                 "method_unsupported",
-                f"Method '{self.method}' does not know mixtures of experts; allowed: {', '.join(STATIC_METHODS)}.",
+                f"Method '{self.method}' does not know mixtures of experts and the first ChatGLM-6B; allowed: "
+                f"{', '.join(STATIC_METHODS)}.",
                 field="method",
             )
         if "gguf" in self.formats:

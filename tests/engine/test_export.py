@@ -153,9 +153,8 @@ def make_case(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast, **cha
     with pytest.MonkeyPatch.context() as patch:
         if shard:
             patch.setattr(checkpoint, "SHARD_SIZE", "100KB")
-        checkpoint.write_checkpoint(
-            decoder, source, plan, folder / "pruned", report, {"job_id": "j", "repo_id": "o/n"}, bool(layout)
-        )
+        checkpoint.write_model(decoder, source, plan, folder / "pruned", bool(layout))
+    checkpoint.write_manifest(decoder, plan, folder / "pruned", report, {"job_id": "j", "repo_id": "o/n"})
     save_file({"tokens": tokens}, folder / "probe")
     return Case(folder, decoder, plan, logits)
 
@@ -168,7 +167,8 @@ def pruned(folder: Path, layout: str = "") -> tuple[Decoder, Path]:
     apply_plan(decoder, plan)
     out = folder.parent / "pruned"
     out.mkdir()
-    checkpoint.write_checkpoint(decoder, source, plan, out, report_of(decoder, plan), {}, bool(layout))
+    checkpoint.write_model(decoder, source, plan, out, bool(layout))
+    checkpoint.write_manifest(decoder, plan, out, report_of(decoder, plan), {})
     check_checkpoint(decoder, out, own_code=True)
     return decoder, out
 

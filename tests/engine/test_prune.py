@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from app.catalog.errors import PruningError
-from app.catalog.methods import GRADIENT_ALLOCATORS, GRADIENT_SCORERS, METHODS
+from app.catalog.methods import GRADIENT_ALLOCATORS, GRADIENT_SCORERS, METHODS, STATIC_METHODS
 from app.catalog.sources import locate
 from app.catalog.spec import Calibration, Evaluation, PruningSpec, Scoring
 from tests.engine.models import english, make_tokenizer, save
@@ -54,7 +54,7 @@ def run(folder: Path, out: Path, asked: PruningSpec, **options: Any) -> PruningR
     return prune(str(folder), asked, out, **options)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STATIC_METHODS)
 @pytest.mark.parametrize(("ratio", "rounds"), [(0.1, 1), (0.5, 3)])
 def test_every_method_meets_its_target(
     method: str, ratio: float, rounds: int, trained_folder: Path, tmp_path: Path
@@ -153,7 +153,7 @@ def same_weights(*folders: Path) -> bool:
 NEITHER = [
     name
     for name, method in METHODS.items()
-    if method.scoring not in GRADIENT_SCORERS and method.allocation not in GRADIENT_ALLOCATORS
+    if not method.dynamic and method.scoring not in GRADIENT_SCORERS and method.allocation not in GRADIENT_ALLOCATORS
 ]
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from app.catalog.methods import METHODS
+from app.catalog.methods import STATIC_METHODS
 from workers.bench.model import MODEL
 from workers.engine.export import versions
 
@@ -13,7 +13,7 @@ def parser(name: str, description: str | None, dtype: str) -> argparse.ArgumentP
     """For ``python -m workers.bench.NAME``; ``dtype`` is the default."""
     made = argparse.ArgumentParser(prog=f"python -m workers.bench.{name}", description=description)
     made.add_argument("--calibration", default="wikitext2", help="a text file or data set")
-    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    made.add_argument("--methods", nargs="+", choices=STATIC_METHODS, default=list(STATIC_METHODS), metavar="METHOD")
     made.add_argument("--samples", type=int, default=24, help="calibration windows")
     made.add_argument("--sequence-length", type=int, default=256)
     made.add_argument("--dtype", default=dtype)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from app.catalog.methods import METHODS
+from app.catalog.methods import STATIC_METHODS
 from app.catalog.spec import PruningSpec
 from workers.bench.model import MODEL, model_file
 from workers.bench.table import markdown
@@ -28,6 +28,7 @@ def main() -> None:
     runs = [{"method": method, "rounds": rounds} for rounds in arguments.rounds for method in arguments.methods]
     runs += [
         {"method": "flap", "rounds": 1, "target_ratio": [0.2, 0.4]},
+        {"method": "dsgp", "rounds": 1},
         {"method": "flap", "rounds": 1, "recovery": {"kind": "lora", "epochs": 1, "batch_size": 8}},
     ]
     found = [{"run": run, "factors": measure(run, arguments.samples)} for run in runs]
@@ -42,7 +43,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     made = argparse.ArgumentParser(prog="python -m workers.bench.progress", description=__doc__)
-    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    made.add_argument("--methods", nargs="+", choices=STATIC_METHODS, default=STATIC_METHODS, metavar="METHOD")
     made.add_argument("--rounds", type=int, nargs="+", default=[1, 3])
     made.add_argument("--samples", type=int, default=16, help="calibration windows of 128 tokens")
     made.add_argument("--threads", type=int, default=1)

@@ -58,6 +58,7 @@ class Progress:
         passes = TRAINING_PASSES + (spec.training == "distill")  # the unpruned model's forward
         self._costs = {**STAGE_COST, "training": passes * spec.recovery.epochs}
         self._total = sum(self._costs[kind] for kind in self._kinds)
+        self._checks = 2 if spec.is_dynamic else 1  # a dynamic checkpoint is loaded both ways
         self._index, self._done = -1, 0.0
         self._amount: float | None = None
         self._unit: str | None = None
@@ -142,7 +143,7 @@ class Progress:
             if kind == "exporting":
                 return self._weight_bytes / WRITTEN_PER_SECOND
             if kind == "checking":
-                return CHECK_SECONDS + expected("exporting")
+                return self._checks * CHECK_SECONDS + expected("exporting")
             return self._costs[kind] * rate
 
         here = elapsed * (1 - done) / done if done > 0.2 else 0.0

@@ -83,6 +83,8 @@ class Family:
     """Attributes in which a layer's modules keep widths that their forward reads, each with its name in :class:`LayerShape`."""
     additive: bool = True
     """Whether what attention and feed-forward give is added to the hidden states, and neither is normed before."""
+    two_positions: bool = False
+    """Whether each token has two positions, which no stock class knows."""
     opened: bool = False
     """Whether these models write poorly after text without the special tokens that their tokenizer puts before it."""
     defaults: Mapping[str, Any] = field(default_factory=dict)

@@ -16,5 +16,6 @@ CHATGLM6B = replace(
     defaults={},
     stock_heads=lambda config: "any",
     additive=False,
+    two_positions=True,
     opened=True,
 )

@@ -34,13 +34,12 @@ assert written.shape[1] == read + new, f"generate wrote {written.shape[1] - read
 
 
 def check_dynamic(runtime: Runtime, folder: Path) -> None:
-    """Load ``folder`` as the plain model where its class is a stock one, then with its own code, and compare what both give.
+    """Load ``folder`` as the plain model, then with its own code, and compare what both give.
 
     Raises:
         PruningError: ``export_invalid``; nothing may be published then.
     """
-    if not runtime.own_class:
-        check_checkpoint(runtime, folder, own_code=False)
+    check_checkpoint(runtime, folder, own_code=False)
     tokens = probe_tokens(runtime)
     read = tokens.shape[1] // 2
     expected = {"tokens": tokens.contiguous(), "logits": runtime.logits(tokens.to(runtime.device), read).float().cpu()}

@@ -1,6 +1,5 @@
 """The modeling file of a dynamic checkpoint: the template, with the names and sizes of its family."""
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,9 @@ Blocks = list[tuple[str, int]]
 def modeling_file(decoder: Decoder) -> str:
     """Its text, for the model's class."""
     model, shape = decoder.model, decoder.shape
-    module = type(model).__module__
-    own = module.startswith("workers.")
-    file = Path(inspect.getfile(type(model)))
     return TEMPLATE.read_text().format(
         causal=type(model).__name__,
         model_type=shape.model_type,
-        module=f".{file.stem}" if own else "transformers",
-        whose=f"are those of {file.name}" if own else "are the stock ones",
         priors=PRIORS,
         layers=shape.family.layers,
         modules=json.dumps(_modules(shape), indent=4),

@@ -23,7 +23,6 @@ class Runtime(Decoder):
         self.tokenizer, self.shape, self.opening = decoder.tokenizer, decoder.shape, decoder.opening
         self.read_share = decoder.read_share
         self.layers = []
-        self.own_class = type(decoder.model).__module__.startswith("workers.")
         self._widths = [
             LayerShape(groups, groups * width.heads_per_group, width.head_dim, channels)
             for width, (groups, channels) in zip(decoder.shape.layers, kept, strict=True)

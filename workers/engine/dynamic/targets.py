@@ -73,14 +73,10 @@ class DynamicTargets:
         known = priors(
             decoder, self._tokens, self._batch_windows, spec.seed, lambda share: self._share((1 + share) / 2, measured)
         )
-        plan = Plan.full(decoder.shape.layers)
-        check_room(decoder, folder, spec.formats)
-        write_model(decoder, self._source, plan, folder, stock=True)
-        save_file(known, folder / PRIORS)
-        (folder / MODELING_FILE).write_text(modeling_file(decoder))
         asked = spec.dynamic
         settings = {"enabled": True, "kept": kept, **asked.model_dump()}
-        _configure(decoder, folder, settings)
+        check_room(decoder, folder, spec.formats)
+        write_dynamic(decoder, self._source, folder, known, settings)
         runtime = Runtime(decoder, folder, kept)
         if asked.prior_weight is None:
             settings["prior_weight"] = (
@@ -103,7 +99,8 @@ class DynamicTargets:
                 **self._measure(runtime),
                 "seconds": time.monotonic() - began,
             }
-            done = {"ratio": self._ratios[index], "plan": plan.as_dict(), "rounds": [data]}
+            plan = Plan.full(decoder.shape.layers).as_dict()
+            done = {"ratio": self._ratios[index], "plan": plan, "rounds": [data]}
             self.state = {**self.state, "targets": [*self.state["targets"], done], "steps": index + 1}
             self._on_event({"type": "round", "number": index + 1, "data": data, "state": self.state})
         return runtime
@@ -113,11 +110,20 @@ class DynamicTargets:
             self._progress.share(share)
 
 
+def write_dynamic(
+    decoder: Decoder, source: ModelSource, folder: Path, known: dict[str, Tensor], settings: dict[str, Any]
+) -> None:
+    """Write the whole model's files, the modeling file, what is ``known`` from calibration, and the config with ``settings``."""
+    write_model(decoder, source, Plan.full(decoder.shape.layers), folder, stock=True)
+    save_file(known, folder / PRIORS)
+    (folder / MODELING_FILE).write_text(modeling_file(decoder))
+    _configure(decoder, folder, settings)
+
+
 def _configure(decoder: Decoder, folder: Path, settings: dict[str, Any]) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
     causal = type(decoder.model).__name__
-    own = config.get("auto_map", {})
-    config["auto_map"] = own | {"AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.Dynamic{causal}"}
+    config["auto_map"] = {"AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.Dynamic{causal}"}
     config["dynamic_pruning"] = settings
     path.write_text(json.dumps(config, indent=2) + "\n")
