@@ -31,7 +31,7 @@ UNIT = 32 * 3 * 48
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a checkpoint in a fresh process is the export's test; here it would only cost time."""
-    monkeypatch.setattr(pipeline, "check_checkpoint", lambda decoder, folder: None)
+    monkeypatch.setattr(pipeline, "check_checkpoint", lambda decoder, folder, own_code: None)
 
 
 def spec(**changes: Any) -> PruningSpec:
