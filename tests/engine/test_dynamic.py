@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -303,21 +304,47 @@ def test_saved_again_it_is_the_same(llama: Case, tmp_path: Path) -> None:
     assert torch.equal(continued(again, PROMPTS, NEXT), continued(model, PROMPTS, NEXT))
 
 
-def test_compensation_is_least_squares_under_the_second_moments(llama: Case) -> None:
+def channel_inputs(case: Case, index: int, tokens: Tensor) -> Tensor:
+    """What enters a layer's output projection of channels, float64 ``[batch, length, channels]``."""
+    inputs: list[Tensor] = []
+    hook = case.plain.layers[index].channel_output.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    case.plain.model(tokens, use_cache=False)
+    hook.remove()
+    return inputs[0].detach().double()
+
+
+@pytest.mark.parametrize("prior_weight", [1.0, 0.5])
+def test_compensation_is_least_squares_under_the_second_moments(llama: Case, prior_weight: float) -> None:
     known = load_file(llama.folder / PRIORS)
     model = llama.load()
+    model.config.dynamic_pruning["prior_weight"] = prior_weight
     with torch.no_grad():
         cache = model(PROMPTS, use_cache=True).past_key_values
         model.settle(cache)
     weight = llama.plain.layers[0].channel_output.weight.double()
     factor, rest = (known[f"0.channels.{kind}"].double() for kind in ("factor", "rest"))
     moments = factor @ factor.T + rest.diag()
+    own = [rows.T @ rows for rows in channel_inputs(llama, 0, PROMPTS)]
+    prompts = sum((each / each.trace() / len(own) for each in own), torch.zeros_like(moments)) * moments.trace()
+    moments = prior_weight * moments + (1 - prior_weight) * prompts
     found = cache.dynamic_prompt.network.model.layers[0].mlp.down_proj.weight.double()
-    chosen = needed(llama, PROMPTS, 0.5, True)[0, "channels"][0].sort().values
+    chosen = needed(llama, PROMPTS, prior_weight, True)[0, "channels"][0].sort().values
     left = torch.tensor([channel for channel in range(160) if channel not in chosen])
     ridge = DAMPING * moments.diagonal().mean() * torch.eye(len(chosen), dtype=torch.float64)
     told = torch.linalg.solve(moments[chosen][:, chosen] + ridge, moments[chosen][:, left])
     assert torch.allclose(found, weight[:, chosen] + weight[:, left] @ told.T, atol=1e-5)
+
+
+def test_a_sketch_has_the_second_moments_on_average_and_padding_none(llama: Case) -> None:
+    sketched = vars(sys.modules[type(llama.load()).__module__])["_sketched"]
+    rows = torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(0))
+    drawn = torch.stack([sketched(rows, 8, seed) for seed in range(2000)])
+    assert drawn.shape[2:] == (8, 6)
+    assert torch.allclose((drawn.mT @ drawn).mean(0), rows.mT @ rows, atol=2.5)
+    padded = torch.cat([torch.zeros(2, 9, 6), rows], 1)
+    assert torch.allclose(sketched(padded, 8, 3), sketched(rows, 8, 3), atol=1e-5)
+    few = sketched(rows, 64, 0)
+    assert torch.allclose(few.mT @ few, rows.mT @ rows, atol=1e-4), "where there are rows enough, nothing is lost"
 
 
 def test_nystrom_finds_what_has_low_rank() -> None:
@@ -331,13 +358,9 @@ def test_nystrom_finds_what_has_low_rank() -> None:
 
 def test_priors_are_those_of_all_tokens(llama: Case) -> None:
     known = load_file(llama.folder / PRIORS)
-    inputs: list[Tensor] = []
-    layer = llama.plain.layers[2]
-    hook = layer.channel_output.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1).double()))
-    llama.plain.model(CALIBRATION, use_cache=False)
-    hook.remove()
-    moments = inputs[0].T @ inputs[0] / CALIBRATION.numel()
-    norms = layer.channel_output.weight.double().square().sum(0)
+    inputs = channel_inputs(llama, 2, CALIBRATION).flatten(0, 1)
+    moments = inputs.T @ inputs / CALIBRATION.numel()
+    norms = llama.plain.layers[2].channel_output.weight.double().square().sum(0)
     assert torch.allclose(known["2.channels.energy"].double(), moments.diagonal() * norms, rtol=1e-4)
     factor, rest = (known[f"2.channels.{kind}"].double() for kind in ("factor", "rest"))
     assert torch.allclose((factor @ factor.T).diagonal() + rest, moments.diagonal(), rtol=1e-3, atol=1e-6)

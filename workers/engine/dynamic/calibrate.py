@@ -12,15 +12,18 @@ from workers.engine.schedule import round_targets
 from workers.engine.scoring.base import Context, Scores
 
 Progress = Callable[[float], None]
-RANK = 64
-"""Of the channels' second moments that are kept: in trials 128 compensated hardly better, and took twice the time and room."""
+RANK = 128
+"""Of the channels' second moments that are kept: in trials 64 and 256 left 0.03 nats more and 0.02 less, for half and twice the room."""
 OVERSAMPLING = 16
+HEADS = 2.0
+"""How often a KV group's curvature counts: channels make up for missing channels, nothing does for a missing group. In trials
+at 40 % the excess was 0.97 nats with 1, 0.77 with 2, 0.78 with 4, where all groups stay."""
 
 
 def kept_units(context: Context) -> list[list[int]]:
     """KV groups and channels that each layer writes with, so that ``context.target_ratio`` of the projections' work is saved.
 
-    What a unit is worth here is the loss's curvature by its gate for each parameter that it has: units of all layers and
+    What a unit is worth here is the loss's curvature by its gate for each parameter that it has, of KV groups :data:`HEADS` times: units of all layers and
     both parts are ranked together, and their numbers alone count, as which they are is chosen anew for each prompt.
 
     Raises:
@@ -28,7 +31,7 @@ def kept_units(context: Context) -> list[list[int]]:
     """
     shape, spec = context.decoder.shape, context.spec
     gates = gate_statistics(context.decoder, context.tokens, context.batch_windows, context.progress)
-    by_price = shape.cost.channel / shape.cost.kv_group
+    by_price = HEADS * shape.cost.channel / shape.cost.kv_group
     context.scores = Scores(
         [layer.head_curvature * by_price for layer in gates], [layer.channel_curvature for layer in gates]
     )
