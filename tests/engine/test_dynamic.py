@@ -441,3 +441,27 @@ def test_families_that_cannot_are_refused(name: str, tokenizer: PreTrainedTokeni
         prune(str(source), PruningSpec.model_validate(ASKED), tmp_path / "out")
     assert (caught.value.code, caught.value.field) == ("method_unsupported", "method")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["uniform", "padded"])
+def test_it_composes_with_a_static_pruning(layout: str, trained_folder: Path, tmp_path: Path) -> None:
+    asked = {name: ASKED[name] for name in ("calibration", "evaluation")}
+    static = PruningSpec.model_validate(asked | {"method": "magnitude", "target_ratio": 0.3, "layout": layout})
+    cut = prune(str(trained_folder), static, tmp_path / "static").report
+    both = prune(str(tmp_path / "static"), PruningSpec.model_validate(ASKED), tmp_path / "both").report
+    assert both["ratio"]["reached"] == pytest.approx(0.3, abs=0.04)
+    assert both["parameters"]["before"] == cut["published"]["parameters"]
+    with torch.no_grad():
+        first, second = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()(PROMPTS).logits for name in ("static", "both")
+        )
+    assert torch.equal(first, second), "without its code it is the static model"
+
+
+def test_a_source_whose_layers_differ_is_refused(trained_folder: Path, tmp_path: Path) -> None:
+    asked = {name: ASKED[name] for name in ("calibration", "evaluation")}
+    static = PruningSpec.model_validate(asked | {"method": "magnitude", "target_ratio": 0.3})
+    prune(str(trained_folder), static, tmp_path / "static")
+    with pytest.raises(PruningError, match="layout uniform or padded") as caught:
+        prune(str(tmp_path / "static"), PruningSpec.model_validate(ASKED), tmp_path / "both")
+    assert caught.value.field == "model_id"

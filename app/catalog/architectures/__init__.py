@@ -107,7 +107,8 @@ def _check_weights(config: Mapping[str, Any]) -> None:
     if config.get("per_layer_config"):
         raise PruningError(
             "unsupported_architecture",
-            "This model was pruned before; prune the model it came from by a larger ratio instead.",
+            "This model was pruned before, to layers that differ; prune the model it came from by a larger ratio, "
+            "or once more in layout uniform or padded, which can be pruned again.",
             field="model_id",
         )
 
