@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test test-slow test-browser test-docs chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper bench-progress bench-dynamic check lint types contracts client openapi clean
 
 demo: .venv/.model
-	$(BIN)/python -m workers.demo
+	$(BIN)/python -m demo
 
 # Two processes with servers of their own; a file's tests stay together, for what they share.
 test: .venv/.installed
@@ -39,27 +39,27 @@ test-compat: .venv/.installed .venv-4/.installed
 # Perplexity of every method on SmolLM2-135M, at equal parameters on equal tokens, and the papers' ablations. CALIBRATION and
 # EVALUATION are text files or data sets; OPTIONS narrows it down: see --help. A run that was stopped goes on where it was.
 bench-quality: .venv/.model
-	$(BIN)/python -m workers.bench.quality $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(if $(EVALUATION),--evaluation $(EVALUATION)) $(if $(SEEDS),--seeds $(SEEDS)) $(or $(OPTIONS),--variants --ablations)
+	$(BIN)/python -m benchmarks.quality $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(if $(EVALUATION),--evaluation $(EVALUATION)) $(if $(SEEDS),--seeds $(SEEDS)) $(or $(OPTIONS),--variants --ablations)
 
 # Seconds and peak memory of every method, against one forward pass over the calibration tokens.
 bench-speed: .venv/.model
-	$(BIN)/python -m workers.bench.speed $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(OPTIONS)
+	$(BIN)/python -m benchmarks.speed $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(OPTIONS)
 
 # The papers' tables on SmolLM2-135M beside the printed numbers; an hour or more. CALIBRATION as above; OPTIONS: see --help.
 bench-paper: .venv/.model
-	$(BIN)/python -m workers.bench.paper $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(OPTIONS)
+	$(BIN)/python -m benchmarks.paper $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(OPTIONS)
 
 # The time left that is told, against the time that was left, of every method.
 bench-progress: .venv/.model
-	$(BIN)/python -m workers.bench.progress $(OPTIONS)
+	$(BIN)/python -m benchmarks.progress $(OPTIONS)
 
 # Models that prune themselves for each prompt against static ones. CALIBRATION as above; OPTIONS: see --help.
 bench-dynamic: .venv/.model
-	$(BIN)/python -m workers.bench.dynamic $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(OPTIONS)
+	$(BIN)/python -m benchmarks.dynamic $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(OPTIONS)
 
 # One API process under many clients, polling against a bare route, queries over 100,000 finished jobs; minutes.
 bench-load: .venv/.installed
-	$(BIN)/python -m workers.bench.load $(OPTIONS)
+	$(BIN)/python -m benchmarks.load $(OPTIONS)
 
 check: lint types contracts
 
@@ -68,7 +68,7 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 
 types: .venv/.installed
-	$(BIN)/mypy app workers migrations tests
+	$(BIN)/mypy secateur app workers migrations benchmarks demo scripts tests
 
 contracts: .venv/.installed
 	$(BIN)/lint-imports
@@ -94,11 +94,11 @@ contracts: .venv/.installed
 
 # The synchronous client, from the asynchronous one.
 client: .venv/.installed
-	$(BIN)/python -m app.client_generator
+	$(BIN)/python -m scripts.generate_client
 
 # The API's contract as a file, which a test compares with the service's.
 openapi: .venv/.installed
-	$(BIN)/python -m app.contract docs/openapi.json
+	$(BIN)/python -m scripts.openapi docs/openapi.json
 
 clean:
 	rm -rf .venv .venv-4 .demo .secateur

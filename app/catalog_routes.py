@@ -4,15 +4,16 @@ from typing import get_args
 
 from fastapi import APIRouter
 
-from app.auth.schemas import Scope
-from app.catalog.errors import PruningError
-from app.catalog.inspection import layouts, sizes
-from app.catalog.methods import METHODS, Allocator, Method, RecoveryKind, Scorer
-from app.catalog_schemas import Inspection, Kinds, MethodDefaults, MethodList, MethodView
 from app.deps import EVERY_V1_ROUTE, KeyedRoute, Owner, SessionDep, SettingsDep
-from app.jobs import door, tokens
-from app.jobs.schemas import JobError, ModelRef
-from app.kit.problem import documented
+from app.http.problem import documented
+from app.jobs import admission, tokens
+from secateur.catalog.inspection import layouts, sizes
+from secateur.catalog.methods import METHODS, Allocator, Method, RecoveryKind, Scorer
+from secateur.catalog.request import ModelRef
+from secateur.contract.catalog import Inspection, Kinds, MethodDefaults, MethodList, MethodView
+from secateur.contract.errors import PruningError
+from secateur.contract.jobs import JobError
+from secateur.contract.keys import Scope
 
 
 class CatalogRoute(KeyedRoute):
@@ -52,7 +53,7 @@ def inspect(body: ModelRef, owner: Owner, session: SessionDep, settings: Setting
     token = tokens.for_request(session, settings, owner.id, body.hub_token)
     session.rollback()  # hands the connection back while the Hub is asked
     try:
-        source, shape = door.look(body, settings, token)
+        source, shape = admission.look(body, settings, token)
     except PruningError as error:
         if error.code != "unsupported_architecture":
             raise

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from limits import parse
-from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, StringConstraints
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, StringConstraints
+from pydantic_settings import NoDecode, SettingsConfigDict
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
+
+from secateur.settings import LibrarySettings
 
 SECRETS_DIR = "SECATEUR_SECRETS_DIR"
 """Names a folder of files that are named like the variables, as Docker's and Kubernetes' secrets are; variables go first."""
@@ -68,7 +70,7 @@ def _postgres_url(url: str) -> str:
     return url
 
 
-class Settings(BaseSettings):
+class Settings(LibrarySettings):
     """Everything an operator can set. Durations are seconds, paths are created on first use."""
 
     model_config = SettingsConfigDict(
@@ -82,13 +84,10 @@ class Settings(BaseSettings):
         "postgresql+psycopg://secateur:secateur@localhost:5432/secateur"
     )
     broker_url: str = "redis://localhost:6379/0"
-    data_dir: Path = Path(".secateur")
-    """Holds ``models/`` (``local:NAME`` models), ``texts/`` (``local:NAME`` texts), ``tasks/`` (zero-shot tasks), ``jobs/`` (round checkpoints,
-    artifacts), ``statistics/`` (of earlier jobs' models) and, under ``secateur up``, the servers' files and ``database-url``."""
+    # data_dir also holds ``jobs/`` (step checkpoints, artifacts), ``statistics/`` (of earlier jobs' models) and, under
+    # ``secateur up``, the servers' files and ``database-url``.
     hub_dir: Path | None = None
     """Publish into this folder, laid out like a Hub cache, instead of to a Hugging Face Hub."""
-    hf_token: SecretStr | None = Field(None, validation_alias=AliasChoices("SECATEUR_HF_TOKEN", "HF_TOKEN"))
-    hf_endpoint: str | None = Field(None, validation_alias=AliasChoices("SECATEUR_HF_ENDPOINT", "HF_ENDPOINT"))
 
     secret_keys: Annotated[SecretStr, AfterValidator(_fernet_keys)] | None = None
     """Encrypt the Hub tokens of keys and jobs: Fernet keys, 32 random bytes in URL-safe base64 each, the newest first, with
@@ -137,18 +136,6 @@ class Settings(BaseSettings):
     def worker_silence(self) -> float:
         """Seconds without a heartbeat after which a worker counts as gone."""
         return MISSED_BEATS * self.heartbeat_interval
-
-    @property
-    def models_dir(self) -> Path:
-        return self.data_dir / "models"
-
-    @property
-    def texts_dir(self) -> Path:
-        return self.data_dir / "texts"
-
-    @property
-    def tasks_dir(self) -> Path:
-        return self.data_dir / "tasks"
 
     @property
     def jobs_dir(self) -> Path:

@@ -16,13 +16,13 @@ from sqlalchemy.orm import Session
 
 from app.auth import service as auth
 from app.auth.repository import FIND
-from app.auth.schemas import Scope
 from app.auth.service import Caller
 from app.config import Settings, get_settings
 from app.db.session import reading, session_factory
+from app.http import rate
+from app.http.problem import Problem, invalid
 from app.jobs.events import Feed
-from app.kit import rate
-from app.kit.problem import Problem, invalid
+from secateur.contract.keys import Scope
 
 bearer = HTTPBearer(
     auto_error=False,

@@ -12,10 +12,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from app.auth.vault import VaultError
-from app.catalog.errors import PruningError
+from app.http.problem import Problem, respond
 from app.jobs.transitions import TransitionRefused
-from app.kit.field_error import FieldError
-from app.kit.problem import Problem, respond
+from secateur.contract.errors import PruningError
+from secateur.contract.field_error import FieldError
 
 log = logging.getLogger(__name__)
 

@@ -14,13 +14,13 @@ from app import catalog_routes, errors, health
 from app.auth import routes as keys
 from app.config import get_settings
 from app.dashboard import routes as dashboard
+from app.http import logs
+from app.http.body_limit import BodyLimit
+from app.http.browser_rules import DASHBOARD, DOCS, BrowserRules
+from app.http.observe import Observe
+from app.http.problem import ProblemDetails
 from app.jobs import routes as jobs
 from app.jobs.events import Feed
-from app.kit import logs
-from app.kit.body_limit import BodyLimit
-from app.kit.browser_rules import DASHBOARD, DOCS, BrowserRules
-from app.kit.observe import Observe
-from app.kit.problem import ProblemDetails
 from app.metrics import ServiceCollector
 
 DESCRIPTION = """

@@ -10,8 +10,8 @@ from app.config import Settings
 from app.db.session import reading
 from app.fleet import repository as fleet
 from app.jobs import repository as jobs
-from app.jobs.states import State
 from app.webhooks import repository as webhooks
+from secateur.contract.states import State
 
 WORKER_NUMBERS = {
     "memory_bytes": "Memory of a worker's device.",

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from app.catalog.methods import METHODS
-from app.client import Client, JobFailed
+from secateur.catalog.methods import METHODS
+from secateur.client import Client, JobFailed
 from tests.engine.models import SIZES, english, make_tokenizer, save, train
 from tests.workers.conftest import SHORT, wait_for
 from tests.workers.test_stack import announced
@@ -104,7 +104,7 @@ def start_service(data: Path) -> Iterator[StartService]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SECATEUR_")}
         environment |= {f"SECATEUR_{name}": value for name, value in SHORT.items()}
         environment |= {"SECATEUR_DATA_DIR": str(data), "SECATEUR_TORCH_THREADS": "1"}
-        process = subprocess.Popen([sys.executable, "-m", "workers.cli", "up"], stdout=subprocess.PIPE, env=environment)
+        process = subprocess.Popen([sys.executable, "-m", "workers", "up"], stdout=subprocess.PIPE, env=environment)
         url, key = announced(process)
         client = httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=70, trust_env=False)
         running.append(Service(process, client, data))

@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from app.catalog.methods import STATIC_METHODS
+from benchmarks.ablations import ablations
+from benchmarks.case import Case, prune
+from benchmarks.model import repeat_kv_heads
+from benchmarks.results import Results
+from benchmarks.sections import grid, trained, variants
+from benchmarks.table import excess_loss, markdown, mean_cell, perplexity_cell
+from secateur.catalog.methods import STATIC_METHODS
+from secateur.engine.measure.cache import Statistics
 from tests.engine.models import SIZES, VOCABULARY, decoder_of, english, make_model, make_tokenizer
-from workers.bench.ablations import ablations
-from workers.bench.case import Case, prune
-from workers.bench.model import repeat_kv_heads
-from workers.bench.results import Results
-from workers.bench.sections import grid, trained, variants
-from workers.bench.table import excess_loss, markdown, mean_cell, perplexity_cell
-from workers.engine.statistics import Statistics
 
 BASE = Case("random", 0.5, 1, 0, "repeated", 24, 256)
 

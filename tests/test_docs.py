@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.main import get_group
+from secateur.cli.main import cli
 
 from tests.engine.models import SIZES, make_tokenizer, save, train
 from tests.workers.conftest import ROOT, SHORT
 from tests.workers.test_stack import announced
-from workers.cli import cli
 
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -62,7 +62,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         "no_proxy": "*",
     }
     served = plain | {f"SECATEUR_{name}": value for name, value in SHORT.items()}
-    process = subprocess.Popen([sys.executable, "-m", "workers.cli", "up"], stdout=subprocess.PIPE, env=served)
+    process = subprocess.Popen([sys.executable, "-m", "workers", "up"], stdout=subprocess.PIPE, env=served)
     url, key = announced(process)
     yield plain | {"SECATEUR_URL": url, "SECATEUR_API_KEY": key}
     process.send_signal(signal.SIGINT)

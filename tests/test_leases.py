@@ -17,8 +17,8 @@ from app.db.session import session_factory
 from app.jobs import leases, transitions
 from app.jobs.leases import LeaseLost
 from app.jobs.models import Job, JobEvent, JobRound
-from app.jobs.states import State
 from app.jobs.transitions import TransitionRefused, Trigger
+from secateur.contract.states import State
 
 TTL = 60.0
 LOST = {"code": "x", "message": "x", "retryable": True}

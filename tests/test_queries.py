@@ -11,8 +11,8 @@ from app.auth import service as auth
 from app.config import Settings
 from app.jobs import repository
 from app.jobs.models import Job
-from app.jobs.states import State
-from workers.bench.history import fill, queries
+from benchmarks.history import fill, queries
+from secateur.contract.states import State
 
 LONG = ("jobs", "job_events", "job_rounds", "webhook_deliveries", "idempotency_keys")
 

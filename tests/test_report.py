@@ -9,13 +9,13 @@ import pytest
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
-from app.client import Report, compare
+from secateur.client import Report, compare
 
 
 def report(after: int = 80, perplexity: float | None = 12.0, **changes: Any) -> Report:
     widths = {
-        "before": [{"layer": at, "heads": 8, "intermediate_size": 32} for at in range(3)],
-        "after": [{"layer": at, "heads": 8 - at, "intermediate_size": 16 + at} for at in range(3)],
+        "before": [{"layer": at, "heads": 8, "channels": 32} for at in range(3)],
+        "after": [{"layer": at, "heads": 8 - at, "channels": 16 + at} for at in range(3)],
     }
     speed = {
         "prefill_ms": 10.0,

@@ -10,9 +10,9 @@ from sqlalchemy.orm import Session
 from app.auth import service as auth
 from app.jobs import transitions
 from app.jobs.models import Job, JobEvent
-from app.jobs.states import TERMINAL, State
 from app.jobs.transitions import TransitionRefused, Trigger
 from app.webhooks.models import WebhookDelivery
+from secateur.contract.states import TERMINAL, State
 
 # Written out, not derived from the code's table: rows are states, "." refuses, "=" changes nothing.
 EXPECTED = """

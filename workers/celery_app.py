@@ -24,10 +24,10 @@ from kombu.utils import eventio
 from app.config import get_settings
 from app.db.session import session_factory
 from app.fleet import repository as fleet
-from app.jobs.doorbell import TRANSPORT_OPTIONS
-from app.kit import logs
+from app.http import logs
+from app.jobs.dispatch import TRANSPORT_OPTIONS
+from secateur.launch import die_with_parent
 from workers.devices import device_memory
-from workers.launch import die_with_parent
 
 log = logging.getLogger(__name__)
 

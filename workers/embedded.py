@@ -18,7 +18,7 @@ from typing import Any
 import psycopg
 import redis
 
-from workers.child import describe_exit, spawn
+from secateur.processes import describe_exit, spawn
 
 
 def _package_folder(name: str) -> Path:
@@ -110,7 +110,7 @@ def start_postgres(folder: Path, port: int, *, durable: bool = True) -> Server:
 
 
 def start_valkey(folder: Path, port: int, password: str) -> Server:
-    """Start Valkey on the loopback interface. It keeps nothing on disk: a message is only a doorbell.
+    """Start Valkey on the loopback interface. It keeps nothing on disk: a message is only a dispatch.
 
     Raises:
         EmbeddedError: it did not start.
@@ -152,7 +152,7 @@ def _wait_until(answers: Callable[[], None], server: Server, not_yet: type[Excep
 
 
 def _server_user(folder: Path) -> tuple[int, int, int | None] | None:
-    """Who Postgres runs as: ``None`` is the present user, else see :func:`workers.launch.become`."""
+    """Who Postgres runs as: ``None`` is the present user, else see :func:`secateur.launch.become`."""
     owner = folder.stat()
     if os.geteuid() != 0:
         if owner.st_uid != os.geteuid():

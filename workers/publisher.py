@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from app.catalog.errors import PruningError
-from app.catalog.spec import PruningSpec, target_folder
 from app.config import get_settings
 from app.jobs.naming import repo_ids
-from workers import parent
-from workers.hubs import FolderHub, HeadMoved, Hub, HuggingFaceHub
-from workers.parent import Parent
+from secateur.catalog.spec import PruningSpec, target_folder
+from secateur.contract.errors import PruningError
+from secateur.hubs import FolderHub, HeadMoved, Hub, HuggingFaceHub
+from workers import supervisor_link
+from workers.supervisor_link import SupervisorLink
 
 TRIES = 10
 LIFE_SIGN_SECONDS = 5.0
@@ -25,7 +25,7 @@ SUMMARY = ("parameters", "ratio", "perplexity", "benchmarks", "retained_accuracy
 """What of the report is the job's result."""
 
 
-def work(supervisor: Parent) -> dict[str, Any]:
+def work(supervisor: SupervisorLink) -> dict[str, Any]:
     """Publish ``output`` if the job asks for it, and keep it as the job's artifacts; the message with the result."""
     job = supervisor.job
     output, request, report = Path(job["output"]), job["request"], job["report"]
@@ -76,7 +76,7 @@ def configured_hub(token: str | None) -> Hub:
     return HuggingFaceHub(token, settings.hf_endpoint)
 
 
-def show_life(supervisor: Parent, size: int) -> None:
+def show_life(supervisor: SupervisorLink, size: int) -> None:
     """Report progress while files are being read: an upload may take hours, and one that hangs reads nothing.
 
     Each of the ``size`` bytes is read twice, to be hashed and to be sent.
@@ -108,4 +108,4 @@ def show_life(supervisor: Parent, size: int) -> None:
 
 
 if __name__ == "__main__":
-    parent.run(work)
+    supervisor_link.run(work)

@@ -5,19 +5,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from app.catalog.spec import PruningSpec
 from app.config import get_settings
 from app.jobs.naming import repo_ids
-from workers import parent
-from workers.files import write_whole
-from workers.parent import Parent
+from secateur.catalog.spec import PruningSpec
+from secateur.files import write_whole
+from workers import supervisor_link
+from workers.supervisor_link import SupervisorLink
 
 
-def work(supervisor: Parent) -> dict[str, Any]:
+def work(supervisor: SupervisorLink) -> dict[str, Any]:
     """Prune as the job asks into ``attempt-N/``; the message that ends the attempt: its report, or that it paused."""
     import torch
 
-    from workers.engine import Paused, prune
+    from secateur.engine import Paused, prune
 
     settings, job = get_settings(), supervisor.job
     if settings.torch_threads is not None:
@@ -69,7 +69,9 @@ def save_checkpoint(folder: Path, number: int, attempt: int, state: dict[str, An
     return {"path": name, "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def load_checkpoint(folder: Path, checkpoints: list[dict[str, Any]], supervisor: Parent) -> dict[str, Any] | None:
+def load_checkpoint(
+    folder: Path, checkpoints: list[dict[str, Any]], supervisor: SupervisorLink
+) -> dict[str, Any] | None:
     """The state in the first of ``checkpoints`` (newest first) that is as its row says; ``None``: start anew."""
     for checkpoint in checkpoints:
         try:
@@ -84,4 +86,4 @@ def load_checkpoint(folder: Path, checkpoints: list[dict[str, Any]], supervisor:
 
 
 if __name__ == "__main__":
-    parent.run(work)
+    supervisor_link.run(work)

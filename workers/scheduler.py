@@ -10,9 +10,9 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app.config import Settings
 from app.fleet import repository as fleet
-from app.jobs import doorbell, leases
+from app.http import idempotency
+from app.jobs import dispatch, leases
 from app.jobs import service as jobs
-from app.kit import idempotency
 from app.webhooks import service as webhooks
 
 log = logging.getLogger(__name__)
@@ -34,9 +34,9 @@ def run(settings: Settings, sessions: sessionmaker[Session]) -> None:
         threading.Thread(target=_repeat, args=(duty, interval, settings, sessions, ended))
         for duty, interval in (
             (reap, settings.scheduler_interval),
-            (ring_due, settings.scheduler_interval),
+            (dispatch_due, settings.scheduler_interval),
             (deliver_webhooks, settings.scheduler_interval),
-            (keep_house, HOUSEKEEPING_SECONDS),
+            (delete_leftovers, HOUSEKEEPING_SECONDS),
         )
     ]
     for duty in duties:
@@ -70,13 +70,13 @@ def reap(session: Session, settings: Settings) -> None:
         log.info("job %s: its worker is lost", job_id)
 
 
-def ring_due(session: Session, settings: Settings) -> None:
+def dispatch_due(session: Session, settings: Settings) -> None:
     """Ring for queued jobs whose doorbell was lost. The broker is asked first: when it is away, no job is marked."""
     with redis.Redis.from_url(settings.broker_url, socket_connect_timeout=1, socket_timeout=5) as broker:
         room = MOST_WAITING - int(broker.llen(QUEUE))
     if room > 0:
         for job_id in leases.due(session, settings.redispatch_after, min(room, 100), settings.max_running_jobs):
-            doorbell.ring(job_id)
+            dispatch.wake_worker(job_id)
 
 
 def deliver_webhooks(session: Session, settings: Settings) -> None:
@@ -84,10 +84,10 @@ def deliver_webhooks(session: Session, settings: Settings) -> None:
     webhooks.deliver_due(session, settings)
 
 
-def keep_house(session: Session, settings: Settings) -> None:
+def delete_leftovers(session: Session, settings: Settings) -> None:
     """Drop what has expired, and what is left of attempts and of deleted jobs."""
-    idempotency.expire(session, settings.idempotency_ttl)
-    fleet.forget(session, FORGET_WORKERS_AFTER)
-    jobs.clear_attempts(session, settings)
-    jobs.expire_files(session, settings)
-    jobs.empty_trash(settings)
+    idempotency.delete_expired(session, settings.idempotency_ttl)
+    fleet.delete_silent(session, FORGET_WORKERS_AFTER)
+    jobs.delete_abandoned_attempts(session, settings)
+    jobs.delete_expired_files(session, settings)
+    jobs.delete_trash(settings)

@@ -24,7 +24,7 @@ from app.auth import service as auth
 from app.config import DATABASE_URL_FILE
 from app.db.migrate import upgrade
 from app.db.session import make_engine
-from workers.child import describe_exit, spawn
+from secateur.processes import describe_exit, spawn
 from workers.devices import gpus
 from workers.embedded import START_TIMEOUT, Server, free_port, start_postgres, start_valkey
 
@@ -112,9 +112,9 @@ class Stack:
         }
         uvicorn = ["-m", "uvicorn", "app.main:create_app", "--factory", "--timeout-graceful-shutdown", "3"]
         self._add("api", [*uvicorn, "--host", self.host, "--port", str(port)], environment)
-        self._add("scheduler", ["-m", "workers.cli", "scheduler"], environment)
+        self._add("scheduler", ["-m", "workers", "scheduler"], environment)
         for gpu in gpus() or [""]:  # none: one worker, on the processor
-            self._add(f"worker{gpu}", ["-m", "workers.cli", "worker"], environment | {"CUDA_VISIBLE_DEVICES": gpu})
+            self._add(f"worker{gpu}", ["-m", "workers", "worker"], environment | {"CUDA_VISIBLE_DEVICES": gpu})
         self.url = f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{port}"
         self._wait_until_ready()
 

@@ -1,7 +1,7 @@
 """One attempt at one job: claim it, keep its lease, run the pruning and the publishing child, write down what they say.
 
 Never imports torch: it lives in Celery's forked process, and forking after torch has worked deadlocks. Every write is
-fenced by the attempt's number. The children are dead before the lease can end: see :class:`workers.child.Child`.
+fenced by the attempt's number. The children are dead before the lease can end: see :class:`workers.job_process.JobProcess`.
 """
 
 import datetime as dt
@@ -21,15 +21,16 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.auth.vault import VaultError
-from app.catalog.spec import PruningSpec
 from app.config import Settings
+from app.http import logs
 from app.jobs import leases, repository, tokens
 from app.jobs.leases import Beat, Claim, LeaseLost
-from app.jobs.states import State
 from app.jobs.transitions import TransitionRefused, Trigger
-from app.kit import logs
-from workers.child import Child, describe_exit
-from workers.parent import explain
+from secateur.catalog.spec import PruningSpec
+from secateur.contract.states import State
+from secateur.processes import describe_exit
+from workers.job_process import JobProcess
+from workers.supervisor_link import explain
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ class Attempt:
         """Run a child to its end and return the message it ended with; whatever happens, it is dead afterwards."""
         oom_kills = _oom_kills()
         self.temporary.mkdir(exist_ok=True)
-        child = Child(argv, job, self.deadline, self.temporary)
+        child = JobProcess(argv, job, self.deadline, self.temporary)
         try:
             return self._listen(child)
         except EOFError:
@@ -189,7 +190,7 @@ class Attempt:
         finally:
             child.kill()
 
-    def _listen(self, child: Child) -> dict[str, Any]:
+    def _listen(self, child: JobProcess) -> dict[str, Any]:
         heard = time.monotonic()
         while True:
             now = time.monotonic()
@@ -230,14 +231,14 @@ class Attempt:
         self.progress = {**self.progress, **progress, "estimated_finish_at": finish and finish.isoformat()}
         return self._write(leases.report_progress, self.progress)
 
-    def _beat(self, child: Child) -> None:
+    def _beat(self, child: JobProcess) -> None:
         sent = time.monotonic()
         beat = self._write(leases.renew, self.settings.lease_ttl)
         self.deadline = self._deadline(sent)
         self.next_beat = sent + self.settings.heartbeat_interval
         self._heed(child, beat)
 
-    def _heed(self, child: Child, beat: Beat, recorded: bool = False) -> None:
+    def _heed(self, child: JobProcess, beat: Beat, recorded: bool = False) -> None:
         """Do what was asked of the job, and pass the lease's end on to the child."""
         if beat.cancel:
             raise Cancelled
@@ -247,7 +248,7 @@ class Attempt:
         """For a lease taken by a query sent at ``sent``: before sending, as only the database knows when it began."""
         return sent + self.settings.lease_ttl - self.settings.lease_margin
 
-    def _death(self, child: Child, oom_kills: int) -> Exception:
+    def _death(self, child: JobProcess, oom_kills: int) -> Exception:
         """Why a child that said no last word is dead."""
         code = child.kill()
         if code == -signal.SIGALRM and time.monotonic() >= child.deadline:

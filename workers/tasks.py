@@ -6,7 +6,7 @@ from types import FrameType
 
 from app.config import get_settings
 from app.db.session import session_factory
-from app.jobs.doorbell import TASK
+from app.jobs.dispatch import TASK
 from workers.celery_app import WORKER_NAME, app, shutting_down
 from workers.supervisor import supervise
 

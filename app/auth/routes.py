@@ -6,10 +6,10 @@ from fastapi import APIRouter
 
 from app.auth import service
 from app.auth.models import ApiKey
-from app.auth.schemas import HubToken, KeyList, KeyView, KeyWithSecret, NewKey, Rotation, Scope
 from app.auth.vault import VaultError
 from app.deps import EVERY_V1_ROUTE, KeyedRoute, SessionDep, SettingsDep
-from app.kit.problem import Problem, documented, invalid
+from app.http.problem import Problem, documented, invalid
+from secateur.contract.keys import HubToken, KeyList, KeyView, KeyWithSecret, NewKey, Rotation, Scope
 
 
 class AdminRoute(KeyedRoute):

@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session
 
 from app.auth import repository, vault
 from app.auth.models import ApiKey
-from app.auth.schemas import USER, Scope
 from app.config import Settings
+from secateur.contract.keys import USER, Scope
 
 PREFIX = "sk-secateur-"
 TOUCH_EVERY = 60.0

@@ -3,8 +3,8 @@
 from app.auth.models import ApiKey
 from app.db.base import Base
 from app.fleet.models import Worker
+from app.http.idempotency import IdempotencyKey
 from app.jobs.models import Job, JobEvent, JobRound
-from app.kit.idempotency import IdempotencyKey
 from app.webhooks.models import WebhookDelivery
 
 metadata = Base.metadata

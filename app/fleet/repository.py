@@ -39,7 +39,7 @@ def leave(session: Session, name: str) -> None:
     session.commit()
 
 
-def forget(session: Session, silent_seconds: float) -> None:
+def delete_silent(session: Session, silent_seconds: float) -> None:
     """Drop the rows of processes that have been silent for ``silent_seconds``; commits."""
     session.execute(delete(Worker).where(Worker.last_seen_at < func.now() - dt.timedelta(seconds=silent_seconds)))
     session.commit()

@@ -16,8 +16,8 @@ from sqlalchemy.orm import Session
 from app.auth import repository as keys
 from app.jobs import transitions
 from app.jobs.models import Job, JobRound
-from app.jobs.states import State
 from app.jobs.transitions import Trigger
+from secateur.contract.states import State
 
 LIVE = (State.RUNNING, State.PUBLISHING, State.CANCELLING)
 

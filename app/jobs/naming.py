@@ -2,8 +2,8 @@
 
 import re
 
-from app.catalog.spec import PruningSpec, Target
-from app.jobs.schemas import JobRequest
+from secateur.catalog.request import JobRequest
+from secateur.catalog.spec import PruningSpec, Target
 
 COUNTS = ("", "k", "m", "b", "t")
 BYTES = ("b", "kb", "mb", "gb", "tb")

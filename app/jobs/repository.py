@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session, defer
 from app.auth.models import ApiKey
 from app.auth.repository import FIND
 from app.jobs.models import Job, JobEvent, JobRound
-from app.jobs.states import TERMINAL, State
 from app.jobs.transitions import lock, record_event
+from secateur.contract.states import TERMINAL, State
 
 # Built once, as pollers ask them again and again: making a statement takes longer than the database's answer.
 SUMMARY = (

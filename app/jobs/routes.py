@@ -23,30 +23,28 @@ from app.auth import service as auth
 from app.config import get_settings
 from app.db.session import reading, session_factory
 from app.deps import EVERY_V1_ROUTE, FeedDep, KeyedRoute, Owner, SessionDep, SettingsDep, unauthorized
-from app.jobs import doorbell, repository, service
-from app.jobs.schemas import (
+from app.http import pages
+from app.http.etags import etag, matches
+from app.http.pages import PageSize, PageToken
+from app.http.prefer import Wait
+from app.http.problem import Problem, documented, invalid
+from app.jobs import dispatch, repository, service
+from app.jobs.schemas import JobFilter
+from app.jobs.transitions import Trigger
+from secateur.catalog.request import JobRequest, LabelName, LabelValue
+from secateur.contract.jobs import (
     Artifact,
     ArtifactList,
+    DryRun,
     EventPage,
     EventView,
-    JobFilter,
     JobPage,
-    JobRequest,
     JobSummary,
     JobView,
-    LabelName,
-    LabelValue,
-    Plan,
     RoundList,
     RoundView,
 )
-from app.jobs.states import TERMINAL, State
-from app.jobs.transitions import Trigger
-from app.kit import pages
-from app.kit.etags import etag, matches
-from app.kit.pages import PageSize, PageToken
-from app.kit.prefer import Wait
-from app.kit.problem import Problem, documented, invalid
+from secateur.contract.states import TERMINAL, State
 
 POLL_AFTER = 2
 """Seconds after which asking again makes sense (``Retry-After``)."""
@@ -118,7 +116,9 @@ async def _wait(
             await bell.wait(left)
 
 
-@router.post("", status_code=202, response_model=JobView, responses={200: {"model": Plan}, **documented(400, 410, 413)})
+@router.post(
+    "", status_code=202, response_model=JobView, responses={200: {"model": DryRun}, **documented(400, 410, 413)}
+)
 async def create(
     body: JobRequest,
     response: Response,
@@ -133,7 +133,7 @@ async def create(
     """Make a job. `Prefer: wait=n` holds the answer until the job ends or n seconds have passed."""
     if validate_only:
 
-        def look() -> Plan:
+        def look() -> DryRun:
             with session_factory()() as session:
                 return service.plan(session, settings, owner.id, body)
 
@@ -146,9 +146,9 @@ async def create(
 
     job = await run_in_threadpool(make)
     if wait is None:
-        background.add_task(doorbell.ring, job.id)
+        background.add_task(dispatch.wake_worker, job.id)
     else:
-        await run_in_threadpool(doorbell.ring, job.id)
+        await run_in_threadpool(dispatch.wake_worker, job.id)
         job = await _wait(feed, owner.id, job.id, wait, lambda job: job.state in TERMINAL)
         response.headers["Preference-Applied"] = f"wait={wait}"
     response.headers["Location"] = f"/v1/jobs/{job.id}"
@@ -243,7 +243,7 @@ def _ask(trigger: Trigger, summary: str) -> None:
     ) -> JobView:
         job = service.ask(session, owner.id, job_id, trigger)
         if job.state == State.QUEUED:
-            background.add_task(doorbell.ring, job.id)
+            background.add_task(dispatch.wake_worker, job.id)
         return _view(job, response)
 
     router.post(

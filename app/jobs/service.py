@@ -13,16 +13,18 @@ from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
 from app.auth import repository as keys
-from app.catalog.errors import PruningError
 from app.config import Settings
 from app.fleet import repository as fleet
-from app.jobs import door, leases, repository, tokens, transitions
+from app.http import idempotency, logs
+from app.http.problem import Problem, invalid
+from app.jobs import admission, leases, repository, tokens, transitions
 from app.jobs.models import Job, JobEvent, JobRound
-from app.jobs.schemas import JobFilter, JobRequest, Plan
-from app.jobs.states import TERMINAL, State
+from app.jobs.schemas import JobFilter
 from app.jobs.transitions import Trigger
-from app.kit import idempotency, logs
-from app.kit.problem import Problem, invalid
+from secateur.catalog.request import JobRequest
+from secateur.contract.errors import PruningError
+from secateur.contract.jobs import DryRun
+from secateur.contract.states import TERMINAL, State
 
 TRASH = ".deleted"
 """The end of the name of a deleted job's folder."""
@@ -32,7 +34,7 @@ LEFTOVERS = ("attempt-*", ".attempt-*", "round-*.tmp")
 """What workers that were killed leave in a job's folder."""
 
 
-def plan(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest) -> Plan:
+def plan(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest) -> DryRun:
     """What the job would do; nothing is made.
 
     Raises:
@@ -41,7 +43,7 @@ def plan(session: Session, settings: Settings, owner_id: uuid.UUID, request: Job
     token = tokens.for_request(session, settings, owner_id, request.hub_token)
     largest = fleet.largest(session, settings.worker_silence)
     session.rollback()  # hands the connection back while the Hub is asked
-    return door.plan(door.admit(request, settings, token), settings, token, largest)
+    return admission.plan(admission.admit(request, settings, token), settings, token, largest)
 
 
 def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job:
@@ -57,9 +59,9 @@ def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: J
     token = tokens.for_request(session, settings, owner_id, request.hub_token)
     largest = fleet.largest(session, settings.worker_silence)
     session.rollback()  # as above
-    admitted = door.admit(request, settings, token)
+    admitted = admission.admit(request, settings, token)
     try:
-        revision = door.plan(admitted, settings, token, largest).revision or request.revision
+        revision = admission.plan(admitted, settings, token, largest).revision or request.revision
     except PruningError as error:
         if not error.retryable:
             raise
@@ -174,7 +176,7 @@ def ask(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, trigger: Trigg
 
 
 def delete(session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Delete a finished job, commit, and remove its folder; what a kill leaves of that, :func:`empty_trash` removes.
+    """Delete a finished job, commit, and remove its folder; what a kill leaves of that, :func:`delete_trash` removes.
 
     Raises:
         Problem: 404, or 409 on a job that has not ended.
@@ -191,7 +193,7 @@ def delete(session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uu
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def clear_attempts(session: Session, settings: Settings) -> None:
+def delete_abandoned_attempts(session: Session, settings: Settings) -> None:
     """Remove what killed workers left of attempts at jobs that nobody works on any more."""
     leftovers = [path for pattern in LEFTOVERS for path in settings.jobs_dir.glob(f"*/{pattern}")]
     owned = {str(job_id) for job_id in leases.owned_ids(session)}
@@ -204,7 +206,7 @@ def clear_attempts(session: Session, settings: Settings) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def expire_files(session: Session, settings: Settings) -> None:
+def delete_expired_files(session: Session, settings: Settings) -> None:
     """Remove the files of jobs that ended longer ago than they are kept; the jobs themselves stay."""
     if settings.retention is None or not settings.jobs_dir.is_dir():
         return
@@ -216,7 +218,7 @@ def expire_files(session: Session, settings: Settings) -> None:
         shutil.rmtree(settings.job_dir(job_id), ignore_errors=True)
 
 
-def empty_trash(settings: Settings) -> None:
+def delete_trash(settings: Settings) -> None:
     """Remove the folders of deleted jobs that were not removed to their end."""
     for trash in settings.jobs_dir.glob(f"*{TRASH}"):
         shutil.rmtree(trash, ignore_errors=True)

@@ -9,8 +9,8 @@ from sqlalchemy.orm import Session
 from app.auth import vault
 from app.auth.models import ApiKey
 from app.config import Settings
+from app.http.problem import invalid
 from app.jobs.models import Job
-from app.kit.problem import invalid
 
 
 def keep(settings: Settings, own: SecretStr | None) -> bytes | None:

@@ -14,8 +14,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.jobs.models import Job, JobEvent
-from app.jobs.states import TERMINAL, State
 from app.webhooks import repository as webhooks
+from secateur.contract.states import TERMINAL, State
 
 
 class Trigger(StrEnum):

@@ -14,12 +14,12 @@ import httpx2
 import pytest
 from sqlalchemy.orm import Session
 
-from app.cli import _line
+from secateur.cli.jobs import _line
 from app.config import Settings
-from app.jobs.schemas import JobView
-from app.jobs.states import State
+from secateur.contract.jobs import JobView
+from secateur.contract.states import State
 from tests.api import play
-from workers.cli import _show
+from secateur.cli.prune import _show
 
 ROOT = Path(__file__).parents[2]
 JOB_ID = uuid.UUID(int=0)
@@ -29,7 +29,7 @@ def run(
     *arguments: str, environment: dict[str, str] | None = None, input: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from workers.cli import main; main()", *arguments], input=input,
+        [sys.executable, "-m", "secateur", *arguments], input=input,
         capture_output=True, text=True, timeout=60, env=os.environ | (environment or {}), cwd=ROOT,
     )  # fmt: skip
 

@@ -13,7 +13,8 @@ import pytest
 from sqlalchemy.orm import Session
 
 from app.auth import service as auth
-from app.client import (
+from app.config import Settings
+from secateur.client import (
     AsyncClient,
     Client,
     Forbidden,
@@ -26,8 +27,7 @@ from app.client import (
     WaitTimeout,
     WrongState,
 )
-from app.client.frames import Frame
-from app.config import Settings
+from secateur.client.frames import Frame
 from tests.api import play
 
 CHUNK = 4096
@@ -228,7 +228,7 @@ def test_busy_services_are_asked_again_when_they_say(
     client: Client, monkeypatch: pytest.MonkeyPatch, settings: Settings
 ) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("app.client._sync.client.sleep", slept.append)
+    monkeypatch.setattr("secateur.client._sync.client.sleep", slept.append)
     answers = iter(
         [httpx2.Response(503, headers={"Retry-After": "7"}), httpx2.Response(429), httpx2.Response(200, json={})]
     )

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from app import catalog_schemas, contract
-from app.auth import schemas as auth_schemas
-from app.client import AsyncClient, Client
-from app.client._async import client as asynchronous
-from app.client._sync import client as synchronous
-from app.client_generator import generate
-from app.jobs import schemas as job_schemas
+from secateur.contract import catalog as catalog_schemas
+from secateur.contract import keys as auth_schemas
+from secateur.contract import jobs as job_schemas
 from app.main import create_app
+from scripts import openapi as contract
+from scripts.generate_client import generate
+from secateur.client import AsyncClient, Client
+from secateur.client._async import client as asynchronous
+from secateur.client._sync import client as synchronous
 
 DOCS = Path(__file__).parents[2] / "docs"
 OPERATIONS = {

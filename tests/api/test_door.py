@@ -7,8 +7,8 @@ import httpx2
 import pytest
 
 from app.config import Settings, get_settings
-from app.jobs.door import admit
-from app.jobs.schemas import JobRequest
+from app.jobs.admission import admit
+from secateur.catalog.request import JobRequest
 from tests import hub as fake
 from tests.api.conftest import CONFIG
 

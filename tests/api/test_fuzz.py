@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from app.config import Settings, get_settings
 from app.fleet import repository as fleet
-from app.kit import prefer
+from app.http import prefer
 from tests.api import play
 from tests.api.test_webhooks import SECRET
 from tests.hub import FakeHub

@@ -20,7 +20,7 @@ from app.config import Settings, get_settings
 from app.db.session import session_factory
 from app.fleet import repository as fleet
 from app.fleet.models import Worker
-from app.jobs import doorbell, leases
+from app.jobs import dispatch, leases
 from app.jobs.models import Job
 from tests.api import play
 
@@ -49,11 +49,11 @@ def test_ready_with_a_live_worker(url: str, session: Session, settings: Settings
 
 def test_silent_processes_are_forgotten(session: Session) -> None:
     fleet.beat(session, "a", "worker", {})
-    fleet.forget(session, 3600)
+    fleet.delete_silent(session, 3600)
     assert [worker.name for worker in fleet.live(session, 60)] == ["a"]
     session.execute(update(Worker).values(last_seen_at=func.now() - func.make_interval(0, 0, 0, 0, 2)))
     session.commit()
-    fleet.forget(session, 3600)
+    fleet.delete_silent(session, 3600)
     assert session.get(Worker, "a", populate_existing=True) is None
 
 
@@ -115,11 +115,11 @@ def test_the_doorbell_rings(api: httpx2.Client, body: dict[str, Any], broker_url
 
 def test_a_broker_that_is_away_or_hangs_stops_nobody(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setitem(doorbell.TRANSPORT_OPTIONS, "socket_timeout", 0.5)
+        monkeypatch.setitem(dispatch.TRANSPORT_OPTIONS, "socket_timeout", 0.5)
         for port in (9, silent.getsockname()[1]):
             monkeypatch.setattr(settings, "broker_url", f"redis://127.0.0.1:{port}/0")
             begun = time.monotonic()
-            doorbell.ring(uuid.uuid4())
+            dispatch.wake_worker(uuid.uuid4())
             assert time.monotonic() - begun < 3
 
 

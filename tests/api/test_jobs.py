@@ -16,10 +16,10 @@ from sqlalchemy.orm import Session
 
 from app.config import Settings
 from app.db.session import session_factory
+from app.http import idempotency, pages
+from app.http.idempotency import IdempotencyKey
 from app.jobs import service
 from app.jobs.models import Job, JobEvent, JobRound
-from app.kit import idempotency, pages
-from app.kit.idempotency import IdempotencyKey
 from tests.api import play
 from tests.api.conftest import CONFIG
 from workers import scheduler
@@ -165,7 +165,7 @@ class TestIdempotency:
         assert _make(api, body | {"seed": 1}, **{"Idempotency-Key": "k"})["id"] == second["id"]
         session.execute(update(IdempotencyKey).values(created_at=past))
         session.commit()
-        idempotency.expire(session, settings.idempotency_ttl)
+        idempotency.delete_expired(session, settings.idempotency_ttl)
         assert session.scalar(select(func.count()).select_from(IdempotencyKey)) == 0
 
     def test_a_deleted_job_is_not_made_again(self, api: httpx2.Client, body: Body) -> None:
@@ -338,7 +338,7 @@ class TestSteering:
             patch.setattr(shutil, "rmtree", lambda *_, **__: None)
             _delete(session, settings, job_id)
         assert len(list(settings.jobs_dir.iterdir())) == 2
-        scheduler.keep_house(session, settings)
+        scheduler.delete_leftovers(session, settings)
         assert list(settings.jobs_dir.iterdir()) == [settings.job_dir(live)]
 
     def test_delete_at_once(self, api: httpx2.Client, body: Body, session: Session, settings: Settings) -> None:

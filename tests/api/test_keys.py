@@ -14,10 +14,10 @@ from sqlalchemy.orm import Session
 from app.auth import service as auth
 from app.auth import vault
 from app.auth.models import ApiKey
-from app.auth.schemas import Scope
 from app.config import Settings, get_settings
 from app.jobs import leases, tokens
 from app.jobs.transitions import Trigger
+from secateur.contract.keys import Scope
 from tests import hub as fake
 from tests.api.test_cli import run
 

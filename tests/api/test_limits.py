@@ -18,11 +18,11 @@ from sqlalchemy.orm import Session, sessionmaker
 from app.auth.models import ApiKey
 from app.config import Settings, get_settings
 from app.db.session import session_factory
+from app.http import rate
+from app.http.problem import Problem
 from app.jobs import leases, service
-from app.jobs.schemas import JobRequest
 from app.jobs.transitions import Trigger
-from app.kit import rate
-from app.kit.problem import Problem
+from secateur.catalog.request import JobRequest
 from tests.test_leases import _at_once
 from tests.workers.conftest import ROOT
 
@@ -163,7 +163,7 @@ def test_files_are_kept_for_so_long(change: Change, api: httpx2.Client, body: di
         {"then": dt.datetime.now(dt.UTC) - dt.timedelta(hours=2), "id": old},
     )
     session.commit()
-    service.expire_files(session, settings)
+    service.delete_expired_files(session, settings)
     assert [settings.job_dir(job_id).exists() for job_id in (old, young, live)] == [False, True, True]
     assert api.get(f"/v1/jobs/{old}/artifacts").json()["items"] == []
     assert len(api.get(f"/v1/jobs/{young}/artifacts").json()["items"]) == 1

@@ -11,8 +11,8 @@ import pytest
 from sqlalchemy.orm import Session
 
 from app.config import Settings
+from app.http import logs
 from app.jobs.models import Job
-from app.kit import logs
 from tests.workers.conftest import ROOT
 
 
@@ -43,7 +43,7 @@ def test_a_job_keeps_the_id_of_its_request(api: httpx2.Client, body: dict[str, o
 def test_the_scheduler_writes_json(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_LOG_FORMAT", "json")
     script = (
-        "import logging; from app.config import get_settings; from app.kit import logs; logs.configure(get_settings());"
+        "import logging; from app.config import get_settings; from app.http import logs; logs.configure(get_settings());"
         "logging.getLogger('x').info('y')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)

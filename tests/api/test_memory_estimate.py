@@ -8,11 +8,11 @@ import httpx2
 import pytest
 from sqlalchemy.orm import Session
 
-from app.catalog.architectures import shape_from_config
-from app.catalog.errors import PruningError
-from app.catalog.memory import check_fits, estimate
-from app.catalog.spec import Calibration, PruningSpec
 from app.fleet import repository as fleet
+from secateur.catalog.architectures import shape_from_config
+from secateur.catalog.memory import check_fits, estimate
+from secateur.catalog.spec import Calibration, PruningSpec
+from secateur.contract.errors import PruningError
 from workers.devices import device_memory
 
 SPEED = Path(__file__).parents[2] / "docs" / "benchmarks" / "speed.json"

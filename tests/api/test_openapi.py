@@ -7,10 +7,10 @@ import httpx2
 import pytest
 from pydantic import BaseModel
 
-from app.catalog.sources import ModelSource
-from app.jobs import door, schemas
-from app.jobs.schemas import JobRequest
-from app.kit.problem import ProblemDetails
+from app.http.problem import ProblemDetails
+from app.jobs import admission, schemas
+from secateur.catalog.request import JobRequest
+from secateur.catalog.sources import ModelSource
 
 SMOLLM2_135M: dict[str, Any] = {
     "model_type": "llama",
@@ -40,7 +40,9 @@ def _operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, 
 def test_every_request_example_is_accepted(
     api: httpx2.Client, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "locate", lambda model_id, **_: ModelSource(model_id, None, "0" * 40, None, SMOLLM2_135M))
+    monkeypatch.setattr(
+        admission, "locate", lambda model_id, **_: ModelSource(model_id, None, "0" * 40, None, SMOLLM2_135M)
+    )
     examples = document["components"]["schemas"]["JobRequest"]["examples"]
     assert len(examples) == 4
     for example in examples:

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from app.auth import service as auth
 from app.config import Settings
-from app.kit.prefer import wait_seconds
+from app.http.prefer import wait_seconds
 from tests.api import play
 
 Body = dict[str, Any]

@@ -23,7 +23,7 @@ from tests.chaos.faults import FAULTS
 from tests.chaos.verdict import Accepted, Verdict, judge, torn_checkpoints
 from tests.chaos.world import World, running
 from tests.engine.models import SIZES, english, make_tokenizer, save
-from workers.scheduler import keep_house
+from workers.scheduler import delete_leftovers
 
 ROUNDS = 4
 SHARED_REPOSITORY = 0.2
@@ -64,7 +64,7 @@ def run(seed: int, faults: int, jobs: int, gap: float, patience: float, say: Cal
             servers = {process.pid for server in ("postgres", "valkey") for process in world.family(server)}
             left = [describe(process) for process in _family(before) if process.pid not in servers]
             with world.sessions()() as session:  # as the scheduler does once a minute
-                keep_house(session, world.settings)
+                delete_leftovers(session, world.settings)
             verdict = judge(world, client.accepted, audit.torn, left)
             verdict.counts = {"seconds": round(seconds), "faults": sum(struck.values()), **verdict.counts}
             if not os.path.ismount(data):

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.jobs.models import Job, JobEvent, JobRound
-from app.jobs.states import TERMINAL
+from secateur.contract.states import TERMINAL
 from tests.chaos.witness import SPAN
 from tests.chaos.world import World
 

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from workers import parent, publisher, runner
-from workers.parent import Parent
+from workers import publisher, runner, supervisor_link
+from workers.supervisor_link import SupervisorLink
 
 WORK = {"runner": runner.work, "publisher": publisher.work}
 PULSE = 0.02
@@ -32,7 +32,7 @@ def note_life(path: Path) -> None:
 def main() -> None:
     kind = sys.argv[1]
 
-    def witnessed(supervisor: Parent) -> dict[str, Any]:
+    def witnessed(supervisor: SupervisorLink) -> dict[str, Any]:
         job = supervisor.job
         notes = Path(os.environ["SECATEUR_CHAOS_NOTES"])
         name = f"{job['job_id']}.{job['attempt']}.{kind}.{os.getpid()}"
@@ -52,7 +52,7 @@ def main() -> None:
         supervisor.tell = note_round  # type: ignore[method-assign]
         return WORK[kind](supervisor)
 
-    parent.run(witnessed)
+    supervisor_link.run(witnessed)
 
 
 if __name__ == "__main__":

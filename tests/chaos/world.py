@@ -17,10 +17,10 @@ from sqlalchemy.orm import Session, sessionmaker
 from app.auth import service as auth
 from app.config import Settings
 from app.db.migrate import upgrade
+from secateur.processes import spawn
 from tests import hub as fake_hub
 from tests.chaos.proxy import Proxy
 from tests.hub import FakeHub
-from workers.child import spawn
 from workers.embedded import free_port, start_postgres, start_valkey
 
 WORKERS = 3
@@ -201,7 +201,7 @@ def _start(world: World) -> None:
 
     process("api", ["-m", "uvicorn", "app.main:create_app", "--factory", "--port", str(api_port)], {})
     world.url = f"http://127.0.0.1:{api_port}"
-    process("scheduler", ["-m", "workers.cli", "scheduler"], {})
+    process("scheduler", ["-m", "workers", "scheduler"], {})
     for number in range(WORKERS):
         name = f"worker{number}"
         world.proxies[name] = Proxy(postgres_port)

@@ -114,7 +114,7 @@ def test_what_a_job_has_come_to(page: Page, site: Site, succeeded: list[str], pi
     bars = page.get_by_role("img", name="Feed-forward channels by layer").locator("rect.series-1")
     assert bars.count() == len(report["widths"]["after"])
     heights = [float(bar.get_attribute("height") or 0) for bar in bars.all()]
-    widths = [layer["intermediate_size"] for layer in report["widths"]["after"]]
+    widths = [layer["channels"] for layer in report["widths"]["after"]]
     assert [height / heights[0] for height in heights] == pytest.approx([width / widths[0] for width in widths])
     dots = page.get_by_role("img", name="Perplexity by round").locator("circle")
     assert dots.count() == len(rounds)

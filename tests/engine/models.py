@@ -33,11 +33,11 @@ from transformers import (
     Starcoder2Config,
 )
 
-from app.catalog.architectures import shape_from_config
-from workers.engine.decoder import Decoder, token_losses
-from workers.engine.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM
+from secateur.catalog.architectures import shape_from_config
+from secateur.engine.model.decoder import Decoder, token_losses
+from secateur.engine.model.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM
 
-TEXTS = Path(__file__).parents[2] / "workers" / "demo"
+TEXTS = Path(__file__).parents[2] / "demo"
 VOCABULARY = 384
 
 SIZES: dict[str, Any] = {

@@ -9,15 +9,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from app.catalog.architectures import LayerShape, ModelShape, UnitCost
-from app.catalog.architectures.llama import LLAMA
-from app.catalog.errors import PruningError
-from app.catalog.spec import PruningSpec
-from workers.engine.allocation import ALLOCATORS, LayerLimit, whole_units
-from workers.engine.allocation.base import Share, fill
-from workers.engine.gates import GateStatistics
-from workers.engine.scoring import Scores
-from workers.engine.survey import Survey
+from secateur.catalog.architectures import LayerShape, ModelShape, UnitCost
+from secateur.catalog.architectures.llama import LLAMA
+from secateur.catalog.spec import PruningSpec
+from secateur.contract.errors import PruningError
+from secateur.engine.allocation import ALLOCATORS, LayerLimit, whole_units
+from secateur.engine.allocation.base import Share, fill
+from secateur.engine.measure.forward_statistics import ForwardStatistics
+from secateur.engine.measure.gates import GateStatistics
+from secateur.engine.scoring import Scores
 
 
 def context_of(shape: ModelShape, ratio: float, seed: int, **allocation: Any) -> Any:
@@ -28,16 +28,16 @@ def context_of(shape: ModelShape, ratio: float, seed: int, **allocation: Any) ->
         return torch.randn(count, generator=generator, dtype=torch.float64)
 
     gates = [
-        GateStatistics(*(draw(n) for n in (layer.kv_groups, layer.intermediate_size) * 2)) for layer in shape.layers
+        GateStatistics(*(draw(n) for n in (layer.kv_groups, layer.channels_per_expert) * 2)) for layer in shape.layers
     ]
     return SimpleNamespace(
         decoder=SimpleNamespace(shape=shape, layers=[SimpleNamespace(shape=layer) for layer in shape.layers]),
         spec=PruningSpec(target_ratio=ratio, method="random", allocation=allocation),
         target_ratio=ratio,
         gates=gates,
-        survey=Survey(draw(len(shape.layers)).tanh().tolist(), {}),
+        forward_statistics=ForwardStatistics(draw(len(shape.layers)).tanh().tolist(), {}),
         scores=Scores(
-            [draw(layer.kv_groups) for layer in shape.layers], [draw(s.intermediate_size) for s in shape.layers]
+            [draw(layer.kv_groups) for layer in shape.layers], [draw(s.channels_per_expert) for s in shape.layers]
         ),
         details={},
     )
@@ -89,7 +89,7 @@ def test_every_allocator_spends_its_budget(name: str, problem: tuple[ModelShape,
     counts = whole_units(shape.layers, share, groups, context.scores, cost, multiple)
     for was, gone, limit in zip(shape.layers, counts, limits, strict=True):
         assert 0 <= gone.kv_groups <= limit.kv_groups and 0 <= gone.channels <= limit.channels
-        left = was.intermediate_size - gone.channels
+        left = was.channels_per_expert - gone.channels
         assert gone.channels == 0 or left % multiple == 0
     given_up = sum(gone.kv_groups * cost.kv_group + gone.channels * cost.channel for gone in counts)
     assert abs(given_up - ratio * shape.prunable_parameters) <= half + 1e-6
@@ -119,8 +119,8 @@ def test_inner_spares_the_outer_layers() -> None:
 @pytest.mark.parametrize(("ratio", "alpha", "skipped"), [(0.1, 10, 6), (0.2, 10, 6), (0.5, 7, 2), (0.35, 8.5, 4)])
 def test_cosine_is_equation_11_with_the_first_and_last_layer_kept(ratio: float, alpha: float, skipped: int) -> None:
     context = context_of(SMOL, ratio, 3)
-    context.survey = Survey([0.9 + 0.002 * (index * 7 % 30) for index in range(30)], {})
-    cosines = context.survey.cosines
+    context.forward_statistics = ForwardStatistics([0.9 + 0.002 * (index * 7 % 30) for index in range(30)], {})
+    cosines = context.forward_statistics.cosines
     given_up = budgets("cosine", SMOL, ratio, context).budgets
     kept = [index for index, budget in enumerate(given_up) if budget == 0]
     assert {0, 29} <= set(kept) and len(kept) == round(skipped / 32 * 30)
@@ -166,7 +166,9 @@ def test_threshold_takes_the_lowest_scores_of_the_whole_model() -> None:
 def test_lsps_falls_in_a_line_with_sensitivity() -> None:
     context = context_of(SMOL, 0.3, 0)
     found = torch.tensor(budgets("lsps", SMOL, 0.3, context).budgets)
-    means = torch.stack([torch.cat([gate.head_gradient, gate.channel_gradient]).abs().mean() for gate in context.gates])
+    means = torch.stack(
+        [torch.cat([gate.kv_group_gradient, gate.channel_gradient]).abs().mean() for gate in context.gates]
+    )
     line = 1 - 0.9 * means / means.max()
     assert torch.allclose(found / found.sum(), (line / line.sum()).float(), rtol=1e-4)
 

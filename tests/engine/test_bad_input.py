@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from app.catalog.spec import Calibration, Evaluation, PruningSpec
+from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
+from secateur.engine import PruningError, prune
 from tests.engine.models import english, make_model, save
-from workers.engine import PruningError, prune
 
 TEXT = english("evaluation")
 

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
-from app.catalog.methods import (
+from secateur.catalog.methods import (
     DAMPING,
     GRADIENT_ALLOCATORS,
     GRADIENT_SCORERS,
@@ -17,17 +17,18 @@ from app.catalog.methods import (
     RecoveryKind,
     Scorer,
 )
-from app.catalog.spec import PruningSpec
-from workers.engine.allocation import ALLOCATORS
-from workers.engine.recovery import MENDS
-from workers.engine.scoring import MODEL_SCORERS, PART_SCORERS
+from secateur.catalog.spec import PruningSpec
+from secateur.engine.allocation import ALLOCATORS
+from secateur.engine.recovery import LAYERWISE_RECOVERIES
+from secateur.engine.scoring import LAYERWISE_SCORERS as BY_LAYER
+from secateur.engine.scoring import MODEL_SCORERS
 
 
 def test_every_name_has_its_function() -> None:
-    assert set(get_args(Scorer)) == MODEL_SCORERS.keys() | PART_SCORERS.keys()
+    assert set(get_args(Scorer)) == MODEL_SCORERS.keys() | BY_LAYER.keys()
     assert set(get_args(Allocator)) == ALLOCATORS.keys()
-    assert set(get_args(RecoveryKind)) == {"none", *MENDS, *TRAINED}
-    assert PART_SCORERS.keys() == LAYERWISE_SCORERS and not MODEL_SCORERS.keys() & LAYERWISE_SCORERS
+    assert set(get_args(RecoveryKind)) == {"none", *LAYERWISE_RECOVERIES, *TRAINED}
+    assert BY_LAYER.keys() == LAYERWISE_SCORERS and not MODEL_SCORERS.keys() & LAYERWISE_SCORERS
     assert MODEL_SCORERS.keys() > GRADIENT_SCORERS and ALLOCATORS.keys() > GRADIENT_ALLOCATORS | RANKING_ALLOCATORS
 
 
@@ -54,7 +55,7 @@ def test_a_refit_is_the_methods_own_where_nothing_else_is_asked_for() -> None:
 @pytest.mark.parametrize(("scorer", "allocator"), product(get_args(Scorer), get_args(Allocator)))
 def test_every_mix_is_let_in_but_ranking_what_has_no_scores_yet(scorer: Scorer, allocator: Allocator) -> None:
     parts = {"scoring": {"kind": scorer}, "allocation": {"kind": allocator}}
-    if scorer in PART_SCORERS and allocator == "threshold":
+    if scorer in LAYERWISE_SCORERS and allocator == "threshold":
         with pytest.raises(ValidationError, match="allowed: cosine, inner, lsps, uniform") as caught:
             PruningSpec.model_validate({"target_ratio": 0.2, "method": "random", **parts})
         assert [error["loc"] for error in caught.value.errors()] == [("allocation",)]

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 from transformers import AutoModelForCausalLM, AutoTokenizer, GlmConfig, PreTrainedTokenizerFast
 
-from app.catalog.errors import PruningError
-from app.catalog.sources import locate, read_shape
-from app.catalog.spec import Calibration, Evaluation, PruningSpec
+from secateur.catalog.sources import locate, read_shape
+from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
+from secateur.contract.errors import PruningError
+from secateur.engine import prune
+from secateur.engine.model.loading import load
 from tests import hub as fake_hub
 from tests.engine.models import english, make_tokenizer
-from workers.engine import prune
-from workers.engine.loading import load
 
 CONFIG: dict[str, Any] = {
     "model_type": "chatglm",

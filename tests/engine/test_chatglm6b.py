@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.catalog.errors import PruningError
-from app.catalog.sources import locate, read_shape
-from app.catalog.spec import PruningSpec
+from secateur.catalog.sources import locate, read_shape
+from secateur.catalog.spec import PruningSpec
+from secateur.contract.errors import PruningError
+from secateur.engine import prune
+from secateur.engine.measure.texts import sample_windows
+from secateur.engine.model.decoder import Decoder, token_losses
+from secateur.engine.model.loading import load
+from secateur.engine.model.modeling_chatglm6b import ChatGLM6BForCausalLM
 from tests.engine.models import english
 from tests.engine.test_chatglm import sentencepiece
-from workers.engine import prune
-from workers.engine.calibration import sample_windows
-from workers.engine.decoder import Decoder, token_losses
-from workers.engine.loading import load
-from workers.engine.modeling_chatglm6b import ChatGLM6BForCausalLM
 
 PIECES = 440
 MASK, GMASK, BEGIN, END = PIECES, PIECES + 1, PIECES + 4, PIECES + 5

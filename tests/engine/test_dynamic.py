@@ -15,17 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from app.catalog.errors import PruningError
-from app.catalog.sources import locate
-from app.catalog.spec import PruningSpec
+from secateur.catalog.sources import locate
+from secateur.catalog.spec import PruningSpec
+from secateur.contract.errors import PruningError
+from secateur.engine import Paused, prune
+from secateur.engine.dynamic.calibrate import kept_units, nystrom, priors, saved_share
+from secateur.engine.dynamic.modeling import DAMPING, PRIORS
+from secateur.engine.dynamic.targets import write_dynamic
+from secateur.engine.model.decoder import Decoder
+from secateur.engine.model.loading import load
+from secateur.engine.scoring.base import Context
 from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, english, make_model, save
-from workers.engine import Paused, prune
-from workers.engine.decoder import Decoder
-from workers.engine.dynamic.calibrate import kept_units, nystrom, priors, saved_share
-from workers.engine.dynamic.modeling import DAMPING, PRIORS
-from workers.engine.dynamic.targets import write_dynamic
-from workers.engine.loading import load
-from workers.engine.scoring.base import Context
 
 DENSE = [name for name in FAMILIES if name not in ("chatglm6b", "mixtral", "qwen3-moe")]
 SEVERAL = ["llama", "gemma2", "phi3", "gpt2", "gpt-neox", "opt"]
@@ -94,16 +94,16 @@ def continued(model: Any, prompt: Tensor, after: Tensor, mask: Tensor | None = N
 def gates(decoder: Decoder, chosen: dict[tuple[int, str], Tensor]) -> Iterator[None]:
     """What enters the output projections is zero but for the chosen units ``[batch, n]``."""
     hooks = []
-    for (index, part), units in chosen.items():
+    for (index, structure), units in chosen.items():
         layer = decoder.layers[index]
-        gate = torch.zeros(len(units), layer.units(part)).scatter_(1, units, 1.0)  # type: ignore[arg-type]
-        gate = gate.repeat_interleave(layer.width(part), 1)  # type: ignore[arg-type]
+        gate = torch.zeros(len(units), layer.units(structure)).scatter_(1, units, 1.0)  # type: ignore[arg-type]
+        gate = gate.repeat_interleave(layer.width(structure), 1)  # type: ignore[arg-type]
 
         def close(_: Any, args: tuple[Tensor], gate: Tensor = gate) -> tuple[Tensor]:
             inputs = args[0].reshape(len(PROMPTS), -1, gate.shape[1])
             return ((inputs * gate[:, None]).reshape(args[0].shape),)
 
-        hooks.append(layer.output(part).register_forward_pre_hook(close))  # type: ignore[arg-type]
+        hooks.append(layer.output(structure).register_forward_pre_hook(close))  # type: ignore[arg-type]
     yield
     for hook in hooks:
         hook.remove()
@@ -114,35 +114,35 @@ def needed(case: Case, prompts: Tensor, weight: float, together: bool) -> dict[t
     seen: dict[tuple[int, str], Tensor] = {}
     decoder, known, chosen = case.plain, load_file(case.folder / PRIORS), {}
     hooks = [
-        layer.output(part).register_forward_pre_hook(
-            lambda _, args, key=(index, part): seen.__setitem__(
+        layer.output(structure).register_forward_pre_hook(
+            lambda _, args, key=(index, structure): seen.__setitem__(
                 key, args[0].reshape(len(prompts), -1, args[0].shape[-1])
             )
         )
         for index, layer in enumerate(decoder.layers)
-        for part in ("heads", "channels")
+        for structure in ("kv_groups", "channels")
     ]
     decoder.model(prompts, use_cache=False)
     for hook in hooks:
         hook.remove()
-    for (index, part), inputs in seen.items():
+    for (index, structure), inputs in seen.items():
         layer = decoder.layers[index]
-        columns, width = layer.output(part).weight, layer.width(part)  # type: ignore[arg-type]
+        columns, width = layer.output(structure).weight, layer.width(structure)  # type: ignore[arg-type]
         energies = torch.stack(
             [
                 sum(
                     (inputs[:, :, at] ** 2).sum(1) * (columns[:, at] ** 2).sum()
                     for at in range(unit * width, (unit + 1) * width)
                 )  # type: ignore[misc]
-                for unit in range(layer.units(part))  # type: ignore[arg-type]
+                for unit in range(layer.units(structure))  # type: ignore[arg-type]
             ],
             1,
         )
         energies = energies / energies.mean(1, keepdim=True)
         energies = energies.mean(0, keepdim=True).expand(len(prompts), -1) if together else energies
-        prior = known[f"{index}.{part}.energy"]
+        prior = known[f"{index}.{structure}.energy"]
         mixed = (1 - weight) * energies + weight * prior / prior.mean()
-        chosen[index, part] = mixed.topk(case.kept[index][part == "channels"], 1).indices
+        chosen[index, structure] = mixed.topk(case.kept[index][structure == "channels"], 1).indices
     return chosen
 
 

@@ -12,20 +12,20 @@ import torch
 import yaml
 from torch import Tensor
 
-from app.catalog.errors import PruningError
-from app.catalog.sources import locate
-from app.catalog.spec import Evaluation, PruningSpec
+from secateur.catalog.sources import locate
+from secateur.catalog.spec import Evaluation, PruningSpec
+from secateur.contract.errors import PruningError
+from secateur.engine.evaluation import latency
+from secateur.engine.evaluation.energy import energy_meter
+from secateur.engine.evaluation.generation import NEW_TOKENS, PROMPTS, generations
+from secateur.engine.evaluation.latency import Protocol, measure_latency
+from secateur.engine.evaluation.zero_shot import task_config, zero_shot
+from secateur.engine.measure.texts import read_texts
+from secateur.engine.model.decoder import Decoder
+from secateur.engine.model.loading import load
+from secateur.engine.run import pipeline
 from tests.engine.models import english
 from tests.engine.test_prune import SHORT, run, spec
-from workers.engine import pipeline
-from workers.engine.calibration import read_texts
-from workers.engine.decoder import Decoder
-from workers.engine.evaluation import latency
-from workers.engine.evaluation.energy import energy_meter
-from workers.engine.evaluation.generation import NEW_TOKENS, PROMPTS, generations
-from workers.engine.evaluation.latency import Protocol, measure_latency
-from workers.engine.evaluation.zero_shot import task_config, zero_shot
-from workers.engine.loading import load
 
 WORDS = ["river", "the old stone bridge", "a", "bread and salt", "winter", "of the", "seven"]
 CHOICES: list[dict[str, Any]] = [
@@ -235,7 +235,7 @@ def test_a_report_has_all_of_it_for_both_models(
     assert report["retained_accuracy"] == (mean["after"] / mean["before"] if mean["before"] else None)
     assert report["generations"][0]["prompt"] == "The river"
     widths = report["widths"]
-    units = [sum(layer["kv_groups"] + layer["intermediate_size"] for layer in widths[when]) for when in widths]
+    units = [sum(layer["kv_groups"] + layer["channels"] for layer in widths[when]) for when in widths]
     assert report["redundancy_removed"] == pytest.approx(1 - units[1] / units[0])
     rounds = [event for event in events if event["type"] == "round"]
     assert ["benchmarks" in event["data"] for event in rounds] == [True, False, True], "the first model and the last"

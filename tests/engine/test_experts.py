@@ -13,21 +13,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from app.catalog.architectures import shape_from_config
-from app.catalog.errors import PruningError
-from app.catalog.methods import BIASING, METHODS, STATIC_METHODS
-from app.catalog.sources import locate
-from app.catalog.spec import PruningSpec
+from secateur.catalog.architectures import shape_from_config
+from secateur.catalog.methods import BIASING, METHODS, STATIC_METHODS
+from secateur.catalog.sources import locate
+from secateur.catalog.spec import PruningSpec
+from secateur.contract.errors import PruningError
+from secateur.engine import prune
+from secateur.engine.allocation.schedule import round_targets
+from secateur.engine.evaluation import forward_flops
+from secateur.engine.measure.layer_stream import LayerStream
+from secateur.engine.model.decoder import Decoder, token_losses
+from secateur.engine.model.loading import load
+from secateur.engine.run.rounds import prune_round
+from secateur.engine.scoring import Context
+from secateur.engine.scoring.taylor import gradients_from_the_end, unit_weights
 from tests.engine.models import VOCABULARY, decoder_of, make_model, save
-from workers.engine import prune
-from workers.engine.decoder import Decoder, token_losses
-from workers.engine.evaluation import forward_flops
-from workers.engine.loading import load
-from workers.engine.rounds import prune_round
-from workers.engine.schedule import round_targets
-from workers.engine.scoring import Context
-from workers.engine.scoring.taylor import gradients_from_the_end, unit_weights
-from workers.engine.sweep import Sweep
 
 TOKENS = torch.randint(VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(2))
 NAMES = ["mixtral", "qwen3-moe"]
@@ -59,7 +59,7 @@ def test_every_expert_gives_its_own_lowest(method: str, tokenizer: PreTrainedTok
     assert abs(pruned.reached_ratio - 0.4) <= block + 1e-9
     differ = False
     for index, (layer, kept) in enumerate(zip(pruned.layers, plan.layers, strict=True)):
-        width, by_expert = layer.shape.intermediate_size, torch.tensor(kept.channels).view(4, -1)
+        width, by_expert = layer.shape.channels_per_expert, torch.tensor(kept.channels).view(4, -1)
         assert by_expert.shape == (4, width) and bool((by_expert // 160 == torch.arange(4)[:, None]).all())
         differ |= bool((by_expert % 160 != by_expert[0] % 160).any())
         if context.scores is not None and width < 160:
@@ -78,9 +78,9 @@ def test_moments_are_each_experts_own(reference: bool, tokenizer: PreTrainedToke
     with torch.no_grad():  # so that something is missing
         decoder.layers[0].attention_output.weight.mul_(0.9)
     block = stock.model.layers[0].mlp
-    sweep = Sweep(decoder, TOKENS, 2, whole if reference else None)
-    next(iter(sweep.layers()))
-    found = sweep.moments("channels")
+    stream = LayerStream(decoder, TOKENS, 2, whole if reference else None)
+    next(iter(stream.layers()))
+    found = stream.moments("channels")
     states: dict[str, Tensor] = {}
     hooks = [
         owner.register_forward_hook(lambda _, args, out, key=key: states.update({key: out, f"{key}-in": args[0]}))
@@ -150,7 +150,7 @@ def test_a_whole_job(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None
     assert sum(parameter.numel() for parameter in loaded.parameters()) == report["parameters"]["after"]
     assert report["flops"]["after"] < report["flops"]["before"]
     assert {layer.mlp.experts.down_proj.shape[2] for layer in loaded.model.layers} == {
-        width["intermediate_size"] for width in report["widths"]["after"]
+        width["channels"] for width in report["widths"]["after"]
     }
 
 

@@ -14,18 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from app.catalog.architectures import ModelShape
-from app.catalog.errors import PruningError
-from app.catalog.sources import locate
+from secateur.catalog.architectures import ModelShape
+from secateur.catalog.sources import locate
+from secateur.contract.errors import PruningError
+from secateur.engine import PruningSpec
+from secateur.engine.export import check_checkpoint, checkpoint
+from secateur.engine.export.card import model_card
+from secateur.engine.model.cutting import apply_plan, pad
+from secateur.engine.model.decoder import Decoder
+from secateur.engine.model.loading import load
+from secateur.engine.model.plan import LayerPlan, Plan
 from tests.engine.models import FAMILIES, LIKE_LLAMA, VOCABULARY, decoder_of, make_model, save
 from tests.engine.test_slicing import of_each, some_plan
-from workers.engine import PruningSpec
-from workers.engine.decoder import Decoder
-from workers.engine.export import check_checkpoint, checkpoint
-from workers.engine.export.card import model_card
-from workers.engine.loading import load
-from workers.engine.plan import LayerPlan, Plan
-from workers.engine.slicing import apply_plan, pad
 
 STRANGER = """
 import copy, pickle, sys, torch
@@ -207,7 +207,7 @@ def test_layouts_for_the_stock_class_need_no_code(name: str, cases: dict[str, Ca
     as_another = case.decoder.shape.family.name == "llama" and 48 % width.heads != 0
     assert config["architectures"] == ["MistralForCausalLM" if as_another else type(case.decoder.model).__name__]
     assert as_another or name != TWIN
-    assert width.intermediate_size == (96 if name.endswith("padded") else 80)
+    assert width.channels_per_expert == (96 if name.endswith("padded") else 80)
     if name.startswith(("mistral", "qwen", "phi", "glm")):
         assert width.kv_groups == (1 if name.endswith("uniform") else 2)
     if name.startswith(("gpt", "opt")):

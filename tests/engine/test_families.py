@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from app.catalog.architectures import shape_from_config
-from app.catalog.methods import BIASING, METHODS
-from app.catalog.spec import PruningSpec
+from secateur.catalog.architectures import shape_from_config
+from secateur.catalog.methods import BIASING, METHODS
+from secateur.catalog.spec import PruningSpec
+from secateur.engine.allocation.schedule import round_targets
+from secateur.engine.model.decoder import Decoder
+from secateur.engine.model.fused import Fused
+from secateur.engine.run.rounds import prune_round
+from secateur.engine.scoring import Context
 from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, make_model
-from workers.engine.decoder import Decoder
-from workers.engine.fused import Fused
-from workers.engine.rounds import prune_round
-from workers.engine.schedule import round_targets
-from workers.engine.scoring import Context
 
 TOKENS = torch.randint(VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(2))
 

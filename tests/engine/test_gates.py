@@ -7,9 +7,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from secateur.engine.measure.gates import gate_statistics, shielded_loss_change
+from secateur.engine.model.decoder import Decoder, gated, token_losses
 from tests.engine.models import VOCABULARY, decoder_of, english, make_model
-from workers.engine.decoder import Decoder, gated, token_losses
-from workers.engine.gates import gate_statistics, shielded_loss_change
 
 
 def ignore(share: float) -> None:
@@ -33,7 +33,7 @@ def test_gradients_match_finite_differences(tokenizer: PreTrainedTokenizerFast) 
     step = 2e-3  # norms compute in float32 whatever the model: smaller steps drown in its rounding
     for index, layer in enumerate(decoder.layers):
         for kind, units, found in (
-            ("heads", range(layer.kv_groups), statistics[index].head_gradient),
+            ("kv_groups", range(layer.kv_groups), statistics[index].kv_group_gradient),
             ("channels", range(0, layer.channels, 37), statistics[index].channel_gradient),
         ):
             for unit in units:
@@ -94,7 +94,7 @@ def test_estimated_loss_change_ranks_like_exact_shielding(
         assert spearmanr(statistics[index].channel_loss_change, exact).statistic > 0.8
         assert spearmanr(-statistics[index].channel_gradient, exact).statistic > 0.5
     heads = torch.cat(shielded_loss_change(decoder, tokens, 8, ignore))
-    estimate = torch.cat([layer.head_loss_change for layer in statistics])
+    estimate = torch.cat([layer.kv_group_loss_change for layer in statistics])
     assert spearmanr(estimate, heads).statistic > 0.6
 
 

@@ -12,20 +12,20 @@ from gguf import GGUFReader, GGUFWriter
 from sentencepiece import SentencePieceTrainer
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from app.catalog.architectures import shape_from_config
-from app.catalog.errors import PruningError
-from app.catalog.gguf import GgufKind, gguf_architecture, gguf_obstacle
-from app.catalog.sources import ModelSource, locate
+from secateur.catalog.architectures import shape_from_config
+from secateur.catalog.gguf import GgufKind, gguf_architecture, gguf_obstacle
+from secateur.catalog.sources import ModelSource, locate
+from secateur.contract.errors import PruningError
+from secateur.engine import PruningSpec, prune
+from secateur.engine.export import gguf as export
+from secateur.engine.export.gguf import check_gguf, check_ready, compare, write_gguf
+from secateur.engine.export.gguf_tokenizer import DIGITS, GPT2, PRE_TOKENIZERS
+from secateur.engine.model.cutting import apply_plan
+from secateur.engine.model.decoder import Decoder
+from secateur.engine.model.loading import load
+from secateur.engine.model.plan import LayerPlan, Plan
 from tests.engine.models import FAMILIES, SIZES, VOCABULARY, english, make_model, save
 from tests.engine.test_slicing import of_each, some_plan
-from workers.engine import PruningSpec, prune
-from workers.engine.decoder import Decoder
-from workers.engine.export import gguf as export
-from workers.engine.export.gguf import check_gguf, check_ready, compare, write_gguf
-from workers.engine.export.gguf_tokenizer import DIGITS, GPT2, PRE_TOKENIZERS
-from workers.engine.loading import load
-from workers.engine.plan import LayerPlan, Plan
-from workers.engine.slicing import apply_plan
 
 DIFFERENT = some_plan(shape_from_config({"model_type": "llama", **SIZES}))
 UNIFORM = Plan((LayerPlan((0, 2), tuple(range(64))),) * 3)
@@ -101,7 +101,7 @@ def test_what_the_file_says(name: str, plan: Plan, tokenizer: PreTrainedTokenize
     assert fields["general.architecture"] == architecture
     sizes = [layer.shape for layer in decoder.layers]
     for key, expected in (
-        ("feed_forward_length", [layer.intermediate_size for layer in sizes]),
+        ("feed_forward_length", [layer.channels_per_expert for layer in sizes]),
         ("attention.head_count", [layer.heads for layer in sizes]),
         ("attention.head_count_kv", [layer.kv_groups for layer in sizes]),
     ):

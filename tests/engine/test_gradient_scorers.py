@@ -9,14 +9,14 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from app.catalog.errors import PruningError
-from app.catalog.spec import PruningSpec
+from secateur.catalog.spec import PruningSpec
+from secateur.contract.errors import PruningError
+from secateur.engine.model.cutting import apply_plan
+from secateur.engine.model.decoder import token_losses
+from secateur.engine.model.plan import LayerPlan, Plan
+from secateur.engine.scoring import Context, Scores, llm_pruner, loraprune, movement
+from secateur.engine.scoring.taylor import training_batches
 from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, english, make_model
-from workers.engine.decoder import token_losses
-from workers.engine.plan import LayerPlan, Plan
-from workers.engine.scoring import Context, Scores, llm_pruner, loraprune, movement
-from workers.engine.scoring.taylor import training_batches
-from workers.engine.slicing import apply_plan
 
 SCORERS = {"llm-pruner": llm_pruner.score, "movement": movement.score, "loraprune": loraprune.score}
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
@@ -92,7 +92,7 @@ def differentiated(model: PreTrainedModel, tokens: Tensor) -> tuple[list[Salienc
 
 
 def assert_close(found: Scores, expected: list[tuple[Tensor, Tensor]], tolerance: float) -> None:
-    for heads, channels, (wanted_heads, wanted_channels) in zip(found.heads, found.channels, expected, strict=True):
+    for heads, channels, (wanted_heads, wanted_channels) in zip(found.kv_groups, found.channels, expected, strict=True):
         for one, other in ((heads, wanted_heads), (channels, wanted_channels)):
             assert one.dtype == torch.float64 and one.device.type == "cpu" and one.shape == other.shape
             assert float((one - other).norm() / other.norm()) < tolerance
@@ -292,7 +292,7 @@ def test_threads_do_not_change_the_order(
     for count in (1, 2):
         threads(count)
         found.append(scorer(context_of(trained, tokenizer, text[:4, :32], batch_windows=2, seed=3)))
-    for one, other in zip(found[0].heads + found[0].channels, found[1].heads + found[1].channels, strict=True):
+    for one, other in zip(found[0].kv_groups + found[0].channels, found[1].kv_groups + found[1].channels, strict=True):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
         assert torch.equal(one.argsort(), other.argsort())
 

@@ -12,7 +12,7 @@ PRUNE = """
 import sys, threading, time
 from pathlib import Path
 import torch
-from workers.engine import PruningSpec, prune
+from secateur.engine import PruningSpec, prune
 
 torch.set_num_threads(1)
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from app.catalog.spec import PruningSpec, Scoring
+from secateur.catalog.spec import PruningSpec, Scoring
+from secateur.engine.allocation import best
+from secateur.engine.measure.layer_stream import LayerStream
+from secateur.engine.model.cutting import cut
+from secateur.engine.model.decoder import STRUCTURES, Decoder, Structure
+from secateur.engine.scoring import LAYERWISE_SCORERS, Context, UnitContext, flap, second_order
 from tests.engine.models import VOCABULARY, decoder_of, make_model
-from workers.engine.allocation import best
-from workers.engine.decoder import PARTS, Decoder, Part
-from workers.engine.scoring import PART_SCORERS, Context, PartContext, flap, second_order
-from workers.engine.slicing import cut
-from workers.engine.sweep import Sweep
 
 TOKENS = torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(2))
 MODELS: dict[str, dict[str, Any]] = {
@@ -24,7 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "llama-multi-head": {"num_attention_heads": 12, "num_key_value_heads": 12},
 }
-Where = tuple[int, Part]
+Where = tuple[int, Structure]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -33,17 +33,17 @@ def decoder(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) 
 
 
 def places(decoder: Decoder) -> Iterator[Where]:
-    return ((index, part) for index in range(len(decoder.layers)) for part in PARTS)
+    return ((index, structure) for index in range(len(decoder.layers)) for structure in STRUCTURES)
 
 
 def stored(decoder: Decoder, where: Where) -> tuple[Tensor, Tensor, Tensor]:
-    """What enters a part, what enters its output projection and what leaves that: ``[tokens, ...]``, from a plain forward."""
-    index, part = where
+    """What enters a structure, what enters its output projection and what leaves that: ``[tokens, ...]``, from a plain forward."""
+    index, structure = where
     layer = decoder.layers[index]
     seen: dict[str, Tensor] = {}
     hooks = [
-        layer.inputs(part)[-1].register_forward_hook(lambda _, args, __: seen.update(entering=args[0])),
-        layer.output(part).register_forward_hook(lambda _, args, out: seen.update(inputs=args[0], leaving=out)),
+        layer.inputs(structure)[-1].register_forward_hook(lambda _, args, __: seen.update(entering=args[0])),
+        layer.output(structure).register_forward_hook(lambda _, args, out: seen.update(inputs=args[0], leaving=out)),
     ]
     decoder.model(TOKENS)
     for hook in hooks:
@@ -52,12 +52,12 @@ def stored(decoder: Decoder, where: Where) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scored(decoder: Decoder, where: Where, scorer: str, removed: int = 1, **settings: Any) -> Tensor:
-    index, part = where
-    sweep = Sweep(decoder, TOKENS, 2, None)
-    for number, layer in enumerate(sweep.layers()):
+    index, structure = where
+    stream = LayerStream(decoder, TOKENS, 2, None)
+    for number, layer in enumerate(stream.layers()):
         if number == index:
-            context = PartContext(layer, part, 0, sweep.moments(part)[0], removed, Scoring(**settings))
-            return PART_SCORERS[scorer](context).double()
+            context = UnitContext(layer, structure, 0, stream.moments(structure)[0], removed, Scoring(**settings))
+            return LAYERWISE_SCORERS[scorer](context).double()
     raise AssertionError
 
 
@@ -81,10 +81,10 @@ def test_wanda(decoder: Decoder) -> None:
 
 def group_importance(decoder: Decoder, where: Where) -> list[float]:
     """LoRAP's: a norm for each projection, over all weights of the unit scaled by the norms of what they multiply."""
-    layer, part = decoder.layers[where[0]], where[1]
+    layer, structure = decoder.layers[where[0]], where[1]
     entering, inputs, _ = stored(decoder, where)
-    scaled = [units_of(decoder, where, layer.output(part).weight * inputs.norm(dim=0), 1)]
-    scaled += [units_of(decoder, where, linear.weight * entering.norm(dim=0)) for linear in layer.inputs(part)]
+    scaled = [units_of(decoder, where, layer.output(structure).weight * inputs.norm(dim=0), 1)]
+    scaled += [units_of(decoder, where, linear.weight * entering.norm(dim=0)) for linear in layer.inputs(structure)]
     return [sum(float(piece.norm()) for piece in pieces) for pieces in zip(*scaled, strict=True)]
 
 
@@ -105,20 +105,24 @@ def pearson(one: Tensor, other: Tensor) -> float:
 
 def similarities(decoder: Decoder, where: Where) -> list[float]:
     """Of attention's output and its output when a head is cut out of the model, by head."""
-    index, part = where
+    index, structure = where
     _, _, whole = stored(decoder, where)
     found = []
-    for gone in range(decoder.layers[index].units(part)):
+    for gone in range(decoder.layers[index].units(structure)):
         without = decoder_of(copy.deepcopy(decoder.model), decoder.tokenizer)
-        cut(without.layers[index], part, [unit for unit in range(without.layers[index].units(part)) if unit != gone])
+        cut(
+            without.layers[index],
+            structure,
+            [unit for unit in range(without.layers[index].units(structure)) if unit != gone],
+        )
         found.append(pearson(stored(without, where)[2], whole))
     return found
 
 
 def test_slimllm_drops_the_head_whose_absence_is_least_seen(decoder: Decoder) -> None:
     for index in range(3):
-        expected = similarities(decoder, (index, "heads"))
-        assert_close(-scored(decoder, (index, "heads"), "slimllm", greedy_swaps=False), expected, 1e-6)
+        expected = similarities(decoder, (index, "kv_groups"))
+        assert_close(-scored(decoder, (index, "kv_groups"), "slimllm", greedy_swaps=False), expected, 1e-6)
 
 
 def algorithm_1(outputs: list[Tensor], expected: list[float], removed: int) -> set[int]:
@@ -139,7 +143,7 @@ def test_slimllm_swaps_by_algorithm_1(tokenizer: PreTrainedTokenizerFast) -> Non
     swapped = 0
     decoder = decoder_of(make_model("llama-multi-head", **MODELS["llama-multi-head"]).double(), tokenizer)
     for index in range(3):
-        where: Where = (index, "heads")
+        where: Where = (index, "kv_groups")
         _, inputs, _ = stored(decoder, where)
         weights = units_of(decoder, where, decoder.layers[index].attention_output.weight, 1)
         outputs = [x @ w.T for x, w in zip(units_of(decoder, where, inputs, 1), weights, strict=True)]
@@ -185,7 +189,7 @@ def test_flap(decoder: Decoder) -> None:
         _, inputs, _ = stored(decoder, where)
         weight = decoder.layers[where[0]].output(where[1]).weight.numpy()
         metric = inputs.numpy().var(axis=0) * (weight**2).sum(axis=0)
-        metric = metric**2 if where[1] == "heads" else metric
+        metric = metric**2 if where[1] == "kv_groups" else metric
         standard = torch.tensor((metric - metric.mean()) / metric.std(ddof=1))
         expected = [float(unit.mean()) for unit in units_of(decoder, where, standard)]
         assert_close(found.of(where[1])[where[0]], expected, 1e-8)

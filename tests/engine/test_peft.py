@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from secateur.engine.model.decoder import token_losses
 from tests.engine.models import LIKE_LLAMA, VOCABULARY
 from tests.engine.test_export import make_case
-from workers.engine.decoder import token_losses
 
 WITHOUT_DEFAULTS = ("glm", "glm4", "phi3", "mixtral", "qwen3-moe", *LIKE_LLAMA)
 """PEFT has no target modules of its own for most of these types, pruned or not."""

@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from app.catalog.architectures import LayerShape, ModelShape, UnitCost, shape_from_config
-from app.catalog.architectures.llama import LLAMA
-from app.catalog.errors import PruningError
+from secateur.catalog.architectures import LayerShape, ModelShape, UnitCost, shape_from_config
+from secateur.catalog.architectures.llama import LLAMA
+from secateur.contract.errors import PruningError
+from secateur.engine.allocation import Share, UnitCounts, best, whole_units
+from secateur.engine.allocation.base import fill
+from secateur.engine.allocation.schedule import cumulative_ratios, round_targets
+from secateur.engine.model.plan import LayerPlan, Plan
+from secateur.engine.scoring import Scores
 from tests.engine.models import FAMILIES, decoder_of, make_model
-from workers.engine.allocation import Share, UnitCounts, best, whole_units
-from workers.engine.allocation.base import fill
-from workers.engine.plan import LayerPlan, Plan
-from workers.engine.schedule import cumulative_ratios, round_targets
-from workers.engine.scoring import Scores
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -34,7 +34,7 @@ def test_unit_costs_by_hand() -> None:
     shape = shape_from_config(make_model("llama").config.to_dict())
     # hidden 48, 6 heads of 8 in 3 groups: 2 heads' q rows and o columns, one k row block, one v row block
     assert shape.cost == UnitCost(kv_group=48 * (16 + 8 + 8 + 16), channel=3 * 48, fixed=0)
-    assert shape.layers[0] == LayerShape(kv_groups=3, heads=6, head_dim=8, intermediate_size=160)
+    assert shape.layers[0] == LayerShape(kv_groups=3, heads=6, head_dim=8, channels_per_expert=160)
 
 
 def test_plans_compose() -> None:
@@ -98,7 +98,7 @@ def test_what_the_door_lets_in_is_met_to_within_half_a_block(
     for target in round_targets(shape, ratio, rounds, schedule, multiple):
         groups = target.kv_groups - sum(a.kv_groups - b.kv_groups for a, b in zip(shape.layers, layers, strict=True))
         channels = target.channel_parameters - cost.channel * sum(
-            a.intermediate_size - b.intermediate_size for a, b in zip(shape.layers, layers, strict=True)
+            a.channels_per_expert - b.channels_per_expert for a, b in zip(shape.layers, layers, strict=True)
         )
         limits = [
             count * cost.kv_group + width * cost.channel
@@ -112,11 +112,11 @@ def test_what_the_door_lets_in_is_met_to_within_half_a_block(
         scores = Scores([torch.rand(s.kv_groups, generator=generator) for s in layers], []) if scored else None
         counts = whole_units(layers, Share(budgets), groups, scores, cost, multiple)
         for was, gone in zip(layers, counts, strict=True):
-            width = was.intermediate_size - gone.channels
-            assert gone.kv_groups < was.kv_groups and width >= min(multiple, was.intermediate_size)
-            assert width == was.intermediate_size or width % multiple == 0
+            width = was.channels_per_expert - gone.channels
+            assert gone.kv_groups < was.kv_groups and width >= min(multiple, was.channels_per_expert)
+            assert width == was.channels_per_expert or width % multiple == 0
         layers = [
-            LayerShape(left, left * was.heads_per_group, 16, was.intermediate_size - gone.channels)
+            LayerShape(left, left * was.heads_per_group, 16, was.channels_per_expert - gone.channels)
             for was, gone in zip(layers, counts, strict=True)
             for left in [was.kv_groups - gone.kv_groups]
         ]

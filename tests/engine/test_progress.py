@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from app.catalog.spec import PruningSpec
-from workers.engine import progress
-from workers.engine.progress import CHECK_SECONDS, Progress
+from secateur.catalog.spec import PruningSpec
+from secateur.engine.run import progress
+from secateur.engine.run.progress import CHECK_SECONDS, Progress
 
 
 class Clock:

@@ -12,17 +12,19 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from app.catalog.errors import PruningError
-from app.catalog.methods import GRADIENT_ALLOCATORS, GRADIENT_SCORERS, METHODS, STATIC_METHODS
-from app.catalog.sources import locate
-from app.catalog.spec import Calibration, Evaluation, PruningSpec, Scoring
+from secateur.catalog.methods import GRADIENT_ALLOCATORS, GRADIENT_SCORERS, METHODS, STATIC_METHODS
+from secateur.catalog.sources import locate
+from secateur.catalog.spec import Calibration, Evaluation, PruningSpec, Scoring
+from secateur.contract.errors import PruningError
+from secateur.engine import Paused, PruningResult, prune
+from secateur.engine.evaluation import latency, suite
+from secateur.engine.export import check_checkpoint
+from secateur.engine.model import loading
+from secateur.engine.model.decoder import Decoder
+from secateur.engine.model.loading import load
+from secateur.engine.run import pipeline, progress
+from secateur.engine.scoring import base, llm_pruner, piem
 from tests.engine.models import english, make_tokenizer, save
-from workers.engine import Paused, PruningResult, loading, pipeline, progress, prune
-from workers.engine.decoder import Decoder
-from workers.engine.evaluation import latency, suite
-from workers.engine.export import check_checkpoint
-from workers.engine.loading import load
-from workers.engine.scoring import base, llm_pruner, piem
 
 UNIT = 32 * 3 * 48
 """Parameters of one block of channels of the trained model."""
@@ -74,7 +76,7 @@ def test_every_method_meets_its_target(
     for layer in report["widths"]["after"]:
         gate = weights[f"model.layers.{layer['layer']}.mlp.gate_proj.weight"]
         query = weights[f"model.layers.{layer['layer']}.self_attn.q_proj.weight"]
-        assert gate.shape == (layer["intermediate_size"], 48) and query.shape == (layer["heads"] * 8, 48)
+        assert gate.shape == (layer["channels"], 48) and query.shape == (layer["heads"] * 8, 48)
 
 
 def test_scores_beat_chance(trained_folder: Path, tmp_path: Path) -> None:
@@ -313,7 +315,7 @@ def test_statistics_that_are_kept_are_not_taken_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(base, "gate_statistics", taken)
-        patch.setattr(base, "survey", taken)
+        patch.setattr(base, "forward_statistics", taken)
         patch.setattr(piem, "shielded_loss_change", taken)
         patch.setattr(llm_pruner, "gradients_from_the_end", taken)
         second = run(trained_folder, tmp_path / "second", asked, statistics_dir=folder).report

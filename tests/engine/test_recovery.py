@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from app.catalog.errors import PruningError
-from app.catalog.methods import DAMPING
-from app.catalog.spec import PruningSpec
+from secateur.catalog.methods import DAMPING
+from secateur.catalog.spec import PruningSpec
+from secateur.contract.errors import PruningError
+from secateur.engine.allocation.schedule import round_targets
+from secateur.engine.measure.layer_stream import LayerStream, Moments
+from secateur.engine.model.cutting import cut
+from secateur.engine.model.decoder import STRUCTURES, Decoder, Structure
+from secateur.engine.recovery import LAYERWISE_RECOVERIES, Cut, least_squares
+from secateur.engine.run.rounds import prune_round
+from secateur.engine.scoring import LAYERWISE_SCORERS, Context, UnitContext
 from tests.engine.models import VOCABULARY, decoder_of, make_model
-from workers.engine.decoder import PARTS, Decoder, Part
-from workers.engine.recovery import MENDS, Cut, least_squares
-from workers.engine.rounds import prune_round
-from workers.engine.schedule import round_targets
-from workers.engine.scoring import PART_SCORERS, Context, PartContext
-from workers.engine.slicing import cut
-from workers.engine.sweep import Moments, Sweep
 
 TOKENS = torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(2))
-KEPT: dict[Part, list[list[int]]] = {
-    "heads": [[0, 2], [1], [0, 1, 2]],
+KEPT: dict[Structure, list[list[int]]] = {
+    "kv_groups": [[0, 2], [1], [0, 1, 2]],
     "channels": [list(range(0, 160, 2)), list(range(64)), list(range(5, 133))],
 }
 
@@ -38,8 +38,8 @@ def activations(decoder: Decoder, index: int) -> dict[str, Tensor]:
         )
 
     hooks = [keep(layer.module, "layer")]
-    for part in PARTS:
-        hooks += [keep(layer.output(part), part), keep(layer.inputs(part)[0], f"{part}-entering")]
+    for structure in STRUCTURES:
+        hooks += [keep(layer.output(structure), structure), keep(layer.inputs(structure)[0], f"{structure}-entering")]
     decoder.model(TOKENS)
     for hook in hooks:
         hook.remove()
@@ -60,22 +60,22 @@ def test_moments_are_sums_over_stored_activations(
 ) -> None:
     """While layer after layer is cut: layers before, and heads before channels, are gone from what is seen."""
     decoder, whole = (decoder_of(make_model(name), tokenizer) for _ in range(2))
-    sweep = Sweep(decoder, TOKENS, 2, {"none": None, "itself": decoder, "another": whole}[reference])
-    for index, layer in enumerate(sweep.layers()):
+    stream = LayerStream(decoder, TOKENS, 2, {"none": None, "itself": decoder, "another": whole}[reference])
+    for index, layer in enumerate(stream.layers()):
         wanted = activations(whole, index)
-        targets = {"heads": wanted["layer-in"] + wanted["heads-out"], "channels": wanted["layer-out"]}
-        for part in PARTS:
-            (found,), now = sweep.moments(part), activations(decoder, index)
-            inputs, entering = now[f"{part}-in"], now[f"{part}-entering-in"]
+        targets = {"kv_groups": wanted["layer-in"] + wanted["heads-out"], "channels": wanted["layer-out"]}
+        for structure in STRUCTURES:
+            (found,), now = stream.moments(structure), activations(decoder, index)
+            inputs, entering = now[f"{structure}-in"], now[f"{structure}-entering-in"]
             weights = torch.ones(len(inputs), 1, dtype=torch.float64)
             if reference == "none":
                 assert found.missing is None
             else:
-                weights = 1 / targets[part].square().mean(1, keepdim=True)
-                left = now["layer-in"] + now["heads-out"] if part == "heads" else now["layer-out"]
-                expected = (inputs * weights).T @ (targets[part] - left)
+                weights = 1 / targets[structure].square().mean(1, keepdim=True)
+                left = now["layer-in"] + now["heads-out"] if structure == "kv_groups" else now["layer-out"]
+                expected = (inputs * weights).T @ (targets[structure] - left)
                 assert found.missing is not None
-                if index == 0 and part == "heads":  # nothing is cut yet
+                if index == 0 and structure == "kv_groups":  # nothing is cut yet
                     assert float(found.missing.norm()) < 1e-4 * float((inputs * weights).norm())
                 else:
                     assert_close(found.missing, expected, 1e-3)
@@ -87,8 +87,8 @@ def test_moments_are_sums_over_stored_activations(
             centred = inputs - mean
             assert_close(found.mean, mean)
             assert_close(found.covariance, (weights * centred).T @ centred / weights.sum(), 1e-3)
-            cut(layer, part, KEPT[part][index])
-    assert_close(torch.cat(sweep.hidden).flatten(0, 1), activations(decoder, 2)["layer-out"])
+            cut(layer, structure, KEPT[structure][index])
+    assert_close(torch.cat(stream.hidden).flatten(0, 1), activations(decoder, 2)["layer-out"])
 
 
 def problem(inputs: int = 12, out: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -120,7 +120,7 @@ def test_least_squares_is_one_stacked_least_squares(damping: float, with_missing
     weight, inputs, token_weights, missing, kept = problem()
     moments = moments_of(inputs, token_weights, missing if with_missing else None)
     bias = torch.ones(5)
-    found, same_bias = MENDS["least-squares"](Cut(weight.float(), bias, moments, kept, damping))
+    found, same_bias = LAYERWISE_RECOVERIES["least-squares"](Cut(weight.float(), bias, moments, kept, damping))
     assert same_bias is bias
     used = token_weights.sqrt() * inputs[:, kept]
     ridge = (damping * used.square().sum(0).mean()).sqrt() * torch.eye(len(kept)).double()
@@ -137,7 +137,7 @@ def test_moments_that_are_not_finite_are_reported(value: float) -> None:
     weight, inputs, _, _, kept = problem()
     inputs[3, 4] = value
     with pytest.raises(PruningError) as caught:
-        MENDS["least-squares"](Cut(weight.float(), None, moments_of(inputs), kept, DAMPING))
+        LAYERWISE_RECOVERIES["least-squares"](Cut(weight.float(), None, moments_of(inputs), kept, DAMPING))
     assert (caught.value.code, caught.value.field) == ("loss_not_finite", "dtype")
 
 
@@ -146,7 +146,7 @@ def test_linear_regression_is_a_line_for_every_output_dimension() -> None:
     bias = torch.arange(5.0)
     for weights in (torch.ones_like(token_weights), token_weights):
         moments = moments_of(inputs, weights)
-        mended, offset = MENDS["linear-regression"](Cut(weight.float(), bias, moments, kept, DAMPING))
+        mended, offset = LAYERWISE_RECOVERIES["linear-regression"](Cut(weight.float(), bias, moments, kept, DAMPING))
         assert offset is not None
         for dimension in range(5):
             pruned, whole = inputs[:, kept] @ weight[dimension, kept], inputs @ weight[dimension] + dimension
@@ -158,7 +158,9 @@ def test_linear_regression_is_a_line_for_every_output_dimension() -> None:
 def test_linear_regression_leaves_what_does_not_vary() -> None:
     weight, inputs, _, _, kept = problem()
     weight[2, kept] = 0
-    mended, offset = MENDS["linear-regression"](Cut(weight.float(), None, moments_of(inputs), kept, DAMPING))
+    mended, offset = LAYERWISE_RECOVERIES["linear-regression"](
+        Cut(weight.float(), None, moments_of(inputs), kept, DAMPING)
+    )
     assert offset is not None and bool(mended.isfinite().all()) and not mended[2].any()
     assert float(offset[2]) == pytest.approx(float((inputs @ weight[2]).mean()), rel=1e-3)
 
@@ -167,27 +169,27 @@ def test_bias_is_the_mean_of_what_went() -> None:
     weight, inputs, _, _, kept = problem()
     gone = [index for index in range(12) if index not in kept.tolist()]
     for bias in (None, torch.arange(5.0)):
-        mended, offset = MENDS["bias"](Cut(weight.float(), bias, moments_of(inputs), kept, DAMPING))
+        mended, offset = LAYERWISE_RECOVERIES["bias"](Cut(weight.float(), bias, moments_of(inputs), kept, DAMPING))
         expected = (inputs[:, gone] @ weight[:, gone].T).mean(0) + (0 if bias is None else bias)
         assert offset is not None and torch.equal(mended, weight[:, kept].float())
         assert_close(offset, expected)
 
 
-@pytest.mark.parametrize("kind", MENDS)
+@pytest.mark.parametrize("kind", LAYERWISE_RECOVERIES)
 def test_every_recovery_comes_nearer_to_the_layer_than_truncation(kind: str) -> None:
     weight, inputs, _, _, kept = problem()
     whole = inputs @ weight.T
-    mended, offset = MENDS[kind](Cut(weight.float(), None, moments_of(inputs), kept, DAMPING))
+    mended, offset = LAYERWISE_RECOVERIES[kind](Cut(weight.float(), None, moments_of(inputs), kept, DAMPING))
     error = (inputs[:, kept] @ mended.double().T + (0 if offset is None else offset) - whole).square().sum()
     truncated = (inputs[:, kept] @ weight[:, kept].T - whole).square().sum()
     assert float(error) < 0.95 * float(truncated)
 
 
-@pytest.mark.parametrize("kind", MENDS)
+@pytest.mark.parametrize("kind", LAYERWISE_RECOVERIES)
 def test_where_nothing_goes_nothing_changes(kind: str) -> None:
     weight, inputs, token_weights, _, _ = problem()
     cut_nothing = Cut(weight.float(), None, moments_of(inputs, token_weights), torch.arange(12), DAMPING)
-    mended, offset = MENDS[kind](cut_nothing)
+    mended, offset = LAYERWISE_RECOVERIES[kind](cut_nothing)
     assert_close(mended, weight, 1e-4)
     assert offset is None or float(offset.abs().max()) < 1e-3 * float((inputs @ weight.T).abs().mean())
     if kind == "bias":
@@ -206,18 +208,18 @@ def test_parts_that_give_nothing_are_not_scored(
     recovery: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder, asked, taken = decoder_of(make_model("llama"), tokenizer), [], []
-    score, moments = PART_SCORERS["wanda"], Sweep.moments
+    score, moments = LAYERWISE_SCORERS["wanda"], LayerStream.moments
 
-    def scored(context: PartContext) -> Tensor:
+    def scored(context: UnitContext) -> Tensor:
         asked.append(context.removed)
         return score(context)
 
-    def summed(sweep: Sweep, part: Part) -> list[Moments]:
-        taken.append(part)
-        return moments(sweep, part)
+    def summed(stream: LayerStream, structure: Structure) -> list[Moments]:
+        taken.append(structure)
+        return moments(stream, structure)
 
-    monkeypatch.setitem(PART_SCORERS, "wanda", scored)
-    monkeypatch.setattr(Sweep, "moments", summed)
+    monkeypatch.setitem(LAYERWISE_SCORERS, "wanda", scored)
+    monkeypatch.setattr(LayerStream, "moments", summed)
     spec = PruningSpec(target_ratio=0.1, method="wanda", recovery={"kind": recovery})
     context = Context(decoder, TOKENS, 2, spec, 0.1, 0, lambda share: None)
     plan = prune_round(context, round_targets(decoder.shape, 0.1, 1, "geometric", 32)[0], 32)
@@ -227,7 +229,7 @@ def test_parts_that_give_nothing_are_not_scored(
 
 
 @pytest.mark.parametrize(
-    "recovery", [{"kind": kind} for kind in MENDS] + [{"kind": "least-squares", "target": "layer"}]
+    "recovery", [{"kind": kind} for kind in LAYERWISE_RECOVERIES] + [{"kind": "least-squares", "target": "layer"}]
 )
 def test_a_mended_model_is_nearer_to_the_whole_one(
     recovery: dict[str, Any], trained: Any, tokenizer: PreTrainedTokenizerFast

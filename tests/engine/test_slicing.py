@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from app.catalog.architectures import ModelShape
+from secateur.catalog.architectures import ModelShape
+from secateur.engine.model.cutting import apply_plan
+from secateur.engine.model.decoder import gated
+from secateur.engine.model.plan import LayerPlan, Plan
 from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, make_model
-from workers.engine.decoder import gated
-from workers.engine.plan import LayerPlan, Plan
-from workers.engine.slicing import apply_plan
 
 TOKENS = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(3))
 
@@ -54,7 +54,7 @@ def test_sliced_equals_masked(name: str, tokenizer: PreTrainedTokenizerFast) -> 
     assert torch.allclose(sliced, masked, atol=1e-4 * float(masked.abs().max()))
     assert not torch.allclose(sliced, full, atol=0.1)
     assert decoder.prunable_parameters == plan.parameters(decoder.shape)
-    assert [layer.shape.intermediate_size for layer in decoder.layers] == [32, 160, 64]
+    assert [layer.shape.channels_per_expert for layer in decoder.layers] == [32, 160, 64]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -13,13 +13,13 @@ import torch
 from huggingface_hub import constants
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from app.catalog.errors import PruningError
-from app.catalog.sources import locate, read_shape
-from app.catalog.spec import Calibration, Evaluation, PruningSpec
+from secateur.catalog.sources import locate, read_shape
+from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
+from secateur.contract.errors import PruningError
+from secateur.engine import prune
+from secateur.engine.model.loading import load
 from tests import hub as fake_hub
 from tests.engine.models import VOCABULARY, english, make_model, save
-from workers.engine import prune
-from workers.engine.loading import load
 
 ASKED = PruningSpec(
     target_ratio=0.3,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.engine import statistics
-from workers.engine.statistics import Statistics
-from workers.files import write_whole
+from secateur.engine.measure import cache as statistics
+from secateur.engine.measure.cache import Statistics
+from secateur.files import write_whole
 
 
 def found() -> list[Tensor]:
@@ -28,7 +28,7 @@ def known(folder: Path, name: str) -> bool:
 
 def test_what_is_kept_is_found_by_the_next_job(tmp_path: Path) -> None:
     folder = tmp_path / "statistics"
-    assert not known(folder, "gates") and known(folder, "gates") and not known(folder, "survey")
+    assert not known(folder, "gates") and known(folder, "gates") and not known(folder, "forward_statistics")
 
 
 def test_a_folder_that_cannot_be_written_costs_time_alone(

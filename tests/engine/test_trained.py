@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from secateur.engine import PruningSpec, prune
 from tests.engine.models import FAMILIES, SIZES, english, save, train
-from workers.engine import PruningSpec, prune
 
 WIDER = {
     "gpt2": {"n_embd": 96, "n_inner": 384},

@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from app.catalog.errors import PruningError
-from app.catalog.spec import Recovery
+from secateur.catalog.spec import Recovery
+from secateur.contract.errors import PruningError
+from secateur.engine.model.cutting import apply_plan
+from secateur.engine.model.decoder import Decoder, token_losses
+from secateur.engine.model.plan import LayerPlan, Plan
+from secateur.engine.recovery import training
+from secateur.engine.recovery.training import Segment, train
 from tests.engine.models import VOCABULARY, decoder_of, english, make_model
-from workers.engine.decoder import Decoder, token_losses
-from workers.engine.plan import LayerPlan, Plan
-from workers.engine.recovery import training
-from workers.engine.recovery.training import Segment, train
-from workers.engine.slicing import apply_plan
 
 Kind = Literal["lora", "distill"]
 KINDS: tuple[Kind, ...] = ("lora", "distill")

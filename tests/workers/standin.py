@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from app.catalog.errors import PruningError
-from app.catalog.spec import PruningSpec, target_folder
-from workers import parent
-from workers.parent import Parent
+from secateur.catalog.spec import PruningSpec, target_folder
+from secateur.contract.errors import PruningError
+from workers import supervisor_link
 from workers.runner import load_checkpoint, save_checkpoint
+from workers.supervisor_link import SupervisorLink
 
 REPORT: dict[str, Any] = {
     "parameters": {"before": 10, "after": 8},
@@ -26,7 +26,7 @@ REPORT: dict[str, Any] = {
 }
 
 
-def work(supervisor: Parent) -> dict[str, Any]:
+def work(supervisor: SupervisorLink) -> dict[str, Any]:
     job = supervisor.job
     script, rounds, folder = job["request"]["script"], job["request"]["rounds"], Path(job["folder"])
     first_attempt = job["attempt"] == 1
@@ -83,4 +83,4 @@ def write_model(folder: Path, ratio: float, job_id: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parent.run(work)
+    supervisor_link.run(work)

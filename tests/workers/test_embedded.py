@@ -17,8 +17,8 @@ from app.db.migrate import upgrade
 from app.db.session import make_engine
 from app.jobs import leases
 from app.jobs.models import Job
+from secateur.processes import spawn
 from tests.workers.conftest import ROOT, MakeJob, Start, alive, wait_for
-from workers.child import spawn
 from workers.embedded import EmbeddedError, free_port, start_postgres
 
 
@@ -73,7 +73,7 @@ def test_a_taken_port_is_said(tmp_path: Path, postgres: object, database_url: st
 
 PARENT = """
 import subprocess, sys, time
-from workers.child import spawn
+from secateur.processes import spawn
 child = spawn([sys.executable, "-c", "import time; time.sleep(3600)"])
 print(child.pid, flush=True)
 time.sleep(3600)

@@ -5,8 +5,8 @@ import errno
 import pytest
 from safetensors import SafetensorError
 
-from app.catalog.errors import PruningError
-from workers.parent import explain
+from secateur.contract.errors import PruningError
+from workers.supervisor_link import explain
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from app.catalog.errors import PruningError
 from app.config import Settings
+from secateur.contract.errors import PruningError
+from secateur.hubs import FolderHub, HeadMoved, Hub, HuggingFaceHub
 from tests import hub as fake
 from tests.hub import TOKEN, FakeHub, Repository
 from tests.workers.conftest import ROOT, MakeJob, Start, wait_for
-from workers.hubs import FolderHub, HeadMoved, Hub, HuggingFaceHub
 from workers.publisher import publish
 
 REPO = "org/small"

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from app.auth import service as auth
 from app.config import Settings, get_settings
 from app.jobs import service
-from app.jobs.schemas import JobRequest
+from secateur.catalog.request import JobRequest
 from tests import hub as fake
 from tests.engine.models import english, make_model, make_tokenizer, save
 from tests.workers.conftest import ROOT

@@ -14,10 +14,10 @@ from sqlalchemy.orm import Session
 
 from app.config import Settings
 from app.fleet import repository as fleet
-from app.jobs import doorbell
+from app.jobs import dispatch
 from tests.workers.conftest import MakeJob, Start, alive, wait_for
 from workers import scheduler
-from workers.cli import WORKER_FLAGS
+from workers.__main__ import WORKER_FLAGS
 
 StartWorker = Callable[[], subprocess.Popen[bytes]]
 
@@ -44,7 +44,7 @@ def test_shutdown_gives_the_job_back_and_the_next_worker_goes_on(
 ) -> None:
     worker = start_worker()
     job = make_job({"hang_in_round": 2})
-    doorbell.ring(job.id)
+    dispatch.wake_worker(job.id)
     job.wait_for_round(1)
     pid = job.runner_pid
     worker.terminate()
@@ -54,7 +54,7 @@ def test_shutdown_gives_the_job_back_and_the_next_worker_goes_on(
     session.rollback()
     assert not fleet.live(session, 60), "it signed off"
     start_worker()
-    start("workers.cli", "scheduler")
+    start("workers", "scheduler")
     job.wait_for_state("succeeded")
     assert job.worked[-2:] == [(2, 2), (2, 3)]
 
@@ -63,7 +63,7 @@ def test_a_signal_to_the_whole_group_gives_the_job_back_too(make_job: MakeJob, s
     worker = start_worker()
     [prefork] = children(worker.pid)
     job = make_job({"hang_in_round": 1})
-    doorbell.ring(job.id)
+    dispatch.wake_worker(job.id)
     job.wait_for_round(0)
     for pid in (prefork, worker.pid):
         os.kill(pid, signal.SIGTERM)
@@ -77,13 +77,13 @@ def test_kill_9_of_a_worker_leaves_nothing_running_and_loses_nothing(
     worker = start_worker()
     [prefork] = children(worker.pid)
     job = make_job({"hang_in_round": 2})
-    doorbell.ring(job.id)
+    dispatch.wake_worker(job.id)
     job.wait_for_round(1)
     pid = job.runner_pid
     worker.kill()
     wait_for(lambda: not alive(prefork) and not alive(pid), timeout=2)
     start_worker()
-    start("workers.cli", "scheduler")
+    start("workers", "scheduler")
     job.wait_for_state("succeeded")
     assert (job.row.attempt, job.row.failures) == (2, 0), "a round was completed since"
 
@@ -94,11 +94,11 @@ def test_a_worker_replaces_the_process_that_supervises(
     worker = start_worker()
     [prefork] = children(worker.pid)
     job = make_job({"hang_in_round": 1})
-    doorbell.ring(job.id)
+    dispatch.wake_worker(job.id)
     pid = job.runner_pid
     os.kill(prefork, signal.SIGKILL)
     wait_for(lambda: not alive(pid), timeout=2)
-    start("workers.cli", "scheduler")
+    start("workers", "scheduler")
     job.wait_for_state("succeeded")
     main = psutil.Process(worker.pid)
     before, began = sum(main.cpu_times()[:2]), time.monotonic()
@@ -111,12 +111,12 @@ def test_a_broker_that_loses_every_message_loses_no_job(
 ) -> None:
     jobs = [make_job() for _ in range(3)]
     for job in jobs:
-        doorbell.ring(job.id)
-        doorbell.ring(job.id)
+        dispatch.wake_worker(job.id)
+        dispatch.wake_worker(job.id)
     with redis.Redis.from_url(settings.broker_url) as broker:
         broker.flushall()
     start_worker()
-    start("workers.cli", "scheduler")
+    start("workers", "scheduler")
     for job in jobs:
         job.wait_for_state("succeeded")
         assert job.row.attempt == 1, "a second ring finds nothing to do"
@@ -126,17 +126,17 @@ def test_the_scheduler_does_not_fill_the_broker(make_job: MakeJob, session: Sess
     job = make_job()
     with redis.Redis.from_url(settings.broker_url) as broker:
         broker.rpush(scheduler.QUEUE, *["waiting"] * scheduler.MOST_WAITING)
-        scheduler.ring_due(session, settings)
+        scheduler.dispatch_due(session, settings)
         assert job.row.dispatched_at is None
         broker.lpop(scheduler.QUEUE)
-        scheduler.ring_due(session, settings)
+        scheduler.dispatch_due(session, settings)
         assert job.row.dispatched_at is not None
         assert broker.llen(scheduler.QUEUE) == scheduler.MOST_WAITING
 
 
 def test_sigterm_ends_the_scheduler(start: Start, make_job: MakeJob) -> None:
     job = make_job()
-    process = start("workers.cli", "scheduler")
+    process = start("workers", "scheduler")
     wait_for(lambda: job.row.dispatched_at is not None)
     process.terminate()
     assert process.wait(10) == 0
@@ -152,6 +152,6 @@ def test_what_a_killed_worker_left_of_a_cancelled_job_goes(
         for name in ("attempt-1", ".attempt-1.tmp", "artifacts"):
             (job.folder / name).mkdir(parents=True)
         (job.folder / "round-1.json.abc.tmp").touch()
-    scheduler.keep_house(session, settings)
+    scheduler.delete_leftovers(session, settings)
     assert [path.name for path in ended.folder.iterdir()] == ["artifacts"]
     assert len(list(live.folder.iterdir())) == 4

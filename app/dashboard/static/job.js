@@ -177,7 +177,7 @@ function describeReport(report) {
       h("p", { class: "hint" }, `${report.evaluation.tokens} tokens of ${report.evaluation.source}; ${report.dtype} on ${report.device}. Latency: medians, with the fastest and the slowest repeat.`)),
     h("div", { class: "charts" },
       barChart({ title: "Attention heads by layer", yLabel: "heads", series: widths("heads") }),
-      barChart({ title: "Feed-forward channels by layer", yLabel: "channels", series: widths("intermediate_size") })),
+      barChart({ title: "Feed-forward channels by layer", yLabel: "channels", series: widths("channels") })),
     written.length ? h("div", { class: "card" }, h("h3", {}, "What both models write"),
       written.map(({ prompt, before, after }) => h("div", { class: "pair" },
         h("p", { class: "prompt" }, prompt),

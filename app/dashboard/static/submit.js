@@ -178,7 +178,7 @@ function describeModel(found) {
   const first = found.shape.layers[0];
   return [
     h("h2", {}, found.model_id),
-    h("p", {}, `${found.shape.family}, ${number(found.shape.parameters)} parameters, ${found.shape.layers.length} layers of ${first.heads} heads (${first.kv_groups} KV groups) and ${number(first.intermediate_size)} channels`),
+    h("p", {}, `${found.shape.family}, ${number(found.shape.parameters)} parameters, ${found.shape.layers.length} layers of ${first.heads} heads (${first.kv_groups} KV groups) and ${number(first.channels)} channels`),
     h("ul", {}, found.sizes.map((size) => h("li", {}, `at ${percent(size.target_ratio, 0)}: ${number(size.parameters)} parameters, ${megabytes(size.bytes)}`))),
   ];
 }

@@ -1,0 +1,37 @@
+"""No request body larger than the operator wants to hold in memory."""
+
+from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.http.problem import Problem, respond
+
+
+class BodyLimit:
+    """ASGI middleware: 413 (RFC 9110, section 15.5.14) for a body of more than ``largest`` bytes.
+
+    By its ``Content-Length`` before anything is read; without one, as soon as that much has come.
+    """
+
+    def __init__(self, app: ASGIApp, largest: int) -> None:
+        self.app = app
+        self.largest = largest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        too_large = f"The body is larger than {self.largest} bytes."
+        if int(Headers(scope=scope).get("content-length", 0)) > self.largest:
+            return await respond(Request(scope), Problem(413, "body_too_large", too_large))(scope, receive, send)
+        received = 0
+
+        async def bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.largest:
+                raise HTTPException(413, too_large)  # the one kind that FastAPI lets through where it reads a body
+            return message
+
+        return await self.app(scope, bounded, send)

@@ -1,0 +1,53 @@
+"""Keyset pages: an opaque ``page_token`` names the last item that was seen."""
+
+import base64
+import binascii
+import re
+from collections.abc import Callable
+from typing import Annotated, TypeVar
+
+from fastapi import Query
+from pydantic import AfterValidator
+
+from app.http.problem import invalid
+
+LARGEST = 100
+LARGEST_ID = 2**63 - 1
+PageSize = Annotated[
+    int,
+    AfterValidator(lambda size: min(max(size, 1), LARGEST)),
+    Query(description=f"Items a page; clamped to 1–{LARGEST}."),
+]
+PageToken = Annotated[str | None, Query(max_length=200, description="`next_page_token` of the page before.")]
+
+Cursor = TypeVar("Cursor")
+
+
+def encode(cursor: object) -> str:
+    """The token that means "after ``cursor``"."""
+    return base64.urlsafe_b64encode(str(cursor).encode()).decode().rstrip("=")
+
+
+def read_id(text: str) -> int:
+    """A ``bigint`` id, for :func:`decode`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > LARGEST_ID:
+        raise ValueError(f"no id: {text}")
+    return int(text)
+
+
+def decode(token: str | None, read: Callable[[str], Cursor]) -> Cursor | None:
+    """The cursor in a token, read by ``read``.
+
+    Raises:
+        Problem: 422 on a token this service did not make.
+    """
+    if token is None:
+        return None
+    try:
+        return read(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode("ascii"))
+    except (ValueError, binascii.Error):
+        raise invalid("page_token", "not a token of this service", allowed="next_page_token of a former page") from None

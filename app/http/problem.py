@@ -1,0 +1,105 @@
+"""Problem details: every error of the API is one of these (RFC 9457), with a stable ``code``."""
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from secateur.contract.field_error import FieldError
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class ProblemDetails(BaseModel):
+    """RFC 9457. `code` is stable and meant for programs, `detail` is meant for people."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "about:blank",
+                    "title": "Unprocessable Entity",
+                    "status": 422,
+                    "code": "invalid_request",
+                    "detail": "target_ratio: Input should be less than or equal to 0.9",
+                    "request_id": "0199a0c6-3f5c-7d3e-9a53-0d8f4c1b2a10",
+                    "errors": [
+                        {
+                            "field": "target_ratio",
+                            "message": "Input should be less than or equal to 0.9",
+                            "allowed": "at most 0.9",
+                        }
+                    ],
+                }
+            ]
+        }
+    )
+
+    type: str = "about:blank"
+    title: str = Field(description="The status in words.")
+    status: int
+    code: str
+    detail: str
+    request_id: str | None = None
+    state: str | None = Field(None, description="With 409: the job's current state.")
+    errors: list[FieldError] | None = Field(None, description="With 422: the fields at fault.")
+
+
+class Problem(Exception):
+    """An answer other than what was asked for."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        detail: str,
+        *,
+        errors: list[FieldError] | None = None,
+        state: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.code = code
+        self.detail = detail
+        self.errors = errors
+        self.state = state
+        self.headers = headers
+
+
+def invalid(field: str, message: str, *, code: str = "invalid_request", allowed: str | None = None) -> Problem:
+    """422 for one field."""
+    return Problem(422, code, f"{field}: {message}", errors=[FieldError(field=field, message=message, allowed=allowed)])
+
+
+def respond(request: Request, problem: Problem) -> JSONResponse:
+    """The problem as a response."""
+    details = ProblemDetails(
+        title=HTTPStatus(problem.status).phrase,
+        status=problem.status,
+        code=problem.code,
+        detail=problem.detail,
+        request_id=getattr(request.state, "request_id", None),
+        state=problem.state,
+        errors=problem.errors,
+    )
+    return JSONResponse(
+        details.model_dump(exclude_none=True),
+        status_code=problem.status,
+        headers=dict(problem.headers or {}),
+        media_type=MEDIA_TYPE,
+    )
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The ``responses=`` of a route that may answer with these problems."""
+    return {
+        status: {
+            "description": HTTPStatus(status).phrase,
+            "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}},
+        }
+        for status in statuses
+    }

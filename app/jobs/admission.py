@@ -1,0 +1,171 @@
+"""What is checked before a job is accepted: the model, the ratio, where the result may go.
+
+What cannot be checked now (the Hub does not answer) is let in; the worker finds out.
+"""
+
+import httpx2
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from pydantic import AnyHttpUrl, SecretStr
+
+from app.config import Settings
+from app.http.problem import invalid
+from app.jobs.naming import default_repo_id, repo_ids
+from app.webhooks.addresses import is_allowed_host
+from secateur.catalog import memory
+from secateur.catalog.architectures import ModelShape
+from secateur.catalog.request import JobRequest, ModelRef, Publish, check_repo_id
+from secateur.catalog.sources import LOCAL_NAME, LOCAL_PREFIX, ModelSource, check_size, locate, read_shape
+from secateur.catalog.spec import ZERO_SHOT
+from secateur.contract.jobs import DryRun, PlannedTarget, Publication
+
+UNAUTHORIZED = (401, 403)
+
+
+def look(model: ModelRef, settings: Settings, token: SecretStr | None) -> tuple[ModelSource, ModelShape | None]:
+    """The model and its sizes, which are unknown (``None``) before a GGUF file on the Hub, or a model of a family without an
+    adapter, is loaded.
+
+    Raises:
+        PruningError: see :func:`secateur.catalog.sources.locate` and :func:`secateur.catalog.sources.read_shape`.
+    """
+    source = locate(
+        model.model_id,
+        revision=model.revision,
+        gguf_file=model.gguf_file,
+        models_dir=settings.models_dir,
+        token=token.get_secret_value() if token else None,
+        endpoint=settings.hf_endpoint,
+    )
+    shape = read_shape(source) if source.sizes_known else None
+    check_size(shape, settings.max_model_parameters)
+    return source, shape
+
+
+def plan(request: JobRequest, settings: Settings, token: SecretStr | None, largest: tuple[int, str] | None) -> DryRun:
+    """What the job would do; ``largest`` is the memory of the largest worker in bytes, and its device.
+
+    Raises:
+        PruningError: the model is not there or cannot be pruned like that; retryable if the Hub does not answer.
+    """
+    source, shape = look(request, settings, token)
+    needed = None if shape is None else _memory(request, source, shape, largest)
+    return DryRun(
+        model_id=request.model_id,
+        revision=source.revision,
+        method=request.method,
+        rounds=request.round_count,
+        targets=_targets(request, source, shape),
+        publish=None if request.publish is None else Publication(**request.publish.model_dump()),
+        memory_bytes=needed,
+        shape=None if shape is None else shape.as_dict(),
+    )
+
+
+def _targets(request: JobRequest, source: ModelSource, shape: ModelShape | None) -> list[PlannedTarget]:
+    """What each target comes to on this model."""
+    found: list[tuple[float | None, float | None]]
+    if shape is None:
+        found = [(ratio, None) for ratio in request.asked_ratios]
+    else:
+        multiple, uniform = request.allocation.width_multiple, request.uniform
+        ratios = request.ratios(shape, source.dtype)
+        request.check_fits(shape, source.config or {})
+        found = [(ratio, shape.nearest_ratio(ratio, multiple, uniform)) for ratio in ratios]
+    names = repo_ids(request.publish.repo_id, request) if request.publish else [None] * len(found)
+    return [
+        PlannedTarget(target_ratio=ratio, nearest_ratio=nearest, repo_id=name)
+        for (ratio, nearest), name in zip(found, names, strict=True)
+    ]
+
+
+def _memory(request: JobRequest, source: ModelSource, shape: ModelShape, largest: tuple[int, str] | None) -> int:
+    """Bytes that the job takes at least."""
+    dtype = source.dtype if request.dtype == "auto" else request.dtype
+    mapped = largest is not None and largest[1] == "cpu" and dtype == source.dtype and source.gguf_file is None
+    ratio = min(request.ratios(shape, source.dtype))
+    needed = memory.estimate(request, shape, dtype, ratio, mapped)
+    if largest is not None:
+        memory.check_fits(request, needed, dtype, largest[0])
+    return needed.total
+
+
+def admit(request: JobRequest, settings: Settings, token: SecretStr | None) -> JobRequest:
+    """The request with a place to publish to, if this service can serve it.
+
+    Raises:
+        Problem: 422.
+    """
+    if request.webhook_url is not None and settings.webhook_secret is None:
+        raise invalid(
+            "webhook_url", "this service has no SECATEUR_WEBHOOK_SECRET to sign webhooks with", code="webhooks_disabled"
+        )
+    if request.webhook_url is not None and not is_allowed_host(
+        AnyHttpUrl(request.webhook_url).host or "", settings.webhook_networks
+    ):
+        message = "this service sends webhooks to public addresses only, and to those its operator allows"
+        raise invalid("webhook_url", message, code="webhook_url_forbidden", allowed="a public host")
+    for purpose, source in (("calibration", request.calibration), ("evaluation", request.evaluation)):
+        if source.dataset is not None:
+            _check_dataset(f"{purpose}.dataset", source.dataset, settings)
+    for index, name in enumerate(request.evaluation.perplexity):
+        _check_dataset(f"evaluation.perplexity.{index}", name, settings)
+    for index, name in enumerate(request.evaluation.zero_shot):
+        if name not in ZERO_SHOT and not (settings.tasks_dir / f"{name}.jsonl").is_file():
+            known = [*ZERO_SHOT, *sorted(file.stem for file in settings.tasks_dir.glob("*.jsonl"))]
+            message = f"there is no task '{name}'"
+            raise invalid(f"evaluation.zero_shot.{index}", message, code="task_not_found", allowed=", ".join(known))
+    if request.publish is None:
+        if settings.hub_dir is None:
+            return request
+        return request.model_copy(update={"publish": Publish(repo_id=default_repo_id(request))})
+    for name in repo_ids(request.publish.repo_id, request):
+        try:
+            check_repo_id(name)
+        except ValueError as error:
+            raise invalid("publish.repo_id", str(error)) from None
+    if settings.hub_dir is None:
+        _check_may_write(request.publish.repo_id, settings, token)
+    return request
+
+
+def _check_dataset(field: str, dataset: str, settings: Settings) -> None:
+    """A text of the texts folder that is there, or what may be a data set of the Hub; never a path."""
+    if dataset.startswith(LOCAL_PREFIX):
+        name = dataset.removeprefix(LOCAL_PREFIX)
+        if not LOCAL_NAME.fullmatch(name) or not (settings.texts_dir / name).is_file():
+            known = sorted(file.name for file in settings.texts_dir.glob("*") if file.is_file())
+            message = f"there is no text '{dataset}'"
+            raise invalid(field, message, code="text_not_found", allowed=", ".join(map(LOCAL_PREFIX.__add__, known)))
+    else:
+        try:
+            validate_repo_id(dataset.partition(":")[0])
+        except HFValidationError:
+            message = f"'{dataset}' is no data set"
+            raise invalid(field, message, allowed="wikitext2, ptb, c4, org/name, org/name:config, local:NAME") from None
+
+
+def _check_may_write(repo_id: str, settings: Settings, token: SecretStr | None) -> None:
+    """The namespace alone decides, so this goes for the names made from ``repo_id`` too."""
+    if token is None:
+        message = "there is no Hub token: neither 'hub_token' nor the API key's nor the service's (SECATEUR_HF_TOKEN)"
+        raise invalid("publish.repo_id", message, code="hub_forbidden")
+    api = HfApi(endpoint=settings.hf_endpoint, token=token.get_secret_value())
+    try:
+        me = api.whoami()
+    except HfHubHTTPError as error:
+        if error.response.status_code in UNAUTHORIZED:
+            message = "the Hub does not accept the token"
+            raise invalid("publish.repo_id", message, code="hub_forbidden") from None
+        return
+    except (httpx2.HTTPError, OSError):
+        return
+    namespaces = [me["name"], *(org["name"] for org in me.get("orgs", ()))]
+    if repo_id.split("/")[0] not in namespaces:
+        message = "the Hub token may not write there"
+        raise invalid(
+            "publish.repo_id", message, code="hub_forbidden", allowed=f"namespaces {', '.join(sorted(namespaces))}"
+        )
+    if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise invalid("publish.repo_id", "the Hub token may only read", code="hub_forbidden")

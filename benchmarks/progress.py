@@ -1,0 +1,105 @@
+"""``make bench-progress``: the time left that is told, against the time that was left. Writes ``progress.json`` and ``progress.md``."""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.model import MODEL, model_file
+from benchmarks.table import markdown
+from secateur.catalog.methods import STATIC_METHODS
+from secateur.catalog.spec import PruningSpec
+from secateur.engine import prune
+
+DEMO = Path(__file__).parents[1] / "demo"
+LEAST = 5.0
+"""Seconds that are left at least where the two are compared: of less, a second more or less is a large factor."""
+AIM = 1.5
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    runs = [{"method": method, "rounds": rounds} for rounds in arguments.rounds for method in arguments.methods]
+    runs += [
+        {"method": "flap", "rounds": 1, "target_ratio": [0.2, 0.4]},
+        {"method": "dsgp", "rounds": 1},
+        {"method": "flap", "rounds": 1, "recovery": {"kind": "lora", "epochs": 1, "batch_size": 8}},
+    ]
+    found = [{"run": run, "factors": measure(run, arguments.samples)} for run in runs]
+    settings = {"model": MODEL, "threads": arguments.threads, "samples": arguments.samples}
+    (arguments.output / "progress.json").write_text(
+        json.dumps({"settings": settings, "results": found}, indent=1) + "\n"
+    )
+    text = render(settings, found)
+    (arguments.output / "progress.md").write_text(text)
+    print(text)
+
+
+def parse() -> argparse.Namespace:
+    made = argparse.ArgumentParser(prog="python -m benchmarks.progress", description=__doc__)
+    made.add_argument("--methods", nargs="+", choices=STATIC_METHODS, default=STATIC_METHODS, metavar="METHOD")
+    made.add_argument("--rounds", type=int, nargs="+", default=[1, 3])
+    made.add_argument("--samples", type=int, default=16, help="calibration windows of 128 tokens")
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    return made.parse_args()
+
+
+def measure(run: dict[str, Any], samples: int) -> list[float]:
+    """Of every time left that was told from the end of the first round on: by what factor it was wrong."""
+    texts = {"samples": samples, "sequence_length": 128}
+    asked = {
+        "target_ratio": 0.3,
+        "dtype": "bfloat16",
+        "calibration": {**texts, "texts": _texts("calibration")},
+        "evaluation": {**texts, "texts": _texts("evaluation")},
+        **run,
+    }
+    told: list[tuple[float, float]] = []
+    first = False
+
+    def note(event: dict[str, Any]) -> None:
+        nonlocal first
+        first = first or (event["type"] == "round" and event["number"] == 1)
+        if first and event["type"] == "progress" and event["remaining_seconds"] is not None:
+            told.append((time.monotonic(), event["remaining_seconds"]))
+
+    with tempfile.TemporaryDirectory() as folder:
+        prune(str(model_file()), PruningSpec.model_validate(asked), Path(folder) / "out", on_event=note)
+    ended = time.monotonic()
+    pairs = [(left, ended - at) for at, left in told if ended - at >= LEAST]
+    factors = [max(left / real, real / max(left, 0.1)) for left, real in pairs]
+    print(run, f"worst {max(factors):.2f}" if factors else "nothing to compare", flush=True)
+    return factors
+
+
+def _texts(part: str) -> list[str]:
+    return [file.read_text() for file in sorted((DEMO / part).glob("*.txt"))]
+
+
+def render(settings: dict[str, Any], found: list[dict[str, Any]]) -> str:
+    rows = []
+    for each in found:
+        run, factors = each["run"], each["factors"]
+        more = ", ".join(f"{name} {value}" for name, value in run.items() if name not in ("method", "rounds"))
+        cells = [f"{statistics.median(factors):.2f}", f"{max(factors):.2f}"] if factors else ["–", "–"]
+        rows.append([run["method"], str(run["rounds"]), more, *cells, str(len(factors))])
+    late = [each for each in found if each["factors"] and max(each["factors"]) > AIM]
+    return f"""# Time left
+
+{settings["model"]}, {settings["samples"]} windows of 128 tokens, {settings["threads"]} threads: by what factor the time left that \
+was told, from the end of the first round on, was off from what really was left, while that was {LEAST:g} s or more. \
+{len(found) - len(late)} of {len(found)} runs stay within {AIM:g} all the time.
+
+{markdown(["method", "rounds", "", "median", "worst", "times told"], rows)}
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The architectures that can be pruned, and the sizes of a model read from its config."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from secateur.catalog.architectures import chatglm
+from secateur.catalog.architectures.base import (
+    MOST_LAYERS,
+    Family,
+    LayerShape,
+    ModelShape,
+    UnitCost,
+    channel_steps,
+    nearest_groups,
+    read_size,
+)
+from secateur.catalog.architectures.chatglm6b import CHATGLM6B
+from secateur.catalog.architectures.gemma import GEMMA
+from secateur.catalog.architectures.glm import GLM, GLM4
+from secateur.catalog.architectures.gpt2 import GPT2
+from secateur.catalog.architectures.gpt_neox import GPT_NEOX
+from secateur.catalog.architectures.llama import LLAMA
+from secateur.catalog.architectures.mixtral import MIXTRAL
+from secateur.catalog.architectures.opt import OPT
+from secateur.catalog.architectures.phi3 import PHI3
+from secateur.catalog.architectures.qwen3_moe import QWEN3_MOE
+from secateur.contract.errors import PruningError
+
+FAMILIES: tuple[Family, ...] = (LLAMA, CHATGLM6B, GEMMA, GLM, GLM4, GPT2, GPT_NEOX, MIXTRAL, OPT, PHI3, QWEN3_MOE)
+
+MODEL_TYPES: dict[str, Family] = {model_type: family for family in FAMILIES for model_type in family.model_types}
+
+
+SUPPORTED = ", ".join(sorted({*MODEL_TYPES, chatglm.MODEL_TYPE}))
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+"""What a config must give, for the modules that go by these names to be found."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+
+
+def family_of(config: Mapping[str, Any]) -> Family | None:
+    """The family of the model that a ``config.json`` describes; ``None``: one without an adapter that may be built like Llama.
+
+    Raises:
+        PruningError: ``unsupported_architecture`` for any other.
+    """
+    model_type = str(config.get("model_type"))
+    family = MODEL_TYPES.get(model_type)
+    if family is None and (reason := _unlike_llama(config)):
+        raise PruningError(
+            "unsupported_architecture",
+            f"Models of type {model_type!r} cannot be pruned: {reason}. Supported: {SUPPORTED}, and "
+            "decoders built like Llama.",
+            field="model_id",
+        )
+    return family
+
+
+def _unlike_llama(config: Mapping[str, Any]) -> str | None:
+    """Why a model without an adapter is none that modules can be found out of, as far as its config tells."""
+    if config.get("is_encoder_decoder") or "text_config" in config:
+        return "it is more than a decoder of text"
+    if experts := [key for key in EXPERTS if config.get(key)]:
+        return f"it is a mixture of experts ('{experts[0]}')"
+    if missing := [size for size in SIZES if not isinstance(config.get(size), int)]:
+        return f"its config.json has no '{missing[0]}'"
+    if not any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ["ForCausalLM"]):
+        return f"it is no causal language model but {config['architectures'][0]}"
+    return None
+
+
+def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
+    """Sizes of the model that a ``config.json`` describes, of a family that has an adapter.
+
+    Raises:
+        PruningError: ``unsupported_architecture``, ``weights_quantized`` or ``config_invalid``.
+    """
+    family = family_of(config)
+    if family is None:
+        raise PruningError(
+            "unsupported_architecture",
+            f"Models of type {config.get('model_type')!r} have no adapter; supported: {SUPPORTED}.",
+            field="model_id",
+        )
+    return shape_of(family, config)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse at the door what a config already rules out.
+
+    Raises:
+        PruningError: as :func:`shape_from_config`; of a family without an adapter, the rest shows when it is loaded.
+    """
+    family = family_of(config)
+    if family is None:
+        _check_weights(config)
+    else:
+        shape_of(family, config)
+
+
+def _check_weights(config: Mapping[str, Any]) -> None:
+    if config.get("quantization_config"):
+        raise PruningError(
+            "weights_quantized",
+            "This checkpoint is quantised; prune the model it was made from, then quantise the result.",
+            field="model_id",
+        )
+    if config.get("per_layer_config"):
+        raise PruningError(
+            "unsupported_architecture",
+            "This model was pruned before, to layers that differ; prune the model it came from by a larger ratio, "
+            "or once more in layout uniform or padded, which can be pruned again.",
+            field="model_id",
+        )
+
+
+def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
+    """Sizes of a model of ``family``.
+
+    Raises:
+        PruningError: ``unsupported_architecture``, ``weights_quantized`` or ``config_invalid``.
+    """
+    _check_weights(config)
+    config = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
+    if reason := family.refused(config):
+        raise PruningError("unsupported_architecture", f"This model cannot be pruned: {reason}.", field="model_id")
+    hidden, heads = (
+        read_size(config, family.name_of("hidden_size")),
+        read_size(config, family.name_of("num_attention_heads")),
+    )
+    if config.get("head_dim") is None and hidden % heads:
+        raise PruningError(
+            "config_invalid", f"config.json: {heads} heads do not divide hidden_size {hidden}.", field="model_id"
+        )
+    head_dim = read_size(config, "head_dim", hidden // heads)
+    groups = read_size(config, family.name_of("num_key_value_heads"), heads)
+    width = read_size(
+        config, family.name_of("intermediate_size"), family.default_width and family.default_width * hidden
+    )
+    if heads % groups:
+        raise PruningError(
+            "config_invalid", f"config.json: {heads} heads are no multiple of {groups} KV heads.", field="model_id"
+        )
+    depth = read_size(config, family.name_of("num_hidden_layers"), most=MOST_LAYERS)
+    experts = next((read_size(config, key) for key in family.experts if key in config), 1)
+    layers = (LayerShape(groups, heads, head_dim, width, experts),) * depth
+    biased = family.biased(config)
+    per_group = layers[0].heads_per_group * head_dim
+    rows = {family.query: per_group, family.key: head_dim, family.value: head_dim}
+    cost = UnitCost(
+        kv_group=sum(count * (hidden + (name in biased)) for name, count in rows.items()) + per_group * hidden,
+        channel=experts * (sum(hidden + (name in biased) for name in family.channel_inputs) + hidden),
+        fixed=hidden * len(biased & {family.attention_output, family.channel_output}),
+    )
+    vocabulary, tied = read_size(config, "vocab_size"), bool(config.get("tie_word_embeddings", False))
+    norms = depth * family.norm_parameters({**config, "head_dim": head_dim})
+    routers = depth * experts * hidden if family.experts else 0
+    return ModelShape(
+        family=family,
+        model_type=str(config["model_type"]),
+        hidden_size=hidden,
+        vocab_size=vocabulary,
+        tied_embeddings=tied,
+        max_positions=read_size(config, family.name_of("max_position_embeddings"), 2048),
+        layers=layers,
+        cost=cost,
+        other_parameters=vocabulary * hidden * (1 if tied else 2) + norms + routers + family.outer_parameters(config),
+        experts_per_token=read_size(config, "num_experts_per_tok", most=experts) if family.experts else 1,
+        stock_heads=family.stock_heads(config),
+    )
+
+
+__all__ = [
+    "FAMILIES",
+    "MODEL_TYPES",
+    "SUPPORTED",
+    "Family",
+    "LayerShape",
+    "ModelShape",
+    "UnitCost",
+    "channel_steps",
+    "check_config",
+    "family_of",
+    "nearest_groups",
+    "shape_from_config",
+    "shape_of",
+]

@@ -1,0 +1,137 @@
+"""Which pruned models llama.cpp can run, and as which of its architectures.
+
+What its loaders (``src/models/*.cpp``) take: most want one width for all layers, some a number of heads that makes up the
+hidden size, and each has its own rotary scalings and biases.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from secateur.catalog.architectures import ModelShape
+from secateur.contract.errors import PruningError
+
+GgufKind = Literal["F32", "F16", "Q8_0", "Q4_K_M"]
+GGUF_KINDS: tuple[GgufKind, ...] = get_args(GgufKind)
+BLOCKS: dict[GgufKind, int] = {"F32": 1, "F16": 1, "Q8_0": 32, "Q4_K_M": 256}
+"""Weights of a row that are quantised together."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How llama.cpp runs a family: its architecture for layers of one width, and for layers of their own."""
+
+    uniform: str
+    differing: str | None
+    added_biases: bool
+    """Whether attention and feed-forward may carry biases that the source had not."""
+    ropes: frozenset[str]
+    activation: str
+
+
+_LLAMA = Runtime("llama", "deci", True, frozenset({"default", "llama3", "linear"}), "silu")
+_GEMMA_ACTIVATION = "gelu_pytorch_tanh"
+
+RUNTIMES: dict[str, Runtime] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), _LLAMA),
+    "qwen3": Runtime("qwen3", "openelm", False, frozenset({"default"}), "silu"),
+    "mixtral": Runtime("llama", None, False, _LLAMA.ropes, "silu"),
+    "qwen3_moe": Runtime("qwen3moe", None, False, frozenset({"default"}), "silu"),
+    "gemma2": Runtime("gemma2", None, False, frozenset({"default"}), _GEMMA_ACTIVATION),
+    "gemma3_text": Runtime("gemma3", None, False, frozenset({"default", "linear"}), _GEMMA_ACTIVATION),
+}
+"""By ``model_type``. Mistral, Qwen2 and Phi-3 compute what Llama does, once their weights are named as its are; their own
+architectures do not take fewer heads."""
+_FIXED_HEADS = "llama.cpp takes its heads only where together they are as wide as the hidden size"
+LACKING = {
+    "gpt2": _FIXED_HEADS,
+    "gpt_neox": _FIXED_HEADS,
+    "opt": "llama.cpp has no such architecture",
+    "chatglm6b": "llama.cpp has no such architecture",
+}
+"""Why the others are not there, where it is llama.cpp that cannot run them."""
+
+
+def gguf_obstacle(
+    shape: ModelShape,
+    config: Mapping[str, Any],
+    kind: GgufKind,
+    *,
+    uniform: bool,
+    added_biases: bool = False,
+    width_multiple: int | None = None,
+) -> PruningError | None:
+    """Why a model of this config, pruned, cannot be written as GGUF; ``None`` where it can.
+
+    ``uniform``: every layer will have the same widths; ``added_biases``: the recovery puts biases where the source has
+    none; ``width_multiple``: the request's, unset for the default. Rows that a kind's block does not divide and no request
+    can choose (the hidden size, the heads) are left to llama.cpp, which stores them less tightly.
+    """
+    runtime = RUNTIMES.get(shape.model_type)
+    if runtime is None:
+        lacking = LACKING.get(shape.model_type, "this is not supported yet")
+        return unsupported(f"its type is {shape.model_type}, and {lacking}; types that can: {', '.join(RUNTIMES)}")
+    if not uniform and (reason := _needs_uniform(shape, runtime)):
+        return unsupported(f"{reason}; layout 'uniform' or 'padded' gives them one width", "layout")
+    if added_biases and not runtime.added_biases:
+        return unsupported(
+            f"llama.cpp has no place for the biases that this recovery adds to a {shape.model_type} model; "
+            "recovery 'least-squares', 'lora', 'distill' or 'none' adds none",
+            "recovery.kind",
+        )
+    if reason := _unlike(shape, config, runtime):
+        return unsupported(reason)
+    block = BLOCKS[kind]
+    if (multiple := shape.width_multiple(width_multiple)) % block:
+        return PruningError(
+            "gguf_unsupported",
+            f"{kind} quantises {block} weights of a row together, and {multiple}, of which feed-forward widths are "
+            f"multiples, is none of {block}; ask for allocation.width_multiple {block}.",
+            field="allocation.width_multiple",
+        )
+    return None
+
+
+def gguf_architecture(model_type: str, uniform: bool) -> str:
+    """llama.cpp's name for what such a model is written as; there is no obstacle to it."""
+    runtime = RUNTIMES[model_type]
+    architecture = runtime.uniform if uniform else runtime.differing
+    assert architecture is not None
+    return architecture
+
+
+def unsupported(reason: str, field: str = "formats") -> PruningError:
+    return PruningError("gguf_unsupported", f"This model cannot be written as GGUF: {reason}.", field=field)
+
+
+def _needs_uniform(shape: ModelShape, runtime: Runtime) -> str | None:
+    if runtime.differing is None:
+        return f"llama.cpp runs {shape.model_type} models with layers of one width alone"
+    if runtime.differing == "openelm" and not shape.tied_embeddings:
+        return "llama.cpp runs Qwen3 models whose layers differ in width only where embeddings and head are tied"
+    return None
+
+
+def _unlike(shape: ModelShape, config: Mapping[str, Any], runtime: Runtime) -> str | None:
+    """What this model computes that llama.cpp's architecture for its family does not."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope.get("full_attention") or rope
+    scaling = rope.get("rope_type") or rope.get("type") or "default"
+    rotary = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    activation = config.get("hidden_activation") or config.get("hidden_act") or runtime.activation
+    scalar = config.get("query_pre_attn_scalar")
+    if scaling not in runtime.ropes:
+        return f"its rotary scaling is {scaling!r}; supported: {', '.join(sorted(runtime.ropes))}"
+    if rotary != 1:
+        return f"it rotates only {rotary:g} of each head (partial_rotary_factor)"
+    if activation != runtime.activation:
+        return f"its activation is {activation!r}, llama.cpp's {runtime.activation!r}"
+    if scalar is not None and scalar != shape.layers[0].head_dim:
+        return f"its attention is scaled by {scalar} (query_pre_attn_scalar), not by the size of a head"
+    if shape.model_type in ("qwen3", "qwen3_moe") and config.get("attention_bias"):
+        return "its attention has biases"
+    if shape.model_type == "qwen3_moe" and not config.get("norm_topk_prob"):
+        return "its router's weights are not scaled to a sum of one (norm_topk_prob)"
+    if shape.model_type.startswith("gemma") and (config.get("attention_bias") or not shape.tied_embeddings):
+        return "it has attention biases, or a head of its own"
+    return None

@@ -1,0 +1,40 @@
+"""What can be made of a model, known from its config alone: before anyone spends a GPU."""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from secateur.catalog.architectures import ModelShape
+from secateur.catalog.gguf import GGUF_KINDS, gguf_obstacle
+from secateur.catalog.spec import DTYPE_BYTES, Layout
+from secateur.contract.catalog import PossibleLayout, PrunedSize
+
+EXAMPLES = (0.2, 0.5)
+
+
+def sizes(shape: ModelShape, dtype: str) -> list[PrunedSize]:
+    """At 20 % and 50 %, or as much as can be; ``dtype`` is the one that ``auto`` stands for."""
+    found = []
+    for ratio in EXAMPLES:
+        nearest = shape.nearest_ratio(min(ratio, shape.max_ratio()))
+        parameters = shape.parameters - round(nearest * shape.prunable_parameters)
+        size = PrunedSize(
+            target_ratio=ratio, nearest_ratio=nearest, parameters=parameters, bytes=parameters * DTYPE_BYTES[dtype]
+        )
+        found.append(size)
+    return found
+
+
+def layouts(shape: ModelShape, config: Mapping[str, Any]) -> list[PossibleLayout]:
+    """Every layout, and the GGUF files that can be made of it."""
+    found = []
+    for layout in get_args(Layout):
+        obstacles = {kind: gguf_obstacle(shape, config, kind, uniform=layout != "per-layer") for kind in GGUF_KINDS}
+        reasons = [f"{kind}: {obstacle.message}" for kind, obstacle in obstacles.items() if obstacle is not None]
+        possible = PossibleLayout(
+            layout=layout,
+            max_ratio=shape.max_ratio(uniform=layout == "uniform"),
+            gguf=[kind for kind, obstacle in obstacles.items() if obstacle is None],
+            gguf_reason=reasons[0] if reasons else None,
+        )
+        found.append(possible)
+    return found

@@ -1,0 +1,152 @@
+"""The job request: a model, how to prune it, and what is to become of the result."""
+
+from typing import Annotated
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from pydantic import AfterValidator, AnyHttpUrl, BaseModel, ConfigDict, Field, SecretStr, StringConstraints, TypeAdapter
+
+from secateur.catalog.sources import LOCAL_NAME, LOCAL_PREFIX
+from secateur.catalog.spec import PruningSpec
+
+LONGEST_RUN = 30 * 86_400
+LABEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$"
+_HTTP_URL = TypeAdapter(AnyHttpUrl)
+
+
+def check_repo_id(repo_id: str) -> str:
+    """A name that a Hub takes, namespace included."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"no repository id: {error}") from None
+    if "/" not in repo_id:
+        raise ValueError("a repository id has a namespace: 'org/name'")
+    return repo_id
+
+
+def check_model_id(model_id: str) -> str:
+    """A Hub id or ``local:NAME``."""
+    if model_id.startswith(LOCAL_PREFIX):
+        if not LOCAL_NAME.fullmatch(model_id.removeprefix(LOCAL_PREFIX)):
+            raise ValueError("a local model is 'local:NAME', NAME of letters, digits, '.', '_' and '-'")
+        return model_id
+    try:
+        validate_repo_id(model_id)
+    except HFValidationError as error:
+        raise ValueError(f"neither a Hub id ('org/name') nor 'local:NAME': {error}") from None
+    return model_id
+
+
+def check_relative_path(path: str) -> str:
+    """No way out of the repository."""
+    if ".." in path.split("/") or path.startswith("/"):
+        raise ValueError("a path within the repository")
+    return path
+
+
+def check_webhook_url(url: str) -> str:
+    """An absolute http or https URL, which names no user."""
+    parsed = _HTTP_URL.validate_python(url)
+    if parsed.username is not None or parsed.password is not None:
+        raise ValueError("a URL without user name and password; the signature tells who calls")
+    return url
+
+
+ModelId = Annotated[str, StringConstraints(max_length=200), AfterValidator(check_model_id)]
+Revision = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,254}$"), AfterValidator(check_relative_path)
+]
+GgufFile = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9._/ -]{1,250}\.gguf$"), AfterValidator(check_relative_path)
+]
+LabelName = Annotated[str, StringConstraints(pattern=LABEL_NAME)]
+LabelValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{0,255}$")]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Publish(_Request):
+    """Where the pruned model goes."""
+
+    repo_id: Annotated[str, StringConstraints(max_length=200), AfterValidator(check_repo_id)] = Field(
+        description="Repository; made if it is not there. The files of one that is there are all replaced, in one commit. With a list of target ratios, there is one for each: `org/name-20` for 0.2, `org/name-12_5` for 0.125.",
+        examples=["org/name"],
+    )
+    private: bool = Field(True, description="Of a repository that is made for this job.")
+
+
+class ModelRef(_Request):
+    """A model, and how to read it."""
+
+    model_id: ModelId = Field(
+        description="A Hub id, or `local:NAME` for a folder of the service's models folder.",
+        examples=["HuggingFaceTB/SmolLM2-135M"],
+    )
+    revision: Revision | None = Field(
+        None, description="Branch, tag or commit on the Hub; a job keeps the commit that it was when the job was made."
+    )
+    gguf_file: GgufFile | None = Field(None, description="Read the weights from this GGUF file of the model.")
+    hub_token: SecretStr | None = Field(
+        None,
+        min_length=1,
+        max_length=512,
+        description="Read the model, and publish, with this token instead of the API key's or the service's. It is encrypted "
+        "while the job needs it, and never shown.",
+    )
+
+
+class JobRequest(ModelRef, PruningSpec):
+    """`model_id`, `target_ratio`, `method` and `rounds` are the whole of it; the rest has defaults.
+
+    With a list of ratios in `target_ratio`, the report is `{"targets": [...]}` and so is the result, one of what a single
+    ratio gives for each; the artifacts of each are in `ratio-0.2/` and so on.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"model_id": "HuggingFaceTB/SmolLM2-135M", "target_ratio": 0.2, "method": "piem-lsps", "rounds": 3},
+                {
+                    "model_id": "HuggingFaceTB/SmolLM2-135M",
+                    "revision": "main",
+                    "target_ratio": 0.5,
+                    "method": "magnitude",
+                    "seed": 7,
+                    "calibration": {"dataset": "wikitext2", "samples": 64, "sequence_length": 512},
+                    "evaluation": {"dataset": "wikitext2", "latency": False},
+                    "publish": {"repo_id": "org/smollm2-half", "private": True},
+                    "labels": {"team": "nlp"},
+                    "max_runtime_seconds": 7200,
+                },
+                {
+                    "model_id": "HuggingFaceTB/SmolLM2-135M",
+                    "target_ratio": [0.2, 0.3, 0.5],
+                    "method": "piem-lsps",
+                    "publish": {"repo_id": "org/smollm2"},
+                },
+                {
+                    "model_id": "HuggingFaceTB/SmolLM2-135M",
+                    "target": {"parameters": 110e6},
+                    "method": "flap",
+                    "recovery": {"kind": "lora", "epochs": 1, "rank": 16},
+                },
+            ]
+        }
+    )
+
+    publish: Publish | None = Field(
+        None,
+        description="Unset: the files are kept as artifacts; a service that publishes to a folder picks a name there.",
+    )
+    webhook_url: Annotated[str, StringConstraints(max_length=2048), AfterValidator(check_webhook_url)] | None = Field(
+        None,
+        description="Gets a signed POST (Standard Webhooks) when the job ends. At a public address, or one that the operator allows.",
+        examples=["https://example.org/hook"],
+    )
+    labels: dict[LabelName, LabelValue] = Field({}, max_length=32, description="Yours, to find jobs by.")
+    max_runtime_seconds: float | None = Field(
+        None, gt=0, le=LONGEST_RUN, description="Fail the job after this long in one run; unset: no limit."
+    )

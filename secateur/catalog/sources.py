@@ -1,0 +1,350 @@
+"""Where a model comes from: a Hub id, ``local:NAME`` in the models folder, a folder; safetensors or GGUF.
+
+Reads configs and headers only, never weights, so that a request can be refused at the door.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import HfApi, errors, hf_hub_download
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from secateur.catalog.architectures import ModelShape, chatglm, check_config, family_of, shape_from_config
+from secateur.contract.errors import PruningError
+
+LOCAL_PREFIX = "local:"
+LOCAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+HUB_TIMEOUT = 10.0
+LARGEST_JSON = 64 * 2**20
+HALF_DTYPES = ("bfloat16", "float16")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "ice_text.model")
+
+# GGUF metadata ("{architecture}.…") by the name config.json has for it (GGUF specification, "Standardized key-value pairs").
+GGUF_KEYS = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "vocab_size": "vocab_size",
+}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found. ``path`` is its folder when it is on this machine, ``revision`` its commit on the Hub."""
+
+    model_id: str
+    path: Path | None
+    revision: str | None
+    gguf_file: str | None
+    config: dict[str, Any] | None
+    """``config.json``, or the same from GGUF metadata or ChatGLM's; ``None`` for a GGUF file that is still on the Hub."""
+    chatglm: bool = False
+    """Whether its files are as ChatGLM's own code reads them, not as transformers' ``glm`` or our ``chatglm6b`` does."""
+
+    @property
+    def name(self) -> str:
+        """As reports and model cards show it: of a path, the last part alone."""
+        known = self.revision is not None or self.model_id.startswith(LOCAL_PREFIX)
+        return self.model_id if known else Path(self.model_id).name
+
+    @property
+    def dtype(self) -> str:
+        """What ``auto`` stands for: the config's, float32 where it names none and for GGUF files, which are dequantised."""
+        config = self.config or {}
+        name = config.get("dtype") or config.get("torch_dtype")
+        return str(name) if name in HALF_DTYPES else "float32"
+
+    @property
+    def sizes_known(self) -> bool:
+        """Whether :func:`read_shape` can tell: there is a config, of a family that has an adapter."""
+        return self.config is not None and family_of(self.config) is not None
+
+    def fingerprint(self) -> str:
+        """Changes when the weights may have changed: the commit, or a hash over the names, sizes and times of the files."""
+        if self.path is None or self.revision is not None:
+            return f"commit:{self.revision}"
+        lines = [
+            f"{file.name} {stat.st_size} {stat.st_mtime_ns}"
+            for file in sorted(self.path.iterdir())
+            if file.is_file() and (stat := file.stat())
+        ]
+        return "files:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def read_shape(source: ModelSource) -> ModelShape:
+    """Sizes of a located model.
+
+    Raises:
+        PruningError: ``unsupported_architecture``, ``config_invalid``, or ``config_unknown`` for a GGUF file on the Hub.
+    """
+    if source.config is None:
+        raise PruningError(
+            "config_unknown", "The sizes of a GGUF file are known once it is downloaded.", field="gguf_file"
+        )
+    return shape_from_config(source.config)
+
+
+def check_size(shape: ModelShape | None, most: int | None) -> None:
+    """Whether a model of sizes ``shape`` has no more parameters than ``most``; what is not known is let pass.
+
+    Raises:
+        PruningError: ``model_too_large``.
+    """
+    if shape is not None and most is not None and shape.parameters > most:
+        raise PruningError(
+            "model_too_large",
+            f"The model has {shape.parameters:,} parameters; this service takes {most:,} at most.",
+            field="model_id",
+        )
+
+
+def locate(
+    model_id: str,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    models_dir: Path | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    allow_paths: bool = False,
+) -> ModelSource:
+    """Find a model and read its config; a local one's file headers are checked too.
+
+    ``allow_paths`` also takes folders and GGUF files by path (the library and the command line; never the API).
+
+    Raises:
+        PruningError: ``model_not_found``, ``model_id_invalid``, ``revision_not_found``, ``model_gated``,
+            ``hub_unavailable`` (retryable), ``config_invalid``, ``weights_missing``, ``weights_corrupt``,
+            ``tokenizer_missing``.
+    """
+    if model_id.startswith(LOCAL_PREFIX):
+        name = model_id.removeprefix(LOCAL_PREFIX)
+        if not LOCAL_NAME.fullmatch(name):
+            raise PruningError(
+                "model_id_invalid",
+                f"'{name}' is no name of a local model: letters, digits, '.', '_' and '-' only.",
+                field="model_id",
+            )
+        folder = models_dir / name if models_dir else None
+        if folder is None or not folder.is_dir():
+            known = (
+                sorted(entry.name for entry in models_dir.iterdir() if entry.is_dir())
+                if models_dir and models_dir.is_dir()
+                else []
+            )
+            raise PruningError(
+                "model_not_found",
+                f"There is no local model '{name}'; there are: {', '.join(known) or 'none'}.",
+                field="model_id",
+            )
+        return _local(model_id, folder, revision, gguf_file)
+    if allow_paths and Path(model_id).is_file() and model_id.endswith(".gguf"):
+        return _local(model_id, Path(model_id).parent, revision, Path(model_id).name)
+    if allow_paths and Path(model_id).is_dir():
+        return _local(model_id, Path(model_id), revision, gguf_file)
+    try:
+        validate_repo_id(model_id)
+    except errors.HFValidationError as error:
+        no_folder = "there is no folder of that name, and " if allow_paths else ""
+        raise PruningError(
+            "model_id_invalid", f"'{model_id}': {no_folder}it is no Hub id: {error}", field="model_id"
+        ) from None
+    return _on_hub(model_id, revision, gguf_file, token, endpoint)
+
+
+def _local(model_id: str, folder: Path, revision: str | None, gguf_file: str | None) -> ModelSource:
+    if revision is not None:
+        raise PruningError(
+            "revision_not_found", f"{model_id} is on this machine, where models have no revisions.", field="revision"
+        )
+    found = sorted(file.name for file in folder.glob("*.gguf"))
+    if gguf_file is None and not (folder / "config.json").exists() and len(found) == 1:
+        gguf_file = found[0]
+    if gguf_file is not None:
+        if gguf_file not in found and not (folder / gguf_file).is_file():
+            raise PruningError(
+                "model_not_found",
+                f"There is no '{gguf_file}' in {model_id}; there are: {', '.join(found) or 'no GGUF files'}.",
+                field="gguf_file",
+            )
+        return ModelSource(model_id, folder, None, gguf_file, _gguf_config(folder / gguf_file))
+    source = _described(ModelSource(model_id, folder, None, None, _read_config(model_id, folder / "config.json")))
+    check_weight_files(model_id, folder)
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise PruningError(
+            "tokenizer_missing",
+            f"{model_id} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
+            field="model_id",
+        )
+    return source
+
+
+def _described(source: ModelSource) -> ModelSource:
+    """The source with its config as transformers has it, known to be that of a model that can be pruned."""
+    assert source.config is not None
+    if source.config.get("model_type") == chatglm.MODEL_TYPE:
+        source = replace(source, config=chatglm.translate(source.config), chatglm=True)
+    check_config(source.config or {})
+    return source
+
+
+def _read_json(path: Path) -> Any:
+    """A JSON file of a size that such files have.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or too large.
+    """
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"it has {path.stat().st_size} bytes, more than {LARGEST_JSON}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _read_config(model_id: str, path: Path) -> dict[str, Any]:
+    try:
+        config = _read_json(path)
+    except FileNotFoundError:
+        raise PruningError("model_not_found", f"{model_id} has no config.json.", field="model_id") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PruningError(
+            "config_invalid", f"config.json of {model_id} cannot be read: {reason}", field="model_id"
+        ) from None
+    if not isinstance(config, dict):
+        raise PruningError("config_invalid", f"config.json of {model_id} is not an object.", field="model_id")
+    return config
+
+
+def check_weight_files(model_id: str, folder: Path) -> dict[str, Path]:
+    """Read the headers of a folder's safetensors files: a truncated or corrupt file is found without reading weights.
+
+    Returns the file that each tensor is in.
+
+    Raises:
+        PruningError: ``weights_missing`` or ``weights_corrupt``.
+    """
+    index = folder / "model.safetensors.index.json"
+    try:
+        wanted: dict[str, str] = _read_json(index)["weight_map"] if index.exists() else {}
+        if not all(isinstance(name, str) for name in wanted.values()):
+            raise TypeError("a shard's name is no text")
+        files = sorted(set(wanted.values())) or sorted(file.name for file in folder.glob("*.safetensors"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PruningError(
+            "weights_corrupt", f"{index.name} of {model_id} cannot be read: {error}", field="model_id"
+        ) from None
+    if not files:
+        raise PruningError(
+            "weights_missing",
+            f"{model_id} has no safetensors weights (pickled weights are never loaded).",
+            field="model_id",
+        )
+    present: dict[str, Path] = {}
+    for name in files:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise PruningError("weights_missing", f"{model_id} lacks the shard {name}.", field="model_id")
+        try:
+            with safe_open(folder / name, framework="numpy") as shard:
+                present |= dict.fromkeys(shard.keys(), folder / name)
+        except (SafetensorError, OSError) as error:
+            raise PruningError(
+                "weights_corrupt", f"{name} of {model_id} is corrupt or truncated: {error}", field="model_id"
+            ) from None
+    if missing := sorted(set(wanted) - present.keys()):
+        raise PruningError("weights_missing", f"{model_id} lacks the tensor {missing[0]}.", field="model_id")
+    return present
+
+
+def _gguf_config(path: Path) -> dict[str, Any]:
+    """The sizes in a GGUF file's metadata, under config.json's names."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        architecture = reader.fields["general.architecture"].contents()
+        config: dict[str, Any] = {"model_type": architecture}
+        for name, key in GGUF_KEYS.items():
+            field = reader.fields.get(f"{architecture}.{key}")
+            if field is not None:
+                value = field.contents()
+                config[name] = value if isinstance(value, list) else int(value)
+        config.setdefault("vocab_size", len(reader.fields["tokenizer.ggml.tokens"].data))
+        names = {tensor.name for tensor in reader.tensors}
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise PruningError(
+            "weights_corrupt", f"{path.name} is no readable GGUF file: {error}", field="gguf_file"
+        ) from None
+    if f"{architecture}.expert_count" in reader.fields:
+        raise PruningError(
+            "unsupported_architecture",
+            f"{path.name} holds a mixture of experts, which is read from safetensors alone.",
+            field="gguf_file",
+        )
+    config["tie_word_embeddings"] = "output.weight" not in names
+    config["attention_bias"] = "blk.0.attn_q.bias" in names
+    shape_from_config(config)
+    return config
+
+
+def _on_hub(
+    model_id: str, revision: str | None, gguf_file: str | None, token: str | None, endpoint: str | None
+) -> ModelSource:
+    try:
+        info = HfApi(endpoint=endpoint, token=token).model_info(model_id, revision=revision, timeout=HUB_TIMEOUT)
+        files = {sibling.rfilename for sibling in info.siblings or ()}
+        if gguf_file is not None:
+            if gguf_file not in files:
+                raise PruningError(
+                    "model_not_found", f"There is no file '{gguf_file}' in {model_id}.", field="gguf_file"
+                )
+            return ModelSource(model_id, None, info.sha, gguf_file, None)
+        if not any(name.endswith(".safetensors") for name in files):
+            raise PruningError(
+                "weights_missing",
+                f"{model_id} has no safetensors weights (pickled weights are never loaded).",
+                field="model_id",
+            )
+        if not any(name in files for name in TOKENIZER_FILES):
+            raise PruningError("tokenizer_missing", f"{model_id} has no tokenizer.", field="model_id")
+        path = hf_hub_download(
+            model_id, "config.json", revision=info.sha, token=token, endpoint=endpoint, etag_timeout=HUB_TIMEOUT
+        )
+    except PruningError:
+        raise
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
+        raise hub_error(error, model_id) from None
+    return _described(ModelSource(model_id, None, info.sha, None, _read_config(model_id, Path(path))))
+
+
+def hub_error(error: Exception, model_id: str) -> PruningError:
+    """What a failed call to the Hub means for a person."""
+    if isinstance(error, errors.GatedRepoError):
+        return PruningError(
+            "model_gated", f"{model_id} is gated: accept its terms with the token's account.", field="model_id"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return PruningError("revision_not_found", f"{model_id} has no such revision.", field="revision")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return PruningError(
+            "model_not_found",
+            f"There is no model '{model_id}' on the Hub, or the token may not read it.",
+            field="model_id",
+        )
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return PruningError("config_invalid", f"{model_id} has no config.json.", field="model_id")
+    return PruningError(
+        "hub_unavailable", f"The Hub could not be reached for {model_id}: {type(error).__name__}.", retryable=True
+    )

@@ -1,0 +1,49 @@
+"""The console script ``secateur``."""
+
+import sys
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from secateur import __version__
+from secateur.cli import jobs, prune, service
+from secateur.cli.common import REFUSED, variable
+
+cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"secateur {__version__}")
+        raise typer.Exit
+
+
+@cli.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Structured pruning of large language models: here, or by a service."""
+
+
+for command in (prune.prune, prune.inspect, jobs.submit, jobs.status, jobs.watch, jobs.cancel):
+    cli.command()(command)
+service.add_to(cli)
+
+
+def main() -> None:
+    """Run the command line. A setting that is wrong is reported in a line, without a traceback."""
+    try:
+        cli()
+    except ValidationError as error:
+        if error.title != "LibrarySettings":
+            raise
+        for item in error.errors():
+            typer.echo(f"{variable(str(item['loc'][0]))}: {item['msg']}", err=True)
+        sys.exit(REFUSED)
+
+
+if __name__ == "__main__":
+    main()

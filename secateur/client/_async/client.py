@@ -1,0 +1,422 @@
+"""The asynchronous client. The synchronous one is made from this file: ``make client``, and never edited."""
+
+import os
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import httpx2
+
+from secateur.client.errors import (
+    JobCancelled,
+    JobFailed,
+    Unauthorized,
+    Unavailable,
+    Unreachable,
+    WaitTimeout,
+    error_of,
+)
+from secateur.client.frames import Frame, Frames
+from secateur.client.pauses import ATTEMPTS, async_sleep, pause
+from secateur.client.report import Report
+from secateur.contract.catalog import Inspection, MethodList
+from secateur.contract.jobs import (
+    Artifact,
+    ArtifactList,
+    DryRun,
+    EventPage,
+    EventView,
+    JobPage,
+    JobSummary,
+    JobView,
+    Progress,
+    RoundList,
+    RoundView,
+)
+from secateur.contract.keys import KeyList, KeyView, KeyWithSecret, Scope
+from secateur.contract.states import TERMINAL, State
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+LONG_POLL = 20
+"""Seconds that the service holds an answer back for a change."""
+TIMEOUT = 30.0
+PATIENCE = 60.0
+"""Seconds for which watching a job bridges a service that went away."""
+CHUNK = 2**20
+
+
+class AsyncClient:
+    """The service at ``url`` (``SECATEUR_URL``), as the API key ``api_key`` (``SECATEUR_API_KEY``); a context manager.
+
+    Requests that may be repeated are, after connection errors, 429 and 503: with growing pauses, or what ``Retry-After`` says.
+
+    Raises:
+        ValueError: there is no API key, or it has characters that none has.
+    """
+
+    def __init__(self, url: str | None = None, api_key: str | None = None, *, timeout: float = TIMEOUT) -> None:
+        key = api_key or os.environ.get("SECATEUR_API_KEY", "")
+        if not key:
+            raise ValueError("no API key: set SECATEUR_API_KEY, or give one")
+        if not re.fullmatch(r"[\x21-\x7e]+", key):
+            raise ValueError("The API key has characters that no API key has.")
+        self.url = url or os.environ.get("SECATEUR_URL", DEFAULT_URL)
+        try:
+            self._http = httpx2.AsyncClient(
+                base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=timeout
+            )
+        except httpx2.InvalidURL as error:
+            raise Unreachable(f"The service at {self.url} cannot be reached: {error}") from error
+        self.jobs = AsyncJobs(self)
+        self.keys = AsyncKeys(self)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def methods(self) -> MethodList:
+        """The pruning methods, and what their parts can be replaced by."""
+        return MethodList.model_validate((await self.request("GET", "/v1/methods")).json())
+
+    async def inspect(
+        self, model_id: str, *, revision: str | None = None, gguf_file: str | None = None, hub_token: str | None = None
+    ) -> Inspection:
+        """What a model is made of, and what can be made of it."""
+        body = _given(model_id=model_id, revision=revision, gguf_file=gguf_file, hub_token=hub_token)
+        return Inspection.model_validate((await self.request("POST", "/v1/models/inspect", json=body)).json())
+
+    async def request(
+        self, method: str, path: str, *, repeat: bool = True, attempts: int = ATTEMPTS, **options: Any
+    ) -> httpx2.Response:
+        """The response to a request that was not refused.
+
+        Raises:
+            ApiError: see :mod:`secateur.client.errors`.
+            Unreachable: there was no connection.
+        """
+        attempt = 0
+        while True:
+            attempt += 1
+            response = None
+            try:
+                response = await self._http.request(method, path, **options)
+            except httpx2.TransportError as error:
+                if not repeat or attempt >= attempts:
+                    raise Unreachable(f"The service at {self.url} cannot be reached: {error}") from error
+            except httpx2.InvalidURL as error:
+                raise Unreachable(f"The service at {self.url} cannot be reached: {error}") from error
+            if response is not None and response.status_code < 400:
+                return response
+            if response is not None and (response.status_code not in (429, 503) or not repeat or attempt >= attempts):
+                raise error_of(response)
+            await async_sleep(pause(attempt, response))
+
+    def stream(self, path: str, headers: Mapping[str, str]) -> Any:
+        """An open response, as a context manager."""
+        return self._http.stream("GET", path, headers=headers)
+
+
+class AsyncJobs:
+    """``/v1/jobs``."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def create(
+        self,
+        *,
+        model_id: str | None,
+        method: str | None,
+        target_ratio: float | Sequence[float] | None = None,
+        rounds: int | None = None,
+        idempotency_key: str | None = None,
+        **rest: Any,
+    ) -> "AsyncJob":
+        """Make a job; ``rest`` are the request's other fields, as the API has them. Safe to repeat by its idempotency key."""
+        body = _given(model_id=model_id, method=method, target_ratio=target_ratio, rounds=rounds) | rest
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return AsyncJob(self._client, await self._client.request("POST", "/v1/jobs", json=body, headers=headers))
+
+    async def plan(self, **request: Any) -> DryRun:
+        """What :meth:`create` would do with the same fields; nothing is made."""
+        body = _given(**request)
+        response = await self._client.request("POST", "/v1/jobs", params={"validate_only": "true"}, json=body)
+        return DryRun.model_validate(response.json())
+
+    async def get(self, job_id: uuid.UUID | str) -> "AsyncJob":
+        """A job of this API key."""
+        return AsyncJob(self._client, await self._client.request("GET", f"/v1/jobs/{job_id}"))
+
+    async def list(
+        self,
+        *,
+        state: Sequence[State | str] = (),
+        method: str | None = None,
+        model_id: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        page_size: int = 100,
+    ) -> AsyncIterator[JobSummary]:
+        """The jobs of this API key, newest first, page by page as they are asked for."""
+        parameters = _given(method=method, model_id=model_id, page_size=page_size, state=[str(each) for each in state])
+        parameters |= {f"label.{name}": value for name, value in (labels or {}).items()}
+        while True:
+            page = JobPage.model_validate((await self._client.request("GET", "/v1/jobs", params=parameters)).json())
+            for item in page.items:
+                yield item
+            if page.next_page_token is None:
+                return
+            parameters["page_token"] = page.next_page_token
+
+
+class AsyncJob:
+    """One job, as it was when it was last looked at: ``view`` has all of it."""
+
+    def __init__(self, client: AsyncClient, response: httpx2.Response) -> None:
+        self._client = client
+        self._take(response)
+
+    def _take(self, response: httpx2.Response) -> None:
+        self.view = JobView.model_validate(response.json())
+        self._etag = response.headers.get("ETag", "")
+
+    @property
+    def id(self) -> uuid.UUID:
+        return self.view.id
+
+    @property
+    def state(self) -> State:
+        return self.view.state
+
+    @property
+    def progress(self) -> Progress | None:
+        return self.view.progress
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        return self.view.result
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id} {self.state} {self.view.model_id} {self.view.method}>"
+
+    @property
+    def _path(self) -> str:
+        return f"/v1/jobs/{self.id}"
+
+    async def refresh(self) -> Self:
+        """Look again."""
+        self._take(await self._client.request("GET", self._path))
+        return self
+
+    async def changes(self) -> AsyncIterator[Self]:
+        """The job now, and after every change, to its end. A service that goes away meanwhile is waited for, a minute long."""
+        yield self
+        heard = time.monotonic()
+        while self.state not in TERMINAL:
+            headers = {"If-None-Match": self._etag, "Prefer": f"wait={LONG_POLL}"}
+            try:
+                response = await self._client.request("GET", self._path, headers=headers, attempts=1)
+            except (Unreachable, Unavailable):
+                if time.monotonic() - heard > PATIENCE:
+                    raise
+                await async_sleep(1.0)
+                continue
+            heard = time.monotonic()
+            if response.status_code != 304:
+                self._take(response)
+                yield self
+
+    async def wait(self, timeout: float | None = None, on_progress: Callable[[Self], object] | None = None) -> Self:
+        """Wait for its success; ``on_progress`` is called with the job after every change.
+
+        Raises:
+            JobFailed, JobCancelled: it has ended otherwise.
+            WaitTimeout: ``timeout`` seconds have passed; it goes on.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        async for _ in self.changes():
+            if on_progress is not None:
+                on_progress(self)
+            if deadline is not None and time.monotonic() > deadline and self.state not in TERMINAL:
+                raise WaitTimeout(f"Job {self.id} is still {self.state} after {timeout:g} s.")
+        if self.state == State.FAILED:
+            raise JobFailed(self.id, self.view.error)
+        if self.state == State.CANCELLED:
+            raise JobCancelled(f"Job {self.id} was cancelled.")
+        return self
+
+    async def cancel(self) -> Self:
+        """Stop it for good."""
+        return await self._ask("cancel")
+
+    async def pause(self) -> Self:
+        """Stop it at the end of its round."""
+        return await self._ask("pause")
+
+    async def resume(self) -> Self:
+        """Go on after a pause."""
+        return await self._ask("resume")
+
+    async def retry(self) -> Self:
+        """Queue it again, from its last completed round."""
+        return await self._ask("retry")
+
+    async def _ask(self, what: str) -> Self:
+        self._take(await self._client.request("POST", f"{self._path}/{what}"))
+        return self
+
+    async def delete(self) -> None:
+        """Delete it with its files, when it has ended; what was published stays."""
+        await self._client.request("DELETE", self._path)
+
+    async def events(self) -> AsyncIterator[EventView]:
+        """What has happened so far, oldest first."""
+        parameters: dict[str, Any] = {"page_size": 100}
+        while True:
+            response = await self._client.request("GET", f"{self._path}/events", params=parameters)
+            page = EventPage.model_validate(response.json())
+            for item in page.items:
+                yield item
+            if page.next_page_token is None:
+                return
+            parameters["page_token"] = page.next_page_token
+
+    async def stream(self, after: int = 0) -> AsyncIterator[Frame]:
+        """Events as they happen from the one after ``after`` on, progress in between, and ``end``. Broken lines are taken up again.
+
+        Raises:
+            Unauthorized: the API key was revoked meanwhile.
+        """
+        failures = 0
+        while True:
+            try:
+                async with self._client.stream(
+                    f"{self._path}/events/stream", {"Last-Event-ID": str(after)}
+                ) as response:
+                    if response.status_code >= 400:
+                        await response.aread()
+                        if response.status_code not in (429, 503):
+                            raise error_of(response)
+                    else:
+                        frames = Frames()
+                        async for line in response.aiter_lines():
+                            frame = frames.take(line)
+                            if frame is None:
+                                continue
+                            failures = 0
+                            after = frame.id or after
+                            if frame.event == "end" and frame.data.get("code") == "unauthorized":
+                                raise Unauthorized(401, frame.data)
+                            yield frame
+                            if frame.event == "end":
+                                return
+            except httpx2.TransportError as error:
+                if failures >= ATTEMPTS:
+                    raise Unreachable(f"The service at {self._client.url} cannot be reached: {error}") from error
+            failures += 1
+            await async_sleep(pause(failures, None))
+
+    async def rounds(self) -> list[RoundView]:
+        """The completed rounds."""
+        return RoundList.model_validate((await self._client.request("GET", f"{self._path}/rounds")).json()).items
+
+    async def report(self) -> Report:
+        """The report of a job with one target.
+
+        Raises:
+            ValueError: it has several, see :meth:`reports`.
+        """
+        found = await self.reports()
+        if len(found) != 1:
+            raise ValueError(f"this job has {len(found)} targets: ask for reports()")
+        return found[0]
+
+    async def reports(self) -> list[Report]:
+        """The report of each target."""
+        found = (await self._client.request("GET", f"{self._path}/report")).json()
+        return [Report(each) for each in found.get("targets", [found])]
+
+    async def artifacts(self) -> list[Artifact]:
+        """The files of the pruned model; none before the job has succeeded."""
+        return ArtifactList.model_validate((await self._client.request("GET", f"{self._path}/artifacts")).json()).items
+
+    async def download(self, folder: Path | str) -> Path:
+        """The files of the pruned model, in ``folder``. What a broken download left there is gone on with.
+
+        Raises:
+            Unreachable: the connection broke again and again.
+        """
+        root = Path(folder)
+        for artifact in await self.artifacts():
+            await self._fetch(artifact, root / artifact.name)
+        return root
+
+    async def _fetch(self, artifact: Artifact, target: Path) -> None:
+        if target.exists() and target.stat().st_size == artifact.size:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.part")
+        part.touch()
+        for attempt in range(1, ATTEMPTS + 1):
+            have = part.stat().st_size
+            if have == artifact.size:
+                break
+            try:
+                async with self._client.stream(artifact.url, {"Range": f"bytes={have}-"}) as response:
+                    if response.status_code >= 400:
+                        await response.aread()
+                        raise error_of(response)
+                    with part.open("r+b" if response.status_code == 206 else "wb") as file:
+                        file.seek(0, os.SEEK_END)
+                        async for chunk in response.aiter_bytes(CHUNK):
+                            file.write(chunk)
+            except httpx2.TransportError:
+                await async_sleep(pause(attempt, None))
+        if part.stat().st_size != artifact.size:
+            raise Unreachable(f"{artifact.name}: {part.stat().st_size} of {artifact.size} bytes came.")
+        part.replace(target)
+
+
+class AsyncKeys:
+    """``/v1/keys``, for keys of scope ``admin``."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def list(self) -> Sequence[KeyView]:
+        """All keys, oldest first."""
+        return KeyList.model_validate((await self._client.request("GET", "/v1/keys")).json()).items
+
+    async def create(self, name: str, scopes: Sequence[Scope | str] | None = None) -> KeyWithSecret:
+        """Make a key; its secret cannot be had again."""
+        body = _given(name=name, scopes=None if scopes is None else [str(scope) for scope in scopes])
+        return KeyWithSecret.model_validate(
+            (await self._client.request("POST", "/v1/keys", json=body, repeat=False)).json()
+        )
+
+    async def rotate(self, key_id: uuid.UUID | str, grace_seconds: float | None = None) -> KeyWithSecret:
+        """Another secret for the same key; the one it had serves for the grace."""
+        body = _given(grace_seconds=grace_seconds)
+        response = await self._client.request("POST", f"/v1/keys/{key_id}/rotate", json=body, repeat=False)
+        return KeyWithSecret.model_validate(response.json())
+
+    async def hub_token(self, key_id: uuid.UUID | str, hub_token: str | None) -> None:
+        """The Hub token of the key's jobs; ``None`` takes it away."""
+        await self._client.request("PUT", f"/v1/keys/{key_id}/hub-token", json={"hub_token": hub_token})
+
+    async def revoke(self, key_id: uuid.UUID | str) -> None:
+        """Revoke a key for good."""
+        await self._client.request("DELETE", f"/v1/keys/{key_id}")
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """What is not ``None``: the service has defaults for the rest."""
+    return {name: value for name, value in fields.items() if value is not None}

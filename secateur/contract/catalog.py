@@ -1,0 +1,84 @@
+"""What goes in and out of ``/v1/methods`` and ``/v1/models/inspect``."""
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from secateur.contract.jobs import JobError
+
+
+class MethodDefaults(BaseModel):
+    """What a request that names the method alone gets."""
+
+    rounds: int
+    scoring: str
+    allocation: str
+    recovery: str
+
+
+class MethodView(BaseModel):
+    """A pruning method."""
+
+    name: str
+    summary: str
+    paper: str
+    equations: str = Field(description="Where in the paper.")
+    scoring: str = Field(description="What a unit is scored by.")
+    allocation: str = Field(description="How the ratio is spread over the layers.")
+    recovery: str
+    needs_gradients: bool
+    dynamic: bool = Field(description="Nothing is cut: the published model chooses for each prompt what writes.")
+    passes: str = Field(description="What scoring costs a round.")
+    defaults: MethodDefaults
+
+
+class Kinds(BaseModel):
+    """What a method's parts can be replaced by.
+
+    In any combination but one: the allocation `threshold` needs scores of the whole model, which the scorings `lorap`,
+    `obs`, `slimllm` and `wanda` do not give.
+    """
+
+    scoring: list[str] = Field(description="For `scoring.kind`.")
+    allocation: list[str] = Field(description="For `allocation.kind`.")
+    recovery: list[str] = Field(description="For `recovery.kind`.")
+
+
+class MethodList(BaseModel):
+    """The methods, by name."""
+
+    items: list[MethodView]
+    kinds: Kinds
+
+
+class PrunedSize(BaseModel):
+    """What a target ratio comes to."""
+
+    target_ratio: float
+    nearest_ratio: float = Field(description="The ratio that will be reached.")
+    parameters: int
+    bytes: int = Field(description="Of the weights, in the model's own dtype.")
+
+
+class PossibleLayout(BaseModel):
+    """What a layout allows."""
+
+    layout: str
+    max_ratio: float = Field(description="The largest ratio.")
+    gguf: list[str] = Field(description="Quantisations in which a GGUF file can be made.")
+    gguf_reason: str | None = Field(description="Why not in the others.")
+
+
+class Inspection(BaseModel):
+    """What is known of a model without its weights."""
+
+    model_id: str
+    revision: str | None = Field(description="The commit; null for a local model.")
+    supported: bool = Field(description="Whether this service can prune it.")
+    reason: JobError | None = Field(description="Why not.")
+    shape: dict[str, Any] | None = Field(
+        description="Family, parameters, largest ratio, and each layer's heads, KV groups and feed-forward width; "
+        "null for a model that is not supported, and where it is known once the model is loaded: GGUF files on the Hub and types without an adapter."
+    )
+    sizes: list[PrunedSize] = Field([], description="What ratios of 0.2 and 0.5 come to; empty without a shape.")
+    layouts: list[PossibleLayout] = Field([], description="What each layout allows; empty without a shape.")

@@ -1,0 +1,218 @@
+"""What ``/v1/jobs`` answers."""
+
+import datetime as dt
+import hashlib
+import json
+import uuid
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from secateur.contract.states import State
+
+
+def without_texts(request: dict[str, Any]) -> dict[str, Any]:
+    """A dumped spec or job request whose texts are named by count and hash: they are long, and nobody else's business."""
+    shown = {**request}
+    for part in {"calibration", "evaluation"} & request.keys():
+        source = shown[part] = {**request[part]}
+        texts = source.pop("texts", None)
+        if texts is not None:
+            digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+            source["texts"] = f"{len(texts)} texts, sha256 {digest}"
+    return shown
+
+
+class Publication(BaseModel):
+    """Where a pruned model is published."""
+
+    repo_id: str
+    private: bool
+
+
+class PlannedTarget(BaseModel):
+    """One of the pruned models that a job would make. Nulls: known only once the model is there."""
+
+    target_ratio: float | None = Field(description="As asked for, or what the size asked for comes to.")
+    nearest_ratio: float | None = Field(description="The ratio that will be reached.")
+    repo_id: str | None = Field(description="Where it would be published; null: nowhere.")
+
+
+class DryRun(BaseModel):
+    """What a job would do: the answer to `validate_only`. No job is created."""
+
+    model_id: str
+    revision: str | None = Field(description="The commit that would be used; null for a local model.")
+    method: str
+    rounds: int
+    targets: list[PlannedTarget]
+    publish: Publication | None
+    memory_bytes: int | None = Field(
+        description="What it takes at least on a worker's device; null before sizes are known."
+    )
+    shape: dict[str, Any] | None = Field(description="The model's sizes, as `POST /v1/models/inspect` gives them.")
+
+
+class Progress(BaseModel):
+    """How far the job is."""
+
+    stage: str
+    round: int = Field(0, description="0 is the measuring of the unpruned model.")
+    rounds: int = Field(description="Of all targets, and of training recovery.")
+    share: float = Field(ge=0, le=1, description="Of the whole job.")
+    stage_share: float = Field(0.0, ge=0, le=1, description="Of the stage.")
+    rate: float | None = Field(None, description="What the stage gets through in a second.")
+    rate_unit: str | None = Field(None, description="`tokens/s` or `bytes/s`.")
+    estimated_finish_at: dt.datetime | None = None
+
+
+class JobError(BaseModel):
+    """Why the job failed. `code` is stable; `message` says what can be done."""
+
+    code: str
+    message: str
+    retryable: bool
+    field: str | None = Field(None, description="The field of the request that is at fault, where one is.")
+
+
+class JobSummary(BaseModel):
+    """A job as a list shows it."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: uuid.UUID
+    state: State
+    model_id: str
+    method: str
+    labels: dict[str, str]
+    attempt: int = Field(description="How often a worker has taken the job.")
+    failures: int = Field(description="Attempts that failed; the service gives up at a fixed number.")
+    pause_requested: bool = Field(description="The job pauses at the end of the round it is in.")
+    progress: Progress | None = None
+    error: JobError | None = None
+    result: dict[str, Any] | None = Field(
+        None,
+        description="On success: repo_id, commit_sha, parameters, perplexity and latency before and after, widths; for a list of target ratios `targets`, with these and `target_ratio` in each.",
+    )
+    created_at: dt.datetime
+    started_at: dt.datetime | None = None
+    finished_at: dt.datetime | None = None
+
+
+class JobView(JobSummary):
+    """A job."""
+
+    model_config = ConfigDict(
+        from_attributes=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "0199a0c6-3f5c-7d3e-9a53-0d8f4c1b2a10",
+                    "state": "running",
+                    "model_id": "HuggingFaceTB/SmolLM2-135M",
+                    "method": "piem-lsps",
+                    "labels": {"team": "nlp"},
+                    "attempt": 1,
+                    "failures": 0,
+                    "pause_requested": False,
+                    "progress": {
+                        "stage": "score",
+                        "round": 2,
+                        "rounds": 3,
+                        "share": 0.55,
+                        "estimated_finish_at": "2026-01-01T12:05:00Z",
+                    },
+                    "error": None,
+                    "result": None,
+                    "created_at": "2026-01-01T12:00:00Z",
+                    "started_at": "2026-01-01T12:00:01Z",
+                    "finished_at": None,
+                    "request": {
+                        "model_id": "HuggingFaceTB/SmolLM2-135M",
+                        "target_ratio": 0.2,
+                        "method": "piem-lsps",
+                        "rounds": 3,
+                        "labels": {"team": "nlp"},
+                    },
+                }
+            ]
+        },
+    )
+
+    request: Annotated[dict[str, Any], BeforeValidator(without_texts)] = Field(
+        description="The request, with defaults filled in and `revision` resolved; `texts` by their count and hash."
+    )
+
+
+class JobPage(BaseModel):
+    """Jobs, newest first."""
+
+    items: list[JobSummary]
+    next_page_token: str | None = Field(description="Null on the last page.")
+
+
+class EventView(BaseModel):
+    """Something that happened to the job."""
+
+    model_config = ConfigDict(
+        from_attributes=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": 42,
+                    "type": "state",
+                    "attempt": 1,
+                    "created_at": "2026-01-01T12:00:01Z",
+                    "data": {"from": "queued", "to": "running", "trigger": "claim", "error": None},
+                }
+            ]
+        },
+    )
+
+    id: int = Field(description="Grows with time; `Last-Event-ID` of the stream.")
+    type: str = Field(description="`state`, `round`, `warning`, `retry`.")
+    attempt: int
+    created_at: dt.datetime
+    data: dict[str, Any]
+
+
+class EventPage(BaseModel):
+    """Events, oldest first."""
+
+    items: list[EventView]
+    next_page_token: str | None = Field(description="Null when there are no more events so far.")
+
+
+class RoundView(BaseModel):
+    """A completed round. Round 0 is the unpruned model, measured; numbers run on from target to target."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    number: int
+    attempt: int
+    created_at: dt.datetime
+    data: dict[str, Any] = Field(
+        description="`target_ratio`, ratio, widths by layer, perplexity, loss curve, time, memory; of a round of training, `recovery`."
+    )
+
+
+class RoundList(BaseModel):
+    """The completed rounds, in order."""
+
+    items: list[RoundView]
+
+
+class Artifact(BaseModel):
+    """A file of the pruned model."""
+
+    name: str = Field(
+        description="With its folder `ratio-…/` where a list of target ratios was asked for.", examples=["config.json"]
+    )
+    size: int = Field(description="Bytes.", examples=[1024])
+    url: str = Field(examples=["/v1/jobs/0199a0c6-3f5c-7d3e-9a53-0d8f4c1b2a10/artifacts/config.json"])
+
+
+class ArtifactList(BaseModel):
+    """The files of the pruned model, by name."""
+
+    items: list[Artifact]

@@ -1,0 +1,30 @@
+"""LSPS, the Layer-aware Sensitivity Pruning Strategy (Wang, section 3.3)."""
+
+from collections.abc import Sequence
+
+import torch
+
+from secateur.engine.allocation.base import LayerLimit, Share, fill, layer_parameters
+from secateur.engine.scoring.base import Context
+
+STEEPNESS = 0.9
+"""How far τ(l) falls from an insensitive layer to the most sensitive one; below 1, so that every layer gives something."""
+
+
+def sensitivity(context: Context) -> list[float]:
+    """α(l) = mean over the layer's units of |∂L/∂u|, scaled into (0, 1] by the largest layer."""
+    means = [float(torch.cat([gate.kv_group_gradient, gate.channel_gradient]).abs().mean()) for gate in context.gates]
+    largest = max(means) or 1.0
+    return [mean / largest for mean in means]
+
+
+def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Share:
+    """τ(l) = min(c·(1 − β·α(l)), the most the layer can give), c solved so that the whole meets the target exactly.
+
+    The paper says that τ(l) falls as α(l) rises and that the whole must meet τ, not by which function; a straight line
+    has one parameter, β (:data:`STEEPNESS`).
+    """
+    sizes, sensitivities = layer_parameters(context), sensitivity(context)
+    context.details["sensitivity"] = sensitivities
+    weights = [(1 - STEEPNESS * alpha) * size for alpha, size in zip(sensitivities, sizes, strict=True)]
+    return Share(fill(weights, [limit.parameters for limit in limits], total))

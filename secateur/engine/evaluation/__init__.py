@@ -1,0 +1,8 @@
+"""What a model is worth and what it costs: perplexity, zero-shot accuracy, what it writes, latency, size."""
+
+from secateur.engine.evaluation.latency import measure_latency, unsteady
+from secateur.engine.evaluation.perplexity import perplexity
+from secateur.engine.evaluation.size import forward_flops, weight_bytes
+from secateur.engine.evaluation.suite import Suite, paired
+
+__all__ = ["Suite", "forward_flops", "measure_latency", "paired", "perplexity", "unsteady", "weight_bytes"]

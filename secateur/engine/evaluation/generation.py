@@ -1,0 +1,28 @@
+"""What a model writes: for people, who would rather read than trust a number."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig
+
+from secateur.engine.measure.texts import plain_generation
+from secateur.engine.model.decoder import Decoder
+
+NEW_TOKENS = 32
+PROMPTS = ("The capital of France is", "Once upon a time, in a small village,", "To keep bread fresh for longer,")
+"""Where the request names none."""
+
+
+@torch.no_grad()
+def generations(decoder: Decoder, prompts: Sequence[str]) -> list[str]:
+    """How the model goes on from each prompt: up to :data:`NEW_TOKENS` tokens, always the likeliest."""
+    end = decoder.tokenizer.eos_token_id
+    config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=end)
+    written = []
+    for prompt in prompts:
+        tokens = decoder.tokenizer(prompt, return_tensors="pt")["input_ids"].to(decoder.device)
+        tokens = tokens[:, -(decoder.shape.max_positions - NEW_TOKENS) :]
+        with plain_generation(decoder.model):
+            output = decoder.model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=config)
+        written.append(decoder.tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True))
+    return written

@@ -1,0 +1,35 @@
+"""Perplexity on held-out windows."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from secateur.contract.errors import PruningError
+from secateur.engine.model.decoder import Decoder
+
+
+@torch.no_grad()
+def perplexity(decoder: Decoder, tokens: Tensor, batch_windows: int, progress: Callable[[float], None]) -> float:
+    """exp of the mean next-token loss over ``tokens`` ``[windows, length]``, windows on their own, no overlap.
+
+    The loss is in float32 and summed in float64. May be infinite for a badly broken model.
+
+    Raises:
+        PruningError: ``loss_not_finite`` when the loss is NaN.
+    """
+    total, count = 0.0, 0
+    for start in range(0, len(tokens), batch_windows):
+        batch = tokens[start : start + batch_windows]
+        losses = decoder.window_losses(batch)
+        total, count = total + float(losses.double().sum()), count + losses.numel()
+        progress(min(start + batch_windows, len(tokens)) / len(tokens))
+    mean = total / count
+    if math.isnan(mean):
+        raise PruningError(
+            "loss_not_finite",
+            "The model's loss is NaN: its activations overflow. Try dtype 'bfloat16' or 'float32'.",
+            field="dtype",
+        )
+    return math.exp(mean) if mean < 700 else math.inf

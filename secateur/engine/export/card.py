@@ -1,0 +1,191 @@
+"""The model card: what a person wants to know before loading the model."""
+
+import json
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from secateur.catalog.methods import METHODS, Method
+from secateur.engine.evaluation import unsteady
+
+PICTURE = "widths.png"
+
+
+def model_card(
+    report: dict[str, Any], extra: dict[str, Any], gguf_file: str | None = None, own_class: str | None = None
+) -> str:
+    """README.md of the published repository, from the report; ``extra`` is the manifest's (job id, repo_id).
+
+    ``own_class``: the file with the model's class, where that is not in transformers.
+    """
+    spec, ratio, source = report["spec"], report["ratio"], report["source"]
+    method = METHODS[spec["method"]]
+    base = source["model_id"].removeprefix("local:")
+    repo_id = extra.get("repo_id") or "path/to/this/folder"
+    on_hub = source["revision"] is not None
+    head = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "structured-pruning", "secateur", method.name],
+    )
+    return f"""---
+{head.to_yaml()}
+---
+
+{_opening(method, base, f"[{base}](https://huggingface.co/{base})" if on_hub else base, ratio["reached"])}
+
+| | before | after |
+|---|---|---|
+{_table(report)}
+
+Perplexity on {report["evaluation"]["tokens"]:,} tokens ({report["evaluation"]["source"]}){", the second half of each window when the first is read" if method.dynamic else ""}. Latency on
+{_device(report)}, batch 1.
+
+## Use
+
+{_use(spec["layout"], repo_id, gguf_file, own_class, method.dynamic)}
+
+## How it was made
+
+- Method: `{method.name}`{_description(method, report["parts"], spec["layout"])}
+- Parts: scoring `{report["parts"]["scoring"]}`, allocation `{report["parts"]["allocation"]}`, recovery `{report["parts"]["recovery"]}`
+- Rounds: {report["round_count"]}; target ratio {ratio["target"]:g}; seed {spec["seed"]}; dtype {report["dtype"]}
+- Calibration: {report["calibration"]["windows"]} × {report["calibration"]["sequence_length"]} tokens, {report["calibration"]["source"]}
+- Source: `{source["model_id"]}`{f" at `{source['revision']}`" if source["revision"] else ""}
+
+![Heads and feed-forward channels by layer, before and after]({PICTURE})
+
+| layer | KV groups | heads | feed-forward channels |
+|---|---|---|---|
+{_widths(report)}
+
+`secateur.json` holds the request, the exact units kept, versions and file hashes. The same request on the same kind of
+machine gives the same weights:
+
+```json
+{json.dumps({"model_id": source["model_id"], **spec}, indent=1)}
+```
+
+Pruning changes what a model knows and says. Evaluate this model on your own task before you rely on it; the limits and
+the licence of the base model apply.
+"""
+
+
+def _opening(method: Method, base: str, linked: str, reached: float) -> str:
+    if method.dynamic:
+        return f"""# {base}, pruning itself for each prompt
+
+All of {linked} reads a prompt and measures what it needs; the KV groups and feed-forward channels that it needs most, gathered
+into smaller weights, write on, and save {reached:.2%} of the work in the attention and feed-forward weights. The weights are untouched.
+"""
+    return f"""# {base}, pruned by {reached:.1%}
+
+{reached:.2%} of the parameters in the attention and feed-forward weights of
+{linked} are gone: whole KV groups of attention heads and whole feed-forward channels, cut out of the
+tensors. No masks, no special kernels.
+"""
+
+
+DYNAMIC = """The repository carries a small modeling file; without `trust_remote_code` the stock class loads the plain model.
+`config.json` has under `dynamic_pruning` what can be set, and the modeling file says what it means:"""
+
+LAYOUTS = {
+    "per-layer": "Layers differ in width.",
+    "uniform": "All layers have the same widths.",
+    "padded": "Layers that are narrower than the widest are filled up with zeros, which changes nothing that the model says.",
+}
+
+
+def _use(layout: str, repo_id: str, gguf_file: str | None, own_class: str | None, dynamic: bool) -> str:
+    code = layout == "per-layer" or own_class is not None
+    classes = "The stock class loads it, without code from this repository:"
+    if own_class is not None:
+        classes = f"transformers has no class for this model: `{own_class}`, in this repository, is one."
+    elif code:
+        classes = "The repository carries a small modeling file, which cuts the stock classes to size:"
+    text = f"""{DYNAMIC if dynamic else f"{LAYOUTS[layout]} {classes}"}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", {"trust_remote_code=True, " if code else ""}dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
+inputs = tokenizer("The river", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
+```"""
+    if own_class is None and not dynamic:  # which knows no weights that change
+        text += f"""
+
+vLLM{", through its Transformers backend" if code else ""}:
+
+```sh
+vllm serve {repo_id}{" --model-impl transformers --trust-remote-code" if code else ""}
+```"""
+    if gguf_file is not None:
+        text += f"""
+
+llama.cpp:
+
+```sh
+llama-cli -m {gguf_file} -p "The river"
+```"""
+    return text
+
+
+def _description(method: Method, parts: dict[str, str], layout: str) -> str:
+    """What the paper's method is; nothing where the request put other parts in its place."""
+    equal = layout == "uniform"
+    allocation = parts["allocation"] if equal else method.allocation
+    if parts != {"scoring": method.scoring, "allocation": allocation, "recovery": method.recovery}:
+        return ", with parts of the request's own"
+    but = "; the same widths in every layer, as the layout has it" if equal and allocation != method.allocation else ""
+    return f" — {method.summary} ({method.paper}; {method.equations}){but}"
+
+
+def _table(report: dict[str, Any]) -> str:
+    rows = [
+        ("parameters", "parameters", lambda value: f"{value:,}"),
+        ("weights (bytes)", "weights_bytes", lambda value: f"{value:,}"),
+        ("FLOPs of 256 tokens", "flops", lambda value: f"{value:.3g}"),
+        ("perplexity", "perplexity", _perplexity),
+    ]
+    lines = [f"| {title} | {show(report[key]['before'])} | {show(report[key]['after'])} |" for title, key, show in rows]
+    if (published := report["published"])["parameters"] != report["parameters"]["after"]:
+        lines.append(f"| parameters in the files, with the zeros | | {published['parameters']:,} |")
+        lines.append(f"| weights in the files (bytes) | | {published['weights_bytes']:,} |")
+    benchmarks = report["benchmarks"]
+    for name, pair in benchmarks["perplexity"].items():
+        lines.append(f"| perplexity, {name} | {_perplexity(pair['before'])} | {_perplexity(pair['after'])} |")
+    for name, task in benchmarks["zero_shot"].items():
+        lines.append(
+            f"| {name} ({task['metric']}, {task['examples']} examples) | {task['before']:.3f} | {task['after']:.3f} |"
+        )
+    latency = report["latency"]
+    if latency["before"] and latency["after"]:
+        for title, key in (("prefill (ms)", "prefill_ms"), ("decode (ms a token)", "decode_ms_per_token")):
+            lines.append(f"| {title} | {latency['before'][key]:.1f} | {latency['after'][key]:.1f} |")
+    if any(unsteady(latency[when]) for when in ("before", "after")):
+        lines += ["", "Repeats of prefill and decode are far apart: the machine was busy, and these times mean little."]
+    return "\n".join(lines)
+
+
+def _perplexity(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.2f}"
+
+
+def _device(report: dict[str, Any]) -> str:
+    latency = report["latency"]["after"]
+    return f"{latency['device']} ({latency['threads']} CPU threads)" if latency else "no device: it was not measured"
+
+
+def _widths(report: dict[str, Any]) -> str:
+    before, after = report["widths"]["before"], report["widths"]["after"]
+    return "\n".join(
+        f"| {old['layer']} | {_change(old, new, 'kv_groups')} | {_change(old, new, 'heads')} | {_change(old, new, 'channels')} |"
+        for old, new in zip(before, after, strict=True)
+    )
+
+
+def _change(old: dict[str, int], new: dict[str, int], key: str) -> str:
+    return f"{new[key]}" if old[key] == new[key] else f"{old[key]} → {new[key]}"

@@ -1,0 +1,277 @@
+"""The repository's files: config, modeling file, weights, tokenizer, card, manifest."""
+
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from transformers.core_model_loading import revert_weight_conversion
+
+from secateur.catalog.architectures import Family
+from secateur.catalog.sources import ModelSource
+from secateur.contract.errors import PruningError
+from secateur.engine.evaluation.size import weight_bytes
+from secateur.engine.export.card import PICTURE, model_card
+from secateur.engine.export.picture import draw_widths
+from secateur.engine.model.decoder import Decoder
+from secateur.engine.model.plan import Plan
+
+TEMPLATE = Path(__file__).with_name("modeling_pruned.py.tmpl")
+COPIED = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+LICENCES = ("LICENSE*", "MODEL_LICENSE*", "NOTICE*", "USE_POLICY*")
+MODELING_FILE = "modeling_pruned.py"
+MANIFEST = "secateur.json"
+WIDTHS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_groups", "intermediate_size": "channels"}
+"""What a config calls the widths of a layer that a plan speaks of."""
+SHARD_SIZE = "5GB"
+ROOM = 64 * 2**20
+"""Bytes to spare on the disk beyond the weights themselves."""
+PACKAGES = ("secateur", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "peft")
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A new folder beside ``folder`` that takes its place when the context ends well, and goes when it does not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    staging.chmod(0o755)
+    try:
+        yield staging
+        staging.replace(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_room(decoder: Decoder, folder: Path, formats: Sequence[str]) -> None:
+    """Whether the disk has room for the pruned model in all its formats.
+
+    Raises:
+        PruningError: ``disk_full`` (retryable).
+    """
+    # A GGUF file's weights are float32 at most, and one that is quantised has one in float16 beside it for a while.
+    gguf = 4 * decoder.parameters if "gguf" in formats else 0
+    need, free = weight_bytes(decoder) + gguf + ROOM, shutil.disk_usage(folder).free
+    if free < need:
+        raise PruningError(
+            "disk_full", f"The pruned model needs {need:,} bytes of disk; {free:,} are free.", retryable=True
+        )
+
+
+def write_model(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path, stock: bool = False) -> None:
+    """Write config, weights and tokenizer into ``folder``, and the modeling file where the model needs one.
+
+    ``stock``: as one of the stock class, all of whose layers have the widths of the first.
+    """
+    _write_config(decoder, source, plan, folder, stock)
+    # By the source's names: transformers 5 calls a few weights otherwise, and 4 and vLLM do not.
+    state = revert_weight_conversion(decoder.model, _without_ties(decoder.model.state_dict()))
+    whole = {name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in state.items()}
+    save_torch_state_dict(whole, folder, max_shard_size=SHARD_SIZE)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes for the owner alone
+    _write_tokenizer(decoder, source, folder)
+
+
+def write_manifest(decoder: Decoder, plan: Plan, folder: Path, report: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Write what tells of the model in ``folder``: the card, and the manifest of plan and hashes, with ``extra`` beside them."""
+    draw_widths(report, folder / PICTURE)
+    gguf_file = next((file.name for file in folder.glob("*.gguf")), None)
+    own_class = _own_class(decoder)
+    (folder / "README.md").write_text(model_card(report, extra, gguf_file, own_class.name if own_class else None))
+    files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    manifest = {**extra, "plan": plan.as_dict(), "report": report, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest) + "\n")
+
+
+def _without_ties(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of tied tensors the first alone, the embedding: the base model has no head to take it from."""
+    first = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
+    return {name: state[name] for name in state if first[state[name].data_ptr()] == name}
+
+
+def _is_part(tensor: torch.Tensor) -> bool:
+    """Of a larger one's memory, as one expert's weights are: a file takes whole tensors alone."""
+    return tensor.nbytes < tensor.untyped_storage().nbytes()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path, stock: bool) -> None:
+    shape, model = decoder.shape, decoder.model
+    config = dict(source.config or {}) if source.gguf_file is None else _plain_config(decoder)
+    config.pop("auto_map", None)  # the source's: it names code, which nobody here has looked at
+    _add_legacy_rope(config)
+    config.update(dict.fromkeys(shape.family.experts, shape.layers[0].experts))
+    config["head_dim"] = shape.layers[0].head_dim
+    dtype_key = "dtype" if "dtype" in config else "torch_dtype"
+    config[dtype_key] = str(model.dtype).removeprefix("torch.")
+    own_class = _own_class(decoder)
+    if own_class is not None:
+        shutil.copyfile(own_class, folder / own_class.name)
+    if stock:
+        layer = decoder.layers[0].shape
+        widths = {"kv_groups": layer.kv_groups, "heads": layer.heads, "channels": layer.channels_per_expert}
+        config.update(_widths(shape.family, widths), architectures=[type(model).__name__])
+        if shape.hidden_size % layer.heads and shape.model_type in shape.family.twins:
+            model_type, causal = shape.family.twins[shape.model_type]
+            config = model.config.to_dict() | config  # with what this type assumes where config.json is silent
+            config |= {"model_type": model_type, "architectures": [causal], "sliding_window": None}
+            config["transformers_version"] = versions()["transformers"]  # older ones' Mistrals are warned of
+        if own_class is not None:
+            config["auto_map"] = _auto_map(own_class.stem, _classes(decoder))
+    else:
+        classes = _classes(decoder)
+        config.update(
+            architectures=[f"Pruned{classes['causal']}"],
+            auto_map=_auto_map(Path(MODELING_FILE).stem, {kind: f"Pruned{name}" for kind, name in classes.items()}),
+            per_layer_config={str(layer["layer"]): _widths(shape.family, layer) for layer in plan.widths(shape)},
+            allow_global_per_layer_attribute_access=True,
+            added_biases=sorted(_added_biases(decoder, config)),
+        )
+        (folder / MODELING_FILE).write_text(_modeling_file(decoder, classes))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _widths(family: Family, layer: dict[str, Any]) -> dict[str, int]:
+    """A layer's widths by the config's names."""
+    return {family.name_of(size): layer[width] for size, width in WIDTHS.items()}
+
+
+def _classes(decoder: Decoder) -> dict[str, str]:
+    """Names of the stock classes."""
+    model = decoder.model
+    classes = {"config": model.config, "base": model.base_model, "causal": model}
+    return {kind: type(instance).__name__ for kind, instance in classes.items()}
+
+
+def _auto_map(module: str, classes: dict[str, str]) -> dict[str, str]:
+    kinds = {"AutoConfig": "config", "AutoModel": "base", "AutoModelForCausalLM": "causal"}
+    return {auto: f"{module}.{classes[kind]}" for auto, kind in kinds.items()}
+
+
+def _own_class(decoder: Decoder) -> Path | None:
+    """The file of the model's class where it is ours, which goes along with every checkpoint; transformers has the others."""
+    module = type(decoder.model).__module__
+    return Path(inspect.getfile(type(decoder.model))) if module.startswith("secateur.") else None
+
+
+def _modeling_file(decoder: Decoder, classes: dict[str, str]) -> str:
+    """The template with the classes that it derives from, and with the sizes that follow from a layer's widths.
+
+    A size is a sum, written as how many times each width is in it: ``{"num_attention_heads": 64}``.
+    """
+    family, head_dim = decoder.shape.family, decoder.shape.layers[0].head_dim
+    heads, kv_heads, channels = (family.name_of(size) for size in WIDTHS)
+    outputs = {family.query: (heads, head_dim), family.key: (kv_heads, head_dim), family.value: (kv_heads, head_dim)}
+    outputs |= dict.fromkeys(family.channel_inputs, (channels, 1))
+    inputs = {family.attention_output: (heads, head_dim), family.channel_output: (channels, 1)}
+    linears: dict[str, tuple[Counter[str], Counter[str]]] = {}
+    attention = (*family.attention_inputs, family.attention_output)
+    for projection in attention if family.experts else family.projections:
+        module = linears.setdefault(family.module(projection), (Counter(), Counter()))
+        for sums, sizes in zip(module, (outputs, inputs), strict=True):
+            if projection in sizes:
+                width, times = sizes[projection]
+                sums[width] += times
+    held = {"kv_groups": {kv_heads: 1}, "heads": {heads: 1}, "attention_width": {heads: head_dim}}
+    prefix, _, layers = family.layers.partition(".")
+    own_class = _own_class(decoder)
+    return TEMPLATE.read_text().format(
+        **classes,
+        module="transformers" if own_class is None else f".{own_class.stem}",
+        whose="are the stock ones" if own_class is None else f"are those of {own_class.name}",
+        prefix=prefix,
+        sdpa=type(decoder.model)._supports_sdpa,
+        linears=json.dumps(linears, indent=4),
+        sizes=json.dumps({name: held[size] for name, size in family.sizes.items()}),
+        keys=json.dumps([*dict.fromkeys((heads, kv_heads, channels))]),
+        layers=layers,
+    )
+
+
+def _added_biases(decoder: Decoder, config: dict[str, Any]) -> set[str]:
+    """Projections that have a bias now and had none; in one layer is in all, for the modeling file's sake."""
+    family = decoder.shape.family
+    stock = family.biased(config)
+    return {
+        family.module(name)
+        for name in family.projections
+        if name not in stock and any(layer[name].bias is not None for layer in decoder.layers)
+    }
+
+
+def _plain_config(decoder: Decoder) -> dict[str, Any]:
+    """A GGUF file has no config.json: the one its model would have had."""
+    config: dict[str, Any] = decoder.model.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "transformers_version", "dtype"):
+        config.pop(key, None)
+    return config
+
+
+def _add_legacy_rope(config: dict[str, Any]) -> None:
+    """transformers 5 writes ``rope_parameters``, which 4 ignores: say it in 4's words too, which 5 reads as well."""
+    by_layer_type = config.get("rope_parameters") or {}
+    local, rope = by_layer_type.get("sliding_attention"), dict(by_layer_type.get("full_attention") or by_layer_type)
+    neox = config["model_type"] == "gpt_neox"
+    for key, legacy in (
+        ("rope_theta", "rotary_emb_base" if neox else "rope_theta"),
+        ("partial_rotary_factor", "rotary_pct" if neox else "partial_rotary_factor"),
+    ):
+        if key in rope:
+            config.setdefault(legacy, rope.pop(key))
+    if local and "rope_theta" in local:
+        config.setdefault("rope_local_base_freq", local["rope_theta"])
+    if rope.get("rope_type", "default") != "default":
+        if config["model_type"] == "phi3":  # 4 takes these three alone
+            rope = {"type": rope["rope_type"], **{key: rope[key] for key in ("short_factor", "long_factor")}}
+        config.setdefault("rope_scaling", rope)
+
+
+def _write_tokenizer(decoder: Decoder, source: ModelSource, folder: Path) -> None:
+    assert source.path is not None
+    if source.gguf_file is None and not source.chatglm:
+        for name in COPIED:
+            if (source.path / name).is_file():
+                shutil.copyfile(source.path / name, folder / name)
+    else:
+        decoder.tokenizer.save_pretrained(folder)
+        decoder.model.generation_config.save_pretrained(folder)
+    for pattern in LICENCES:
+        for file in source.path.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    changed = {key: value for key, value in config.items() if key != "auto_map"}
+    if changed.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name for it, unknown to 4
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if changed != config:
+        path.write_text(json.dumps(changed, indent=2) + "\n")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,24 @@
+"""A picture of what is left of each layer, for the model card."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+PANELS = {"heads": "attention heads", "channels": "feed-forward channels"}
+GONE, LEFT = "#d9d9d9", "#2f7d4f"
+
+
+def draw_widths(report: dict[str, Any], path: Path) -> None:
+    """Write a PNG of heads and feed-forward channels by layer, before and after."""
+    before, after = report["widths"]["before"], report["widths"]["after"]
+    layers = [layer["layer"] for layer in before]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for panel, (key, title) in zip(figure.subplots(2, 1, sharex=True), PANELS.items(), strict=True):
+        panel.bar(layers, [layer[key] for layer in before], color=GONE, label="removed")
+        panel.bar(layers, [layer[key] for layer in after], color=LEFT, label="left")
+        panel.set_ylabel(title)
+        panel.spines[["top", "right"]].set_visible(False)
+    panel.set_xlabel("layer")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})  # the same report gives the same bytes

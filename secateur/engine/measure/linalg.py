@@ -1,0 +1,29 @@
+"""Linear algebra that scorers and fits share."""
+
+import torch
+from torch import Tensor
+
+from secateur.contract.errors import PruningError
+
+
+def damped(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Cholesky factor of gram + λ·mean(diag)·I, and the λ·mean(diag) that it took: more where rounding asks for it.
+
+    Raises:
+        PruningError: ``loss_not_finite`` when ``gram`` is not finite.
+    """
+    size = gram.diagonal().mean().clamp_min(1e-12)
+    if not size.isfinite():  # a Gram matrix overflows on its diagonal first; no damping would ever do
+        raise PruningError(
+            "loss_not_finite",
+            "Hidden states overflow in this dtype. Try dtype 'bfloat16' or 'float32'.",
+            field="dtype",
+        )
+    while True:
+        added = damping * size
+        matrix = gram.clone()
+        matrix.diagonal().add_(added)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed:
+            return factor, added
+        damping = max(10 * damping, 1e-6)

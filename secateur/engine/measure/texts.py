@@ -1,0 +1,288 @@
+"""Text in, windows of tokens out: for calibration and for evaluation."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from secateur.catalog.memory import BATCH_TOKENS
+from secateur.catalog.sources import LOCAL_NAME, LOCAL_PREFIX
+from secateur.catalog.spec import Calibration, Evaluation, TextSource
+from secateur.contract.errors import PruningError
+from secateur.engine.model.decoder import Decoder
+
+HELD_OUT_SHARE = 0.2
+EVALUATION_SEED_OFFSET = 1_000_003
+SAMPLING_BATCH = 16
+
+# name -> (Hub data set, configuration, text column, calibration split, evaluation split)
+DATASETS: dict[str, tuple[str, str | None, str, str, str]] = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "train", "test"),
+    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", "train", "validation"),
+    "c4": ("allenai/c4", "en", "text", "train", "validation"),
+}
+REVISIONS = {"ptb": "refs/convert/parquet"}
+"""Of data sets whose main branch is a loading script, which ``datasets`` runs no more."""
+WHOLE = 65_536
+"""Windows, where no limit is set."""
+SAMPLED = "sampled from the model"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """``tokens`` ``[windows, length]`` on the model's device, and where they come from, for the report."""
+
+    tokens: Tensor
+    source: str
+
+    def as_dict(self) -> dict[str, Any]:
+        windows, length = self.tokens.shape
+        return {"source": self.source, "windows": windows, "sequence_length": length, "tokens": windows * length}
+
+
+def batch_windows(tokens: Tensor) -> int:
+    """Windows of ``tokens`` ``[windows, length]`` in one forward or backward pass."""
+    return max(1, BATCH_TOKENS // tokens.shape[1])
+
+
+def read_windows(
+    decoder: Decoder,
+    calibration: Calibration,
+    evaluation: Evaluation,
+    seed: int,
+    texts_dir: Path | None,
+    token: str | None,
+    progress: Callable[[float], None],
+    allow_paths: bool = False,
+) -> tuple[Windows, Windows]:
+    """Calibration and evaluation windows, disjoint unless the request itself names one text for both.
+
+    Every window begins with the model's opening (:attr:`Decoder.opening`); the rest of it is text.
+
+    Calibration takes windows spread at random (by ``seed``) over its text, evaluation its text's first ones. With no text
+    for evaluation, the last fifth of the calibration text is held out for it, if that makes a window. With no text at all,
+    both are sampled from the model (self-generated calibration data, Ji et al. 2024, "Beware of Calibration Data").
+
+    Raises:
+        PruningError: ``calibration_too_short``, ``evaluation_too_short``, ``text_not_found``, ``text_invalid``,
+            ``tokenizer_mismatch``, ``hub_unavailable`` (retryable).
+    """
+    limit = decoder.shape.max_positions
+    lengths = min(calibration.sequence_length, limit), min(evaluation.sequence_length, limit)
+    stream = _stream(
+        decoder, calibration, calibration.samples * lengths[0] * 8, "calibration", texts_dir, token, allow_paths
+    )
+    held_out = _stream(
+        decoder, evaluation, evaluation.samples * lengths[1], "evaluation", texts_dir, token, allow_paths
+    )
+    if stream is not None and held_out is None and len(stream) * HELD_OUT_SHARE >= lengths[1]:
+        boundary = int(len(stream) * (1 - HELD_OUT_SHARE))
+        stream, held_out = stream[:boundary], stream[boundary:]
+        evaluation_source = f"held out of {describe(calibration)}"
+    else:
+        evaluation_source = describe(evaluation)
+
+    if stream is None:
+        tokens = sample_windows(decoder, calibration.samples, lengths[0], seed, lambda share: progress(share / 2))
+    else:
+        windows = _cut(decoder, stream, lengths[0], "calibration")
+        chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[: calibration.samples]
+        tokens = windows[chosen.sort().values]
+    if held_out is None:
+        evaluation_tokens = sample_windows(
+            decoder,
+            evaluation.samples,
+            lengths[1],
+            seed + EVALUATION_SEED_OFFSET,
+            lambda share: progress(0.5 + share / 2),
+        )
+    else:
+        evaluation_tokens = _cut(decoder, held_out, lengths[1], "evaluation")[: evaluation.samples]
+    progress(1.0)
+    device = decoder.device
+    return (
+        Windows(tokens.to(device), describe(calibration)),
+        Windows(evaluation_tokens.to(device), evaluation_source),
+    )
+
+
+def read_texts(
+    decoder: Decoder, evaluation: Evaluation, texts_dir: Path | None, token: str | None, allow_paths: bool = False
+) -> dict[str, Tensor]:
+    """Of each text of ``evaluation.perplexity`` its windows ``[windows, length]``, one after the other: all, or ``limit``.
+
+    LLM-Pruner's protocol (Ma et al. 2023), which SlimLLM follows: the rows joined by blank lines, windows of 128 tokens.
+
+    Raises:
+        PruningError: as :func:`read_windows`.
+    """
+    length = min(evaluation.perplexity_length, decoder.shape.max_positions)
+    found = {}
+    for name in evaluation.perplexity:
+        most = evaluation.limit or WHOLE
+        source = TextSource(dataset=name, samples=most, sequence_length=length)
+        stream = _stream(decoder, source, most * length, "evaluation", texts_dir, token, allow_paths)
+        assert stream is not None, "it has a data set"
+        found[name] = _cut(decoder, stream, length, "evaluation")[:most].to(decoder.device)
+    return found
+
+
+def describe(source: TextSource) -> str:
+    """Where text comes from, for the report and the model card."""
+    if source.dataset is not None:
+        return Path(source.dataset).name if Path(source.dataset).is_file() else source.dataset
+    return f"{len(source.texts)} texts of the request" if source.texts is not None else SAMPLED
+
+
+def _stream(
+    decoder: Decoder,
+    source: TextSource,
+    enough: int,
+    purpose: str,
+    texts_dir: Path | None,
+    token: str | None,
+    allow_paths: bool,
+) -> Tensor | None:
+    """The source's tokens in one row, at least ``enough`` where it has them; ``None`` when there is no text."""
+    if source.texts is not None:
+        texts = list(source.texts)
+    elif source.dataset is None:
+        return None
+    elif source.dataset.startswith(LOCAL_PREFIX) or (allow_paths and Path(source.dataset).is_file()):
+        texts = [_read_file(source.dataset, purpose, texts_dir)]
+    else:
+        texts = _read_dataset(source.dataset, purpose, enough, token)
+    ids = decoder.tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    if ids and max(ids) >= decoder.shape.vocab_size:
+        raise PruningError(
+            "tokenizer_mismatch",
+            f"The tokenizer makes token {max(ids)}, but the model has {decoder.shape.vocab_size} embeddings.",
+            field="model_id",
+        )
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _cut(decoder: Decoder, stream: Tensor, length: int, purpose: str) -> Tensor:
+    """Windows ``[windows, length]``, one after the other; each begins with the model's opening."""
+    own = length - len(decoder.opening)
+    count = len(stream) // own
+    if count == 0:
+        raise PruningError(
+            f"{purpose}_too_short",
+            f"The {purpose} text has {len(stream)} tokens; one window needs {own}. Give more text, or a smaller "
+            f"'{purpose}.sequence_length'.",
+            field=purpose,
+        )
+    return torch.cat([decoder.opening.expand(count, -1), stream[: count * own].view(count, own)], 1)
+
+
+def _read_file(name: str, purpose: str, texts_dir: Path | None) -> str:
+    path = Path(name)
+    if name.startswith(LOCAL_PREFIX):
+        plain = name.removeprefix(LOCAL_PREFIX)
+        if texts_dir is None or not LOCAL_NAME.fullmatch(plain):
+            raise PruningError("text_not_found", f"There is no text '{name}'.", field=f"{purpose}.dataset")
+        path = texts_dir / plain
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        known = ", ".join(sorted(file.name for file in path.parent.glob("*"))) if path.parent.is_dir() else ""
+        raise PruningError(
+            "text_not_found", f"There is no text '{name}'; there are: {known or 'none'}.", field=f"{purpose}.dataset"
+        ) from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise PruningError("text_invalid", f"'{name}' is no UTF-8 text: {error}", field=f"{purpose}.dataset") from None
+
+
+def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> list[str]:
+    """Rows of a Hub data set, streamed until there are about ``enough`` tokens (four characters each)."""
+    import datasets
+
+    hub_id, _, configuration = name.partition(":")
+    path, config, column, calibration_split, evaluation_split = DATASETS.get(
+        name, (hub_id, configuration or None, "text", "train", "test")
+    )
+    if Path(path).suffix == ".txt" or path.startswith(("/", ".")):
+        raise PruningError("text_not_found", f"There is no file '{name}'.", field=f"{purpose}.dataset")
+    if Path(path).exists():  # load_dataset would take a folder of that name instead
+        raise PruningError("text_invalid", f"'{name}' is no data set on the Hub.", field=f"{purpose}.dataset")
+    split = calibration_split if purpose == "calibration" else evaluation_split
+    try:
+        rows = datasets.load_dataset(
+            path, config, split=split, streaming=True, token=token, revision=REVISIONS.get(name)
+        )
+        texts: list[str] = []
+        size = 0
+        for row in rows:
+            if column not in row:
+                raise PruningError(
+                    "text_invalid",
+                    f"'{name}' has no column '{column}', but {', '.join(row)}.",
+                    field=f"{purpose}.dataset",
+                )
+            texts.append(row[column])
+            size += len(row[column])
+            if size >= enough * 6:
+                break
+        return texts
+    except PruningError:
+        raise
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise PruningError(
+            "text_not_found", f"There is no data set '{name}': {error}", field=f"{purpose}.dataset"
+        ) from None
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise PruningError("text_invalid", f"'{name}' cannot be read: {error}", field=f"{purpose}.dataset") from None
+    except (httpx2.HTTPError, OSError) as error:
+        raise PruningError(
+            "hub_unavailable", f"The data set '{name}' could not be fetched: {type(error).__name__}.", retryable=True
+        ) from error
+
+
+@contextmanager
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """``generate`` fills what its config leaves open (a repetition penalty, say) from the model's own: leave it nothing."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@torch.no_grad()
+def sample_windows(decoder: Decoder, windows: int, length: int, seed: int, progress: Callable[[float], None]) -> Tensor:
+    """Text that the model itself writes, from its first token on, at temperature 1: ``[windows, length]``.
+
+    Seeded and apart from the caller's random state. Calibrating on it needs no data at all.
+    """
+    model, tokenizer = decoder.model, decoder.tokenizer
+    start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    opening = decoder.opening.tolist()
+    own = length - len(opening)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=own,
+        max_new_tokens=own,
+        pad_token_id=start,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    rows = []
+    devices = [decoder.device] if decoder.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), plain_generation(model):
+        torch.manual_seed(seed)
+        for first in range(0, windows, SAMPLING_BATCH):
+            prompt = torch.tensor([opening or [start]], device=decoder.device)
+            prompt = prompt.expand(min(SAMPLING_BATCH, windows - first), -1)
+            output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+            rows.append(output[:, -length:].cpu())
+            progress(min(first + SAMPLING_BATCH, windows) / windows)
+    return torch.cat(rows)

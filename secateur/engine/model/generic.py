@@ -1,0 +1,190 @@
+"""Models of a family that nobody wrote an adapter for, but built like Llama: found out from their modules, then verified.
+
+Needed are decoder layers that are all alike, query, key, value and output projections by one of their usual names, and a
+gated or plain feed-forward part; everything else in a layer must be a norm that does not span heads or channels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from secateur.catalog.architectures import SUPPORTED, Family, ModelShape, family_of, shape_of
+from secateur.catalog.sources import ModelSource, read_shape
+from secateur.contract.errors import PruningError
+from secateur.engine.model.cutting import cut
+from secateur.engine.model.decoder import STRUCTURES, Decoder, Structure, gated
+
+QUERY, KEY, VALUE = (
+    {f"{name}_proj", f"{name}_linear", f"w{name}", name, long}
+    for name, long in zip("qkv", ("query", "key", "value"), strict=True)
+)
+OUTPUT = {"o_proj", "out_proj", "dense", "wo", "o", "c_proj", "output"}
+"""Names of modules, the last part of them."""
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
+"""Attributes in which attention modules keep their numbers of heads."""
+TOKENS = 24
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Of logits, relative to the largest."""
+
+
+def sizes_of(source: ModelSource) -> ModelShape:
+    """Sizes of a model on this machine: by its family's adapter, or by what its modules are.
+
+    Raises:
+        PruningError: ``unsupported_architecture`` with the reason, ``config_invalid``.
+    """
+    assert source.config is not None
+    return read_shape(source) if family_of(source.config) else _discover(source.config)
+
+
+def _discover(config: Mapping[str, Any]) -> ModelShape:
+    try:
+        loaded = AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(loaded)
+    except Exception as error:  # whatever their constructors raise
+        _refuse(
+            config,
+            f"transformers cannot build it ({str(error).strip().splitlines()[0][:200] if str(error) else error!r})",
+        )
+    name, layers = _layers(model, config)
+    first = layers[0]
+    linears = {path: module for path, module in first.named_modules() if isinstance(module, nn.Linear)}
+    attention = [_named(linears, names, config) for names in (QUERY, KEY, VALUE)]
+    owner = attention[0].rpartition(".")[0]
+    inside = {path: linear for path, linear in linears.items() if path.rpartition(".")[0] == owner}
+    output = _named(inside, OUTPUT, config)
+    others = {path: linear for path, linear in linears.items() if path not in {*attention, output}}
+    hidden, width = config["hidden_size"], config["intermediate_size"]
+    inputs = [path for path, linear in others.items() if (linear.in_features, linear.out_features) == (hidden, width)]
+    outputs = [path for path, linear in others.items() if (linear.in_features, linear.out_features) == (width, hidden)]
+    if len(others) > len(inputs) + len(outputs) or len(inputs) not in (1, 2) or len(outputs) != 1:
+        _refuse(config, f"its layers are neither gated nor plain: {', '.join(others) or 'no feed-forward part'}")
+    head_dim = config.get("head_dim") or getattr(loaded, "head_dim", None) or hidden // config["num_attention_heads"]
+    _check_rest(first, linears, {hidden, head_dim}, config)
+    module = first.get_submodule(owner)
+    sizes = {f"{owner}.{attribute}": "heads" for attribute in HEADS if hasattr(module, attribute)}
+    sizes |= {f"{owner}.{attribute}": "kv_groups" for attribute in KV_HEADS if hasattr(module, attribute)}
+    family = Family(
+        name="generic",
+        model_types=(config["model_type"],),
+        layers=name,
+        query=attention[0],
+        key=attention[1],
+        value=attention[2],
+        attention_output=output,
+        channel_inputs=tuple(inputs),
+        channel_output=outputs[0],
+        norm_parameters=lambda config: 0,
+        biased=lambda config: frozenset(path for path, linear in linears.items() if linear.bias is not None),
+        sizes=sizes,
+        stock_heads=lambda config: "divisors",
+    )
+    # What config.json does not say is what the config's class assumes.
+    shape = shape_of(
+        family, {**loaded.to_dict(), **config, "head_dim": head_dim, "tie_word_embeddings": loaded.tie_word_embeddings}
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return replace(shape, other_parameters=total - shape.prunable_parameters)
+
+
+def _layers(model: PreTrainedModel, config: Mapping[str, Any]) -> tuple[str, nn.ModuleList]:
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == config["num_hidden_layers"]
+    }
+    if len(lists) != 1:
+        _refuse(config, "its decoder layers cannot be told apart from its other modules")
+    ((name, layers),) = lists.items()
+    kinds = [{path: tuple(tensor.shape) for path, tensor in layer.named_parameters()} for layer in layers]
+    if any(kind != kinds[0] for kind in kinds):
+        _refuse(config, "its layers are not all alike")
+    return name, layers
+
+
+def _named(linears: Mapping[str, nn.Linear], names: set[str], config: Mapping[str, Any]) -> str:
+    found = [path for path in linears if path.rpartition(".")[2] in names]
+    if len(found) != 1:
+        _refuse(
+            config, f"{'none' if not found else 'several'} of its projections is named like {', '.join(sorted(names))}"
+        )
+    return found[0]
+
+
+def _check_rest(layer: nn.Module, linears: Mapping[str, nn.Linear], sizes: set[int], config: Mapping[str, Any]) -> None:
+    """Beside projections there may be vectors over hidden states or over one head: they stay whole."""
+    for path, parameter in layer.named_parameters():
+        if path.rpartition(".")[0] not in linears and (parameter.dim() > 1 or parameter.numel() not in sizes):
+            _refuse(config, f"its layers have a tensor {path} of shape {list(parameter.shape)}")
+
+
+def _refuse(config: Mapping[str, Any], reason: str) -> NoReturn:
+    raise PruningError(
+        "unsupported_architecture",
+        f"Models of type {config.get('model_type')!r} have no adapter, and this one is not built like Llama: {reason}. "
+        f"With an adapter: {SUPPORTED}.",
+        field="model_id",
+    )
+
+
+@torch.no_grad()
+def verify(decoder: Decoder) -> None:
+    """Hold a model against what was found out: in the first, a middle and the last layer, cutting units must give what
+    shielding them does, and what leaves the last layer must give the logits.
+
+    Raises:
+        PruningError: ``unsupported_architecture``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(decoder.shape.vocab_size, (2, TOKENS), generator=generator).to(decoder.device)
+    config = {"model_type": decoder.shape.model_type}
+    try:
+        captured = decoder.capture(tokens)
+        whole = decoder.model(tokens, use_cache=False).logits
+        if not _close(decoder.resume(captured, 0, captured.inputs[0]), whole):
+            _refuse(config, "its logits are not made of what leaves its last layer")
+        for index in sorted({0, len(decoder.layers) // 2, len(decoder.layers) - 1}):
+            for structure in STRUCTURES:
+                if not _cuts_as_it_shields(decoder, tokens, index, structure):
+                    _refuse(config, f"cutting {structure} of layer {index} is not what shielding them is")
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+    ) as error:  # what a wrong cut makes of a forward
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        _refuse(config, f"it does not run when it is cut ({str(error).strip().splitlines()[0][:200]})")
+
+
+def _cuts_as_it_shields(decoder: Decoder, tokens: Tensor, index: int, structure: Structure) -> bool:
+    layer = decoder.layers[index]
+    units = layer.units(structure)
+    if units == 1:
+        return True
+    kept = tuple(range(1, units, 2))
+    gate = torch.zeros(1, units, device=decoder.device)
+    gate[:, list(kept)] = 1
+    with gated(layer, **{structure: gate}):
+        shielded = decoder.model(tokens, use_cache=False).logits
+    whole = [(linear, linear.weight, linear.bias) for linear in (*layer.inputs(structure), layer.output(structure))]
+    try:
+        cut(layer, structure, kept)
+        return _close(decoder.model(tokens, use_cache=False).logits, shielded)
+    finally:
+        for linear, weight, bias in whole:
+            linear.weight, linear.bias = weight, bias
+            linear.out_features, linear.in_features = weight.shape
+        layer.tell_sizes()
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= TOLERANCE[one.dtype] * other.abs().max())

@@ -1,0 +1,219 @@
+"""From a located model to one in memory that is known to be sound."""
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import errors, snapshot_download
+from huggingface_hub.utils import tqdm
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from secateur.catalog.sources import ModelSource, check_size, check_weight_files, hub_error, locate
+from secateur.contract.errors import PruningError
+from secateur.engine.model import chatglm
+from secateur.engine.model.decoder import Decoder
+from secateur.engine.model.generic import sizes_of, verify
+from secateur.engine.model.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM
+
+# Not every *.safetensors: some repositories hold the model a second time under other names.
+HUB_FILES = [
+    "model*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "LICENSE*",
+    "MODEL_LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+]
+
+
+def download(
+    source: ModelSource, token: str | None, endpoint: str | None, told: Callable[[int, int], None]
+) -> ModelSource:
+    """The source with its files on this machine (the Hub cache keeps what was downloaded before).
+
+    ``told`` gets the bytes that are here, and those of all files that are known so far.
+
+    Raises:
+        PruningError: ``hub_unavailable`` (retryable), ``weights_missing``, ``weights_corrupt``, ``config_invalid``.
+    """
+    if source.path is not None:
+        return source
+    patterns = HUB_FILES if source.gguf_file is None else [source.gguf_file, *HUB_FILES[-4:]]
+    try:
+        folder = snapshot_download(
+            source.model_id,
+            revision=source.revision,
+            allow_patterns=patterns,
+            token=token,
+            endpoint=endpoint,
+            tqdm_class=_bar(told),
+        )
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
+        raise hub_error(error, source.model_id) from None
+    if source.gguf_file is None:
+        check_weight_files(source.model_id, Path(folder))
+        return replace(source, path=Path(folder))
+    local = locate(folder, gguf_file=source.gguf_file, allow_paths=True)
+    return replace(source, path=Path(folder), config=local.config)
+
+
+def _bar(told: Callable[[int, int], None]) -> type[tqdm]:
+    """The progress bar that ``snapshot_download`` counts bytes with: it shows nothing, and tells what it knows."""
+
+    class Bar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self._bytes = options.get("name") == "huggingface_hub.snapshot_download"
+            self._here = 0
+            super().__init__(*arguments, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self._here += int(n or 0)
+            if self._bytes:
+                told(self._here, int(self.total or 0))
+            return None
+
+    return Bar
+
+
+def load(source: ModelSource, dtype: str, device: torch.device, max_parameters: int | None = None) -> Decoder:
+    """Load a downloaded model, frozen and in evaluation mode.
+
+    ``dtype`` ``auto`` is :attr:`ModelSource.dtype`.
+
+    Raises:
+        PruningError: ``model_too_large``, ``unsupported_architecture``, ``config_invalid``, ``weights_missing``, ``weights_corrupt``,
+            ``weights_not_finite``, ``tokenizer_missing``.
+    """
+    assert source.path is not None
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
+    shape = sizes_of(source)
+    check_size(shape, max_parameters)
+    tokenizer = _load_tokenizer(source)
+    if shape.family.experts:
+        _check_experts(source, shape.layers[0].experts)
+    model = _load_model(source, dtype, shape.family.layers).to(device).eval().requires_grad_(False)
+    decoder = Decoder(model, tokenizer, shape)
+    _check(decoder, source)
+    if not source.sizes_known:
+        verify(decoder)
+    return decoder
+
+
+def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    assert source.path is not None
+    try:
+        if source.chatglm:
+            return chatglm.load_tokenizer(source)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.path, gguf_file=source.gguf_file, trust_remote_code=False
+        )
+    except Exception as error:  # the loaders raise whatever their parsers raise
+        raise PruningError(
+            "tokenizer_missing", f"The tokenizer of {source.model_id} cannot be loaded: {error}", field="model_id"
+        ) from error
+    return tokenizer
+
+
+def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel:
+    torch_dtype: torch.dtype = getattr(torch, source.dtype if dtype == "auto" else dtype)
+    try:
+        if source.chatglm:
+            return chatglm.load_model(source, torch_dtype)
+        assert source.config is not None
+        # Ours is not registered with AutoModel, which would then take it for the pruned models' own as well.
+        own = source.config["model_type"] == ChatGLM6BConfig.model_type
+        model, info = (ChatGLM6BForCausalLM if own else AutoModelForCausalLM).from_pretrained(
+            source.path,
+            gguf_file=source.gguf_file,
+            # Where transformers has kernels for them, weights would stay packed: they could not be scored or cut.
+            quantization_config=GgufConfig(dequantize=True) if source.gguf_file else None,
+            dtype=torch_dtype,
+            use_safetensors=None if source.gguf_file else True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # reported below by name, where transformers would only print a table
+            output_loading_info=True,
+        )
+    except (MemoryError, PruningError):
+        raise
+    except Exception as error:  # as above
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        code = "weights_corrupt" if isinstance(error, SafetensorError | OSError) else "config_invalid"
+        raise PruningError(
+            code, f"{source.model_id} cannot be loaded: {_first_line(error)}", field="model_id"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise PruningError("weights_missing", f"{source.model_id} lacks the tensor {missing[0]}.", field="model_id")
+    beyond = sorted(name for name in info["unexpected_keys"] if name.startswith(f"{layers}."))
+    if beyond:
+        raise PruningError(
+            "config_invalid",
+            f"The config of {source.model_id} has no place for its tensor {beyond[0]}.",
+            field="model_id",
+        )
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        raise PruningError(
+            "config_invalid",
+            "The tensor {} of {} is {}, and its config makes it {}.".format(
+                mismatched[0][0], source.model_id, *map(list, mismatched[0][1:])
+            ),
+            field="model_id",
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _check_experts(source: ModelSource, count: int) -> None:
+    """Name the tensor that is wrong, where loading would tell of those that experts are put together in."""
+    assert source.path is not None
+    stored: dict[tuple[str, str], dict[int, list[int]]] = defaultdict(dict)
+    for file in sorted(set(check_weight_files(source.model_id, source.path).values())):
+        with safe_open(file, framework="numpy") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                if match := re.fullmatch(r"(.+\.experts\.)(\d+)(\..+)", name):
+                    stored[match[1], match[3]][int(match[2])] = shard.get_slice(name).get_shape()
+    for (before, after), shapes in stored.items():
+        if missing := sorted(set(range(count)) - shapes.keys()):
+            raise PruningError(
+                "weights_missing",
+                f"{source.model_id} lacks the tensor {before}{missing[0]}{after}; its config has {count} experts.",
+                field="model_id",
+            )
+        if odd := [expert for expert, shape in sorted(shapes.items()) if expert >= count or shape != shapes[0]]:
+            raise PruningError(
+                "config_invalid",
+                f"The tensor {before}{odd[0]}{after} of {source.model_id} is not like the first of {count} experts'.",
+                field="model_id",
+            )
+
+
+def _check(decoder: Decoder, source: ModelSource) -> None:
+    for name, parameter in decoder.model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise PruningError(
+                "weights_not_finite", f"The tensor {name} of {source.model_id} holds NaN or infinity.", field="model_id"
+            )
+    if decoder.projection_parameters != decoder.shape.prunable_parameters:
+        raise PruningError(
+            "config_invalid",
+            f"The config of {source.model_id} makes {decoder.shape.prunable_parameters} prunable parameters, "
+            f"its weights have {decoder.projection_parameters}.",
+            field="model_id",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

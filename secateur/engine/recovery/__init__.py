@@ -1,0 +1,14 @@
+"""What wins back what pruning lost: layer by layer as it is cut, or by training when all is cut."""
+
+from secateur.engine.recovery import bias, least_squares, linear_regression
+from secateur.engine.recovery.base import Cut, LayerwiseRecovery
+from secateur.engine.recovery.training import Segment, train
+
+LAYERWISE_RECOVERIES: dict[str, LayerwiseRecovery] = {
+    "bias": bias.mend,
+    "least-squares": least_squares.mend,
+    "linear-regression": linear_regression.mend,
+}
+"""By the name that a request gives them."""
+
+__all__ = ["LAYERWISE_RECOVERIES", "Cut", "LayerwiseRecovery", "Segment", "train"]

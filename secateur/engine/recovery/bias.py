@@ -1,0 +1,14 @@
+"""FLAP's compensation: what the removed inputs gave on average goes into the bias."""
+
+import torch
+from torch import Tensor
+
+from secateur.engine.recovery.base import Cut
+
+
+def mend(cut: Cut) -> tuple[Tensor, Tensor | None]:
+    """b' = b + W_removed·E[x_removed] (An et al., equation 8)."""
+    removed = torch.ones_like(cut.moments.mean, dtype=torch.bool)
+    removed[cut.kept] = False
+    lost = cut.weight[:, removed] @ cut.moments.mean[removed]
+    return cut.weight[:, cut.kept], lost if cut.bias is None else cut.bias + lost

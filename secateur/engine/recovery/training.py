@@ -1,0 +1,198 @@
+"""Training after the last cut: low-rank adapters on the calibration text, or distillation from the unpruned model."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from peft import LoraConfig, LoraModel
+from torch import Tensor, nn
+
+from secateur.catalog.spec import Recovery
+from secateur.contract.errors import PruningError
+from secateur.engine.model.decoder import Decoder
+
+SEGMENT_STEPS = 20
+WARM_UP = 0.05
+LORA_ALPHA = 16
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What a checkpoint after a stretch of training holds.
+
+    ``step`` of ``steps`` optimizer steps are done; ``losses`` has the mean token loss (nats) of each of them.
+    ``tensors``, on the CPU, are the trained parameters and AdamW's moments, float32: ``parameter.NAME``,
+    ``exp_avg.NAME``, ``exp_avg_sq.NAME``.
+    """
+
+    step: int
+    steps: int
+    losses: list[float]
+    tensors: dict[str, Tensor]
+
+
+def train(
+    decoder: Decoder,
+    teacher: Callable[[Tensor], Tensor] | None,
+    tokens: Tensor,
+    batch_windows: int,
+    recovery: Recovery,
+    kind: Literal["lora", "distill"],
+    seed: int,
+    progress: Callable[[float], None],
+    resume: Segment | None,
+) -> Iterator[Segment]:
+    """Train ``decoder``'s frozen model in place on ``tokens`` ``[windows, length]``, with Segments on the way.
+
+    ``lora``: adapters on every projection of every layer, alpha 16 as LLM-Pruner and SlimLLM have it, trained on the
+    next-token loss and merged at the end (Hu et al., LoRA, equation 3). ``distill``: every parameter of the decoder
+    layers, trained on T²·KL(teacher ‖ student) of each token's softmax at temperature T (Hinton et al., Distilling the
+    Knowledge in a Neural Network, section 2); ``teacher`` maps ``[windows, length]`` to logits
+    ``[windows, length, vocabulary]``. Embeddings, the final norm and the output head stay as they are.
+
+    Memory beside activations and, for ``distill``, the teacher: the weights, and for each trained parameter a gradient
+    in the model's dtype, its float32 sum, two float32 moments and, in half precision, a float32 master. With weights,
+    ``distill`` takes 20 bytes for each parameter of the layers, in any dtype, and 12 on the CPU for a Segment; adapters
+    take next to nothing.
+
+    A step takes ``recovery.batch_size`` windows, at most all there are, ``batch_windows`` at a time. Which ones depends
+    on ``seed`` and the step alone, and no dropout is applied: ``resume``, given the model as it was before training,
+    goes on to the same weights, bit for bit where the device's kernels are deterministic. Once exhausted, the model has
+    plain weights in its own dtype, frozen; it is of no use if abandoned before.
+
+    Raises:
+        PruningError: ``loss_not_finite``.
+    """
+    model, batch = decoder.model, min(recovery.batch_size, len(tokens))
+    steps = max(1, round(recovery.epochs * len(tokens) / batch))
+    if kind == "lora":
+        adapters = _add_adapters(decoder, recovery.rank, seed)
+    else:
+        for layer in decoder.layers:
+            layer.module.requires_grad_(True)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # In float32 a master shares its parameter's memory; in half precision a step would be lost in a weight's rounding.
+    masters = {
+        name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+        for name, parameter in trained.items()
+    }
+    # No decay: it would pull towards zero, and zero is no better than the weights that pruning left.
+    optimizer = torch.optim.AdamW(masters.values(), weight_decay=0)
+    if resume is not None:
+        _restore(masters, optimizer, resume)
+        _publish(masters, trained)
+
+    def losses_of(windows: Tensor) -> Tensor:
+        logits = model(windows, use_cache=False).logits
+        if kind == "lora":
+            return decoder.losses(logits, windows)
+        assert teacher is not None
+        with torch.no_grad():
+            wanted = teacher(windows)
+        return _divergences(wanted, logits, recovery.temperature)
+
+    step, losses = (resume.step, list(resume.losses)) if resume is not None else (0, [])
+    while step < steps:
+        windows = tokens[_order(len(tokens), batch, step, seed)].to(decoder.device)
+        losses.append(_accumulate(losses_of, windows.split(batch_windows), masters, trained))
+        for group in optimizer.param_groups:
+            group["lr"] = recovery.learning_rate * _rate(step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        _publish(masters, trained)
+        step += 1
+        progress(step / steps)
+        if step % SEGMENT_STEPS == 0 or step == steps:
+            yield Segment(step, steps, list(losses), _tensors(masters, optimizer))
+    if kind == "lora":
+        adapters.merge_and_unload()
+    model.requires_grad_(False)
+
+
+def _add_adapters(decoder: Decoder, rank: int, seed: int) -> LoraModel:
+    family = decoder.shape.family
+    names = [f"{family.layers}.{index}.{name}" for index in range(len(decoder.layers)) for name in family.projections]
+    config = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, lora_dropout=0, target_modules=names)
+    with torch.random.fork_rng(devices=[]):  # adapters are drawn on the CPU
+        torch.manual_seed(seed)
+        return LoraModel(decoder.model, config, "default")
+
+
+def _order(windows: int, batch: int, step: int, seed: int) -> Tensor:
+    """Indices ``[batch]`` of a step's windows: pass after pass over all of them, each in an order of its own."""
+    epoch, start = divmod(step * batch, windows)
+    passes = [torch.randperm(windows, generator=torch.Generator().manual_seed(seed + n)) for n in (epoch, epoch + 1)]
+    return torch.cat(passes)[start : start + batch]
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the learning rate's peak: a linear rise, then a linear fall that reaches zero after the last step."""
+    warm_up = math.ceil(WARM_UP * steps)
+    return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
+
+
+def _divergences(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """T²·KL(teacher ‖ student) ``[windows, length]`` in nats, of logits ``[windows, length, vocabulary]``."""
+    precise = torch.promote_types(student.dtype, torch.float32)
+    wanted, found = (nn.functional.log_softmax(logits.to(precise) / temperature, -1) for logits in (teacher, student))
+    return nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1) * temperature**2
+
+
+def _accumulate(
+    losses_of: Callable[[Tensor], Tensor],
+    parts: tuple[Tensor, ...],
+    masters: dict[str, Tensor],
+    trained: dict[str, nn.Parameter],
+) -> float:
+    """The mean token loss over ``parts`` together; its gradient goes to ``masters``.
+
+    Backward passes are of the summed loss, whose gradients by token are of order one: they survive float16.
+    """
+    total, count = 0.0, 0
+    for windows in parts:
+        losses = losses_of(windows)
+        total, count = total + float(losses.detach().sum(dtype=torch.float64)), count + losses.numel()
+        if not math.isfinite(total):
+            raise PruningError(
+                "loss_not_finite",
+                "The loss became NaN or infinite while training; lower 'recovery.learning_rate'.",
+                field="recovery.learning_rate",
+            )
+        losses.sum().backward()
+        for name, parameter in trained.items():
+            assert parameter.grad is not None
+            gradient, master = parameter.grad.to(masters[name].dtype), masters[name]
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            parameter.grad = None
+    for master in masters.values():
+        assert master.grad is not None
+        master.grad.div_(count)
+    return total / count
+
+
+@torch.no_grad()
+def _publish(masters: dict[str, Tensor], trained: dict[str, nn.Parameter]) -> None:
+    """Give the model's parameters what their masters hold."""
+    for name, parameter in trained.items():
+        parameter.copy_(masters[name])
+
+
+def _tensors(masters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """See :class:`Segment`."""
+    tensors = {f"parameter.{name}": master for name, master in masters.items()}
+    for moment in MOMENTS:
+        tensors |= {f"{moment}.{name}": optimizer.state[master][moment] for name, master in masters.items()}
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _restore(masters: dict[str, Tensor], optimizer: torch.optim.Optimizer, segment: Segment) -> None:
+    for name, master in masters.items():
+        master.copy_(segment.tensors[f"parameter.{name}"])
+        optimizer.state[master] = {
+            "step": torch.tensor(float(segment.step)),
+            # a copy: the optimizer writes in place, and the segment is the caller's
+            **{moment: segment.tensors[f"{moment}.{name}"].to(master.device, copy=True) for moment in MOMENTS},
+        }

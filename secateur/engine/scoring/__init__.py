@@ -1,0 +1,36 @@
+"""The scorers, by the name a method gives them. Adding one is a file with a ``score`` and a line here."""
+
+from secateur.engine.scoring import (
+    flap,
+    llm_pruner,
+    loraprune,
+    magnitude,
+    moments,
+    movement,
+    piem,
+    random,
+    second_order,
+)
+from secateur.engine.scoring.base import Context, Scorer, Scores
+from secateur.engine.scoring.moments import LayerwiseScorer, UnitContext
+
+MODEL_SCORERS: dict[str, Scorer] = {
+    "flap": flap.score,
+    "llm-pruner": llm_pruner.score,
+    "loraprune": loraprune.score,
+    "magnitude": magnitude.score,
+    "movement": movement.score,
+    "piem": piem.score,
+    "random": random.score,
+}
+"""They look at the whole model before anything is cut."""
+
+LAYERWISE_SCORERS: dict[str, LayerwiseScorer] = {
+    "lorap": moments.lorap,
+    "obs": second_order.score,
+    "slimllm": moments.slimllm,
+    "wanda": moments.wanda,
+}
+"""They look at a layer's structure when the layers before it are cut."""
+
+__all__ = ["LAYERWISE_SCORERS", "MODEL_SCORERS", "Context", "LayerwiseScorer", "Scorer", "Scores", "UnitContext"]

@@ -1,0 +1,28 @@
+"""LLM-Pruner's first-order Taylor importance (Ma et al. 2023, equations 3 to 5)."""
+
+from secateur.engine.scoring.base import Context, Scores, memoised
+from secateur.engine.scoring.taylor import coupled, gradients_from_the_end, sums_by_unit, unit_weights
+
+
+@memoised
+def score(context: Context) -> Scores:
+    """I(u) = Σ_{w in u} |w·∂L/∂w| over all weights and biases that go with the unit, L the mean token loss.
+
+    Equation 5 without its second-order term, element by element, importances of coupled structures summed: what the
+    authors run by default. Memory: hidden states entering every layer for all calibration tokens, one layer's gradients.
+
+    Raises:
+        PruningError: ``loss_not_finite`` when a gradient is NaN or infinite.
+    """
+    layers = context.decoder.layers
+    weights = [unit_weights(layer) for layer in layers]
+    scores = []
+    batches = context.tokens.split(context.batch_windows)
+    for index, gradients in gradients_from_the_end(context.decoder, batches, weights):
+        saliences = {
+            name: [(weight * gradient).abs() for weight, gradient in zip(tensors, gradients[name], strict=True)]
+            for name, tensors in weights[index].items()
+        }
+        scores.append(coupled(layers[index], sums_by_unit(layers[index], saliences)))
+        context.progress(1 - index / len(layers))
+    return Scores([heads for heads, _ in reversed(scores)], [channels for _, channels in reversed(scores)])

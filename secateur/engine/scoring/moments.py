@@ -1,0 +1,150 @@
+"""Scorers of one structure of one layer from the second moments of what reaches its output projection.
+
+They see the hidden states that the layers cut before it send on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.catalog.spec import Scoring
+from secateur.engine.measure.layer_stream import Moments
+from secateur.engine.model.decoder import Layer, Structure
+
+SPARED_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class UnitContext:
+    """A structure of a layer in a stream, or one expert's share of it: how many units go is known, which ones is asked."""
+
+    layer: Layer
+    structure: Structure
+    expert: int
+    moments: Moments
+    removed: int
+    scoring: Scoring
+
+    @property
+    def output_weight(self) -> Tensor:
+        """``[out, in]``, float32."""
+        return self._own(self.layer.output(self.structure).weight, 1).float()
+
+    @property
+    def input_weights(self) -> list[Tensor]:
+        """Of each input projection ``[units * rows, hidden]``, float32."""
+        return [self._own(projection.weight, 0).float() for projection in self.layer.inputs(self.structure)]
+
+    @property
+    def units(self) -> int:
+        return self.layer.units(self.structure) // self.layer.experts(self.structure)
+
+    def by_unit(self, values: Tensor) -> Tensor:
+        """Sums over each unit's inputs: ``[in] -> [units]``."""
+        return values.view(-1, self.layer.width(self.structure)).sum(1)
+
+    def _own(self, weight: Tensor, dim: int) -> Tensor:
+        return weight.chunk(self.layer.experts(self.structure), dim)[self.expert]
+
+
+LayerwiseScorer = Callable[[UnitContext], Tensor]
+"""``[units]``, the lowest go first."""
+
+
+def wanda(context: UnitContext) -> Tensor:
+    """Σ over a unit's output columns j of mean_i |W_ij|·‖x_j‖ (Sun et al., equation 1; structured as An et al. compare it)."""
+    norms = context.moments.gram.diagonal().clamp_min(0).sqrt()
+    return context.by_unit(context.output_weight.abs().mean(0) * norms)
+
+
+def lorap(context: UnitContext) -> Tensor:
+    """I_j = ‖x_j‖·‖W_out^j‖ + Σ over input projections of ‖|W_in^j|·X_L2‖ (Li et al., equations 7 to 9).
+
+    Their criterion for channels, of which the lowest are spared. For heads, whose inputs and outputs are blocks, squares
+    are added up within the block.
+    """
+    scores = _group_importance(context, context.output_weight.square().sum(0))
+    return scores if context.structure == "kv_groups" else _spare_lowest(context, scores)
+
+
+def slimllm(context: UnitContext) -> Tensor:
+    """Heads by Pearson similarity and greedy swaps (equation 4, algorithm 1), channels in feature space (equations 5 to 8)."""
+    return _pearson(context) if context.structure == "kv_groups" else _feature_space(context)
+
+
+def _group_importance(context: UnitContext, output_importance: Tensor) -> Tensor:
+    """Equation 8 with ``output_importance`` ``[in]`` for the square of I^d."""
+    outputs = context.by_unit(context.moments.gram.diagonal().clamp_min(0) * output_importance).sqrt()
+    for weight in context.input_weights:
+        rows = weight.square() @ context.moments.entering
+        outputs = outputs + rows.view(context.units, -1).sum(1).sqrt()
+    return outputs
+
+
+def _feature_space(context: UnitContext) -> Tensor:
+    """Channels: the output projection's columns in the eigenbasis of its output, each direction weighed by sigmoid(M_i/mean M)."""
+    weight = context.output_weight
+    importance = weight.square().sum(0)
+    if context.scoring.feature_space:
+        values, directions = torch.linalg.eigh((weight @ context.moments.covariance @ weight.T).double())
+        values = values.clamp_min(0)
+        factors = torch.sigmoid(values / values.mean().clamp_min(1e-300))
+        importance = ((weight.T.double() @ directions) * factors).square().sum(1).float()
+    return _spare_lowest(context, _group_importance(context, importance))
+
+
+def _spare_lowest(context: UnitContext, scores: Tensor) -> Tensor:
+    """The lowest hundredth is kept, as LoRAP's and SlimLLM's authors do: small inputs are not always small effects."""
+    spared = min(round(SPARED_SHARE * len(scores)), len(scores) - context.removed)
+    scores[scores.argsort(stable=True)[:spared]] = torch.inf
+    return scores
+
+
+def _pearson(context: UnitContext) -> Tensor:
+    """Heads: −Σ over output dimensions of Pearson(output, output without the head), refined by algorithm 1.
+
+    All of it follows from the covariance of the heads' outputs in each dimension, ``[out, units, units]``. A head of the
+    kept set that the search puts out goes first, whatever it scored.
+    """
+    covariance = _head_covariance(context)
+    units = covariance.shape[1]
+    everything = torch.ones(units, dtype=torch.bool, device=covariance.device)
+
+    def similarity(kept: Tensor) -> Tensor:
+        """Of what the heads ``kept`` ``[sets, units]`` give to what all give: ``[sets]``."""
+        sets = kept.to(covariance.dtype)
+        shared = sets @ covariance.sum(2).T  # [sets, out]
+        own = torch.einsum("su,duv,sv->sd", sets, covariance, sets)
+        total = covariance.sum((1, 2))
+        return (shared / (own * total).clamp_min(1e-300).sqrt()).abs().sum(1)
+
+    without = everything.repeat(units, 1)
+    without.fill_diagonal_(False)
+    scores = -similarity(without)
+    if context.scoring.greedy_swaps and 0 < context.removed < units:
+        order = scores.argsort(stable=True)
+        kept = everything.clone()
+        kept[order[: context.removed]] = False
+        best = similarity(kept[None])[0]
+        for candidate in order[: context.removed].tolist():
+            present = kept.nonzero()[:, 0]
+            swapped = kept.repeat(len(present), 1)
+            swapped[torch.arange(len(present)), present] = False
+            swapped[:, candidate] = True
+            reached = similarity(swapped)
+            if reached.max() > best:
+                best, kept = reached.max(), swapped[reached.argmax()]
+        scores = torch.where(kept, scores, scores - (scores.max() - scores.min() + 1))
+    return scores
+
+
+def _head_covariance(context: UnitContext) -> Tensor:
+    """Covariance over tokens of the units' contributions to each output dimension: ``[out, units, units]``, float64."""
+    width = context.layer.width(context.structure)
+    blocks = context.output_weight.double().view(context.output_weight.shape[0], -1, width)  # [out, units, width]
+    units = blocks.shape[1]
+    inputs = context.moments.covariance.double().view(units, width, units, width)
+    half = torch.einsum("duw,uwvx->duvx", blocks, inputs)
+    return torch.einsum("duvx,dvx->duv", half, blocks)

@@ -1,0 +1,66 @@
+"""PIEM, the Pruning Importance Evaluation Mechanism (Wang, section 3.2)."""
+
+from torch import Tensor
+
+from secateur.engine.measure.gates import shielded_loss_change
+from secateur.engine.scoring.base import Context, Scores, l1_norms
+
+# Floating-point operations that exact shielding may cost a round: around a minute on a few CPU cores, minutes on a GPU.
+AFFORDABLE_FLOPS = {"cpu": 4e12, "cuda": 4e16}
+
+
+def score(context: Context) -> Scores:
+    """S(u) = Ĩ(u) + γ·|∂L/∂u| with Ĩ(u) = α(l)·I(u)/Σ_j I(u_j) and I(u) = λ1·‖W_u‖1 + λ2·ΔL(u).
+
+    The paper leaves the scales of the terms open. Here heads and channels of a layer are two populations; within one,
+    ‖W‖1 and ΔL are divided by their mean magnitude before the λ weights apply, Σ_j I is taken over magnitudes (ΔL may be
+    negative), α(l) is the population's mean |∂L/∂u| over that of the most sensitive layer, and |∂L/∂u| is divided by the
+    number of units times that same largest mean: over a layer the terms of S add up to α(l) and γ·α(l). Within a layer
+    α(l) changes no order; it makes KV groups of different layers comparable.
+
+    ΔL of heads is exact by shielding where that is affordable, else and for channels −g + ½·h from the gates.
+    """
+    weights, exact, report = context.spec.scoring, exact_shielding(context), context.progress
+    context.details["shielding"] = "exact" if exact else "estimate"
+    if exact:
+        context.progress = lambda share: report(share / 2)
+    norms, gates = l1_norms(context.decoder), context.gates
+    head_changes = [layer.kv_group_loss_change for layer in gates]
+    if exact:
+        head_changes = context.memo(
+            "shielded",
+            lambda: shielded_loss_change(
+                context.decoder, context.tokens, context.batch_windows, lambda share: report((1 + share) / 2)
+            ),
+        )
+
+    def combine(norms: list[Tensor], changes: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        largest = max(float(gradient.abs().mean()) for gradient in gradients) or 1.0
+        scores = []
+        for norm, change, gradient in zip(norms, changes, gradients, strict=True):
+            importance = weights.lambda_weight * _scaled(norm) + weights.lambda_loss * _scaled(change)
+            sensitivity = float(gradient.abs().mean()) / largest
+            share = importance / importance.abs().sum().clamp_min(1e-300)
+            scores.append(sensitivity * share + weights.gamma * gradient.abs() / (len(gradient) * largest))
+        return scores
+
+    return Scores(
+        combine(norms.kv_groups, head_changes, [layer.kv_group_gradient for layer in gates]),
+        combine(
+            norms.channels, [layer.channel_loss_change for layer in gates], [layer.channel_gradient for layer in gates]
+        ),
+    )
+
+
+def exact_shielding(context: Context) -> bool:
+    """Whether ΔL of heads comes from shielding: as asked, or where its forwards are affordable on this kind of device."""
+    if context.spec.scoring.shielding != "auto":
+        return context.spec.scoring.shielding == "exact"
+    decoder = context.decoder
+    groups = sum(layer.kv_groups for layer in decoder.layers)
+    cost = groups * context.tokens.numel() * 2 * decoder.parameters
+    return cost <= AFFORDABLE_FLOPS.get(decoder.device.type, 0)
+
+
+def _scaled(term: Tensor) -> Tensor:
+    return term / term.abs().mean().clamp_min(1e-300)

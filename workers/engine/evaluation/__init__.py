@@ -1,8 +1,0 @@
-"""What a model is worth and what it costs: perplexity, zero-shot accuracy, what it writes, latency, size."""
-
-from workers.engine.evaluation.latency import measure_latency, unsteady
-from workers.engine.evaluation.perplexity import perplexity
-from workers.engine.evaluation.size import forward_flops, weight_bytes
-from workers.engine.evaluation.suite import Suite, paired
-
-__all__ = ["Suite", "forward_flops", "measure_latency", "paired", "perplexity", "unsteady", "weight_bytes"]

@@ -1,6 +1,0 @@
-"""What is published: a checkpoint that loads without this project, its card and its manifest."""
-
-from workers.engine.export.check import check_checkpoint, run_check
-from workers.engine.export.checkpoint import check_room, staged, versions, write_manifest, write_model
-
-__all__ = ["check_checkpoint", "check_room", "run_check", "staged", "versions", "write_manifest", "write_model"]

@@ -1,0 +1,105 @@
+"""The child's side of :mod:`workers.job_process`: take the job from stdin, speak JSON lines on stdout, obey renewals."""
+
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from app.config import get_settings
+from app.http import logs
+from secateur.contract.errors import PruningError
+
+log = logging.getLogger(__name__)
+
+
+class SupervisorLink:
+    """The supervisor, as its child sees it."""
+
+    def __init__(self) -> None:
+        """Take over stdin and stdout; from here on what libraries print goes to stderr."""
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        self._in = os.fdopen(os.dup(0), "rb")
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        self._lock = threading.Lock()
+        self._pause = False
+        self._recorded = threading.Semaphore(0)
+        self.job: dict[str, Any] = json.loads(self._in.readline())
+        threading.Thread(target=self._obey, daemon=True).start()
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send one message; of a ``round``, wait until it is recorded: what only earlier rounds need may go then."""
+        with self._lock:
+            self._out.write(json.dumps(_storable(message)) + "\n")
+            self._out.flush()
+        if message["type"] == "round":
+            self._recorded.acquire()
+
+    def wants_pause(self) -> bool:
+        """Whether to stop at the end of the next round, or stretch of training."""
+        return self._pause
+
+    def _obey(self) -> None:
+        for line in self._in:
+            renewal = json.loads(line)
+            self._pause = renewal["pause"]
+            if renewal["recorded"]:
+                self._recorded.release()
+            # Against the clock, not as a span: a renewal that lay in the pipe while we were stopped is not fresh.
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, renewal["deadline"] - time.monotonic()))
+        os.kill(os.getpid(), signal.SIGKILL)  # the pipe is closed: nobody owns this work any more
+
+
+def run(work: Callable[[SupervisorLink], dict[str, Any]]) -> None:
+    """Do ``work`` and tell the message it returns, or the error it raised; then end the process."""
+    parent = SupervisorLink()
+    logs.configure(get_settings())
+    with logs.about(**{name: parent.job.get(name) for name in logs.NAMES}):
+        try:
+            message = work(parent)
+        except Exception as error:
+            message = {"type": "error", "error": explain(error, parent.job["folder"])}
+    parent.tell(message)
+    sys.stderr.flush()
+    os._exit(0)  # the reading thread would keep the interpreter from closing down cleanly
+
+
+def explain(error: Exception, folder: str) -> dict[str, Any]:
+    """What the job's owner is told: {code, message, retryable} and, of what a person can mend, the field."""
+    if isinstance(error, PruningError):
+        return error.as_dict()
+    log.error("unexpected", exc_info=error)
+    text = str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        advice = "use a smaller dtype, fewer or shorter calibration samples, or a larger worker"
+        message = f"The model does not fit into the worker's memory: {advice}."
+        return {"code": "out_of_memory", "message": message, "retryable": False}
+    # safetensors is Rust: it has the errno in the text alone
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text:
+        free = shutil.disk_usage(folder).free
+        message = f"The worker's disk is full ({free} bytes are free under the data folder): make room and retry."
+        return {"code": "disk_full", "message": message, "retryable": True}
+    message = f"The pruning process failed unexpectedly ({type(error).__name__}); the worker's log has the details."
+    return {"code": "internal_error", "message": message, "retryable": True}
+
+
+def _storable(value: Any) -> Any:
+    """``value`` as Postgres's jsonb takes it: no NaN nor infinity, no NUL and no lone surrogate in text."""
+    match value:
+        case dict():
+            return {_storable(key): _storable(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_storable(item) for item in value]
+        case float():
+            return value if math.isfinite(value) else None
+        case str():
+            return value.replace("\x00", "").encode(errors="replace").decode()
+    return value
