@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.main import get_group
-from secateur.cli.main import cli
 
+from secateur.cli.main import cli
 from tests.engine.models import SIZES, make_tokenizer, save, train
 from tests.workers.conftest import ROOT, SHORT
 from tests.workers.test_stack import announced

@@ -14,12 +14,12 @@ import httpx2
 import pytest
 from sqlalchemy.orm import Session
 
-from secateur.cli.jobs import _line
 from app.config import Settings
+from secateur.cli.jobs import _line
+from secateur.cli.prune import _show
 from secateur.contract.jobs import JobView
 from secateur.contract.states import State
 from tests.api import play
-from secateur.cli.prune import _show
 
 ROOT = Path(__file__).parents[2]
 JOB_ID = uuid.UUID(int=0)

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from secateur.contract import catalog as catalog_schemas
-from secateur.contract import keys as auth_schemas
-from secateur.contract import jobs as job_schemas
 from app.main import create_app
 from scripts import openapi as contract
 from scripts.generate_client import generate
 from secateur.client import AsyncClient, Client
 from secateur.client._async import client as asynchronous
 from secateur.client._sync import client as synchronous
+from secateur.contract import catalog as catalog_schemas
+from secateur.contract import jobs as job_schemas
+from secateur.contract import keys as auth_schemas
 
 DOCS = Path(__file__).parents[2] / "docs"
 OPERATIONS = {
