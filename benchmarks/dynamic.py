@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from secateur.engine.dynamic.targets import write_dynamic
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,7 +27,6 @@ from secateur.catalog.sources import locate
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
 from secateur.engine.dynamic.calibrate import kept_units, priors
 from secateur.engine.dynamic.runtime import Runtime
-from secateur.engine.dynamic.targets import write_dynamic
 from secateur.engine.evaluation import perplexity
 from secateur.engine.evaluation.latency import now
 from secateur.engine.evaluation.zero_shot import zero_shot

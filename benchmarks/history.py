@@ -39,7 +39,7 @@ WITH made AS (
     INSERT INTO idempotency_keys (owner_id, key, request_sha256, job_id)
     SELECT :owner_id, id::text, repeat('0', 64), id FROM made
 )
-INSERT INTO job_rounds (job_id, number, attempt, path, sha256, data)
+INSERT INTO job_steps (job_id, number, attempt, path, sha256, data)
 SELECT id, number, 1, 'round-' || number, repeat('0', 64), '{"perplexity": 30.5}' FROM made, generate_series(0, 2) AS number
 """
 
