@@ -182,7 +182,7 @@ def test_stream(api: httpx2.Client, job_id: str, session: Session, settings: Set
         play.succeed(session, settings, job_id, attempt)
         frames += arriving
     assert time.monotonic() - begun < SOON
-    assert [frame["event"] for frame in frames] == ["state", "state", "progress", "round", "state", "state", "end"]
+    assert [frame["event"] for frame in frames] == ["state", "state", "progress", "step", "state", "state", "end"]
     assert json.loads(frames[2]["data"])["share"] == 0.5 and "id" not in frames[2]
     assert json.loads(frames[3]["data"])["data"]["perplexity"] == 11.0
     assert json.loads(frames[-1]["data"]) == {"state": "succeeded"}

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from app.auth import service as auth
 from app.config import Settings, get_settings
 from app.jobs import leases
-from app.jobs.models import Job, JobEvent, JobRound
+from app.jobs.models import Job, JobEvent, JobStep
 from tests import hub as fake
 from tests.hub import TOKEN, FakeHub
 
@@ -76,9 +76,9 @@ class JobHandle:
         return job
 
     @property
-    def rounds(self) -> list[JobRound]:
+    def steps(self) -> list[JobStep]:
         self.session.rollback()
-        query = select(JobRound).where(JobRound.job_id == self.id).order_by(JobRound.number)
+        query = select(JobStep).where(JobStep.job_id == self.id).order_by(JobStep.number)
         return list(self.session.scalars(query, execution_options={"populate_existing": True}))
 
     def events(self, type: str) -> list[dict[str, Any]]:
@@ -88,12 +88,12 @@ class JobHandle:
 
     @property
     def worked(self) -> list[tuple[int, int]]:
-        """The (attempt, round) that were worked on, in order."""
+        """The (attempt, step) that were worked on, in order."""
         return [(attempt, number) for attempt, number, _ in self._notes()]
 
     @property
     def runner_pid(self) -> int:
-        """Of the runner that began a round last."""
+        """Of the runner that began a step last."""
         return wait_for(self._notes)[-1][2]
 
     def _notes(self) -> list[tuple[int, int, int]]:
@@ -106,7 +106,7 @@ class JobHandle:
         return self.row
 
     def wait_for_round(self, number: int) -> None:
-        wait_for(lambda: any(row.number == number for row in self.rounds))
+        wait_for(lambda: any(row.number == number for row in self.steps))
 
     def sql(self, assignment: str) -> None:
         """Change the row behind everyone's back."""
