@@ -15,6 +15,7 @@ from typer.main import get_group
 
 from secateur.cli.main import cli
 from tests.engine.models import SIZES, make_tokenizer, save, train
+from tests.patience import PATIENCE
 from tests.workers.conftest import ROOT, SHORT
 from tests.workers.test_stack import announced
 
@@ -66,7 +67,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     url, key = announced(process)
     yield plain | {"SECATEUR_URL": url, "SECATEUR_API_KEY": key}
     process.send_signal(signal.SIGINT)
-    process.wait(30)
+    process.wait(PATIENCE)
 
 
 @pytest.mark.docs
@@ -80,7 +81,7 @@ def test_the_commands_of_a_page_run(page: Path, environment: dict[str, str], tmp
         elif kind == "python":
             script.append(f"python - <<'PYTHON'\n{text}PYTHON")
     done = subprocess.run(
-        ["bash", "-c", "\n".join(script)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280
+        ["bash", "-c", "\n".join(script)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
