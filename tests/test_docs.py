@@ -17,6 +17,7 @@ from typer.main import get_group
 
 from secateur.cli.main import cli
 from tests.engine.models import SIZES, make_tokenizer, save, train
+from tests.patience import PATIENCE
 from tests.workers.conftest import ROOT, SHORT
 from tests.workers.test_stack import announced
 
@@ -68,7 +69,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     url, key = announced(process)
     yield plain | {"SECATEUR_URL": url, "SECATEUR_API_KEY": key}
     process.send_signal(signal.SIGINT)
-    process.wait(30)
+    process.wait(PATIENCE)
 
 
 def script(page: Path) -> str:
@@ -92,7 +93,7 @@ def script(page: Path) -> str:
 def test_the_commands_of_a_page_run(page: Path, environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "demo").symlink_to(ROOT / "demo")  # pages start in a checkout
     done = subprocess.run(
-        ["bash", "-c", script(page)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280
+        ["bash", "-c", script(page)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 

@@ -19,6 +19,7 @@ from app.jobs.leases import LeaseLost
 from app.jobs.models import Job, JobEvent, JobStep
 from app.jobs.transitions import TransitionRefused, Trigger
 from secateur.contract.states import State
+from tests.patience import PATIENCE
 
 TTL = 60.0
 LOST = {"code": "x", "message": "x", "retryable": True}
@@ -54,7 +55,7 @@ def _at_once(sessions: sessionmaker[Session], *calls: Callable[[Session], Any]) 
 
     def run(call: Callable[[Session], Any]) -> Any:
         with sessions() as session:
-            barrier.wait(10)
+            barrier.wait(PATIENCE)
             try:
                 return call(session)
             except (LeaseLost, TransitionRefused) as error:
@@ -121,7 +122,7 @@ def test_an_earlier_attempt_writes_nothing(session: Session, queued: uuid.UUID, 
 
 
 def test_the_owner_writes(session: Session, queued: uuid.UUID) -> None:
-    leases.claim(session, queued, "w", 5)
+    leases.claim(session, queued, "w", TTL)
     soon = _job(session, queued).lease_expires_at
     assert leases.renew(session, queued, 1, 600) == leases.Beat(cancel=False, pause=False)
     later = _job(session, queued).lease_expires_at
@@ -270,7 +271,7 @@ def test_a_renewal_that_waited_for_the_reaper_is_lost(
         renewal = pool.submit(leases.renew, other, queued, 1, TTL)
         leases.reap(session, 9, 0)
         with pytest.raises(LeaseLost):
-            renewal.result(timeout=10)
+            renewal.result(timeout=PATIENCE)
 
 
 def test_due_jobs_are_marked_once(sessions: sessionmaker[Session], session: Session, queued: uuid.UUID) -> None:

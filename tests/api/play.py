@@ -15,7 +15,7 @@ RESULT = {"repo_id": "secateur/tiny", "commit_sha": "abc"}
 
 def start(session: Session, job_id: str) -> int:
     """Claim; returns the attempt."""
-    claim = leases.claim(session, uuid.UUID(job_id), "player", 60)
+    claim = leases.claim(session, uuid.UUID(job_id), "player", 600)
     assert claim is not None
     return claim.attempt
 

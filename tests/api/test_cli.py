@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from secateur.contract.jobs import JobView
 from secateur.contract.report import Change, ParameterChange, RatioSummary, Report
 from secateur.contract.states import State
 from tests.api import play
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 JOB_ID = uuid.UUID(int=0)
@@ -31,7 +31,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "secateur", *arguments], input=input,
-        capture_output=True, text=True, timeout=60, env=os.environ | (environment or {}), cwd=ROOT,
+        capture_output=True, text=True, timeout=PATIENCE, env=os.environ | (environment or {}), cwd=ROOT,
     )  # fmt: skip
 
 
@@ -151,12 +151,15 @@ def test_watch(
         else:
             play.fail(session, job_id, attempt)
 
-    timer = threading.Timer(3, work)
-    timer.start()
-    watched = run("watch", job_id)
-    timer.join()
-    assert watched.returncode == code, watched.stderr
-    lines = watched.stdout.splitlines()
+    argv = [sys.executable, "-m", "secateur", "watch", job_id]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen(argv, **pipes) as watching:
+        assert watching.stdout is not None
+        first = watching.stdout.readline()
+        work()
+        rest, complaint = watching.communicate(timeout=PATIENCE)
+    assert watching.returncode == code, complaint
+    lines = [first, *rest.splitlines()]
     assert "scoring" in lines[0] and "25%" in lines[0] and "step 1/2" in lines[0]
     assert ("published to secateur/tiny" if good else "The weights have NaN. (nan_weights)") in lines[-1]
     assert run("status", job_id).returncode == code

@@ -11,7 +11,7 @@ from playwright.sync_api import BrowserContext, Page, expect
 
 from tests.dashboard.conftest import Site
 from tests.engine.models import english
-from tests.workers.conftest import wait_for
+from tests.patience import PATIENCE, wait_for
 
 pytestmark = pytest.mark.browser
 
@@ -21,7 +21,7 @@ EVALUATION = {**TEXT, "texts": english("evaluation"), "latency": True, "prompts"
 
 def api(site: Site) -> httpx2.Client:
     return httpx2.Client(
-        base_url=site.url, headers={"Authorization": f"Bearer {site.key}"}, timeout=60, trust_env=False
+        base_url=site.url, headers={"Authorization": f"Bearer {site.key}"}, timeout=PATIENCE, trust_env=False
     )
 
 
@@ -55,7 +55,7 @@ def succeeded(site: Site) -> list[str]:
     jobs = [submit(site, **changes) for changes in wanted]
     with api(site) as client:
         for job_id in jobs:
-            wait_for(lambda: client.get(f"/v1/jobs/{job_id}").json()["state"] == "succeeded", timeout=90)  # noqa: B023
+            wait_for(lambda: client.get(f"/v1/jobs/{job_id}").json()["state"] == "succeeded")  # noqa: B023
     return jobs
 
 
@@ -166,7 +166,7 @@ def test_comparing(page: Page, site: Site, succeeded: list[str], pictures: Path 
 
 
 def test_cancelling(page: Page, site: Site) -> None:
-    job_id = submit(site, rounds=30)
+    job_id = submit(site, rounds=64)
     page.goto(f"{site.url}/#/jobs/{job_id}")
     page.get_by_role("button", name="cancel").click()
     expect(page.locator(".facts .badge").first).to_have_text("cancelled")

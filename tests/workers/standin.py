@@ -14,6 +14,8 @@ from workers import supervisor_link
 from workers.runner import load_checkpoint, save_checkpoint
 from workers.supervisor_link import SupervisorLink
 
+SHORT_LEASE = {"lease_ttl": 60.0, "lease_margin": 55.0}
+"""A child dies 5 seconds after the last renewal. The lease lasts a minute, so that a slow observer sees that it died in time."""
 REPORT: dict[str, Any] = {
     "parameters": {"before": 10, "after": 8},
     "ratio": {"target": 0.2, "reached": 0.2},
@@ -56,8 +58,11 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
             raise PruningError(ErrorCode.WEIGHTS_NOT_FINITE, "The model has NaN weights.", field="model_id")
         if number == script.get("bug_in_round"):
             raise ZeroDivisionError("a bug")
-        time.sleep(script.get("round_seconds", 0.0))
+        while number == script.get("wait_in_round") and not (folder / "go").exists():
+            time.sleep(0.01)
         if number == script.get("hold_gil_in_round") and first_attempt:
+            while signal.getitimer(signal.ITIMER_REAL)[0] > SHORT_LEASE["lease_ttl"]:
+                time.sleep(0.01)  # it will hear of no renewal: its last one must be of a short lease
             ctypes.PyDLL(None).sleep(3600)  # unlike CDLL it keeps the lock
         saved = save_checkpoint(folder, number, job["attempt"], {"step": number})
         if number == script.get("kill_worker_after_checkpoint") and first_attempt:
