@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def follow(block: str, root: Path) -> None:
     assert place, f"the first line of a block names its file: {block[:80]}"
     path, text = root / place["file"], block[place.end() :]
     if place["table"]:
-        path.write_text(with_entries(path.read_text(), place["table"], text))
+        path.write_text(with_entry(path.read_text(), place["table"], text))
     elif place["imports"]:
         before, line, after = re.split(r"^((?:from|import) )", path.read_text(), maxsplit=1, flags=re.MULTILINE)
         path.write_text(f"{before}{text}{line}{after}")
@@ -85,13 +86,13 @@ def follow(block: str, root: Path) -> None:
         path.write_text(text)
 
 
-def with_entries(source: str, table: str, entries: str) -> str:
-    """``source`` with ``entries`` at the end of ``table``, whose last line is a bracket in the first column."""
+def with_entry(source: str, table: str, entry: str) -> str:
+    """``source`` with ``entry`` at the end of ``table``, whose last line is a bracket in the first column."""
     opening = re.search(rf"^{table}\b.*[(\[{{]\n", source, re.MULTILINE)
     assert opening, f"there is no table {table}"
     closing = re.compile(r"^[)\]}]", re.MULTILINE).search(source, opening.end())
     assert closing, f"the table {table} has no end"
-    indented = "".join(f"    {line}\n" for line in entries.splitlines())
+    indented = textwrap.indent(f"{entry.strip()},\n", "    ")
     return source[: closing.start()] + indented + source[closing.start() :]
 
 

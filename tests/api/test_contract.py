@@ -52,9 +52,7 @@ def document() -> dict[str, Any]:
 
 def test_the_stored_contract_is_the_services() -> None:
     stored = (DOCS / "openapi.json").read_text()
-    assert contract.document() == stored, (
-        "the contract has changed: 'make openapi', and say in CHANGELOG.md what has"
-    )
+    assert contract.document() == stored, "the contract has changed: 'make openapi', and say in CHANGELOG.md what has"
 
 
 def test_the_changelog_names_the_contract() -> None:
