@@ -34,6 +34,7 @@ EXAMPLES = (
 )
 
 
+@pytest.mark.timeout(1800)  # several processes that import torch: a minute, and many on a busy machine
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.section)
 def test_an_example_can_be_followed(example: Example, tmp_path: Path) -> None:
     for name in COPIED:
