@@ -24,6 +24,7 @@ def found(settings: Settings) -> dict[str, Finding]:
 def complete(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("SECATEUR_SECRET_KEYS", Fernet.generate_key().decode())
     monkeypatch.setenv("SECATEUR_WEBHOOK_SECRET", SIGNING)
+    monkeypatch.setenv("SECATEUR_HEARTBEAT_INTERVAL", "600")  # a worker that has beaten once is alive
     monkeypatch.setattr(doctor, "LITTLE_ROOM", 0)
     get_settings.cache_clear()
     return get_settings()
