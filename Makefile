@@ -111,7 +111,7 @@ openapi: .venv/.installed
 	$(BIN)/python -m scripts.openapi docs/openapi.json
 
 .PHONY: docs
-# The documentation site, in build/site. A link that leads nowhere is an error.
+# The documentation site, in build/site. A link that leads nowhere is an error; with --quiet, --strict would not see it.
 docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
