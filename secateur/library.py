@@ -201,7 +201,7 @@ def prune(
     """
     chosen = _recipe(recipe).override(
         {
-            "target_ratio": list(ratio) if isinstance(ratio, Sequence) else ratio,
+            "target_ratio": list(ratio) if isinstance(ratio, list | tuple) else ratio,
             "goal": goal,
             "method": method,
             "rounds": rounds,

@@ -102,7 +102,7 @@ def test_metrics(api: httpx2.Client, url: str, body: dict[str, Any], session: Se
     assert samples["secateur_http_request_duration_seconds_count", "unmatched"] == 1
 
 
-def test_the_doorbell_rings(api: httpx2.Client, body: dict[str, Any], broker_url: str) -> None:
+def test_a_worker_is_woken(api: httpx2.Client, body: dict[str, Any], broker_url: str) -> None:
     job_id = api.post("/v1/jobs", json=body).json()["id"]
     with redis.Redis.from_url(broker_url) as broker:
         wait_for(lambda: broker.llen("celery"))

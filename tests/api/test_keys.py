@@ -192,7 +192,7 @@ def test_keys_of_the_vault_can_be_replaced(keyed: Settings) -> None:
         vault.decrypt(alone, stored)
 
 
-def test_the_door_asks_the_hub_with_the_requests_token(
+def test_admission_asks_the_hub_with_the_requests_token(
     keyed: Settings, url: str, api: httpx2.Client, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with fake.running() as hub:

@@ -139,7 +139,7 @@ def test_from_a_gguf_file(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("named", ["bfloat16", None])
-def test_the_door_and_the_engine_agree_on_auto(
+def test_admission_and_the_engine_agree_on_auto(
     named: str | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     folder = save(make_model("llama").bfloat16(), tokenizer, tmp_path / "model")

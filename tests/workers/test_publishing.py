@@ -12,11 +12,10 @@ import pytest
 
 from app.config import Settings
 from secateur.contract.errors import PruningError
-from secateur.hubs import FolderHub, HeadMoved, Hub, HuggingFaceHub
+from secateur.hubs import FolderHub, HeadMoved, Hub, HuggingFaceHub, publish
 from tests import hub as fake
 from tests.hub import TOKEN, FakeHub, Repository
 from tests.workers.conftest import ROOT, MakeJob, Start, wait_for
-from workers.publisher import publish
 
 REPO = "org/small"
 
@@ -40,7 +39,7 @@ def make_model(folder: Path, job_id: str) -> Path:
 
 
 def test_a_missing_repository_is_made_private(hub: FakeHub, client: HuggingFaceHub, folder: Path) -> None:
-    commit = publish(client, REPO, True, folder, "job-1")
+    commit = publish(client, REPO, True, folder, "Pruned model of job job-1")
     repository = hub.repositories[REPO]
     assert repository.private and repository.head.sha == commit and len(repository.commits) == 2
     assert repository.head.files["model.safetensors"] == b"weights" * 1000
@@ -50,7 +49,7 @@ def test_a_missing_repository_is_made_private(hub: FakeHub, client: HuggingFaceH
 
 def test_files_of_an_earlier_model_go_in_the_same_commit(hub: FakeHub, client: HuggingFaceHub, folder: Path) -> None:
     hub.create(REPO, files={"model-00001-of-00002.safetensors": b"old", "secateur.json": b'{"job_id": "job-0"}'})
-    publish(client, REPO, True, folder, "job-1")
+    publish(client, REPO, True, folder, "Pruned model of job job-1")
     repository = hub.repositories[REPO]
     assert len(repository.commits) == 2
     assert "model-00001-of-00002.safetensors" not in repository.head.files
@@ -62,7 +61,7 @@ def test_a_commit_that_comes_between_is_built_upon(hub: FakeHub, client: Hugging
         repository.add("foreign", {"other.txt": b"theirs"})
 
     hub.before_commit = interfere
-    commit = publish(client, REPO, True, folder, "job-1")
+    commit = publish(client, REPO, True, folder, "Pruned model of job job-1")
     commits = hub.repositories[REPO].commits
     assert [made.title for made in commits] == ["initial commit", "foreign", "Pruned model of job job-1"]
     assert commits[-1].sha == commit
@@ -75,17 +74,17 @@ def test_a_commit_whose_answer_was_lost_is_adopted(hub: FakeHub, client: Hugging
 
     hub.after_commit = drop_the_answer
     with pytest.raises(PruningError) as caught:
-        publish(client, REPO, True, folder, "job-1")
+        publish(client, REPO, True, folder, "Pruned model of job job-1")
     assert (caught.value.code, caught.value.retryable) == ("hub_unavailable", True)
-    assert publish(client, REPO, True, folder, "job-1") == hub.repositories[REPO].head.sha
+    assert publish(client, REPO, True, folder, "Pruned model of job job-1") == hub.repositories[REPO].head.sha
     assert len(hub.repositories[REPO].commits) == 2
 
 
 def test_our_commit_is_adopted_from_below_a_foreign_one(hub: FakeHub, client: HuggingFaceHub, folder: Path) -> None:
-    ours = publish(client, REPO, True, folder, "job-1")
+    ours = publish(client, REPO, True, folder, "Pruned model of job job-1")
     repository = hub.repositories[REPO]
     repository.add("theirs", {**repository.head.files, "theirs.txt": b"x"})
-    assert publish(client, REPO, True, folder, "job-1") == ours
+    assert publish(client, REPO, True, folder, "Pruned model of job job-1") == ours
     assert "theirs.txt" in repository.head.files and len(repository.commits) == 3
 
 
@@ -95,25 +94,25 @@ def test_one_who_always_loses_the_race_gives_up(hub: FakeHub, client: HuggingFac
 
     hub.before_commit = interfere
     with pytest.raises(PruningError) as caught:
-        publish(client, REPO, True, folder, "job-1")
+        publish(client, REPO, True, folder, "Pruned model of job job-1")
     assert (caught.value.code, caught.value.retryable) == ("hub_conflict", True)
 
 
 def test_what_the_token_may_not_write_is_forbidden(hub: FakeHub, client: HuggingFaceHub, folder: Path) -> None:
     with pytest.raises(PruningError) as caught:
-        publish(client, "stranger/small", True, folder, "job-1")
+        publish(client, "stranger/small", True, folder, "Pruned model of job job-1")
     assert (caught.value.code, caught.value.retryable) == ("hub_forbidden", False)
 
 
 def test_a_wrong_token_is_forbidden(hub: FakeHub, folder: Path) -> None:
     with pytest.raises(PruningError) as caught:
-        publish(HuggingFaceHub("hf_wrong", hub.url), REPO, True, folder, "job-1")
+        publish(HuggingFaceHub("hf_wrong", hub.url), REPO, True, folder, "Pruned model of job job-1")
     assert (caught.value.code, caught.value.retryable) == ("hub_forbidden", False)
 
 
 def test_a_hub_that_is_away_may_come_back(folder: Path) -> None:
     with pytest.raises(PruningError) as caught:
-        publish(HuggingFaceHub(TOKEN, "http://127.0.0.1:9"), REPO, True, folder, "job-1")
+        publish(HuggingFaceHub(TOKEN, "http://127.0.0.1:9"), REPO, True, folder, "Pruned model of job job-1")
     assert (caught.value.code, caught.value.retryable) == ("hub_unavailable", True)
 
 
@@ -181,11 +180,11 @@ def test_a_forbidden_repository_fails_the_job(service_hub: FakeHub, make_job: Ma
 
 def test_folder_a_second_job_replaces_the_first(tmp_path: Path, folder: Path) -> None:
     hub: Hub = FolderHub(tmp_path / "hub")
-    first = publish(hub, REPO, True, folder, "job-1")
-    assert publish(hub, REPO, True, folder, "job-1") == first, "its own commit is adopted"
-    second = publish(hub, REPO, True, make_model(tmp_path / "output2", "job-2"), "job-2")
+    first = publish(hub, REPO, True, folder, "Pruned model of job job-1")
+    assert publish(hub, REPO, True, folder, "Pruned model of job job-1") == first, "its own commit is adopted"
+    second = publish(hub, REPO, True, make_model(tmp_path / "output2", "job-2"), "Pruned model of job job-2")
     assert second != first and hub.head(REPO, True) == second
-    assert publish(hub, REPO, True, folder, "job-1") == first, "from below the second's too"
+    assert publish(hub, REPO, True, folder, "Pruned model of job job-1") == first, "from below the second's too"
     assert hub.head(REPO, True) == second
     assert json.loads((tmp_path / "hub" / REPO / "secateur.json").read_text()) == {"job_id": "job-2"}
     with pytest.raises(HeadMoved):
@@ -229,7 +228,7 @@ def test_folder_loads_by_path_and_as_a_cache(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=32, **sizes)).save_pretrained(output)
     (output / "secateur.json").write_text('{"job_id": "job-1"}')
     root = tmp_path / "hub"
-    publish(FolderHub(root), REPO, True, output, "job-1")
+    publish(FolderHub(root), REPO, True, output, "Pruned model of job job-1")
     environment = {**os.environ, "HF_HUB_CACHE": str(root), "HF_HUB_OFFLINE": "1"}
     argv = [sys.executable, "-c", LOAD, str(root / REPO), REPO]
     done = subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -238,7 +237,7 @@ def test_folder_loads_by_path_and_as_a_cache(tmp_path: Path) -> None:
 
 def test_folder_a_kill_between_the_commit_and_its_link_is_made_good(tmp_path: Path, folder: Path) -> None:
     hub = FolderHub(tmp_path / "hub")
-    commit = publish(hub, REPO, True, folder, "job-1")
+    commit = publish(hub, REPO, True, folder, "Pruned model of job job-1")
     (tmp_path / "hub" / REPO).unlink()
-    assert publish(hub, REPO, True, folder, "job-1") == commit
+    assert publish(hub, REPO, True, folder, "Pruned model of job job-1") == commit
     assert (tmp_path / "hub" / REPO / "secateur.json").exists()

@@ -219,6 +219,8 @@ def save(
     enter(Stage.EXPORTING)
     published = pruned.write(folder, layout, formats)
     report = run.report(pruned, published)
+    # The library may save a model in another layout or format than its request names.
+    report = report.model_copy(update={"spec": {**report.spec, "layout": layout, "formats": list(formats)}})
     write_manifest(pruned.decoder, pruned.plan, folder, report, provenance)
     enter(Stage.CHECKING)
     pruned.check(folder, layout)
