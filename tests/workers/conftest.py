@@ -143,12 +143,13 @@ def shorten_lease(job: JobHandle, worker: subprocess.Popen[bytes]) -> None:
     """
     worker.send_signal(signal.SIGUSR1)
 
-    def left() -> dt.timedelta:
-        job.session.rollback()
-        query = select(Job.lease_expires_at - func.now()).where(Job.id == job.id)
-        return job.session.execute(query).scalar_one()
+    soon = func.now() + dt.timedelta(seconds=2 * SHORT_LEASE["lease_ttl"])
 
-    wait_for(lambda: left() < dt.timedelta(seconds=2 * SHORT_LEASE["lease_ttl"]))
+    def is_short() -> bool:
+        job.session.rollback()
+        return job.session.scalar(select(Job.lease_expires_at < soon).where(Job.id == job.id)) is True
+
+    wait_for(is_short)
     job.wait_for_renewal()  # the child is told of a lease after the database is, and before the next one
 
 
