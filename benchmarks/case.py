@@ -1,4 +1,4 @@
-"""One pruning of a benchmark: what is asked for, and the engine's own rounds that do it."""
+"""One pruning of a benchmark: the case describes it, and the rounds of the engine run it."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.model import KvHeads
+from secateur.catalog.methods import Need
+from secateur.catalog.resolve import resolve
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
-from secateur.engine.allocation.schedule import round_targets
+from secateur.engine.allocation.schedule import round_goals
 from secateur.engine.measure.cache import Statistics
 from secateur.engine.measure.texts import Windows, batch_windows, read_windows
 from secateur.engine.model.decoder import Decoder
@@ -22,7 +24,10 @@ EVALUATION_WINDOWS = (24, 256)
 
 @dataclass(frozen=True)
 class Case:
-    """All that tells one result of a benchmark from another; ``changes`` are those to the method, as in a request."""
+    """Everything that distinguishes one result of a benchmark from another.
+
+    ``changes`` replaces settings of the method, with the fields of a request.
+    """
 
     method: str
     ratio: float
@@ -40,7 +45,7 @@ class Case:
 
     @property
     def calibration(self) -> tuple[KvHeads, int, int, int]:
-        """What the statistics of the unpruned model depend on."""
+        """The settings that the statistics of the unpruned model depend on."""
         return self.kv_heads, self.samples, self.sequence_length, self.seed
 
     @property
@@ -49,7 +54,7 @@ class Case:
 
 
 def read_texts(decoder: Decoder, case: Case, calibration: str, evaluation: str) -> tuple[Windows, Windows]:
-    """Calibration windows drawn by the case's seed, and the first 24 × 256 tokens of the evaluation text.
+    """Return calibration windows drawn with the seed of the case, and the first 24 × 256 tokens of the evaluation text.
 
     Both texts are files or data sets.
     """
@@ -67,34 +72,36 @@ def read_texts(decoder: Decoder, case: Case, calibration: str, evaluation: str) 
 
 
 def prune(decoder: Decoder, reference: Decoder, case: Case, tokens: Tensor, statistics: Statistics) -> None:
-    """Prune ``decoder`` in place as the case says, on ``tokens`` ``[windows, length]``.
+    """Prune ``decoder`` in place as ``case`` says, calibrated on ``tokens`` ``[windows, length]``.
 
-    ``reference`` is the unpruned model; where there is one round and no training, it may be ``decoder`` itself.
+    ``reference`` is the unpruned model. With one round and no training, it may be ``decoder`` itself.
 
     Raises:
-        RuntimeError: the parameters left are not what was asked for, to 0.5 %.
+        RuntimeError: the number of remaining parameters differs from the requested one by more than 0.5 %.
     """
     spec, shape, batch = case.spec, decoder.shape, batch_windows(tokens)
-    multiple = shape.width_multiple(spec.allocation.width_multiple)
-    targets = round_targets(shape, case.ratio, case.rounds, spec.allocation.schedule, multiple)
-    for number, target in enumerate(targets, start=1):
+    dtype = str(decoder.model.dtype).removeprefix("torch.")
+    resolved = resolve(spec, shape, config=decoder.model.config.to_dict(), source_dtype=dtype)
+    chosen, multiple = resolved.components, resolved.width_multiple
+    goals = round_goals(shape, case.ratio, case.rounds, spec.allocation.schedule, multiple)
+    for number, goal in enumerate(goals, start=1):
         context = Context(
             decoder,
             tokens,
             batch,
-            spec,
+            resolved,
             case.ratio,
             spec.seed + number,
             _quiet,
-            reference=reference if spec.needs_reference else None,
+            reference=reference if chosen.fits_to_reference else None,
             statistics=statistics if number == 1 else None,
         )
-        prune_round(context, target, multiple)
-    if spec.training is not None:
-        teacher = (
-            (lambda windows: reference.model(windows, use_cache=False).logits) if spec.training == "distill" else None
-        )
-        for _ in train(decoder, teacher, tokens, batch, spec.recovery, spec.training, spec.seed, _quiet, None):
+        prune_round(context, goal)
+    settings = spec.recovery.training
+    if settings is not None and chosen.training is not None:
+        beside = Need.REFERENCE in chosen.training.needs
+        teacher = (lambda windows: reference.model(windows, use_cache=False).logits) if beside else None
+        for _ in train(decoder, teacher, tokens, batch, settings, spec.seed, _quiet, None):
             pass
     share = decoder.projection_parameters / shape.prunable_parameters / (1 - case.ratio)
     if abs(share - 1) > RATIO_TOLERANCE:
@@ -102,4 +109,4 @@ def prune(decoder: Decoder, reference: Decoder, case: Case, tokens: Tensor, stat
 
 
 def _quiet(share: float) -> None:
-    """Progress is told case by case."""
+    """Report nothing: the benchmark reports progress after each case."""

@@ -1,4 +1,4 @@
-"""``make bench-progress``: the time left that is told, against the time that was left. Writes ``progress.json`` and ``progress.md``."""
+"""``make bench-progress``: the reported time left against the real time left. Writes ``progress.json`` and ``progress.md``."""
 
 import argparse
 import json
@@ -14,11 +14,13 @@ from benchmarks.model import MODEL, model_file
 from benchmarks.table import markdown
 from secateur.catalog.methods import STATIC_METHODS
 from secateur.catalog.spec import PruningSpec
-from secateur.engine import prune
+from secateur.contract.events import Event, ProgressEvent, StepEvent
+from secateur.engine.run.run import NamedModel, prune_to_folder
+from secateur.engine.run.workspace import Listener
 
 DEMO = Path(__file__).parents[1] / "demo"
 LEAST = 5.0
-"""Seconds that are left at least where the two are compared: of less, a second more or less is a large factor."""
+"""Reports with less than these seconds left are not compared: there, one second is a large factor."""
 AIM = 1.5
 
 
@@ -29,7 +31,7 @@ def main() -> None:
     runs += [
         {"method": "flap", "rounds": 1, "target_ratio": [0.2, 0.4]},
         {"method": "dsgp", "rounds": 1},
-        {"method": "flap", "rounds": 1, "recovery": {"kind": "lora", "epochs": 1, "batch_size": 8}},
+        {"method": "flap", "rounds": 1, "recovery": {"training": {"kind": "lora", "epochs": 1, "batch_size": 8}}},
     ]
     found = [{"run": run, "factors": measure(run, arguments.samples)} for run in runs]
     settings = {"model": MODEL, "threads": arguments.threads, "samples": arguments.samples}
@@ -52,7 +54,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(run: dict[str, Any], samples: int) -> list[float]:
-    """Of every time left that was told from the end of the first round on: by what factor it was wrong."""
+    """Return, for each report of the time left after the first round, the factor between the reported and the real time left."""
     texts = {"samples": samples, "sequence_length": 128}
     asked = {
         "target_ratio": 0.3,
@@ -64,14 +66,15 @@ def measure(run: dict[str, Any], samples: int) -> list[float]:
     told: list[tuple[float, float]] = []
     first = False
 
-    def note(event: dict[str, Any]) -> None:
+    def note(event: Event) -> None:
         nonlocal first
-        first = first or (event["type"] == "round" and event["number"] == 1)
-        if first and event["type"] == "progress" and event["remaining_seconds"] is not None:
-            told.append((time.monotonic(), event["remaining_seconds"]))
+        first = first or (isinstance(event, StepEvent) and event.step.number == 1)
+        if first and isinstance(event, ProgressEvent) and event.remaining_seconds is not None:
+            told.append((time.monotonic(), event.remaining_seconds))
 
     with tempfile.TemporaryDirectory() as folder:
-        prune(str(model_file()), PruningSpec.model_validate(asked), Path(folder) / "out", on_event=note)
+        model, spec = NamedModel(str(model_file())), PruningSpec.model_validate(asked)
+        prune_to_folder(model, spec, Path(folder) / "out", listener=Listener(on_event=note))
     ended = time.monotonic()
     pairs = [(left, ended - at) for at, left in told if ended - at >= LEAST]
     factors = [max(left / real, real / max(left, 0.1)) for left, real in pairs]
@@ -93,11 +96,11 @@ def render(settings: dict[str, Any], found: list[dict[str, Any]]) -> str:
     late = [each for each in found if each["factors"] and max(each["factors"]) > AIM]
     return f"""# Time left
 
-{settings["model"]}, {settings["samples"]} windows of 128 tokens, {settings["threads"]} threads: by what factor the time left that \
-was told, from the end of the first round on, was off from what really was left, while that was {LEAST:g} s or more. \
-{len(found) - len(late)} of {len(found)} runs stay within {AIM:g} all the time.
+{settings["model"]}, {settings["samples"]} windows of 128 tokens, number of threads: {settings["threads"]}. The table shows the factor \
+between the reported time left and the real time left. It covers the reports from the end of the first round on, while {LEAST:g} s or \
+more are left. In {len(found) - len(late)} of {len(found)} runs, the factor never exceeds {AIM:g}.
 
-{markdown(["method", "rounds", "", "median", "worst", "times told"], rows)}
+{markdown(["method", "rounds", "", "median", "worst", "reports"], rows)}
 """
 
 

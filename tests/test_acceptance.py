@@ -134,7 +134,7 @@ def test_the_python_client(service: Service, tmp_path: Path) -> None:
         job.wait(timeout=PATIENCE, on_progress=lambda job: shown.append(job.progress.share if job.progress else 0.0))
         report = job.report()
         assert shown == sorted(shown) and shown[-1] == 1.0
-        assert report.ratio == pytest.approx(0.3, abs=0.02) and len(job.rounds()) == 3
+        assert report.ratio == pytest.approx(0.3, abs=0.02) and len(job.steps()) == 3
         assert [len(axis.containers) for axis in report.plot_widths().axes] == [2, 2]
         weights = load_file(job.download(tmp_path / "pruned") / "model.safetensors")
         assert sum(tensor.numel() for tensor in weights.values()) == report.parameters[1]
@@ -156,7 +156,7 @@ def test_the_main_job(service: Service, tmp_path: Path) -> None:
     assert job["state"] == "succeeded", job["error"]
     assert job["attempt"] == 1 and job["progress"]["share"] == 1
 
-    rounds = service.client.get(f"{path}/rounds").json()["items"]
+    rounds = service.client.get(f"{path}/steps").json()["items"]
     assert [row["number"] for row in rounds] == [0, 1, 2, 3]
     report = service.client.get(f"{path}/report").json()
     assert report["ratio"]["reached"] == pytest.approx(0.3, abs=0.02)
@@ -180,7 +180,7 @@ def test_the_main_job(service: Service, tmp_path: Path) -> None:
     artifact = service.client.get(f"{path}/artifacts/model.safetensors")
     assert artifact.content == (folder / "model.safetensors").read_bytes()
     assert not list((service.data / "jobs" / job["id"]).glob("attempt-*"))
-    assert not list((service.data / "jobs" / job["id"]).glob("round-*"))
+    assert not list((service.data / "jobs" / job["id"]).glob("step-*"))
 
 
 def test_several_targets_in_one_job(service: Service, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_several_targets_in_one_job(service: Service, tmp_path: Path) -> None:
     job = service.wait(job_id, "succeeded", "failed")
     assert job["state"] == "succeeded", job["error"]
     path = f"/v1/jobs/{job_id}"
-    rounds = service.client.get(f"{path}/rounds").json()["items"]
+    rounds = service.client.get(f"{path}/steps").json()["items"]
     assert [row["number"] for row in rounds] == [0, 1, 2, 3, 4]
     assert [row["data"]["target_ratio"] for row in rounds[1:]] == [0.2, 0.2, 0.5, 0.5]
     reports = service.client.get(f"{path}/report").json()["targets"]
@@ -205,15 +205,15 @@ def test_several_targets_in_one_job(service: Service, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["parameters"] == target["parameters"]["after"]
-    assert not list((service.data / "jobs" / job_id).glob("round-*"))
+    assert not list((service.data / "jobs" / job_id).glob("step-*"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"method": name, "rounds": None} for name in METHODS]
-    + [{"method": "secateur", "rounds": 1, "recovery": {"kind": kind}} for kind in ("lora", "distill")],
-    ids=lambda changes: "-".join([changes["method"], *changes.get("recovery", {}).values()]),
+    + [{"method": "secateur", "rounds": 1, "recovery": {"training": {"kind": kind}}} for kind in ("lora", "distill")],
+    ids=lambda changes: "-".join([changes["method"], *(each["kind"] for each in changes.get("recovery", {}).values())]),
 )
 def test_every_method_through_the_whole_service(changes: dict[str, Any], service: Service, tmp_path: Path) -> None:
     job = service.wait(service.submit(**changes, publish={"repo_id": "org/each"}), "succeeded", "failed")
@@ -228,7 +228,7 @@ def test_every_method_through_the_whole_service(changes: dict[str, Any], service
 def test_a_size_as_the_target(service: Service) -> None:
     whole = service.client.post("/v1/models/inspect", json={"model_id": "local:tiny"}).json()["shape"]
     wanted = whole["parameters"] - 0.3 * whole["prunable_parameters"]
-    job_id = service.submit(target_ratio=None, target={"parameters": wanted}, rounds=1, method="magnitude")
+    job_id = service.submit(target_ratio=None, goal={"parameters": wanted}, rounds=1, method="magnitude")
     job = service.wait(job_id, "succeeded", "failed")
     assert job["state"] == "succeeded", job["error"]
     block = 32 * whole["parameters_per_channel"]
@@ -261,20 +261,20 @@ def test_what_cannot_work_is_refused_at_the_door(changes: dict[str, Any], field:
 
 def test_pause_resume_and_cancel(service: Service) -> None:
     job_id = service.submit(rounds=64, target_ratio=0.4)
-    wait_for(lambda: any(event["type"] == "round" for event in service.events(job_id)))
+    wait_for(lambda: any(event["type"] == "step" for event in service.events(job_id)))
     assert service.client.post(f"/v1/jobs/{job_id}/pause").status_code == 200
     service.wait(job_id, "paused")
-    done = len(service.client.get(f"/v1/jobs/{job_id}/rounds").json()["items"])
+    done = len(service.client.get(f"/v1/jobs/{job_id}/steps").json()["items"])
     assert 1 <= done < 65
     assert service.client.post(f"/v1/jobs/{job_id}/resume").status_code == 200
-    wait_for(lambda: len(service.client.get(f"/v1/jobs/{job_id}/rounds").json()["items"]) > done)
+    wait_for(lambda: len(service.client.get(f"/v1/jobs/{job_id}/steps").json()["items"]) > done)
     assert service.client.post(f"/v1/jobs/{job_id}/cancel").status_code in (200, 202)
     assert service.wait(job_id, "cancelled", "succeeded")["state"] == "cancelled"
 
 
 def test_kill_9_of_everything_and_the_next_up_goes_on(service: Service, start_service: StartService) -> None:
     job_id = service.submit(rounds=16, publish={"repo_id": "org/survivor"})
-    wait_for(lambda: len(service.client.get(f"/v1/jobs/{job_id}/rounds").json()["items"]) >= 3)
+    wait_for(lambda: len(service.client.get(f"/v1/jobs/{job_id}/steps").json()["items"]) >= 3)
     family = psutil.Process(service.process.pid).children(recursive=True)
     service.process.kill()
     service.process.wait()
@@ -286,6 +286,6 @@ def test_kill_9_of_everything_and_the_next_up_goes_on(service: Service, start_se
     job = again.wait(job_id, "succeeded", "failed")
     assert job["state"] == "succeeded", job["error"]
     assert job["attempt"] == 2 and job["failures"] == 0, "rounds were completed since"
-    numbers = [event["data"]["number"] for event in again.events(job_id) if event["type"] == "round"]
+    numbers = [event["data"]["number"] for event in again.events(job_id) if event["type"] == "step"]
     assert numbers == list(range(17)), "no round was done twice, none was left out"
     assert (service.data / "hub" / "org" / "survivor" / "model.safetensors").exists()

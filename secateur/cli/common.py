@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-FAILED, REFUSED, UNREACHABLE = 1, 2, 3
-"""Exit codes: the job failed or was cancelled; refused or misused; the service or its database cannot be reached."""
+FAILED, REFUSED, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
+"""Exit codes: the job failed or was cancelled; refused or misused; the service or its database cannot be reached; Ctrl-C."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JobId = Annotated[uuid.UUID, typer.Argument(help="The job's id.")]

@@ -28,7 +28,7 @@ def _options(
     """Structured pruning of large language models: here, or by a service."""
 
 
-for command in (prune.prune, prune.inspect, jobs.submit, jobs.status, jobs.watch, jobs.cancel):
+for command in (prune.prune, prune.inspect, jobs.submit, jobs.status, jobs.watch, jobs.cancel, jobs.recipe):
     cli.command()(command)
 service.add_to(cli)
 

@@ -96,7 +96,7 @@ def client(url: str, secret: str) -> Iterator[Client]:
 def test_a_job_from_its_request_to_its_files(
     client: Client, body: dict[str, Any], session: Session, settings: Settings, tmp_path: Path
 ) -> None:
-    assert client.jobs.plan(**body).targets[0].target_ratio == 0.2
+    assert client.jobs.dry_run(**body).targets[0].target_ratio == 0.2
     job = client.jobs.create(**body, labels={"team": "nlp"})
     seen: list[tuple[str, float]] = []
 
@@ -114,7 +114,7 @@ def test_a_job_from_its_request_to_its_files(
     )
     assert seen[-1][0] == "succeeded" and job.result == play.RESULT and job.refresh().state == "succeeded"
     assert job.report()["perplexity"] == play.REPORT["perplexity"] and job.report().ratio == 0.2
-    assert [each.number for each in job.rounds()] == [1]
+    assert [each.number for each in job.steps()] == [1]
     assert [each.data["to"] for each in job.events() if each.type == "state"] == [
         "queued",
         "running",

@@ -32,7 +32,8 @@ OPERATIONS = {
     "POST /v1/jobs/{job_id}/retry": "Job.retry",
     "GET /v1/jobs/{job_id}/events": "Job.events",
     "GET /v1/jobs/{job_id}/events/stream": "Job.stream",
-    "GET /v1/jobs/{job_id}/rounds": "Job.rounds",
+    "GET /v1/jobs/{job_id}/steps": "Job.steps",
+    "GET /v1/jobs/{job_id}/recipe": "Job.recipe",
     "GET /v1/jobs/{job_id}/report": "Job.reports",
     "GET /v1/jobs/{job_id}/artifacts": "Job.artifacts",
     "GET /v1/jobs/{job_id}/artifacts/{name}": "Job.download",
@@ -52,17 +53,15 @@ def document() -> dict[str, Any]:
 
 def test_the_stored_contract_is_the_services() -> None:
     stored = (DOCS / "openapi.json").read_text()
-    assert contract.document() == stored, (
-        "the contract has changed: 'make openapi', and say in docs/changelog.md what has"
-    )
+    assert contract.document() == stored, "the contract has changed: 'make openapi', and say in CHANGELOG.md what has"
 
 
 def test_the_changelog_names_the_contract() -> None:
-    changelog = (DOCS / "changelog.md").read_text()
+    changelog = (DOCS.parent / "CHANGELOG.md").read_text()
     newest = re.search(r"contract `([0-9a-f]{12})`", changelog)
     digest = contract.digest((DOCS / "openapi.json").read_text())
     assert newest and newest[1] == digest, (
-        f"the newest entry of docs/changelog.md must say what changed in contract `{digest}`"
+        f"the newest entry of CHANGELOG.md must say what changed in contract `{digest}`"
     )
 
 

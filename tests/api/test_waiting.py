@@ -197,7 +197,7 @@ def test_stream(api: httpx2.Client, job_id: str, session: Session, settings: Set
         frames.append(next(arriving))
         play.succeed(session, settings, job_id, attempt)
         frames += arriving
-    assert [frame["event"] for frame in frames] == ["state", "state", "progress", "round", "state", "state", "end"]
+    assert [frame["event"] for frame in frames] == ["state", "state", "progress", "step", "state", "state", "end"]
     assert json.loads(frames[2]["data"])["share"] == 0.5 and "id" not in frames[2]
     assert json.loads(frames[3]["data"])["data"]["perplexity"] == 11.0
     assert json.loads(frames[-1]["data"]) == {"state": "succeeded"}
@@ -284,11 +284,11 @@ class TestARevokedKey:
 
         monkeypatch.setattr(events.Bell, "wait", wait)
 
-        def revoke_then() -> None:
-            waiting.wait(PATIENCE)
-            revoke()
+        def revoke_when_waiting() -> None:
+            if waiting.wait(PATIENCE):
+                revoke()
 
-        revoking = threading.Thread(target=revoke_then)
+        revoking = threading.Thread(target=revoke_when_waiting)
         revoking.start()
         assert api.get(f"/v1/jobs/{job_id}", headers={"Prefer": f"wait={10 * PATIENCE:.0f}"}).status_code == 401
         revoking.join()

@@ -14,7 +14,7 @@ from secateur.catalog.architectures.llama import LLAMA
 from secateur.contract.errors import PruningError
 from secateur.engine.allocation import Share, UnitCounts, best, whole_units
 from secateur.engine.allocation.base import fill
-from secateur.engine.allocation.schedule import cumulative_ratios, round_targets
+from secateur.engine.allocation.schedule import cumulative_ratios, round_goals
 from secateur.engine.model.plan import LayerPlan, Plan
 from secateur.engine.scoring import Scores
 from tests.engine.models import FAMILIES, decoder_of, make_model
@@ -40,10 +40,9 @@ def test_unit_costs_by_hand() -> None:
 def test_plans_compose() -> None:
     first = Plan((LayerPlan((0, 2), (1, 3, 5, 7)),))
     assert first.then(Plan((LayerPlan((1,), (0, 3)),))) == Plan((LayerPlan((2,), (1, 7)),))
-    assert Plan.from_dict(first.as_dict()) == first
-    assert Plan((LayerPlan((0,), (0, 1, 2, 7, 9, 10)),)).as_dict() == [
-        {"kv_groups": [0], "channels": [[0, 2], [7, 7], [9, 10]]}
-    ]
+    assert Plan.from_data(first.as_data()) == first
+    (layer,) = Plan((LayerPlan((0,), (0, 1, 2, 7, 9, 10)),)).as_data()
+    assert layer.model_dump(mode="json") == {"kv_groups": [0], "channels": [[0, 2], [7, 7], [9, 10]]}
 
 
 def test_whole_units_by_hand() -> None:
@@ -95,7 +94,7 @@ def test_what_the_door_lets_in_is_met_to_within_half_a_block(
         accepted = False
     generator = torch.Generator().manual_seed(seed)
     layers = list(shape.layers)
-    for target in round_targets(shape, ratio, rounds, schedule, multiple):
+    for target in round_goals(shape, ratio, rounds, schedule, multiple):
         groups = target.kv_groups - sum(a.kv_groups - b.kv_groups for a, b in zip(shape.layers, layers, strict=True))
         channels = target.channel_parameters - cost.channel * sum(
             a.channels_per_expert - b.channels_per_expert for a, b in zip(shape.layers, layers, strict=True)
@@ -147,7 +146,7 @@ def test_unreachable_ratio_names_the_nearest() -> None:
 def test_heads_give_the_same_share_however_many_rounds() -> None:
     shape = make_shape((3, 3, 1536), 30, UnitCost(294_912, 1728, 0))  # SmolLM2-135M
     for rounds in (1, 4, 64):
-        last = round_targets(shape, 0.2, rounds, "geometric", 32)[-1]
+        last = round_goals(shape, 0.2, rounds, "geometric", 32)[-1]
         assert (last.kv_groups, round(last.channel_parameters)) == (
             18,
             15_925_248,

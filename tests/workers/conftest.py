@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from app.auth import service as auth
 from app.config import Settings, get_settings
 from app.jobs import leases
-from app.jobs.models import Job, JobEvent, JobRound
+from app.jobs.models import Job, JobEvent, JobStep
 from tests import hub as fake
 from tests.hub import TOKEN, FakeHub
 from tests.patience import PATIENCE, wait_for
@@ -66,9 +66,9 @@ class JobHandle:
         return job
 
     @property
-    def rounds(self) -> list[JobRound]:
+    def steps(self) -> list[JobStep]:
         self.session.rollback()
-        query = select(JobRound).where(JobRound.job_id == self.id).order_by(JobRound.number)
+        query = select(JobStep).where(JobStep.job_id == self.id).order_by(JobStep.number)
         return list(self.session.scalars(query, execution_options={"populate_existing": True}))
 
     def events(self, type: str) -> list[dict[str, Any]]:
@@ -78,12 +78,12 @@ class JobHandle:
 
     @property
     def worked(self) -> list[tuple[int, int]]:
-        """The (attempt, round) that were worked on, in order."""
+        """The (attempt, step) that were worked on, in order."""
         return [(attempt, number) for attempt, number, _ in self._notes()]
 
     @property
     def runner_pid(self) -> int:
-        """Of the runner that began a round last."""
+        """Of the runner that began a step last."""
         return wait_for(self._notes)[-1][2]
 
     def _notes(self) -> list[tuple[int, int, int]]:
@@ -96,7 +96,7 @@ class JobHandle:
         return self.row
 
     def wait_for_round(self, number: int) -> None:
-        wait_for(lambda: any(row.number == number for row in self.rounds))
+        wait_for(lambda: any(row.number == number for row in self.steps))
 
     def wait_for_renewal(self) -> None:
         """Wait until the worker renews its lease."""
@@ -143,13 +143,13 @@ def shorten_lease(job: JobHandle, worker: subprocess.Popen[bytes]) -> None:
     """
     worker.send_signal(signal.SIGUSR1)
 
-    soon = func.now() + dt.timedelta(seconds=2 * SHORT_LEASE["lease_ttl"])
-
-    def is_short() -> bool:
+    def left() -> dt.timedelta:
         job.session.rollback()
-        return job.session.scalar(select(Job.lease_expires_at < soon).where(Job.id == job.id)) is True
+        query = select(Job.lease_expires_at - func.now()).where(Job.id == job.id)
+        remaining: dt.timedelta = job.session.execute(query).scalar_one()  # type: ignore[assignment]
+        return remaining
 
-    wait_for(is_short)
+    wait_for(lambda: left() < dt.timedelta(seconds=2 * SHORT_LEASE["lease_ttl"]))
     job.wait_for_renewal()  # the child is told of a lease after the database is, and before the next one
 
 

@@ -110,12 +110,12 @@ def test_a_commit_that_was_long_on_its_way_is_refused(
 def test_a_kill_between_the_checkpoint_and_its_row(make_job: MakeJob, supervise: Supervise) -> None:
     job = make_job({"kill_worker_after_checkpoint": 2})
     supervise(job).wait()
-    assert (job.folder / "round-2.attempt-1.json").exists() and [row.number for row in job.rounds] == [0, 1]
+    assert (job.folder / "step-2.attempt-1.json").exists() and [row.number for row in job.steps] == [0, 1]
     reap(job)
     supervise(job).wait()
     assert job.row.state == "succeeded"
     assert job.worked == [(1, 0), (1, 1), (1, 2), (2, 2), (2, 3)], "of what has no row nothing is known"
-    assert [(row.number, row.attempt) for row in job.rounds] == [(0, 1), (1, 1), (2, 2), (3, 2)]
+    assert [(row.number, row.attempt) for row in job.steps] == [(0, 1), (1, 1), (2, 2), (3, 2)]
 
 
 def test_a_runner_that_holds_the_interpreter_lock_is_dead_before_the_lease_ends(

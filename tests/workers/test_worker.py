@@ -87,7 +87,7 @@ def test_kill_9_of_a_worker_leaves_nothing_running_and_loses_nothing(
     start_worker()
     start("workers", "scheduler")
     job.wait_for_state("succeeded")
-    assert (job.row.attempt, job.row.failures) == (2, 0), "a round was completed since"
+    assert (job.row.attempt, job.row.failures) == (2, 0), "a step was completed since"
 
 
 def test_a_worker_replaces_the_process_that_supervises(
@@ -154,7 +154,7 @@ def test_what_a_killed_worker_left_of_a_cancelled_job_goes(
     for job in (ended, live):
         for name in ("attempt-1", ".attempt-1.tmp", "artifacts"):
             (job.folder / name).mkdir(parents=True)
-        (job.folder / "round-1.json.abc.tmp").touch()
+        (job.folder / "step-1.json.abc.tmp").touch()
     scheduler.delete_leftovers(session, settings)
     assert [path.name for path in ended.folder.iterdir()] == ["artifacts"]
     assert len(list(live.folder.iterdir())) == 4
