@@ -50,6 +50,7 @@ app.conf.update(
     worker_cancel_long_running_tasks_on_connection_loss=False,
     worker_pool="prefork",
     worker_concurrency=1,
+    worker_proc_alive_timeout=60.0,  # a forked process that has not reported in 4 seconds, the default, is killed
     worker_enable_remote_control=False,
     worker_send_task_events=False,
 )

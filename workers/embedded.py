@@ -131,11 +131,11 @@ def start_valkey(folder: Path, port: int, password: str) -> Server:
         with redis.Redis.from_url(url, socket_connect_timeout=3, socket_timeout=3) as client:
             client.ping()
 
-    _wait_until(answers, server, redis.ConnectionError)
+    _wait_until(answers, server, redis.ConnectionError, redis.TimeoutError)
     return server
 
 
-def _wait_until(answers: Callable[[], None], server: Server, not_yet: type[Exception]) -> None:
+def _wait_until(answers: Callable[[], None], server: Server, *not_yet: type[Exception]) -> None:
     deadline = time.monotonic() + START_TIMEOUT
     while True:
         try:
