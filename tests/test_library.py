@@ -124,12 +124,16 @@ def test_several_ratios_are_one_model_at_a_time(folder: Path) -> None:
     assert list(results) == []
 
 
+def loader(rows: Any, **options: Any) -> DataLoader[Any]:
+    return DataLoader(rows, **options)
+
+
 DATA: dict[str, Callable[[Path, PreTrainedTokenizerFast], Any]] = {
     "texts": lambda folder, tokenizer: TEXTS,
     "path": lambda folder, tokenizer: folder / "text.txt",
     "path as text": lambda folder, tokenizer: str(folder / "text.txt"),
     "data set": lambda folder, tokenizer: Dataset.from_dict({"text": TEXTS}),
-    "tensors": lambda folder, tokenizer: DataLoader(list(windows(tokenizer)), batch_size=3)  # type: ignore[arg-type],
+    "tensors": lambda folder, tokenizer: loader(list(windows(tokenizer)), batch_size=3),
     "mappings": lambda folder, tokenizer: [
         {"input_ids": windows(tokenizer)[:9]},
         {"input_ids": windows(tokenizer)[9:]},
@@ -248,7 +252,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"data": 7}, "data", "DataLoader"),
     ({"data": []}, "data", "empty list"),
     ({"data": Dataset.from_dict({"body": ["x"]})}, "data", "'text' or 'messages'"),
-    ({"data": DataLoader(list(torch.rand(4, 8)))  # type: ignore[arg-type]}, "data", "token ids"),
+    ({"data": loader(list(torch.rand(4, 8)))}, "data", "token ids"),
     ({"ratio": "0.3"}, "target_ratio", "number"),
     ({"ratio": 2.0}, "target_ratio", "less than or equal to 0.9"),
     ({"ratio": None}, "goal", "either 'target_ratio' or 'goal'"),
