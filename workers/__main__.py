@@ -10,6 +10,7 @@ import typer
 
 from app.auth.commands import keys
 from secateur.cli.common import FAILED, REFUSED, UNREACHABLE, Json, stop, variable
+from workers.roles import Role
 
 WORKER_FLAGS = ("--without-gossip", "--without-mingle", "--without-heartbeat")
 
@@ -118,6 +119,21 @@ def doctor(as_json: Json = False) -> None:
         typer.echo(json.dumps([finding.as_dict() for finding in findings]))
     if any(finding.verdict == "failed" for finding in findings):
         raise typer.Exit(FAILED)
+
+
+@cli.command()
+def health(
+    role: Annotated[Role, typer.Argument(help="The role of the process to check.")],
+    url: Annotated[str, typer.Option(help="Address of the API on this host.")] = "http://127.0.0.1:8000",
+) -> None:
+    """Check that the process of a role on this host does its work: exit code 1 if it does not. For containers."""
+    from app.config import get_settings
+    from workers.health import Unhealthy, check
+
+    try:
+        typer.echo(check(role, get_settings(), url))
+    except Unhealthy as error:
+        raise stop(str(error), FAILED) from None
 
 
 @cli.command()
