@@ -18,6 +18,16 @@ def stop(message: str, code: int) -> typer.Exit:
     return typer.Exit(code)
 
 
+def need(extra: str, task: str) -> None:
+    """End the command with a sentence and the exit code ``REFUSED`` when ``task`` needs an extra that is not installed."""
+    from secateur.extras import MissingExtra, require
+
+    try:
+        require(extra, task)
+    except MissingExtra as error:
+        raise stop(error.message, REFUSED) from None
+
+
 def variable(field: str) -> str:
     """The environment variable of the setting ``field``; a setting with an alias is named by the alias already."""
     return field if field.isupper() else f"SECATEUR_{field.upper()}"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.cli.common import FAILED, REFUSED, Json, stop
+from secateur.cli.common import FAILED, REFUSED, Json, need, stop
 from secateur.cli.jobs import RecoveryKind, one_or_several
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ def inspect(
 ) -> None:
     """Tell what a model is made of and what can be made of it, from its config alone."""
     from secateur.catalog.inspection import layouts, sizes
-    from secateur.catalog.sources import locate
+    from secateur.catalog.sources import locate, read_shape
     from secateur.contract.errors import PruningError
-    from secateur.engine.model.generic import sizes_of
+    from secateur.extras import MissingExtra
     from secateur.settings import get_settings
 
     settings = get_settings()
@@ -37,7 +37,15 @@ def inspect(
             endpoint=settings.hf_endpoint,
             allow_paths=True,
         )
-        shape = sizes_of(source)
+        if source.config is None or source.sizes_known:
+            shape = read_shape(source)
+        else:
+            need("engine", f"Inspecting a model of type {source.config.get('model_type')!r}")
+            from secateur.engine.model.generic import sizes_of
+
+            shape = sizes_of(source)
+    except MissingExtra as error:
+        raise stop(error.message, REFUSED) from None
     except PruningError as error:
         raise stop(_explained(error), FAILED) from None
     made, possible = sizes(shape, source.dtype), layouts(shape, source.config or {})
@@ -123,6 +131,7 @@ def prune(
     if output.exists() and any(output.iterdir()):
         raise stop(f"{output} is not empty", REFUSED)
 
+    need("engine", "Pruning on this machine")
     from secateur.engine import prune as prune_model
 
     settings = get_settings()

@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 PANELS = {"heads": "attention heads", "channels": "feed-forward channels"}
 GONE, LEFT = "#d9d9d9", "#2f7d4f"
 
 
 def draw_widths(report: dict[str, Any], path: Path) -> None:
-    """Write a PNG of heads and feed-forward channels by layer, before and after."""
+    """Write a PNG of heads and feed-forward channels by layer, before and after. Needs matplotlib, of the extra ``eval``."""
+    from matplotlib.figure import Figure
+
     before, after = report["widths"]["before"], report["widths"]["after"]
     layers = [layer["layer"] for layer in before]
     figure = Figure(figsize=(9, 4), layout="constrained")
