@@ -1,16 +1,14 @@
 """``/v1/methods`` and ``/v1/models/inspect``: what this service can do, before a job is made."""
 
-from typing import get_args
-
 from fastapi import APIRouter
 
 from app.deps import EVERY_V1_ROUTE, KeyedRoute, Owner, SessionDep, SettingsDep
 from app.http.problem import documented
 from app.jobs import admission, tokens
 from secateur.catalog.inspection import layouts, sizes
-from secateur.catalog.methods import METHODS, Allocator, Method, RecoveryKind, Scorer
+from secateur.catalog.methods import ALLOCATORS, LAYERWISE_RECOVERIES, METHODS, SCORERS, TRAININGS, Method
 from secateur.catalog.request import ModelRef
-from secateur.contract.catalog import Inspection, Kinds, MethodDefaults, MethodList, MethodView
+from secateur.contract.catalog import Inspection, Kinds, MethodList, MethodView
 from secateur.contract.errors import PruningError
 from secateur.contract.jobs import JobError
 from secateur.contract.keys import Scope
@@ -35,16 +33,20 @@ router = APIRouter(
 def methods() -> MethodList:
     """Each method: its paper, what it scores, what it needs."""
     kinds = Kinds(
-        scoring=list(get_args(Scorer)), allocation=list(get_args(Allocator)), recovery=list(get_args(RecoveryKind))
+        scorer=list(SCORERS),
+        allocator=list(ALLOCATORS),
+        layerwise_recovery=list(LAYERWISE_RECOVERIES),
+        training=list(TRAININGS),
     )
     return MethodList(items=[_view(method) for method in METHODS.values()], kinds=kinds)
 
 
 def _view(method: Method) -> MethodView:
-    defaults = MethodDefaults(
-        rounds=method.default_rounds, scoring=method.scoring, allocation=method.allocation, recovery=method.recovery
+    return MethodView(
+        **{name: value for name, value in vars(method).items() if name in MethodView.model_fields},
+        needs=sorted(method.needs),
+        needs_gradients=method.needs_gradients,
     )
-    return MethodView(**vars(method), needs_gradients=method.needs_gradients, defaults=defaults)
 
 
 @router.post("/models/inspect", response_model=Inspection, responses=documented(400, 413))

@@ -22,6 +22,7 @@ from app.db.session import reading, session_factory
 from app.http import rate
 from app.http.problem import Problem, invalid
 from app.jobs.events import Feed
+from secateur.contract.errors import ErrorCode
 from secateur.contract.keys import Scope
 
 bearer = HTTPBearer(
@@ -77,7 +78,7 @@ class KeyedRoute(APIRoute):
         if needed not in state.owner.scopes:
             challenge = f'Bearer realm="secateur", error="insufficient_scope", scope="{needed}"'  # RFC 6750, 3.1
             detail = f"This API key has no scope '{needed}'; it has: {', '.join(state.owner.scopes)}."
-            raise Problem(403, "insufficient_scope", detail, headers={"WWW-Authenticate": challenge})
+            raise Problem(403, ErrorCode.INSUFFICIENT_SCOPE, detail, headers={"WWW-Authenticate": challenge})
         state.headers = rate.count(get_settings(), state.owner.id)
         _refuse_unknown_parameters(request)
 
@@ -91,7 +92,7 @@ async def get_owner(request: Request) -> Caller:
 def unauthorized() -> Problem:
     """401, and how to do better."""
     detail = "Send a valid API key: 'Authorization: Bearer sk-secateur-…'. 'secateur keys create' makes one."
-    return Problem(401, "unauthorized", detail, headers={"WWW-Authenticate": 'Bearer realm="secateur"'})
+    return Problem(401, ErrorCode.UNAUTHORIZED, detail, headers={"WWW-Authenticate": 'Bearer realm="secateur"'})
 
 
 def _refuse_unknown_parameters(request: Request) -> None:

@@ -14,12 +14,17 @@ from starlette.exceptions import HTTPException
 from app.auth.vault import VaultError
 from app.http.problem import Problem, respond
 from app.jobs.transitions import TransitionRefused
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.field_error import FieldError
 
 log = logging.getLogger(__name__)
 
-CODES = {400: "malformed_request", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+CODES = {
+    400: ErrorCode.MALFORMED_REQUEST,
+    404: ErrorCode.NOT_FOUND,
+    405: ErrorCode.METHOD_NOT_ALLOWED,
+    413: ErrorCode.BODY_TOO_LARGE,
+}
 BOUNDS = {
     "gt": "more than", "ge": "at least", "lt": "less than", "le": "at most", "expected": "one of",
     "min_length": "length at least", "max_length": "length at most", "pattern": "matching",
@@ -36,10 +41,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     def validation(request: Request, error: RequestValidationError) -> JSONResponse:
         if all(item["loc"][0] == "path" for item in error.errors()):
-            return respond(request, Problem(404, "not_found", f"There is no {request.url.path}."))
+            return respond(request, Problem(404, ErrorCode.NOT_FOUND, f"There is no {request.url.path}."))
         errors = [_field_error(request, item) for item in error.errors()]
         detail = "; ".join(f"{item.field}: {item.message}" for item in errors[:3])
-        return respond(request, Problem(422, "invalid_request", detail, errors=errors))
+        return respond(request, Problem(422, ErrorCode.INVALID_REQUEST, detail, errors=errors))
 
     @app.exception_handler(PruningError)
     def pruning(request: Request, error: PruningError) -> JSONResponse:
@@ -50,17 +55,19 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(TransitionRefused)
     def refused(request: Request, error: TransitionRefused) -> JSONResponse:
-        return respond(request, Problem(409, "wrong_state", f"{str(error).capitalize()}.", state=error.state))
+        return respond(request, Problem(409, ErrorCode.WRONG_STATE, f"{str(error).capitalize()}.", state=error.state))
 
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> JSONResponse:
         detail = f"There is no {request.url.path}." if error.status_code == 404 else str(error.detail)
-        code = CODES.get(error.status_code, "http_error")
+        code = CODES.get(error.status_code, ErrorCode.HTTP_ERROR)
         return respond(request, Problem(error.status_code, code, detail, headers=error.headers))
 
     @app.exception_handler(VaultError)
     def vault(request: Request, error: VaultError) -> JSONResponse:
-        return respond(request, Problem(503, "hub_token_unreadable", f"The key's Hub token cannot be read: {error}."))
+        return respond(
+            request, Problem(503, ErrorCode.HUB_TOKEN_UNREADABLE, f"The key's Hub token cannot be read: {error}.")
+        )
 
     @app.exception_handler(PoolTimeout)
     @app.exception_handler(OperationalError)
@@ -68,7 +75,7 @@ def install(app: FastAPI) -> None:
     def database(request: Request, error: SQLAlchemyError) -> JSONResponse:
         log.warning("database unavailable: %s", getattr(error, "orig", error))
         detail = "The database does not answer. Nothing was changed that was not confirmed; try again."
-        return respond(request, Problem(503, "database_unavailable", detail, headers={"Retry-After": "5"}))
+        return respond(request, Problem(503, ErrorCode.DATABASE_UNAVAILABLE, detail, headers={"Retry-After": "5"}))
 
 
 def _field_error(request: Request, item: dict[str, Any]) -> FieldError:

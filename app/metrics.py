@@ -20,7 +20,7 @@ WORKER_NUMBERS = {
 
 
 class ServiceCollector(Collector):
-    """Is it stuck (queue, workers, retries), is it slow (rounds), is it full (memory, disk)."""
+    """Is it stuck (queue, workers, retries), is it slow (steps), is it full (memory, disk)."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -38,7 +38,7 @@ class ServiceCollector(Collector):
         with reading() as session:
             numbers = jobs.queue_numbers(session)
             running = jobs.running_by_worker(session)
-            retries, rounds = jobs.recent_retries(session), jobs.recent_rounds(session)
+            retries, steps = jobs.recent_retries(session), jobs.recent_steps(session)
             workers = fleet.live(session, self.settings.worker_silence)
             pending, failed = webhooks.counts(session)
         yield _labelled(
@@ -61,7 +61,7 @@ class ServiceCollector(Collector):
             "code",
             retries,
         )
-        yield _labelled("secateur_round_seconds", "Mean time of a round of the last hour, by method.", "method", rounds)
+        yield _labelled("secateur_step_seconds", "Mean time of a step of the last hour, by method.", "method", steps)
         yield GaugeMetricFamily("secateur_webhooks_pending", "Webhooks that are still to be delivered.", value=pending)
         yield GaugeMetricFamily(
             "secateur_webhooks_failed_last_day", "Webhooks of the last day that were given up.", value=failed

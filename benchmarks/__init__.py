@@ -1,1 +1,1 @@
-"""``make bench-quality`` and ``make bench-speed``: every method on SmolLM2-135M, on one set of tokens."""
+"""The benchmarks: programs that write the tables of ``docs/benchmarks``."""

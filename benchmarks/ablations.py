@@ -1,4 +1,4 @@
-"""Ablations, each variant a request: ours, and the papers' of PIEM + LSPS (Wang) and SlimLLM (Guo et al.)."""
+"""The ablations: those of `secateur`, and those of the papers PIEM + LSPS (Wang) and SlimLLM (Guo et al.). Each variant is a request."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ TERMS = {
 
 
 def ablations(base: Case, seeds: Sequence[int]) -> list[Section]:
-    """On the base's model and calibration windows, but for SlimLLM's table 7, which is about these."""
+    """Return the ablations on the model and calibration windows of ``base``; SlimLLM's table 7 varies the windows."""
 
     def section(title: str, head: str, ratios: Sequence[float], cases: dict[str, Case]) -> Section:
         return Section(title, (head,), ratios, seeds, [Row((label,), case) for label, case in cases.items()])
@@ -33,20 +33,20 @@ def ablations(base: Case, seeds: Sequence[int]) -> list[Section]:
 
     return [
         section(
-            "Secateur: its parts, each in place of another's",
+            "Secateur: its components, each replaced by another",
             "variant",
             [0.2, 0.4],
             {
                 "secateur": secateur(),
                 "uniform ratios": secateur(allocation={"kind": "uniform"}),
-                "refitted to the layer alone": secateur(recovery={"target": "layer"}),
+                "fit to the layer alone": secateur(recovery={"target": "layer"}),
                 "damping 0.01": secateur(recovery={"damping": 0.01}),
-                "no refit": secateur(recovery={"kind": "none"}),
-                "sparsegpt's refit": secateur(recovery={"target": "layer", "damping": 0.01}),
+                "no layer-wise recovery": secateur(recovery={"kind": "none"}),
+                "sparsegpt's layer-wise recovery": secateur(recovery={"target": "layer", "damping": 0.01}),
             },
         ),
         section(
-            "PIEM + LSPS, table 3: the two parts (4 rounds)",
+            "PIEM + LSPS, table 3: the two components (4 rounds)",
             "variant",
             [0.2, 0.5],
             {

@@ -1,4 +1,7 @@
-"""What polling is compared with: FastAPI and psycopg alone, one row by its id. ``uvicorn benchmarks.bare:create_app --factory``."""
+"""The bare route that polling is compared with: FastAPI and psycopg read one row by its id.
+
+It is served by ``uvicorn benchmarks.bare:create_app --factory``.
+"""
 
 import os
 import uuid
@@ -11,11 +14,11 @@ from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool
 
 CONNECTIONS = 40
-"""As many as the service's engine may open, and as there are threads for sync routes."""
+"""The largest number of connections of the service's engine, and the number of threads for sync routes."""
 
 
 def create_app() -> FastAPI:
-    """The application, on the database of the environment."""
+    """Return the application. It uses the database that the environment names."""
     url = os.environ["SECATEUR_DATABASE_URL"].replace("+psycopg", "")
     pool = ConnectionPool(url, min_size=10, max_size=CONNECTIONS, open=False, kwargs={"row_factory": dict_row})
 

@@ -1,4 +1,4 @@
-"""One pruning of a benchmark: what is asked for, and the engine's own rounds that do it."""
+"""One pruning of a benchmark: the case describes it, and the rounds of the engine run it."""
 
 import json
 from dataclasses import dataclass, field
@@ -22,7 +22,10 @@ EVALUATION_WINDOWS = (24, 256)
 
 @dataclass(frozen=True)
 class Case:
-    """All that tells one result of a benchmark from another; ``changes`` are those to the method, as in a request."""
+    """Everything that distinguishes one result of a benchmark from another.
+
+    ``changes`` replaces settings of the method, with the fields of a request.
+    """
 
     method: str
     ratio: float
@@ -40,7 +43,7 @@ class Case:
 
     @property
     def calibration(self) -> tuple[KvHeads, int, int, int]:
-        """What the statistics of the unpruned model depend on."""
+        """The settings that the statistics of the unpruned model depend on."""
         return self.kv_heads, self.samples, self.sequence_length, self.seed
 
     @property
@@ -49,7 +52,7 @@ class Case:
 
 
 def read_texts(decoder: Decoder, case: Case, calibration: str, evaluation: str) -> tuple[Windows, Windows]:
-    """Calibration windows drawn by the case's seed, and the first 24 × 256 tokens of the evaluation text.
+    """Return calibration windows drawn with the seed of the case, and the first 24 × 256 tokens of the evaluation text.
 
     Both texts are files or data sets.
     """
@@ -67,12 +70,12 @@ def read_texts(decoder: Decoder, case: Case, calibration: str, evaluation: str) 
 
 
 def prune(decoder: Decoder, reference: Decoder, case: Case, tokens: Tensor, statistics: Statistics) -> None:
-    """Prune ``decoder`` in place as the case says, on ``tokens`` ``[windows, length]``.
+    """Prune ``decoder`` in place as ``case`` says, calibrated on ``tokens`` ``[windows, length]``.
 
-    ``reference`` is the unpruned model; where there is one round and no training, it may be ``decoder`` itself.
+    ``reference`` is the unpruned model. With one round and no training, it may be ``decoder`` itself.
 
     Raises:
-        RuntimeError: the parameters left are not what was asked for, to 0.5 %.
+        RuntimeError: the number of remaining parameters differs from the requested one by more than 0.5 %.
     """
     spec, shape, batch = case.spec, decoder.shape, batch_windows(tokens)
     multiple = shape.width_multiple(spec.allocation.width_multiple)
@@ -102,4 +105,4 @@ def prune(decoder: Decoder, reference: Decoder, case: Case, tokens: Tensor, stat
 
 
 def _quiet(share: float) -> None:
-    """Progress is told case by case."""
+    """Report nothing: the benchmark reports progress after each case."""

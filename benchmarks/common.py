@@ -1,4 +1,4 @@
-"""What both benchmarks ask for on the command line, and what all results of a file have in common."""
+"""The command-line options that the benchmarks share, and the settings that all results of a file share."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ from secateur.engine.export import versions
 
 
 def parser(name: str, description: str | None, dtype: str) -> argparse.ArgumentParser:
-    """For ``python -m benchmarks.NAME``; ``dtype`` is the default."""
+    """Return the parser of ``python -m benchmarks.NAME``; ``dtype`` is the default of ``--dtype``."""
     made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     made.add_argument("--calibration", default="wikitext2", help="a text file or data set")
     made.add_argument("--methods", nargs="+", choices=STATIC_METHODS, default=list(STATIC_METHODS), metavar="METHOD")
@@ -22,7 +22,7 @@ def parser(name: str, description: str | None, dtype: str) -> argparse.ArgumentP
 
 
 def settings(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
-    """Of a results file. Of a text file the name alone: where it lay is nobody's business."""
+    """Return the settings of a results file. A text file is listed by its name, without its folder."""
     return {
         "model": MODEL,
         "dtype": arguments.dtype,
@@ -33,5 +33,5 @@ def settings(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
 
 
 def versions_line(settings: dict[str, Any]) -> str:
-    """The last line of a document."""
+    """Return the last line of a document: the versions of the packages."""
     return f"Versions: {', '.join(f'{name} {version}' for name, version in settings['versions'].items())}."

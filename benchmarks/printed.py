@@ -1,4 +1,4 @@
-"""What the papers print, and the case that each line is re-made by."""
+"""The tables that the papers print, and for each line the case that reproduces it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,14 +8,14 @@ TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"
 TEXTS = ("wikitext2", "ptb")
 
 SLIMLLM = {"rounds": 1, "samples": 32, "sequence_length": 128}
-"""Guo et al., section 5.1: 32 samples of 128 tokens."""
+"""Guo et al., section 5.1, use 32 samples of 128 tokens."""
 PIEM = {"rounds": 4, "samples": 32, "sequence_length": 128}
-"""Wang names neither samples nor rounds of its tables; figure 6 is about four."""
+"""Wang states neither the samples nor the rounds of the tables; figure 6 is about four rounds."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table. ``method`` and ``ratio`` ``None``: the unpruned model; ``printed`` in the table's columns' order."""
+    """A line of a table. ``method`` ``None`` means the unpruned model; ``printed`` has the order of the columns of the table."""
 
     label: str
     method: str | None
@@ -26,7 +26,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """``columns`` are what a result has (texts, tasks, ``mean``, ``retained``, ``redundancy``, ``latency``)."""
+    """A table. ``columns`` names figures of a result: texts, tasks, ``mean``, ``retained``, ``redundancy`` or ``latency``."""
 
     title: str
     model: str
@@ -70,12 +70,12 @@ TABLES = (
             _quality("SlimLLM", "slimllm", 0.5, 37.89, 67.68, 63.33, 65.40, 49.94, 58.80, 45.83, 30.38, 37.00, 50.10),
             _quality("Secateur", "secateur", 0.5),
         ],
-        "The model here is fifty times smaller and answers hardly better than by chance where the tasks are hard, so accuracies "
-        "have little room to fall; it is calibrated on another text than BookCorpus. LoRAP here is its scores alone, without its "
-        "low-rank attention.",
+        "The model here is fifty times smaller. On hard tasks its answers are hardly better than chance, so its accuracy has "
+        "little room to fall. The calibration text is not BookCorpus. LoRAP here is its criterion alone, without its low-rank "
+        "attention.",
     ),
     Table(
-        "SlimLLM, table 4 (parts left out, 50 %)",
+        "SlimLLM, table 4 (components left out, 50 %)",
         "LLaMA-7B",
         SLIMLLM,
         (*TEXTS, "mean"),
@@ -85,7 +85,7 @@ TABLES = (
             Line("without feature space", "slimllm", 0.5, (38.26, 71.21, 49.74), {"scoring": {"feature_space": False}}),
             Line("uniform ratios", "slimllm", 0.5, (66.37, 123.52, 42.16), {"allocation": {"kind": "uniform"}}),
         ],
-        "With 30 layers of 9 heads there is less to choose among than with 32 of 32.",
+        "This model has 30 layers of 9 heads; LLaMA-7B has 32 layers of 32 heads, so it has more heads to choose from.",
     ),
     Table(
         "SlimLLM, table 5 (α of the layer ratios, 50 %)",
@@ -101,7 +101,7 @@ TABLES = (
                 (10, (44.82, 75.80, 46.86)),
             )
         ],
-        "α weighs cosines between layers, which are of another spread in every model.",
+        "α multiplies cosines between layers, and the spread of these cosines differs from model to model.",
     ),
     Table(
         "SlimLLM, table 6 (linear regression)",
@@ -114,7 +114,7 @@ TABLES = (
             Line("with, 50 %", "slimllm", 0.5, (37.89, 67.68, 50.10)),
             Line("without, 50 %", "slimllm", 0.5, (48.66, 81.64, 46.66), NO_REFIT),
         ],
-        "The regression is made on the calibration text and helps most where the evaluation is like it.",
+        "The regression is fit on the calibration text. It helps most if the evaluation text is similar to it.",
     ),
     Table(
         "PIEM + LSPS, table 2",
@@ -128,12 +128,12 @@ TABLES = (
             Line("PIEM + LSPS", "piem-lsps", 0.5, (88.6, 92.3, 48.1)),
             Line("Secateur", "secateur", 0.5, (None, None, None)),
         ],
-        "The paper names neither the ratio, the task behind the accuracy, nor what redundancy is. Here all methods remove half of "
-        "the blocks' parameters, so redundancies and latencies must be close together: at one ratio no method can be 25 % faster "
-        "than another by what it removes.",
+        "The paper states neither the ratio, nor the task of the accuracy, nor the definition of redundancy. Here all methods "
+        "remove half of the parameters of the blocks, so redundancies and latencies must be close together. At one ratio, the "
+        "choice of the units cannot make one method 25 % faster than another.",
     ),
     Table(
-        "PIEM + LSPS, table 3 (the two parts)",
+        "PIEM + LSPS, table 3 (the two components)",
         "ChatGLM-6B",
         PIEM,
         ("latency", "retained", "redundancy"),
@@ -143,9 +143,9 @@ TABLES = (
             Line("+ LSPS", "lsps", 0.5, (108.3, 88.4, 34.2)),
             Line("both", "piem-lsps", 0.5, (88.6, 92.3, 48.1)),
         ],
-        "The paper's unpruned model 'retains' 85.7 %, less than all pruned ones; by our definition it retains 100 %.",
+        "In the paper, the unpruned model 'retains' 85.7 %, less than all pruned models. By our definition, it retains 100 %.",
     ),
 )
 
 LATENCY = ((0.0, 0.3008, 13.12), (0.2, 0.1429, 11.48), (0.5, 0.1034, 9.38))
-"""SlimLLM, table 3: ratio, seconds of a prefill of 256 tokens, and of 256 tokens at batch 8, of LLaMA-7B on a V100."""
+"""SlimLLM, table 3, LLaMA-7B on a V100: ratio, seconds of a prefill of 256 tokens, seconds of decoding 256 tokens at batch 8."""

@@ -1,4 +1,4 @@
-"""``make bench-progress``: the time left that is told, against the time that was left. Writes ``progress.json`` and ``progress.md``."""
+"""``make bench-progress``: the reported time left against the real time left. Writes ``progress.json`` and ``progress.md``."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from secateur.engine import prune
 
 DEMO = Path(__file__).parents[1] / "demo"
 LEAST = 5.0
-"""Seconds that are left at least where the two are compared: of less, a second more or less is a large factor."""
+"""Reports with less than these seconds left are not compared: there, one second is a large factor."""
 AIM = 1.5
 
 
@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(run: dict[str, Any], samples: int) -> list[float]:
-    """Of every time left that was told from the end of the first round on: by what factor it was wrong."""
+    """Return, for each report of the time left after the first round, the factor between the reported and the real time left."""
     texts = {"samples": samples, "sequence_length": 128}
     asked = {
         "target_ratio": 0.3,
@@ -93,11 +93,11 @@ def render(settings: dict[str, Any], found: list[dict[str, Any]]) -> str:
     late = [each for each in found if each["factors"] and max(each["factors"]) > AIM]
     return f"""# Time left
 
-{settings["model"]}, {settings["samples"]} windows of 128 tokens, {settings["threads"]} threads: by what factor the time left that \
-was told, from the end of the first round on, was off from what really was left, while that was {LEAST:g} s or more. \
-{len(found) - len(late)} of {len(found)} runs stay within {AIM:g} all the time.
+{settings["model"]}, {settings["samples"]} windows of 128 tokens, number of threads: {settings["threads"]}. The table shows the factor \
+between the reported time left and the real time left. It covers the reports from the end of the first round on, while {LEAST:g} s or \
+more are left. In {len(found) - len(late)} of {len(found)} runs, the factor never exceeds {AIM:g}.
 
-{markdown(["method", "rounds", "", "median", "worst", "times told"], rows)}
+{markdown(["method", "rounds", "", "median", "worst", "reports"], rows)}
 """
 
 

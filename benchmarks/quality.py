@@ -1,6 +1,6 @@
-"""``make bench-quality``: perplexity by method, ratio and rounds, at equal parameters on equal tokens, in one process.
+"""``make bench-quality``: perplexity by method, ratio and rounds, with equal parameters, on equal tokens, in one process.
 
-Writes ``quality.json`` after every case, and the tables asked for with what is known by then to ``quality.md``.
+After every case, the benchmark writes ``quality.json``, and the requested tables with the results so far to ``quality.md``.
 """
 
 import argparse
@@ -66,19 +66,21 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = common.parser("quality", __doc__, "bfloat16")
-    parser.add_argument("--evaluation", default="wikitext2", help="a text file or data set, held out")
+    parser.add_argument("--evaluation", default="wikitext2", help="a text file or data set that is not calibrated on")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4, 0.5])
     parser.add_argument("--rounds", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the calibration windows")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the calibration windows")
     parser.add_argument("--kv-heads", choices=["repeated", "as-is"], default="repeated")
-    parser.add_argument("--variants", action="store_true", help="also as-is, with 32 x 128, and with 128 x 256 tokens")
-    parser.add_argument("--ablations", action="store_true", help="also the papers' ablations")
+    parser.add_argument(
+        "--variants", action="store_true", help="also KV heads as-is, 32 x 128 tokens, and 128 x 256 tokens"
+    )
+    parser.add_argument("--ablations", action="store_true", help="also the ablations of the papers")
     parser.add_argument("--trained", action="store_true", help="also two methods with training at 40 %%")
     return parser.parse_args()
 
 
 def plan(arguments: argparse.Namespace) -> list[Section]:
-    """The tables that the command line asks for."""
+    """Return the tables that the command line requests."""
     base = Case("random", 0.5, 1, 0, arguments.kv_heads, arguments.samples, arguments.sequence_length)
     seeds = arguments.seeds
     sections = [grid(base, arguments.methods, arguments.ratios, arguments.rounds, seeds)]
@@ -94,7 +96,7 @@ def plan(arguments: argparse.Namespace) -> list[Section]:
 def run(
     decoder: Decoder, case: Case, calibration: Windows, evaluation: Windows, statistics: Statistics
 ) -> dict[str, Any]:
-    """Prune a copy and measure it."""
+    """Prune a copy of ``decoder`` and measure it."""
     pruned = Decoder(copy.deepcopy(decoder.model), decoder.tokenizer, decoder.shape)
     started = time.monotonic()
     prune(pruned, decoder, case, calibration.tokens, statistics)
@@ -111,7 +113,7 @@ def measure(decoder: Decoder, evaluation: Windows) -> float:
 
 
 class Estimate:
-    """What is left to do, and about how long that takes, going by what the same methods took before."""
+    """The cases that remain, and an estimate of their duration from earlier cases of the same methods."""
 
     def __init__(self, sections: Sequence[Section], results: Results) -> None:
         cases = {case.key: case for section in sections for case in section.cases()}
@@ -123,7 +125,7 @@ class Estimate:
                 self._rates[case.method] = known["seconds"] / _work(case)
 
     def groups(self) -> list[list[Case]]:
-        """The cases left, those on the same calibration windows together."""
+        """Return the remaining cases, grouped by their calibration windows."""
         groups: dict[tuple[Any, ...], list[Case]] = defaultdict(list)
         for case in self._left.values():
             groups[case.calibration].append(case)
@@ -150,10 +152,14 @@ def render(settings: dict[str, Any], sections: Sequence[Section], results: Resul
     head = f"""# Quality by method
 
 {settings["model"]}, {settings["dtype"]} on {settings["device"]}; unpruned perplexity {" or ".join(unpruned)}. Calibrated on \
-{settings["calibration"]}, measured on the first {windows} × {length} tokens of {settings["evaluation"]}. Parameters are those asked \
-for to 0.5 %. Over calibration seeds: geometric mean of the perplexity, smallest to largest; `excess` is \
-ln(ppl) − ln(ppl of the unpruned model), mean ± standard deviation. No training but where it says so. `s` is seconds to prune, \
-with statistics of the unpruned model shared between cases; times and memory of each method by itself: [speed](speed.md).
+{settings["calibration"]}, measured on the first {windows} × {length} tokens of {settings["evaluation"]}. Every pruned model has the \
+requested number of parameters to within 0.5 %. No method trains, except in tables that say so.
+
+| column | meaning |
+| --- | --- |
+| perplexity | geometric mean over the calibration seeds (smallest to largest) |
+| excess | ln(ppl) − ln(ppl of the unpruned model), mean ± standard deviation over the calibration seeds |
+| s | seconds to prune; cases share the statistics of the unpruned model. [speed](speed.md) has the time and memory of each method alone |
 
 {common.versions_line(settings)}
 """

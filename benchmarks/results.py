@@ -1,4 +1,4 @@
-"""A benchmark's JSON file, written after every case: a run that was killed goes on where it was."""
+"""The JSON file of a benchmark. It is written after every case, so a run that was killed continues after its last case."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,10 @@ from secateur.files import write_whole
 
 
 class Results:
-    """What was measured, by case. ``settings`` is what all cases of the file have in common.
+    """The results by case. ``settings`` are the settings that all cases of the file share.
 
     Raises:
-        SystemExit: the file's results are of other settings (another version of torch, say), and cannot be compared.
+        SystemExit: the file has results of other settings (for example, of another version of torch), which cannot be compared.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -27,7 +27,7 @@ class Results:
         self._known = {Case(**row["case"]).key: row["result"] for row in content["results"]}
 
     def cases(self) -> list[Case]:
-        """All that were measured, in that order."""
+        """Return all cases that have a result, in the order in which they were measured."""
         return [Case(**row["case"]) for row in self._content["results"]]
 
     def get(self, case: Case) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The tables of the quality benchmark: which cases are in them, and how they look with what is known of these."""
+"""The tables of the quality benchmark: their cases, and their rendering with the results so far."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from secateur.catalog.methods import METHODS
 
 @dataclass(frozen=True)
 class Row:
-    """One line: ``case`` is it at any ratio and seed."""
+    """One line of a table. ``case`` stands for this line; its ratio and seed are replaced."""
 
     labels: tuple[str, ...]
     case: Case
@@ -19,7 +19,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """One table, with columns for each ratio; every cell is over all seeds."""
+    """One table with columns for each ratio; every cell is over all seeds."""
 
     title: str
     heads: tuple[str, ...]
@@ -33,7 +33,7 @@ class Section:
                 yield from self._over_seeds(row, ratio)
 
     def render(self, known: Callable[[Case], dict[str, Any] | None]) -> str:
-        """The section in Markdown, dashes where nothing is known yet."""
+        """Return the section in Markdown, with dashes for missing results."""
         heads = [*self.heads]
         for ratio in self.ratios:
             heads += [f"{ratio:.0%}: perplexity", "excess", "s"]
@@ -56,7 +56,7 @@ class Section:
 def grid(
     base: Case, methods: Sequence[str], ratios: Sequence[float], rounds: Sequence[int], seeds: Sequence[int]
 ) -> Section:
-    """All methods on the base's model and calibration windows."""
+    """Return the table of all methods on the model and calibration windows of ``base``."""
     model = "KV heads repeated to the query heads" if base.kv_heads == "repeated" else "KV heads as they are"
     title = f"{model}, {base.samples} × {base.sequence_length} tokens"
     rows = [
@@ -66,7 +66,7 @@ def grid(
 
 
 def variants(base: Case, methods: Sequence[str], ratios: Sequence[float], seeds: Sequence[int]) -> list[Section]:
-    """One round with the KV heads as they are, and with other amounts of calibration text (32 × 128: SlimLLM's)."""
+    """Return one-round tables: with the KV heads as they are, and with other amounts of calibration text (SlimLLM: 32 × 128)."""
     others = (
         replace(base, kv_heads="as-is"),
         replace(base, samples=32, sequence_length=128),
@@ -76,7 +76,7 @@ def variants(base: Case, methods: Sequence[str], ratios: Sequence[float], seeds:
 
 
 def trained(base: Case, seeds: Sequence[int]) -> Section:
-    """Methods with training after the last round."""
+    """Return the table of methods with training after the last round."""
     pairs = (("secateur", "distill"), ("slimllm", "lora"))
     rows = [
         Row(
@@ -85,4 +85,4 @@ def trained(base: Case, seeds: Sequence[int]) -> Section:
         )
         for method, kind in pairs
     ]
-    return Section("With training", ("method", "recovery"), [0.4], seeds, rows)
+    return Section("With training", ("method", "training"), [0.4], seeds, rows)

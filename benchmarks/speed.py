@@ -1,6 +1,7 @@
-"""``make bench-speed``: what one round of each method costs in time and memory, against one calibration forward pass.
+"""``make bench-speed``: time and memory of one round of each method, against one forward pass over the calibration tokens.
 
-Every method starts from nothing in a process of its own. Writes ``speed.json`` after each, and ``speed.md``.
+Every method runs in its own process, without statistics of earlier runs. The benchmark writes ``speed.json`` after each
+method, and ``speed.md`` at the end.
 """
 
 import sys
@@ -25,9 +26,9 @@ from secateur.engine.model.decoder import Decoder
 
 RATIO = 0.5
 MOST_PASSES = 6.0
-"""Forward passes that a method without gradients may take."""
+"""The most forward passes that a method without gradients may take."""
 MOST_MEMORY = 1.5
-"""Of the model's bytes, beside one batch of hidden states."""
+"""The most memory that a method may take, as a multiple of the model, without one batch of hidden states."""
 
 
 def main() -> None:
@@ -51,9 +52,9 @@ def main() -> None:
 
 
 def measure(case: Case, text: str, dtype: str) -> dict[str, float]:
-    """Seconds of a forward pass and of the pruning, and bytes: the model's, one batch of hidden states', and the peak.
+    """Measure the seconds of a forward pass and of the pruning, and the bytes of the model, of one batch of hidden states and the peak.
 
-    The peak is the model's bytes and what came on top of them while pruning.
+    The peak is the bytes of the model plus the bytes that the pruning added.
     """
     decoder = load_smollm2(dtype, case.kv_heads)
     tokens = read_texts(decoder, case, text, text)[0].tokens
@@ -76,7 +77,7 @@ def measure(case: Case, text: str, dtype: str) -> dict[str, float]:
 
 @torch.no_grad()
 def forward(decoder: Decoder, tokens: Tensor) -> float:
-    """Seconds of one forward pass over ``tokens`` ``[windows, length]``, logits included, in the engine's batches."""
+    """Return the seconds of one forward pass over ``tokens`` ``[windows, length]``, logits included, in the batches of the engine."""
     started = now(decoder.device)
     for batch in tokens.split(batch_windows(tokens)):
         decoder.model(batch, use_cache=False)
@@ -109,12 +110,19 @@ def render(settings: dict[str, Any], cases: list[Case], results: Results) -> str
     windows, length = cases[0].samples, cases[0].sequence_length
     return f"""# Speed and memory by method
 
-{settings["model"]}, KV heads repeated to the query heads, {settings["dtype"]}, {settings["threads"]} threads on \
-{settings["device"]}. One round to {RATIO:.0%} on {windows} × {length} tokens of {settings["calibration"]}, each method from nothing \
-in a process of its own; loading and measuring perplexity are not counted. A forward pass is one over the same tokens, logits \
-included. The peak is the model and what came on top of it; the last column is without one batch of hidden states.
+{settings["model"]}, KV heads repeated to the query heads, {settings["dtype"]}, number of threads: {settings["threads"]}, on \
+{settings["device"]}. Each method prunes in one round to {RATIO:.0%}, on {windows} × {length} tokens of {settings["calibration"]}. It runs \
+in its own process, without statistics of earlier runs. Loading and the measurement of perplexity do not count.
 
-Limits: {MOST_PASSES:g} forward passes without gradients, {MOST_MEMORY:g} times the model. Beyond them: {"; ".join(beyond) or "none"}.
+| column | meaning |
+| --- | --- |
+| s | seconds of the pruning |
+| forward passes | seconds of the pruning, divided by the seconds of one forward pass over the same tokens, logits included |
+| peak MiB | memory of the model plus the memory that the pruning adds |
+| peak, times the model | the peak without one batch of hidden states, divided by the memory of the model |
+
+The limits are {MOST_PASSES:g} forward passes for a method without gradients, and {MOST_MEMORY:g} times the memory of the model. Beyond \
+the limits: {"; ".join(beyond) or "none"}.
 
 {table}
 

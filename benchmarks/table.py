@@ -1,4 +1,4 @@
-"""Numbers to Markdown: means and spreads over seeds, in tables."""
+"""Tables in Markdown: means and spreads over seeds."""
 
 import math
 import statistics
@@ -8,12 +8,12 @@ NONE = "–"
 
 
 def excess_loss(perplexity: float, unpruned: float) -> float:
-    """What pruning costs, in nats a token: ln(ppl) − ln(ppl of the unpruned model)."""
+    """Return the loss that pruning adds, in nats per token: ln(ppl) − ln(ppl of the unpruned model)."""
     return math.log(perplexity) - math.log(unpruned)
 
 
 def perplexity_cell(values: Sequence[float]) -> str:
-    """Geometric mean over seeds, with the smallest and the largest where they differ."""
+    """Return the geometric mean over seeds, with the smallest and the largest value if they differ."""
     if not values:
         return NONE
     mean = _perplexity(math.exp(statistics.mean(math.log(value) for value in values)))
@@ -22,7 +22,7 @@ def perplexity_cell(values: Sequence[float]) -> str:
 
 
 def mean_cell(values: Sequence[float], digits: int) -> str:
-    """Mean over seeds, with the standard deviation where there are several."""
+    """Return the mean over seeds, with the standard deviation if there are several seeds."""
     if not values:
         return NONE
     mean = f"{statistics.mean(values):.{digits}f}"
@@ -30,7 +30,7 @@ def mean_cell(values: Sequence[float], digits: int) -> str:
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, one line each for heads and rows."""
+    """Return a table with one line for the heads and one for each row."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
 
 

@@ -74,9 +74,9 @@ assert not heavy, f"imported: {heavy}"
 """
 
 REFUSED_CALL = """
-from secateur import prune
-
 try:
+    from secateur import prune
+
     prune("model", ratio=0.3)
 except ImportError as error:
     assert "pip install 'secateur[engine]'" in str(error), error

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 
 EXTRAS = {
     "engine": ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "gguf", "sentencepiece"),
@@ -33,7 +33,7 @@ def require(extra: str, task: str, *modules: str, field: str | None = None) -> N
     absent = [module for module in missing(extra) if module in modules or not modules]
     if absent:
         raise MissingExtra(
-            "dependency_missing",
+            ErrorCode.DEPENDENCY_MISSING,
             f"{task} needs packages that are not installed ({', '.join(absent)}): pip install 'secateur[{extra}]'.",
             field=field,
         )

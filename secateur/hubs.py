@@ -17,9 +17,10 @@ import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 from secateur.files import sync, write_whole
 
+TRIES = 10
 KEPT = ".gitattributes"
 """The Hub's own file, made with the repository."""
 
@@ -46,6 +47,26 @@ class Hub(Protocol):
 
     def url(self, repo_id: str, commit: str) -> str:
         """Where a person finds it."""
+
+
+def publish(hub: Hub, repo_id: str, private: bool, folder: Path, message: str) -> str:
+    """Make the repository's files those of ``folder``, by one commit with this message; returns that commit.
+
+    A commit with the message that is in the history already was made by an earlier attempt, and is adopted.
+
+    Raises:
+        PruningError: the Hub's own, or ``hub_conflict`` (retryable) when others keep committing.
+    """
+    for _ in range(TRIES):
+        head = hub.head(repo_id, private)
+        ours = hub.find(repo_id, message) if head is not None else None
+        if ours is not None:
+            return ours
+        try:
+            return hub.commit(repo_id, head, folder, message)
+        except HeadMoved:
+            continue
+    raise PruningError(ErrorCode.HUB_CONFLICT, f"Others keep committing to '{repo_id}'; try again later.")
 
 
 class HuggingFaceHub:
@@ -92,12 +113,12 @@ class HuggingFaceHub:
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             if status in (401, 403):
                 message = f"The Hub does not let this service's token write to '{repo_id}'."
-                raise PruningError("hub_forbidden", message, field="publish.repo_id") from error
+                raise PruningError(ErrorCode.HUB_FORBIDDEN, message, field="publish.repo_id") from error
             if status is None or status == 429 or status >= 500:
                 message = f"The Hub {self.api.endpoint} does not answer as it should: {error}"
-                raise PruningError("hub_unavailable", message, retryable=True) from error
+                raise PruningError(ErrorCode.HUB_UNAVAILABLE, message) from error
             message = f"The Hub refused '{repo_id}': {error}"
-            raise PruningError("hub_refused", message, field="publish.repo_id") from error
+            raise PruningError(ErrorCode.HUB_REFUSED, message, field="publish.repo_id") from error
 
 
 class FolderHub:

@@ -10,6 +10,7 @@ import typer
 
 from app.auth.commands import keys
 from secateur.cli.common import FAILED, REFUSED, UNREACHABLE, Json, stop, variable
+from secateur.extras import MissingExtra, require
 from workers.roles import Role
 
 WORKER_FLAGS = ("--without-gossip", "--without-mingle", "--without-heartbeat")
@@ -22,6 +23,9 @@ def main() -> None:
     """Run the command line. What is wrong with its surroundings is said in a line, without a traceback."""
     try:
         cli(prog_name="secateur")
+    except MissingExtra as error:
+        typer.echo(error.message, err=True)
+        sys.exit(REFUSED)
     except Exception as error:
         explained = _explain(error)
         if explained is None:
@@ -60,6 +64,7 @@ def up(
 
     All it keeps is in SECATEUR_DATA_DIR (.secateur); models are published to SECATEUR_HUB_DIR (its folder hub).
     """
+    require("engine", "'secateur up'")
     from app.config import get_settings
     from workers.embedded import EmbeddedError
     from workers.stack import Stack, StackError
@@ -97,6 +102,7 @@ def scheduler() -> None:
 @cli.command()
 def worker() -> None:
     """Run a worker, which does one job at a time; one a GPU (choose it by CUDA_VISIBLE_DEVICES)."""
+    require("engine", "A worker")
     from workers.celery_app import WORKER_NAME, app
 
     app.worker_main(["worker", "--loglevel", "INFO", "--hostname", f"secateur-{WORKER_NAME}", *WORKER_FLAGS])

@@ -52,9 +52,9 @@ class JobProcess:
         self._send(job)
 
     def renew(self, deadline: float, pause: bool, recorded: bool = False) -> None:
-        """Let it live until ``deadline`` (``time.monotonic()``) and tell it whether to stop at the round's end.
+        """Let it live until ``deadline`` (``time.monotonic()``) and tell it whether to stop at the step's end.
 
-        ``recorded``: the round that it told of last is, and it may go on.
+        ``recorded``: the step that it reported last is recorded, and it may go on.
         """
         if self._process.poll() is None:
             self.deadline = deadline

@@ -13,12 +13,11 @@ from typing import Any
 from app.config import get_settings
 from app.jobs.naming import repo_ids
 from secateur.catalog.spec import PruningSpec, target_folder
-from secateur.contract.errors import PruningError
-from secateur.hubs import FolderHub, HeadMoved, Hub, HuggingFaceHub
+from secateur.contract.stages import Stage
+from secateur.hubs import FolderHub, Hub, HuggingFaceHub, publish
 from workers import supervisor_link
 from workers.supervisor_link import SupervisorLink
 
-TRIES = 10
 LIFE_SIGN_SECONDS = 5.0
 LIFE_SIGN_BYTES = 2**16
 SUMMARY = ("parameters", "ratio", "perplexity", "benchmarks", "retained_accuracy", "latency", "weights_bytes", "widths")
@@ -38,7 +37,8 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
     if wanted is not None:
         hub = configured_hub(job["hub_token"])
         for result, folder, repo_id in zip(results, folders, repo_ids(wanted["repo_id"], spec), strict=True):
-            commit = publish(hub, repo_id, wanted["private"], folder, job["job_id"])
+            message = f"Pruned model of job {job['job_id']}"
+            commit = publish(hub, repo_id, wanted["private"], folder, message)
             result |= {"repo_id": repo_id, "commit_sha": commit, "url": hub.url(repo_id, commit)}
     artifacts = Path(job["folder"]) / "artifacts"
     shutil.rmtree(artifacts, ignore_errors=True)
@@ -47,25 +47,6 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
         return {"type": "result", "result": results[0]}
     targets = [{"target_ratio": result["ratio"]["target"], **result} for result in results]
     return {"type": "result", "result": {"targets": targets}}
-
-
-def publish(hub: Hub, repo_id: str, private: bool, folder: Path, job_id: str) -> str:
-    """Have ``folder`` in the repository, by one commit of this job's; returns that commit.
-
-    Raises:
-        PruningError: the Hub's own, or ``hub_conflict`` (retryable) when others keep committing.
-    """
-    message = f"Pruned model of job {job_id}"
-    for _ in range(TRIES):
-        head = hub.head(repo_id, private)
-        ours = hub.find(repo_id, message) if head is not None else None
-        if ours is not None:
-            return ours
-        try:
-            return hub.commit(repo_id, head, folder, message)
-        except HeadMoved:
-            continue
-    raise PruningError("hub_conflict", f"Others keep committing to '{repo_id}'; try again later.", retryable=True)
 
 
 def configured_hub(token: str | None) -> Hub:
@@ -96,7 +77,7 @@ def show_life(supervisor: SupervisorLink, size: int) -> None:
             supervisor.tell(
                 {
                     "type": "progress",
-                    "stage": "publish",
+                    "stage": Stage.PUBLISHING,
                     "share": 1.0,
                     "stage_share": share,
                     "rate": rate or None,

@@ -8,16 +8,18 @@ from typing import Any
 from app.config import get_settings
 from app.jobs.naming import repo_ids
 from secateur.catalog.spec import PruningSpec
+from secateur.contract.events import Event, StepEvent
 from secateur.files import write_whole
 from workers import supervisor_link
 from workers.supervisor_link import SupervisorLink
 
 
 def work(supervisor: SupervisorLink) -> dict[str, Any]:
-    """Prune as the job asks into ``attempt-N/``; the message that ends the attempt: its report, or that it paused."""
+    """Prune as the job requests into ``attempt-N/``; returns the message that ends the attempt: the report, or that it paused."""
     import torch
 
-    from secateur.engine import Paused, prune
+    from secateur.engine.run.run import NamedModel, prune_to_folder
+    from secateur.engine.run.workspace import Listener, Paused, Workspace
 
     settings, job = get_settings(), supervisor.job
     if settings.torch_threads is not None:
@@ -26,44 +28,45 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
     spec = PruningSpec.of_request(request)
     names = repo_ids(request["publish"]["repo_id"], spec) if request.get("publish") else None
 
-    def manifest_extra(index: int) -> dict[str, Any]:
+    def provenance(index: int) -> dict[str, Any]:
         return {"job_id": job["job_id"], "repo_id": names and names[index]}
 
-    def on_event(event: dict[str, Any]) -> None:
-        if event["type"] == "round":
-            saved = save_checkpoint(folder, event["number"], job["attempt"], event["state"])
-            event = {"type": "round", "number": event["number"], "data": event["data"], **saved}
-        supervisor.tell(event)
+    def on_event(event: Event) -> None:
+        message = event.as_dict()
+        if isinstance(event, StepEvent):
+            message |= save_checkpoint(folder, event.step.number, job["attempt"], event.state)
+        supervisor.tell(message)
 
+    workspace = Workspace(
+        models_dir=settings.models_dir,
+        texts_dir=settings.texts_dir,
+        tasks_dir=settings.tasks_dir,
+        scratch=folder,
+        statistics_dir=settings.data_dir / "statistics",
+        token=job["hub_token"],
+        endpoint=settings.hf_endpoint,
+        allow_paths=False,
+        max_parameters=settings.max_model_parameters,
+    )
     try:
-        result = prune(
-            request["model_id"],
+        reports = prune_to_folder(
+            NamedModel(request["model_id"], request.get("revision"), request.get("gguf_file")),
             spec,
             Path(job["output"]),
-            revision=request.get("revision"),
-            gguf_file=request.get("gguf_file"),
-            models_dir=settings.models_dir,
-            texts_dir=settings.texts_dir,
-            tasks_dir=settings.tasks_dir,
-            token=job["hub_token"],
-            endpoint=settings.hf_endpoint,
-            allow_paths=False,
-            max_parameters=settings.max_model_parameters,
-            scratch=folder,
-            statistics_dir=settings.data_dir / "statistics",
-            on_event=on_event,
+            workspace,
+            Listener(on_event, supervisor.wants_pause),
             resume=load_checkpoint(folder, job["checkpoints"], supervisor),
-            stop=supervisor.wants_pause,
-            manifest_extra=manifest_extra,
+            provenance=provenance,
         )
     except Paused:
         return {"type": "paused"}
-    return {"type": "result", "report": result.report}
+    found = [report.as_dict() for report in reports]
+    return {"type": "result", "report": {"targets": found} if spec.several else found[0]}
 
 
 def save_checkpoint(folder: Path, number: int, attempt: int, state: dict[str, Any]) -> dict[str, str]:
-    """Write a round's state so that it is whole or absent; returns its ``path`` in ``folder`` and its ``sha256``."""
-    name = f"round-{number}.attempt-{attempt}.json"
+    """Write a step's state so that it is whole or absent; returns its ``path`` in ``folder`` and its ``sha256``."""
+    name = f"step-{number}.attempt-{attempt}.json"
     content = json.dumps(state).encode()
     write_whole(folder / name, content)
     return {"path": name, "sha256": hashlib.sha256(content).hexdigest()}
@@ -79,8 +82,9 @@ def load_checkpoint(
         except FileNotFoundError:
             content = b""
         if hashlib.sha256(content).hexdigest() == checkpoint["sha256"]:
-            return json.loads(content)
-        message = f"The checkpoint of round {checkpoint['number']} is missing or damaged; an earlier one is used."
+            state: dict[str, Any] = json.loads(content)
+            return state
+        message = f"The checkpoint of step {checkpoint['number']} is missing or damaged; an earlier one is used."
         supervisor.tell({"type": "warning", "message": message})
     return None
 

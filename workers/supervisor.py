@@ -26,7 +26,10 @@ from app.http import logs
 from app.jobs import leases, repository, tokens
 from app.jobs.leases import Beat, Claim, LeaseLost
 from app.jobs.transitions import TransitionRefused, Trigger
+from secateur.catalog.resolve import components
 from secateur.catalog.spec import PruningSpec
+from secateur.contract.errors import ErrorCode, PruningError
+from secateur.contract.stages import Stage
 from secateur.contract.states import State
 from secateur.processes import describe_exit
 from workers.job_process import JobProcess
@@ -45,7 +48,7 @@ class Cancelled(Exception):
 
 
 class Paused(Exception):
-    """The runner stopped at a round's end, as asked."""
+    """The runner stopped at a step's end, as asked."""
 
 
 class ShuttingDown(Exception):
@@ -57,11 +60,19 @@ class DatabaseLost(Exception):
 
 
 class Failed(Exception):
-    """The attempt failed; ``error`` is {code, message, retryable, field}."""
+    """The attempt failed; ``error`` is what the job records."""
 
-    def __init__(self, code: str, message: str, retryable: bool, field: str | None = None) -> None:
+    def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)
-        self.error = {"code": code, "message": message, "retryable": retryable, "field": field}
+        self.error = PruningError(code, message).as_dict()
+
+
+class Reported(Failed):
+    """The attempt failed, and its process said why."""
+
+    def __init__(self, error: dict[str, Any]) -> None:
+        Exception.__init__(self, error["message"])
+        self.error = error
 
 
 def supervise(
@@ -102,7 +113,7 @@ class Attempt:
         limits = (claim.request.get("max_runtime_seconds"), settings.max_runtime_seconds)
         self.longest_run = min((limit for limit in limits if limit is not None), default=math.inf)
         self.time_limit = claimed + self.longest_run
-        self.progress: dict[str, Any] = {"stage": "start", "round": 0, "share": 0.0, "stage_share": 0.0}
+        self.progress: dict[str, Any] = {"stage": Stage.STARTING, "step": 0, "share": 0.0, "stage_share": 0.0}
         self.folder = settings.job_dir(claim.job_id).resolve()
         self.output = self.folder / f"attempt-{claim.attempt}"
         self.temporary = self.folder / f".{self.output.name}.tmp"
@@ -139,12 +150,12 @@ class Attempt:
             self._write(leases.fail, reason, settings.max_failures, settings.retry_backoff)
 
     def _prune_and_publish(self, runner: list[str], publisher: list[str]) -> None:
-        self.progress["rounds"] = PruningSpec.of_request(self.claim.request).total_rounds
+        self.progress["steps"] = components(PruningSpec.of_request(self.claim.request)).steps
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in (*self.folder.glob("attempt-*"), *self.folder.glob(".attempt-*")):
             shutil.rmtree(leftover, ignore_errors=True)
-        rounds = self._write(lambda session, job_id, attempt: repository.rounds(session, job_id))
-        checkpoints = [{"number": row.number, "path": row.path, "sha256": row.sha256} for row in reversed(rounds)]
+        steps = self._write(lambda session, job_id, attempt: repository.steps(session, job_id))
+        checkpoints = [{"number": row.number, "path": row.path, "sha256": row.sha256} for row in reversed(steps)]
         token = self._write(lambda session, job_id, attempt: self._hub_token(session))
         job = {
             "hub_token": token and token.get_secret_value(),
@@ -158,16 +169,16 @@ class Attempt:
         report = self._follow(runner, {**job, "checkpoints": checkpoints})["report"]
         self._start_publishing()
         result = self._follow(publisher, {**job, "report": report})["result"]
-        done = {**self.progress, "stage": "done", "share": 1.0, "stage_share": 1.0, "rate": None, "rate_unit": None}
+        done = {**self.progress, "stage": Stage.DONE, "share": 1.0, "stage_share": 1.0, "rate": None, "rate_unit": None}
         self._write(leases.move, Trigger.SUCCEED, result=result, report=report, progress=done)
-        for checkpoint in self.folder.glob("round-*"):
+        for checkpoint in self.folder.glob("step-*"):
             checkpoint.unlink(missing_ok=True)  # the job may have been deleted meanwhile
 
     def _hub_token(self, session: Session) -> SecretStr | None:
         try:
             return tokens.of_job(session, self.settings, self.claim.job_id)
         except VaultError as error:
-            raise Failed("hub_token_unreadable", f"The Hub token cannot be read: {error}.", retryable=False) from None
+            raise Failed(ErrorCode.HUB_TOKEN_UNREADABLE, f"The Hub token cannot be read: {error}.") from None
 
     def _start_publishing(self) -> None:
         try:
@@ -202,10 +213,10 @@ class Attempt:
                 self._beat(child)
             if now >= self.time_limit:
                 limit = f"The job ran longer than its limit of {self.longest_run:g} seconds."
-                raise Failed("max_runtime_exceeded", limit, retryable=False)
+                raise Failed(ErrorCode.MAX_RUNTIME_EXCEEDED, limit)
             if now - heard >= self.settings.stall_timeout:
                 silence = f"The worker's process reported nothing for {self.settings.stall_timeout:.0f} seconds."
-                raise Failed("runner_stalled", silence, retryable=True)
+                raise Failed(ErrorCode.RUNNER_STALLED, silence)
             message = child.receive(timeout=TICK)
             if message is None:
                 continue
@@ -216,12 +227,12 @@ class Attempt:
                 case "warning":
                     event = {"type": "warning", "data": message}
                     self._heed(child, self._write(leases.report_progress, self.progress, event))
-                case "round":
-                    self._heed(child, self._write(leases.record_round, **message), recorded=True)
+                case "step":
+                    self._heed(child, self._write(leases.record_step, **message), recorded=True)
                 case "paused":
                     raise Paused
                 case "error":
-                    raise Failed(**message["error"])
+                    raise Reported(message["error"])
                 case "result":
                     return message
 
@@ -260,7 +271,7 @@ class Attempt:
         if code == -signal.SIGALRM:
             message += " It was hung: it did not read its renewals."
         log.warning("%s Its last words:\n%s", message, child.stderr_tail)  # not for the owner: it names our paths
-        return Failed("runner_died", message, retryable=True)
+        return Failed(ErrorCode.RUNNER_DIED, message)
 
     def _write(self, operation: Callable[..., Any], *values: Any, **named: Any) -> Any:
         """A fenced operation of :mod:`app.jobs.leases`, tried again while the database is away and the lease lasts.

@@ -15,7 +15,7 @@ from typing import Any
 
 from app.config import get_settings
 from app.http import logs
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +36,15 @@ class SupervisorLink:
         threading.Thread(target=self._obey, daemon=True).start()
 
     def tell(self, message: dict[str, Any]) -> None:
-        """Send one message; of a ``round``, wait until it is recorded: what only earlier rounds need may go then."""
+        """Send one message; of a ``step``, wait until it is recorded: files that only earlier steps need may be deleted then."""
         with self._lock:
             self._out.write(json.dumps(_storable(message)) + "\n")
             self._out.flush()
-        if message["type"] == "round":
+        if message["type"] == "step":
             self._recorded.acquire()
 
     def wants_pause(self) -> bool:
-        """Whether to stop at the end of the next round, or stretch of training."""
+        """Whether to stop at the end of the step."""
         return self._pause
 
     def _obey(self) -> None:
@@ -81,14 +81,14 @@ def explain(error: Exception, folder: str) -> dict[str, Any]:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         advice = "use a smaller dtype, fewer or shorter calibration samples, or a larger worker"
         message = f"The model does not fit into the worker's memory: {advice}."
-        return {"code": "out_of_memory", "message": message, "retryable": False}
-    # safetensors is Rust: it has the errno in the text alone
+        return PruningError(ErrorCode.OUT_OF_MEMORY, message).as_dict()
+    # safetensors is written in Rust, and has the errno in the text alone.
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text:
         free = shutil.disk_usage(folder).free
         message = f"The worker's disk is full ({free} bytes are free under the data folder): make room and retry."
-        return {"code": "disk_full", "message": message, "retryable": True}
+        return PruningError(ErrorCode.DISK_FULL, message).as_dict()
     message = f"The pruning process failed unexpectedly ({type(error).__name__}); the worker's log has the details."
-    return {"code": "internal_error", "message": message, "retryable": True}
+    return PruningError(ErrorCode.INTERNAL_ERROR, message).as_dict()
 
 
 def _storable(value: Any) -> Any:

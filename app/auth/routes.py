@@ -9,6 +9,7 @@ from app.auth.models import ApiKey
 from app.auth.vault import VaultError
 from app.deps import EVERY_V1_ROUTE, KeyedRoute, SessionDep, SettingsDep
 from app.http.problem import Problem, documented, invalid
+from secateur.contract.errors import ErrorCode
 from secateur.contract.keys import HubToken, KeyList, KeyView, KeyWithSecret, NewKey, Rotation, Scope
 
 
@@ -33,7 +34,7 @@ def _with_secret(made: tuple[ApiKey, str]) -> KeyWithSecret:
 
 
 def _no_key(key_id: uuid.UUID) -> Problem:
-    return Problem(404, "not_found", f"There is no key {key_id} that is not revoked.")
+    return Problem(404, ErrorCode.NOT_FOUND, f"There is no key {key_id} that is not revoked.")
 
 
 @router.get("", response_model=KeyList)
@@ -66,7 +67,7 @@ def hub_token(key_id: uuid.UUID, body: HubToken, session: SessionDep, settings: 
     try:
         key = service.keep_hub_token(session, settings, key_id, body.hub_token)
     except VaultError as error:
-        raise invalid("hub_token", str(error), code="hub_tokens_disabled") from None
+        raise invalid("hub_token", str(error), code=ErrorCode.HUB_TOKENS_DISABLED) from None
     if key is None:
         raise _no_key(key_id)
 

@@ -6,6 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.http.problem import Problem, respond
+from secateur.contract.errors import ErrorCode
 
 
 class BodyLimit:
@@ -23,7 +24,9 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         too_large = f"The body is larger than {self.largest} bytes."
         if int(Headers(scope=scope).get("content-length", 0)) > self.largest:
-            return await respond(Request(scope), Problem(413, "body_too_large", too_large))(scope, receive, send)
+            return await respond(Request(scope), Problem(413, ErrorCode.BODY_TOO_LARGE, too_large))(
+                scope, receive, send
+            )
         received = 0
 
         async def bounded() -> Message:

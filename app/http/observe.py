@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.http import logs
 from app.http.problem import Problem, respond
+from secateur.contract.errors import ErrorCode
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,6 @@ class Observe:
                     raise
                 log.exception("request %s failed", request_id)
                 problem = Problem(
-                    500, "internal_error", "Something went wrong here; the request id finds it in the log."
+                    500, ErrorCode.INTERNAL_ERROR, "Something went wrong here; the request id finds it in the log."
                 )
                 await respond(Request(scope), problem)(scope, receive, stamped)

@@ -8,6 +8,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from secateur.contract.errors import ErrorCode
 from secateur.contract.field_error import FieldError
 
 MEDIA_TYPE = "application/problem+json"
@@ -41,7 +42,7 @@ class ProblemDetails(BaseModel):
     type: str = "about:blank"
     title: str = Field(description="The status in words.")
     status: int
-    code: str
+    code: ErrorCode = Field(description="See docs/errors.md.")
     detail: str
     request_id: str | None = None
     state: str | None = Field(None, description="With 409: the job's current state.")
@@ -54,7 +55,7 @@ class Problem(Exception):
     def __init__(
         self,
         status: int,
-        code: str,
+        code: ErrorCode,
         detail: str,
         *,
         errors: list[FieldError] | None = None,
@@ -70,7 +71,9 @@ class Problem(Exception):
         self.headers = headers
 
 
-def invalid(field: str, message: str, *, code: str = "invalid_request", allowed: str | None = None) -> Problem:
+def invalid(
+    field: str, message: str, *, code: ErrorCode = ErrorCode.INVALID_REQUEST, allowed: str | None = None
+) -> Problem:
     """422 for one field."""
     return Problem(422, code, f"{field}: {message}", errors=[FieldError(field=field, message=message, allowed=allowed)])
 

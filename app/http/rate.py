@@ -17,6 +17,7 @@ from limits.storage import RedisStorage
 
 from app.config import Settings
 from app.http.problem import Problem
+from secateur.contract.errors import ErrorCode
 
 log = logging.getLogger(__name__)
 
@@ -93,5 +94,5 @@ def count(settings: Settings, key_id: uuid.UUID) -> dict[str, str]:
     }
     if own < 0:
         detail = f"This API key may ask {limit.amount} times in {length} seconds."
-        raise Problem(429, "rate_limited", detail, headers=headers | {"Retry-After": str(seconds)})
+        raise Problem(429, ErrorCode.RATE_LIMITED, detail, headers=headers | {"Retry-After": str(seconds)})
     return headers

@@ -16,8 +16,10 @@ from app.webhooks.addresses import is_allowed_host
 from secateur.catalog import memory
 from secateur.catalog.architectures import ModelShape
 from secateur.catalog.request import JobRequest, ModelRef, Publish, check_repo_id
+from secateur.catalog.resolve import Resolved, components, resolve
 from secateur.catalog.sources import LOCAL_NAME, LOCAL_PREFIX, ModelSource, check_size, locate, read_shape
 from secateur.catalog.spec import ZERO_SHOT
+from secateur.contract.errors import ErrorCode
 from secateur.contract.jobs import DryRun, PlannedTarget, Publication
 
 UNAUTHORIZED = (401, 403)
@@ -43,36 +45,39 @@ def look(model: ModelRef, settings: Settings, token: SecretStr | None) -> tuple[
     return source, shape
 
 
-def plan(request: JobRequest, settings: Settings, token: SecretStr | None, largest: tuple[int, str] | None) -> DryRun:
+def dry_run(
+    request: JobRequest, settings: Settings, token: SecretStr | None, largest: tuple[int, str] | None
+) -> DryRun:
     """What the job would do; ``largest`` is the memory of the largest worker in bytes, and its device.
 
     Raises:
         PruningError: the model is not there or cannot be pruned like that; retryable if the Hub does not answer.
     """
     source, shape = look(request, settings, token)
-    needed = None if shape is None else _memory(request, source, shape, largest)
+    resolved = needed = None
+    if shape is not None:
+        resolved = resolve(request, shape, config=source.config or {}, source_dtype=source.dtype)
+        needed = _memory(resolved, source, shape, largest)
     return DryRun(
         model_id=request.model_id,
         revision=source.revision,
         method=request.method,
-        rounds=request.round_count,
-        targets=_targets(request, source, shape),
+        rounds=components(request).rounds,
+        targets=_targets(request, resolved, shape),
         publish=None if request.publish is None else Publication(**request.publish.model_dump()),
         memory_bytes=needed,
         shape=None if shape is None else shape.as_dict(),
     )
 
 
-def _targets(request: JobRequest, source: ModelSource, shape: ModelShape | None) -> list[PlannedTarget]:
+def _targets(request: JobRequest, resolved: Resolved | None, shape: ModelShape | None) -> list[PlannedTarget]:
     """What each target comes to on this model."""
     found: list[tuple[float | None, float | None]]
-    if shape is None:
-        found = [(ratio, None) for ratio in request.asked_ratios]
+    if resolved is None or shape is None:
+        found = [(ratio, None) for ratio in request.requested_ratios]
     else:
-        multiple, uniform = request.allocation.width_multiple, request.uniform
-        ratios = request.ratios(shape, source.dtype)
-        request.check_fits(shape, source.config or {})
-        found = [(ratio, shape.nearest_ratio(ratio, multiple, uniform)) for ratio in ratios]
+        multiple, uniform = resolved.width_multiple, resolved.uniform
+        found = [(ratio, shape.nearest_ratio(ratio, multiple, uniform)) for ratio in resolved.ratios]
     names = repo_ids(request.publish.repo_id, request) if request.publish else [None] * len(found)
     return [
         PlannedTarget(target_ratio=ratio, nearest_ratio=nearest, repo_id=name)
@@ -80,14 +85,12 @@ def _targets(request: JobRequest, source: ModelSource, shape: ModelShape | None)
     ]
 
 
-def _memory(request: JobRequest, source: ModelSource, shape: ModelShape, largest: tuple[int, str] | None) -> int:
+def _memory(resolved: Resolved, source: ModelSource, shape: ModelShape, largest: tuple[int, str] | None) -> int:
     """Bytes that the job takes at least."""
-    dtype = source.dtype if request.dtype == "auto" else request.dtype
-    mapped = largest is not None and largest[1] == "cpu" and dtype == source.dtype and source.gguf_file is None
-    ratio = min(request.ratios(shape, source.dtype))
-    needed = memory.estimate(request, shape, dtype, ratio, mapped)
+    mapped = largest is not None and largest[1] == "cpu" and resolved.dtype == source.dtype and source.gguf_file is None
+    needed = memory.estimate(resolved, shape, mapped)
     if largest is not None:
-        memory.check_fits(request, needed, dtype, largest[0])
+        memory.check_fits(resolved, needed, largest[0])
     return needed.total
 
 
@@ -99,13 +102,15 @@ def admit(request: JobRequest, settings: Settings, token: SecretStr | None) -> J
     """
     if request.webhook_url is not None and settings.webhook_secret is None:
         raise invalid(
-            "webhook_url", "this service has no SECATEUR_WEBHOOK_SECRET to sign webhooks with", code="webhooks_disabled"
+            "webhook_url",
+            "this service has no SECATEUR_WEBHOOK_SECRET to sign webhooks with",
+            code=ErrorCode.WEBHOOKS_DISABLED,
         )
     if request.webhook_url is not None and not is_allowed_host(
         AnyHttpUrl(request.webhook_url).host or "", settings.webhook_networks
     ):
         message = "this service sends webhooks to public addresses only, and to those its operator allows"
-        raise invalid("webhook_url", message, code="webhook_url_forbidden", allowed="a public host")
+        raise invalid("webhook_url", message, code=ErrorCode.WEBHOOK_URL_FORBIDDEN, allowed="a public host")
     for purpose, source in (("calibration", request.calibration), ("evaluation", request.evaluation)):
         if source.dataset is not None:
             _check_dataset(f"{purpose}.dataset", source.dataset, settings)
@@ -115,7 +120,9 @@ def admit(request: JobRequest, settings: Settings, token: SecretStr | None) -> J
         if name not in ZERO_SHOT and not (settings.tasks_dir / f"{name}.jsonl").is_file():
             known = [*ZERO_SHOT, *sorted(file.stem for file in settings.tasks_dir.glob("*.jsonl"))]
             message = f"there is no task '{name}'"
-            raise invalid(f"evaluation.zero_shot.{index}", message, code="task_not_found", allowed=", ".join(known))
+            raise invalid(
+                f"evaluation.zero_shot.{index}", message, code=ErrorCode.TASK_NOT_FOUND, allowed=", ".join(known)
+            )
     if request.publish is None:
         if settings.hub_dir is None:
             return request
@@ -137,7 +144,9 @@ def _check_dataset(field: str, dataset: str, settings: Settings) -> None:
         if not LOCAL_NAME.fullmatch(name) or not (settings.texts_dir / name).is_file():
             known = sorted(file.name for file in settings.texts_dir.glob("*") if file.is_file())
             message = f"there is no text '{dataset}'"
-            raise invalid(field, message, code="text_not_found", allowed=", ".join(map(LOCAL_PREFIX.__add__, known)))
+            raise invalid(
+                field, message, code=ErrorCode.TEXT_NOT_FOUND, allowed=", ".join(map(LOCAL_PREFIX.__add__, known))
+            )
     else:
         try:
             validate_repo_id(dataset.partition(":")[0])
@@ -150,14 +159,14 @@ def _check_may_write(repo_id: str, settings: Settings, token: SecretStr | None) 
     """The namespace alone decides, so this goes for the names made from ``repo_id`` too."""
     if token is None:
         message = "there is no Hub token: neither 'hub_token' nor the API key's nor the service's (SECATEUR_HF_TOKEN)"
-        raise invalid("publish.repo_id", message, code="hub_forbidden")
+        raise invalid("publish.repo_id", message, code=ErrorCode.HUB_FORBIDDEN)
     api = HfApi(endpoint=settings.hf_endpoint, token=token.get_secret_value())
     try:
         me = api.whoami()
     except HfHubHTTPError as error:
         if error.response.status_code in UNAUTHORIZED:
             message = "the Hub does not accept the token"
-            raise invalid("publish.repo_id", message, code="hub_forbidden") from None
+            raise invalid("publish.repo_id", message, code=ErrorCode.HUB_FORBIDDEN) from None
         return
     except (httpx2.HTTPError, OSError):
         return
@@ -165,7 +174,10 @@ def _check_may_write(repo_id: str, settings: Settings, token: SecretStr | None) 
     if repo_id.split("/")[0] not in namespaces:
         message = "the Hub token may not write there"
         raise invalid(
-            "publish.repo_id", message, code="hub_forbidden", allowed=f"namespaces {', '.join(sorted(namespaces))}"
+            "publish.repo_id",
+            message,
+            code=ErrorCode.HUB_FORBIDDEN,
+            allowed=f"namespaces {', '.join(sorted(namespaces))}",
         )
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise invalid("publish.repo_id", "the Hub token may only read", code="hub_forbidden")
+        raise invalid("publish.repo_id", "the Hub token may only read", code=ErrorCode.HUB_FORBIDDEN)

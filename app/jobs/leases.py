@@ -15,8 +15,9 @@ from sqlalchemy.orm import Session
 
 from app.auth import repository as keys
 from app.jobs import transitions
-from app.jobs.models import Job, JobRound
+from app.jobs.models import Job, JobStep
 from app.jobs.transitions import Trigger
+from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.states import State
 
 LIVE = (State.RUNNING, State.PUBLISHING, State.CANCELLING)
@@ -128,27 +129,27 @@ def report_progress(
     return _commit(session, job)
 
 
-def record_round(
+def record_step(
     session: Session, job_id: uuid.UUID, attempt: int, number: int, path: str, sha256: str, data: dict[str, Any]
 ) -> Beat:
-    """Fenced: the round is done and its checkpoint is on disk. From this row, and no listing, a later attempt resumes.
+    """Fenced: the step is complete and its checkpoint is on disk. From this row, and no listing, a later attempt resumes.
 
-    A round of pruning clears the count of failures: ``max_failures`` is for attempts that get nowhere. Recording a round
+    A step clears the count of failures: ``max_failures`` is for attempts that get nowhere. Recording a step
     twice (the answer to the first was lost) changes nothing.
     """
     job = owned(session, job_id, attempt)
-    known = session.get(JobRound, (job_id, number))
+    known = session.get(JobStep, (job_id, number))
     if known is not None and (known.attempt, known.sha256) == (attempt, sha256):
         return _commit(session, job)
     row = {"attempt": attempt, "path": path, "sha256": sha256, "data": data}
     session.execute(
-        insert(JobRound)
+        insert(JobStep)
         .values(job_id=job_id, number=number, **row)
         .on_conflict_do_update(index_elements=["job_id", "number"], set_=row)
     )
     job.version += 1
     job.failures = 0 if number else job.failures
-    transitions.record_event(session, job, "round", {"number": number, **data})
+    transitions.record_event(session, job, "step", {"number": number, **data})
     return _commit(session, job)
 
 
@@ -166,7 +167,7 @@ def move(session: Session, job_id: uuid.UUID, attempt: int, trigger: Trigger, **
 
 
 def release(session: Session, job_id: uuid.UUID, attempt: int) -> State:
-    """Fenced: give the job back without counting a failure: shutdown, deploy, or a pause at a round's end."""
+    """Fenced: give the job back without counting a failure: shutdown, deploy, or a pause at a step's end."""
     return move(session, job_id, attempt, Trigger.REQUEUE)
 
 
@@ -206,7 +207,7 @@ def reap(session: Session, max_failures: int, backoff: float, limit: int = 100) 
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    error = {"code": "worker_lost", "message": "The worker that ran this job stopped answering.", "retryable": True}
+    error = PruningError(ErrorCode.WORKER_LOST, "The worker that ran this job stopped answering.").as_dict()
     reaped = []
     for job in session.scalars(query).all():
         if job.state == State.CANCELLING:

@@ -1,4 +1,4 @@
-"""The tables of a job: the row of record, what happened to it, its completed rounds."""
+"""The tables of a job: the row of record, what happened to it, its completed steps."""
 
 import datetime as dt
 import uuid
@@ -83,11 +83,11 @@ class JobEvent(Base):
     created_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
 
 
-class JobRound(Base):
-    """A completed pruning round: the checkpoint a later attempt resumes from. Round 0 is the unpruned model, measured."""
+class JobStep(Base):
+    """A completed step: the checkpoint that a later attempt resumes from. Step 0 is the baseline, the unpruned model measured."""
 
-    __tablename__ = "job_rounds"
-    __table_args__ = (Index("ix_job_rounds_created_at", "created_at"),)
+    __tablename__ = "job_steps"
+    __table_args__ = (Index("ix_job_steps_created_at", "created_at"),)
 
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)

@@ -3,7 +3,7 @@
 import re
 
 from secateur.catalog.request import JobRequest
-from secateur.catalog.spec import PruningSpec, Target
+from secateur.catalog.spec import Goal, PruningSpec
 
 COUNTS = ("", "k", "m", "b", "t")
 BYTES = ("b", "kb", "mb", "gb", "tb")
@@ -11,16 +11,16 @@ BYTES = ("b", "kb", "mb", "gb", "tb")
 
 def repo_ids(repo_id: str, spec: PruningSpec) -> list[str]:
     """One name a target, in their order; where a list was asked for, by the percentage that goes: ``org/name-12_5``."""
-    return [f"{repo_id}-{_percent(ratio)}" if spec.several else repo_id for ratio in spec.asked_ratios]
+    return [f"{repo_id}-{_percent(ratio)}" if spec.several else repo_id for ratio in spec.requested_ratios]
 
 
 def default_repo_id(request: JobRequest) -> str:
     """``secateur/<model>-<method>`` as a Hub takes it; with ``-20`` (%), ``-110m`` or ``-500mb`` if there is one target."""
     model = re.sub(r"[^A-Za-z0-9]+", "-", request.model_id.removeprefix("local:").split("/")[-1]).strip("-")
     name = f"secateur/{model[:60].rstrip('-')}-{request.method}"
-    if request.target is not None:
-        return f"{name}-{_size(request.target)}"
-    return name if request.several else f"{name}-{_percent(request.asked_ratios[0])}"
+    if request.goal is not None:
+        return f"{name}-{_size(request.goal)}"
+    return name if request.several else f"{name}-{_percent(request.requested_ratios[0])}"
 
 
 def _percent(ratio: float | None) -> str:
@@ -28,9 +28,9 @@ def _percent(ratio: float | None) -> str:
     return f"{float(f'{ratio:g}') * 100:g}".replace(".", "_")  # of the six digits by which ratios differ
 
 
-def _size(target: Target) -> str:
+def _size(goal: Goal) -> str:
     """Three digits and a unit, a thousand of each in the next."""
-    size, units = (target.parameters, COUNTS) if target.parameters is not None else (target.bytes or 0.0, BYTES)
+    size, units = (goal.parameters, COUNTS) if goal.parameters is not None else (goal.bytes or 0.0, BYTES)
     rounded = f"{size:.2e}"
     power = min(max(int(rounded.partition("e")[2]) // 3, 0), len(units) - 1)
     return f"{float(rounded) / 1000**power:g}{units[power]}".replace(".", "_")

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, defer
 
 from app.auth.models import ApiKey
 from app.auth.repository import FIND
-from app.jobs.models import Job, JobEvent, JobRound
+from app.jobs.models import Job, JobEvent, JobStep
 from app.jobs.transitions import lock, record_event
 from secateur.contract.states import TERMINAL, State
 
@@ -104,9 +104,9 @@ def events(session: Session, job_id: uuid.UUID, after: int, limit: int) -> Seque
     return session.scalars(query.order_by(JobEvent.id).limit(limit)).all()
 
 
-def rounds(session: Session, job_id: uuid.UUID) -> Sequence[JobRound]:
-    """The completed rounds, in order."""
-    return session.scalars(select(JobRound).where(JobRound.job_id == job_id).order_by(JobRound.number)).all()
+def steps(session: Session, job_id: uuid.UUID) -> Sequence[JobStep]:
+    """The completed steps, in order."""
+    return session.scalars(select(JobStep).where(JobStep.job_id == job_id).order_by(JobStep.number)).all()
 
 
 def queue_numbers(session: Session) -> QueueNumbers:
@@ -132,15 +132,15 @@ def recent_retries(session: Session) -> dict[str, float]:
     return {str(name): count for name, count in session.execute(query)}
 
 
-def recent_rounds(session: Session) -> dict[str, float]:
-    """Mean seconds of the rounds of the last hour, by method."""
-    seconds = func.avg(cast(JobRound.data["seconds"].astext, Float))
-    since = JobRound.created_at > func.now() - FINISHED_WITHIN
-    query = select(Job.method, seconds).join(Job, Job.id == JobRound.job_id).where(since, JobRound.number > 0)
+def recent_steps(session: Session) -> dict[str, float]:
+    """Mean seconds of the steps of the last hour, by method."""
+    seconds = func.avg(cast(JobStep.data["seconds"].astext, Float))
+    since = JobStep.created_at > func.now() - FINISHED_WITHIN
+    query = select(Job.method, seconds).join(Job, Job.id == JobStep.job_id).where(since, JobStep.number > 0)
     return {method: mean for method, mean in session.execute(query.group_by(Job.method)) if mean is not None}
 
 
 def delete(session: Session, job: Job) -> None:
-    """Delete the job and, by cascade, its events, rounds and webhooks; the caller commits."""
+    """Delete the job and, by cascade, its events, steps and webhooks; the caller commits."""
     session.delete(job)
     session.flush()

@@ -31,7 +31,9 @@ from app.http.problem import Problem, documented, invalid
 from app.jobs import dispatch, repository, service
 from app.jobs.schemas import JobFilter
 from app.jobs.transitions import Trigger
+from secateur.catalog.recipe import Recipe
 from secateur.catalog.request import JobRequest, LabelName, LabelValue
+from secateur.contract.errors import ErrorCode
 from secateur.contract.jobs import (
     Artifact,
     ArtifactList,
@@ -41,8 +43,8 @@ from secateur.contract.jobs import (
     JobPage,
     JobSummary,
     JobView,
-    RoundList,
-    RoundView,
+    StepList,
+    StepView,
 )
 from secateur.contract.states import TERMINAL, State
 
@@ -50,7 +52,7 @@ POLL_AFTER = 2
 """Seconds after which asking again makes sense (``Retry-After``)."""
 STREAM_BATCH = 100
 
-RANGE_PROBLEMS = {400: "range_malformed", 416: "range_not_satisfiable"}
+RANGE_PROBLEMS = {400: ErrorCode.RANGE_MALFORMED, 416: ErrorCode.RANGE_NOT_SATISFIABLE}
 
 router = APIRouter(
     prefix="/v1/jobs",
@@ -135,7 +137,7 @@ async def create(
 
         def look() -> DryRun:
             with session_factory()() as session:
-                return service.plan(session, settings, owner.id, body)
+                return service.dry_run(session, settings, owner.id, body)
 
         planned = await run_in_threadpool(look)
         return Response(planned.model_dump_json(), media_type="application/json")
@@ -252,9 +254,9 @@ def _ask(trigger: Trigger, summary: str) -> None:
 
 
 _ask(Trigger.CANCEL, "Stop the job for good; idempotent.")
-_ask(Trigger.PAUSE, "Stop the job at the end of its round; idempotent.")
+_ask(Trigger.PAUSE, "Stop the job at the end of its step; idempotent.")
 _ask(Trigger.RESUME, "Go on with a paused job; idempotent.")
-_ask(Trigger.RETRY, "Queue a failed or cancelled job again, from its last completed round; idempotent.")
+_ask(Trigger.RETRY, "Queue a failed or cancelled job again, from its last completed step; idempotent.")
 
 
 @router.get("/{job_id}/events", response_model=EventPage, responses=documented(404))
@@ -321,11 +323,17 @@ async def stream(
             await bell.wait(float("inf"))
 
 
-@router.get("/{job_id}/rounds", response_model=RoundList, responses=documented(404))
-def rounds(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> RoundList:
-    """The completed rounds: ratio, widths by layer, perplexity, loss curve, time, memory."""
-    found = service.rounds(session, owner.id, job_id)
-    return RoundList(items=[RoundView.model_validate(item) for item in found])
+@router.get("/{job_id}/steps", response_model=StepList, responses=documented(404))
+def steps(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> StepList:
+    """The completed steps: ratio, widths by layer, perplexity, loss curve, time, memory."""
+    found = service.steps(session, owner.id, job_id)
+    return StepList(items=[StepView.model_validate(item) for item in found])
+
+
+@router.get("/{job_id}/recipe", response_model=dict[str, Any], responses=documented(404))
+def recipe(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> dict[str, Any]:
+    """The fields of the job's request that differ from their defaults, texts included: a job created with them makes the same model."""
+    return dict(Recipe.of_request(service.get(session, owner.id, job_id).request).fields)
 
 
 class ReportRoute(KeyedRoute):
@@ -400,6 +408,6 @@ def artifact(job_id: uuid.UUID, name: str, owner: Owner, session: SessionDep, se
     """One file; `Range` requests are served."""
     found = service.artifacts(session, settings, owner.id, job_id).get(name)
     if found is None:
-        raise Problem(404, "not_found", f"Job {job_id} has no artifact '{name}'.")
+        raise Problem(404, ErrorCode.NOT_FOUND, f"Job {job_id} has no artifact '{name}'.")
     path, status = found
     return ArtifactResponse(path, media_type=FILE_TYPE, filename=path.name, stat_result=status)

@@ -18,11 +18,11 @@ from app.fleet import repository as fleet
 from app.http import idempotency, logs
 from app.http.problem import Problem, invalid
 from app.jobs import admission, leases, repository, tokens, transitions
-from app.jobs.models import Job, JobEvent, JobRound
+from app.jobs.models import Job, JobEvent, JobStep
 from app.jobs.schemas import JobFilter
 from app.jobs.transitions import Trigger
 from secateur.catalog.request import JobRequest
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.jobs import DryRun
 from secateur.contract.states import TERMINAL, State
 
@@ -30,11 +30,11 @@ TRASH = ".deleted"
 """The end of the name of a deleted job's folder."""
 ROOM_AFTER = 60
 """Seconds after which there may be room for one more job (``Retry-After``)."""
-LEFTOVERS = ("attempt-*", ".attempt-*", "round-*.tmp")
+LEFTOVERS = ("attempt-*", ".attempt-*", "step-*.tmp")
 """What workers that were killed leave in a job's folder."""
 
 
-def plan(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest) -> DryRun:
+def dry_run(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest) -> DryRun:
     """What the job would do; nothing is made.
 
     Raises:
@@ -43,7 +43,7 @@ def plan(session: Session, settings: Settings, owner_id: uuid.UUID, request: Job
     token = tokens.for_request(session, settings, owner_id, request.hub_token)
     largest = fleet.largest(session, settings.worker_silence)
     session.rollback()  # hands the connection back while the Hub is asked
-    return admission.plan(admission.admit(request, settings, token), settings, token, largest)
+    return admission.dry_run(admission.admit(request, settings, token), settings, token, largest)
 
 
 def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job:
@@ -61,7 +61,7 @@ def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: J
     session.rollback()  # as above
     admitted = admission.admit(request, settings, token)
     try:
-        revision = admission.plan(admitted, settings, token, largest).revision or request.revision
+        revision = admission.dry_run(admitted, settings, token, largest).revision or request.revision
     except PruningError as error:
         if not error.retryable:
             raise
@@ -93,7 +93,7 @@ def _check_room(session: Session, settings: Settings, owner_id: uuid.UUID) -> No
     keys.lock(session, owner_id)
     if repository.open_count(session, owner_id) >= settings.max_open_jobs:
         detail = f"This API key has {settings.max_open_jobs} jobs that have not ended, as many as it may have."
-        raise Problem(429, "too_many_jobs", detail, headers={"Retry-After": str(ROOM_AFTER)})
+        raise Problem(429, ErrorCode.TOO_MANY_JOBS, detail, headers={"Retry-After": str(ROOM_AFTER)})
 
 
 def _replay(session: Session, settings: Settings, owner_id: uuid.UUID, key: str, digest: str) -> Job | None:
@@ -102,9 +102,9 @@ def _replay(session: Session, settings: Settings, owner_id: uuid.UUID, key: str,
         return None
     if used.request_sha256 != digest:
         message = "this key was used with another body"
-        raise invalid("idempotency-key", message, code="idempotency_key_reused", allowed="a new key")
+        raise invalid("idempotency-key", message, code=ErrorCode.IDEMPOTENCY_KEY_REUSED, allowed="a new key")
     if used.job_id is None:
-        raise Problem(410, "job_deleted", "The job that this Idempotency-Key made was deleted.")
+        raise Problem(410, ErrorCode.JOB_DELETED, "The job that this Idempotency-Key made was deleted.")
     return repository.get(session, owner_id, used.job_id)
 
 
@@ -134,7 +134,7 @@ def get(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, locked: boo
 
 def no_job(job_id: uuid.UUID) -> Problem:
     """404, for another owner's too."""
-    return Problem(404, "not_found", f"There is no job {job_id}.")
+    return Problem(404, ErrorCode.NOT_FOUND, f"There is no job {job_id}.")
 
 
 def page(
@@ -183,7 +183,9 @@ def delete(session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uu
     """
     job = get(session, owner_id, job_id, locked=True)
     if job.state not in TERMINAL:
-        raise Problem(409, "wrong_state", f"A job that is {job.state} cannot be deleted; cancel it.", state=job.state)
+        raise Problem(
+            409, ErrorCode.WRONG_STATE, f"A job that is {job.state} cannot be deleted; cancel it.", state=job.state
+        )
     repository.delete(session, job)
     session.commit()
     folder = settings.job_dir(job_id)
@@ -236,13 +238,13 @@ def events(
     return job, repository.events(session, job_id, after, limit)
 
 
-def rounds(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID) -> Sequence[JobRound]:
-    """The completed rounds.
+def steps(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID) -> Sequence[JobStep]:
+    """The completed steps.
 
     Raises:
         Problem: 404.
     """
-    return repository.rounds(session, get(session, owner_id, job_id).id)
+    return repository.steps(session, get(session, owner_id, job_id).id)
 
 
 def report(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID) -> dict[str, Any]:
@@ -253,7 +255,7 @@ def report(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID) -> dict[str
     """
     job = get(session, owner_id, job_id)
     if job.report is None:
-        raise Problem(409, "no_report", f"A job that is {job.state} has no report.", state=job.state)
+        raise Problem(409, ErrorCode.NO_REPORT, f"A job that is {job.state} has no report.", state=job.state)
     return job.report
 
 

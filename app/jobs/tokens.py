@@ -11,6 +11,7 @@ from app.auth.models import ApiKey
 from app.config import Settings
 from app.http.problem import invalid
 from app.jobs.models import Job
+from secateur.contract.errors import ErrorCode
 
 
 def keep(settings: Settings, own: SecretStr | None) -> bytes | None:
@@ -22,7 +23,7 @@ def keep(settings: Settings, own: SecretStr | None) -> bytes | None:
     try:
         return None if own is None else vault.encrypt(settings, own)
     except vault.VaultError as error:
-        raise invalid("hub_token", str(error), code="hub_tokens_disabled") from None
+        raise invalid("hub_token", str(error), code=ErrorCode.HUB_TOKENS_DISABLED) from None
 
 
 def for_request(session: Session, settings: Settings, owner_id: uuid.UUID, own: SecretStr | None) -> SecretStr | None:

@@ -35,7 +35,7 @@ class Trigger(StrEnum):
 TABLE: dict[tuple[State, Trigger], State] = {
     (State.QUEUED, Trigger.CLAIM): State.RUNNING,
     (State.QUEUED, Trigger.PAUSE): State.PAUSED,
-    (State.RUNNING, Trigger.PAUSE): State.RUNNING,  # a request; takes effect at the round's end
+    (State.RUNNING, Trigger.PAUSE): State.RUNNING,  # a request; takes effect at the step's end
     (State.PAUSED, Trigger.PAUSE): State.PAUSED,
     (State.PAUSED, Trigger.RESUME): State.QUEUED,
     (State.QUEUED, Trigger.RESUME): State.QUEUED,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from secateur.catalog.architectures import ModelShape
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 
 GgufKind = Literal["F32", "F16", "Q8_0", "Q4_K_M"]
 GGUF_KINDS: tuple[GgufKind, ...] = get_args(GgufKind)
@@ -76,15 +76,15 @@ def gguf_obstacle(
     if added_biases and not runtime.added_biases:
         return unsupported(
             f"llama.cpp has no place for the biases that this recovery adds to a {shape.model_type} model; "
-            "recovery 'least-squares', 'lora', 'distill' or 'none' adds none",
-            "recovery.kind",
+            "recovery.layerwise.kind 'least-squares' or 'none' adds none",
+            "recovery.layerwise.kind",
         )
     if reason := _unlike(shape, config, runtime):
         return unsupported(reason)
     block = BLOCKS[kind]
     if (multiple := shape.width_multiple(width_multiple)) % block:
         return PruningError(
-            "gguf_unsupported",
+            ErrorCode.GGUF_UNSUPPORTED,
             f"{kind} quantises {block} weights of a row together, and {multiple}, of which feed-forward widths are "
             f"multiples, is none of {block}; ask for allocation.width_multiple {block}.",
             field="allocation.width_multiple",
@@ -101,7 +101,7 @@ def gguf_architecture(model_type: str, uniform: bool) -> str:
 
 
 def unsupported(reason: str, field: str = "formats") -> PruningError:
-    return PruningError("gguf_unsupported", f"This model cannot be written as GGUF: {reason}.", field=field)
+    return PruningError(ErrorCode.GGUF_UNSUPPORTED, f"This model cannot be written as GGUF: {reason}.", field=field)
 
 
 def _needs_uniform(shape: ModelShape, runtime: Runtime) -> str | None:

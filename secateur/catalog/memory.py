@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from secateur.catalog.architectures import ModelShape
-from secateur.catalog.methods import GRADIENT_ALLOCATORS, GRADIENT_SCORERS, LAYERWISE_SCORERS
-from secateur.catalog.spec import DTYPE_BYTES, PruningSpec
-from secateur.contract.errors import PruningError
+from secateur.catalog.methods import Need
+from secateur.catalog.resolve import Resolved
+from secateur.catalog.spec import DTYPE_BYTES
+from secateur.contract.errors import ErrorCode, PruningError
 
 BATCH_TOKENS = 1024
 """Of one forward or backward pass; one window, where that is longer. Bounds activations, and the logits that are the largest."""
@@ -38,12 +39,14 @@ class Memory:
         return self.weights + self.working
 
 
-def estimate(spec: PruningSpec, shape: ModelShape, dtype: str, ratio: float, mapped: bool) -> Memory:
-    """What pruning a model of ``shape`` by ``ratio`` takes in ``dtype``.
+def estimate(resolved: Resolved, shape: ModelShape, mapped: bool) -> Memory:
+    """What pruning a model of ``shape`` takes, at the smallest ratio of the request.
 
     ``mapped``: weights stay in their files until they are cut, as on a CPU in the files' own dtype.
     """
-    size, layer = DTYPE_BYTES[dtype], shape.layers[0]
+    spec, chosen, ratio = resolved.spec, resolved.components, min(resolved.ratios)
+    needs = chosen.needs
+    size, layer = DTYPE_BYTES[resolved.dtype], shape.layers[0]
     tokens = spec.calibration.samples * spec.calibration.sequence_length
     batch = min(max(BATCH_TOKENS, spec.calibration.sequence_length), tokens)
     hidden, depth = shape.hidden_size, len(shape.layers)
@@ -54,44 +57,44 @@ def estimate(spec: PruningSpec, shape: ModelShape, dtype: str, ratio: float, map
     backward = batch * (ATTENTION_TENSORS * hidden + CHANNEL_TENSORS * layer.channels) * size
 
     stages = {"evaluating": logits}
-    if not spec.is_dynamic and (spec.scorer in LAYERWISE_SCORERS or spec.mend != "none"):
-        solved = spec.scorer == "obs" or spec.mend != "none"
-        moments = ((3 if solved else 1) * widest**2 + widest * hidden) * WIDE
-        stages["layer by layer"] = tokens * states * (3 if spec.needs_reference else 1) + moments
-    if spec.is_dynamic or spec.scorer == "piem" or spec.allocator in GRADIENT_ALLOCATORS:
+    if Need.MOMENTS in needs:
+        moments = ((3 if Need.SOLVE in needs else 1) * widest**2 + widest * hidden) * WIDE
+        stages["layer by layer"] = tokens * states * (3 if chosen.fits_to_reference else 1) + moments
+    if Need.GATES in needs:
         stages["gates"] = depth * batch * states + backward + logits
-    if spec.scorer in GRADIENT_SCORERS - {"piem"}:
+    if Need.GRADIENTS in needs:
         stages["gradients"] = depth * tokens * states + backward + logits + 2 * block * WIDE
-    if spec.training is not None:
-        trained = shape.prunable_parameters * ADAM if spec.training == "distill" else 0
+    if chosen.training is not None:
+        trained = shape.prunable_parameters * ADAM if chosen.training.all_weights else 0
         stages["training"] = depth * backward + logits + trained
 
     whole = shape.parameters * size
     weights = whole - round(ratio * shape.prunable_parameters) * size if mapped else whole
-    if spec.is_dynamic:  # the plain model, the published one, and what writes of it
+    if chosen.dynamic:  # the plain model, the published one, and the units that generate
         weights = (1 if mapped else 2) * whole + round((1 - ratio) * shape.prunable_parameters) * size
-    if (spec.needs_reference and spec.round_count > 1) or spec.training == "distill":
+    trains_beside = chosen.training is not None and Need.REFERENCE in chosen.training.needs
+    if (chosen.fits_to_reference and chosen.rounds > 1) or trains_beside:
         weights += 0 if mapped else whole
     return Memory(weights, stages)
 
 
-def check_fits(spec: PruningSpec, memory: Memory, dtype: str, capacity: int) -> None:
-    """Whether ``capacity`` bytes can hold it.
+def check_fits(resolved: Resolved, memory: Memory, capacity: int) -> None:
+    """Check that ``capacity`` bytes can hold the estimate.
 
     Raises:
-        PruningError: ``out_of_memory`` with what would take less.
+        PruningError: ``out_of_memory``, naming what takes less.
     """
     if memory.total <= capacity:
         return
     advice = []
-    if DTYPE_BYTES[dtype] > 2:
+    if DTYPE_BYTES[resolved.dtype] > 2:
         advice.append("dtype 'bfloat16'")
     if memory.working > capacity / 4:
         advice.append("fewer or shorter calibration samples")
-    if spec.scorer not in LAYERWISE_SCORERS or spec.training is not None:
+    if not resolved.components.scorer.layerwise or resolved.components.training is not None:
         advice.append("method 'wanda' or 'secateur' with one round, and no training")
     raise PruningError(
-        "out_of_memory",
+        ErrorCode.OUT_OF_MEMORY,
         f"This takes at least {memory.total / 2**30:.1f} GiB ({memory.weights / 2**30:.1f} of weights, "
         f"{memory.working / 2**30:.1f} to work with); the largest worker has {capacity / 2**30:.1f}. "
         f"Less takes: {', '.join([*advice, 'a larger worker'])}.",

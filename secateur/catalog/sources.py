@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from secateur.catalog.architectures import ModelShape, chatglm, check_config, family_of, shape_from_config
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 from secateur.extras import require
 
 LOCAL_PREFIX = "local:"
@@ -49,6 +49,8 @@ class ModelSource:
     gguf_file: str | None
     config: dict[str, Any] | None
     """``config.json``, or the same from GGUF metadata or ChatGLM's; ``None`` for a GGUF file that is still on the Hub."""
+    weights_digest: str | None = None
+    """A hash of the weights, where the model was handed over in memory and its folder holds config and tokenizer alone."""
     chatglm: bool = False
     """Whether its files are as ChatGLM's own code reads them, not as transformers' ``glm`` or our ``chatglm6b`` does."""
 
@@ -72,6 +74,8 @@ class ModelSource:
 
     def fingerprint(self) -> str:
         """Changes when the weights may have changed: the commit, or a hash over the names, sizes and times of the files."""
+        if self.weights_digest is not None:
+            return f"weights:{self.weights_digest}"
         if self.path is None or self.revision is not None:
             return f"commit:{self.revision}"
         lines = [
@@ -90,7 +94,7 @@ def read_shape(source: ModelSource) -> ModelShape:
     """
     if source.config is None:
         raise PruningError(
-            "config_unknown", "The sizes of a GGUF file are known once it is downloaded.", field="gguf_file"
+            ErrorCode.CONFIG_UNKNOWN, "The sizes of a GGUF file are known once it is downloaded.", field="gguf_file"
         )
     return shape_from_config(source.config)
 
@@ -103,7 +107,7 @@ def check_size(shape: ModelShape | None, most: int | None) -> None:
     """
     if shape is not None and most is not None and shape.parameters > most:
         raise PruningError(
-            "model_too_large",
+            ErrorCode.MODEL_TOO_LARGE,
             f"The model has {shape.parameters:,} parameters; this service takes {most:,} at most.",
             field="model_id",
         )
@@ -132,7 +136,7 @@ def locate(
         name = model_id.removeprefix(LOCAL_PREFIX)
         if not LOCAL_NAME.fullmatch(name):
             raise PruningError(
-                "model_id_invalid",
+                ErrorCode.MODEL_ID_INVALID,
                 f"'{name}' is no name of a local model: letters, digits, '.', '_' and '-' only.",
                 field="model_id",
             )
@@ -144,7 +148,7 @@ def locate(
                 else []
             )
             raise PruningError(
-                "model_not_found",
+                ErrorCode.MODEL_NOT_FOUND,
                 f"There is no local model '{name}'; there are: {', '.join(known) or 'none'}.",
                 field="model_id",
             )
@@ -158,7 +162,7 @@ def locate(
     except errors.HFValidationError as error:
         no_folder = "there is no folder of that name, and " if allow_paths else ""
         raise PruningError(
-            "model_id_invalid", f"'{model_id}': {no_folder}it is no Hub id: {error}", field="model_id"
+            ErrorCode.MODEL_ID_INVALID, f"'{model_id}': {no_folder}it is no Hub id: {error}", field="model_id"
         ) from None
     return _on_hub(model_id, revision, gguf_file, token, endpoint)
 
@@ -166,7 +170,9 @@ def locate(
 def _local(model_id: str, folder: Path, revision: str | None, gguf_file: str | None) -> ModelSource:
     if revision is not None:
         raise PruningError(
-            "revision_not_found", f"{model_id} is on this machine, where models have no revisions.", field="revision"
+            ErrorCode.REVISION_NOT_FOUND,
+            f"{model_id} is on this machine, where models have no revisions.",
+            field="revision",
         )
     found = sorted(file.name for file in folder.glob("*.gguf"))
     if gguf_file is None and not (folder / "config.json").exists() and len(found) == 1:
@@ -174,7 +180,7 @@ def _local(model_id: str, folder: Path, revision: str | None, gguf_file: str | N
     if gguf_file is not None:
         if gguf_file not in found and not (folder / gguf_file).is_file():
             raise PruningError(
-                "model_not_found",
+                ErrorCode.MODEL_NOT_FOUND,
                 f"There is no '{gguf_file}' in {model_id}; there are: {', '.join(found) or 'no GGUF files'}.",
                 field="gguf_file",
             )
@@ -183,7 +189,7 @@ def _local(model_id: str, folder: Path, revision: str | None, gguf_file: str | N
     check_weight_files(model_id, folder)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise PruningError(
-            "tokenizer_missing",
+            ErrorCode.TOKENIZER_MISSING,
             f"{model_id} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
             field="model_id",
         )
@@ -218,14 +224,14 @@ def _read_config(model_id: str, path: Path) -> dict[str, Any]:
     try:
         config = _read_json(path)
     except FileNotFoundError:
-        raise PruningError("model_not_found", f"{model_id} has no config.json.", field="model_id") from None
+        raise PruningError(ErrorCode.MODEL_NOT_FOUND, f"{model_id} has no config.json.", field="model_id") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise PruningError(
-            "config_invalid", f"config.json of {model_id} cannot be read: {reason}", field="model_id"
+            ErrorCode.CONFIG_INVALID, f"config.json of {model_id} cannot be read: {reason}", field="model_id"
         ) from None
     if not isinstance(config, dict):
-        raise PruningError("config_invalid", f"config.json of {model_id} is not an object.", field="model_id")
+        raise PruningError(ErrorCode.CONFIG_INVALID, f"config.json of {model_id} is not an object.", field="model_id")
     return config
 
 
@@ -245,27 +251,27 @@ def check_weight_files(model_id: str, folder: Path) -> dict[str, Path]:
         files = sorted(set(wanted.values())) or sorted(file.name for file in folder.glob("*.safetensors"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PruningError(
-            "weights_corrupt", f"{index.name} of {model_id} cannot be read: {error}", field="model_id"
+            ErrorCode.WEIGHTS_CORRUPT, f"{index.name} of {model_id} cannot be read: {error}", field="model_id"
         ) from None
     if not files:
         raise PruningError(
-            "weights_missing",
+            ErrorCode.WEIGHTS_MISSING,
             f"{model_id} has no safetensors weights (pickled weights are never loaded).",
             field="model_id",
         )
     present: dict[str, Path] = {}
     for name in files:
         if Path(name).name != name or not (folder / name).is_file():
-            raise PruningError("weights_missing", f"{model_id} lacks the shard {name}.", field="model_id")
+            raise PruningError(ErrorCode.WEIGHTS_MISSING, f"{model_id} lacks the shard {name}.", field="model_id")
         try:
             with safe_open(folder / name, framework="numpy") as shard:
                 present |= dict.fromkeys(shard.keys(), folder / name)
         except (SafetensorError, OSError) as error:
             raise PruningError(
-                "weights_corrupt", f"{name} of {model_id} is corrupt or truncated: {error}", field="model_id"
+                ErrorCode.WEIGHTS_CORRUPT, f"{name} of {model_id} is corrupt or truncated: {error}", field="model_id"
             ) from None
     if missing := sorted(set(wanted) - present.keys()):
-        raise PruningError("weights_missing", f"{model_id} lacks the tensor {missing[0]}.", field="model_id")
+        raise PruningError(ErrorCode.WEIGHTS_MISSING, f"{model_id} lacks the tensor {missing[0]}.", field="model_id")
     return present
 
 
@@ -287,11 +293,11 @@ def _gguf_config(path: Path) -> dict[str, Any]:
         names = {tensor.name for tensor in reader.tensors}
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise PruningError(
-            "weights_corrupt", f"{path.name} is no readable GGUF file: {error}", field="gguf_file"
+            ErrorCode.WEIGHTS_CORRUPT, f"{path.name} is no readable GGUF file: {error}", field="gguf_file"
         ) from None
     if f"{architecture}.expert_count" in reader.fields:
         raise PruningError(
-            "unsupported_architecture",
+            ErrorCode.UNSUPPORTED_ARCHITECTURE,
             f"{path.name} holds a mixture of experts, which is read from safetensors alone.",
             field="gguf_file",
         )
@@ -310,17 +316,17 @@ def _on_hub(
         if gguf_file is not None:
             if gguf_file not in files:
                 raise PruningError(
-                    "model_not_found", f"There is no file '{gguf_file}' in {model_id}.", field="gguf_file"
+                    ErrorCode.MODEL_NOT_FOUND, f"There is no file '{gguf_file}' in {model_id}.", field="gguf_file"
                 )
             return ModelSource(model_id, None, info.sha, gguf_file, None)
         if not any(name.endswith(".safetensors") for name in files):
             raise PruningError(
-                "weights_missing",
+                ErrorCode.WEIGHTS_MISSING,
                 f"{model_id} has no safetensors weights (pickled weights are never loaded).",
                 field="model_id",
             )
         if not any(name in files for name in TOKENIZER_FILES):
-            raise PruningError("tokenizer_missing", f"{model_id} has no tokenizer.", field="model_id")
+            raise PruningError(ErrorCode.TOKENIZER_MISSING, f"{model_id} has no tokenizer.", field="model_id")
         path = hf_hub_download(
             model_id, "config.json", revision=info.sha, token=token, endpoint=endpoint, etag_timeout=HUB_TIMEOUT
         )
@@ -335,18 +341,18 @@ def hub_error(error: Exception, model_id: str) -> PruningError:
     """What a failed call to the Hub means for a person."""
     if isinstance(error, errors.GatedRepoError):
         return PruningError(
-            "model_gated", f"{model_id} is gated: accept its terms with the token's account.", field="model_id"
+            ErrorCode.MODEL_GATED, f"{model_id} is gated: accept its terms with the token's account.", field="model_id"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return PruningError("revision_not_found", f"{model_id} has no such revision.", field="revision")
+        return PruningError(ErrorCode.REVISION_NOT_FOUND, f"{model_id} has no such revision.", field="revision")
     if isinstance(error, errors.RepositoryNotFoundError):
         return PruningError(
-            "model_not_found",
+            ErrorCode.MODEL_NOT_FOUND,
             f"There is no model '{model_id}' on the Hub, or the token may not read it.",
             field="model_id",
         )
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return PruningError("config_invalid", f"{model_id} has no config.json.", field="model_id")
+        return PruningError(ErrorCode.CONFIG_INVALID, f"{model_id} has no config.json.", field="model_id")
     return PruningError(
-        "hub_unavailable", f"The Hub could not be reached for {model_id}: {type(error).__name__}.", retryable=True
+        ErrorCode.HUB_UNAVAILABLE, f"The Hub could not be reached for {model_id}: {type(error).__name__}."
     )

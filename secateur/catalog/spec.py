@@ -1,25 +1,23 @@
 """What is asked of the engine: the part of a job request that says how to prune, valid by construction."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
-from secateur.catalog.architectures import ModelShape
-from secateur.catalog.gguf import GgufKind, gguf_obstacle
+from secateur.catalog.gguf import GgufKind
 from secateur.catalog.methods import (
-    BIASING,
-    LAYERWISE_SCORERS,
+    ALLOCATORS,
+    LAYERWISE_RECOVERIES,
     METHODS,
-    RANKING_ALLOCATORS,
-    STATIC_METHODS,
-    TRAINED,
-    Allocator,
-    Method,
-    RecoveryKind,
-    Scorer,
+    NO_RECOVERY,
+    SCORERS,
+    AllocatorName,
+    FitTo,
+    LayerwiseRecoveryName,
+    MethodName,
+    ScorerName,
+    TrainingName,
 )
-from secateur.contract.errors import PruningError
 from secateur.contract.jobs import without_texts
 
 MAX_RATIO = 0.9
@@ -47,11 +45,11 @@ TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 Prompt = Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^[^\x00]*$")]
 
 
-class _Part(BaseModel):
+class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TextSource(_Part):
+class TextSource(_Settings):
     """Where text comes from: a named data set, a file, or the texts themselves; neither: sampled from the model."""
 
     dataset: DatasetName | None = Field(
@@ -120,69 +118,83 @@ class Evaluation(TextSource):
         return names
 
 
-class Scoring(_Part):
-    """What a unit is scored by. The coefficients of a scorer that was not asked for are ignored."""
+class Scoring(_Settings):
+    """How units are scored. Coefficients of a scorer that is not used are ignored."""
 
-    kind: Scorer | None = Field(None, description="Unset: the method's own.")
+    kind: ScorerName | None = Field(None, description="Unset: the method's own.")
     lambda_weight: float = Field(0.1, ge=0, le=100, description="`piem`: λ1, the weight of the L1 norm.")
     lambda_loss: float = Field(1.0, ge=0, le=100, description="`piem`: λ2, the weight of the loss change.")
     gamma: float = Field(0.5, ge=0, le=100, description="`piem`: γ, the weight of the gradient term.")
     shielding: Literal["auto", "exact", "estimate"] = Field(
         "auto",
-        description="`piem`: how a head's ΔL is found: by shielding it in a forward pass, by the estimate from its gate's gradient, or exactly where that is affordable.",
+        description="`piem`: how the loss change ΔL of a KV group is found: `exact` sets the group to zero in a forward pass, `estimate` takes it from the gate's gradient, `auto` is exact where that is affordable.",
     )
-    greedy_swaps: bool = Field(True, description="`slimllm`: refine the choice of heads by Algorithm 1.")
+    greedy_swaps: bool = Field(True, description="`slimllm`: refine the choice of KV groups by Algorithm 1.")
     feature_space: bool = Field(
-        True, description="`slimllm`: weigh output directions by their variance (equations 5 to 7); else all alike."
+        True,
+        description="`slimllm`: weight output directions by their variance (equations 5 to 7); false: all alike.",
     )
 
 
-class Allocation(_Part):
+class Allocation(_Settings):
     """How the ratio is spread over layers and rounds."""
 
-    kind: Allocator | None = Field(None, description="Unset: the method's own.")
+    kind: AllocatorName | None = Field(None, description="Unset: the method's own.")
     alpha: float | None = Field(
         None,
         ge=0,
         le=100,
-        description="`cosine`: α of SlimLLM's equation 11; unset: 10 up to a ratio of 0.2, 7 from 0.5 on, linear in between.",
+        description="`cosine`: α of SlimLLM's equation 11. Unset: 10 up to a ratio of 0.2, 7 from 0.5 on, linear in between.",
     )
     schedule: Literal["geometric", "cubic"] = Field(
-        "geometric", description="Ratio by round: equal steps of what is left, or cubic (large steps first)."
+        "geometric",
+        description="Ratio after each round: `geometric` removes the same share of what is left, `cubic` takes large steps first.",
     )
     width_multiple: int | None = Field(
         None,
         ge=1,
         le=1024,
-        description="Feed-forward widths are multiples of this; unset: 256 where the model is at least 4096 wide there, else 32.",
+        description="Feed-forward widths are multiples of this number. Unset: 256 where the model is at least 4096 wide there, else 32.",
     )
 
 
-class Recovery(_Part):
-    """What is done to win back what pruning lost. Settings of a kind that was not asked for are ignored."""
+class LayerwiseSettings(_Settings):
+    """The correction of each layer as it is cut, from statistics of the calibration text."""
 
-    kind: RecoveryKind | None = Field(
-        None,
-        description="Unset: the method's own. `bias`, `linear-regression` and `least-squares` mend each layer as it is cut, from statistics; `lora` and `distill` train after the last round, on top of the method's own mending.",
-    )
+    kind: LayerwiseRecoveryName | None = Field(None, description="Unset: the method's own; `none`: no correction.")
     damping: float | None = Field(
         None,
         gt=0,
         le=100,
-        description="`least-squares`: pull towards the original weights, as a share of the mean diagonal of the Gram matrix; unset: the method's own (0.3, `sparsegpt` 0.01, `secateur-gradient` 10).",
+        description="`least-squares`: weight of the distance to the original weights, as a share of the mean diagonal of the Gram matrix. Unset: the method's own (0.3; `sparsegpt` 0.01; `secateur-gradient` 10).",
     )
-    target: Literal["model", "layer"] | None = Field(
+    fit_to: FitTo | None = Field(
         None,
-        description="`least-squares`: fit each layer to what left it in the unpruned `model`, or to what the `layer` itself would give uncut; unset: the method's own (`model`; `sparsegpt` and `secateur-gradient` `layer`).",
+        description="`least-squares`: fit each layer to the hidden states of the unpruned `model`, or to the output that the `layer` itself would have if it were not cut. Unset: the method's own (`model`; `sparsegpt` and `secateur-gradient`: `layer`).",
     )
-    epochs: float = Field(2.0, gt=0, le=100, description="`lora`, `distill`: passes over the calibration windows.")
-    learning_rate: float = Field(1e-4, gt=0, le=1, description="`lora`, `distill`: peak of AdamW's.")
-    batch_size: int = Field(64, ge=1, le=4096, description="`lora`, `distill`: windows of one step.")
-    rank: int = Field(8, ge=1, le=1024, description="`lora`: rank of the adapters, which are merged afterwards.")
-    temperature: float = Field(1.0, gt=0, le=100, description="`distill`: of both models' softmax.")
 
 
-class Dynamic(_Part):
+class TrainingSettings(_Settings):
+    """Training of the pruned model after the last round."""
+
+    kind: TrainingName = Field(
+        description="`lora`: low-rank adapters on the next-token loss, merged afterwards. `distill`: all weights of the blocks, on the distance to the unpruned model's predictions.",
+    )
+    epochs: float = Field(2.0, gt=0, le=100, description="Passes over the calibration windows.")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
+    batch_size: int = Field(64, ge=1, le=4096, description="Windows of one optimizer step.")
+    rank: int = Field(8, ge=1, le=1024, description="`lora`: rank of the adapters.")
+    temperature: float = Field(1.0, gt=0, le=100, description="`distill`: temperature of both models' softmax.")
+
+
+class Recovery(_Settings):
+    """How the loss that pruning causes is reduced: layer by layer, by training, or both."""
+
+    layerwise: LayerwiseSettings = LayerwiseSettings()
+    training: TrainingSettings | None = Field(None, description="Unset: no training.")
+
+
+class Dynamic(_Settings):
     """How a model of method `dsgp` chooses the units that write, for each prompt; other methods ignore it. The published
     `config.json` has it as `dynamic_pruning`, where it can be changed."""
 
@@ -201,15 +213,17 @@ class Dynamic(_Part):
     )
 
 
-class Target(_Part):
-    """How large the pruned model is to be; one of the two.
+class Goal(_Settings):
+    """The size of the pruned model, instead of a ratio: one of the fields.
 
-    Met to within half a block of channels, and the biases that a recovery may add.
+    The goal is met to within half a block of channels, and the biases that a recovery may add.
     """
 
-    parameters: float | None = Field(None, gt=0, allow_inf_nan=False, description="All of its parameters.")
+    parameters: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Number of parameters of the whole model."
+    )
     bytes: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="Bytes of its weights, in the dtype asked for."
+        None, gt=0, allow_inf_nan=False, description="Bytes of the weights, in the requested dtype."
     )
 
     @model_validator(mode="after")
@@ -230,31 +244,28 @@ _ONE_RATIO: TypeAdapter[float] = TypeAdapter(Ratio)
 _RATIOS: TypeAdapter[list[float]] = TypeAdapter(Ratios)
 
 
-def _mend(kind: RecoveryKind | None, method: Method) -> RecoveryKind:
-    """Training goes on top of the method's own mending."""
-    return method.recovery if kind is None or kind in TRAINED else kind
+class PruningSpec(_Settings):
+    """How to prune: `target_ratio` and `method` are required; the other fields have defaults that suit the method.
 
-
-class PruningSpec(_Part):
-    """How to prune: `target_ratio`, `method` and `rounds` say it; the rest has defaults that suit the method."""
+    What a method, a scorer or a recovery needs and excludes is in :mod:`secateur.catalog.methods`; what the request comes to on a
+    model is resolved by :func:`secateur.catalog.resolve.resolve`.
+    """
 
     target_ratio: Ratio | Ratios | None = Field(
         None,
-        description="Share of the parameters in the decoder blocks' attention and feed-forward weights to remove; a list makes one pruned model for each, and what is known of the source is found out once.",
+        description="Share of the parameters in the decoder blocks' attention and feed-forward weights to remove; embeddings do not count. A list makes one pruned model for each ratio, and statistics of the source are computed once.",
         examples=[0.2],
     )
-    target: Target | None = Field(
-        None, validate_default=True, description="Instead of `target_ratio`: how large the result is to be."
+    goal: Goal | None = Field(
+        None, validate_default=True, description="Instead of `target_ratio`: the size of the pruned model."
     )
-    method: str = Field(
-        description="A name of `GET /v1/methods`.", examples=["piem-lsps"], json_schema_extra={"enum": list(METHODS)}
-    )
+    method: MethodName = Field(description="A name of `GET /v1/methods`.", examples=["piem-lsps"])
     rounds: int | None = Field(
-        None, strict=True, ge=1, le=64, description="Pruning rounds; unset: the method's default.", examples=[3]
+        None, strict=True, ge=1, le=64, description="Pruning rounds. Unset: the method's default.", examples=[3]
     )
     seed: int = Field(0, ge=0, lt=2**31)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of computing and of the published weights; auto: the source's own."
+        "auto", description="Dtype of the computation and of the published weights. `auto`: the source's own."
     )
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
@@ -265,16 +276,16 @@ class PruningSpec(_Part):
     layout: Layout = Field(
         "per-layer",
         validate_default=True,
-        description="Of the published model. `per-layer`: every layer has the widths that suit it, and the repository a small modeling file. `uniform`: all layers give the same, so that the stock class loads it without code. `padded`: as `per-layer`, then filled up with zeros to the widest layer: exact, also without code, but larger.",
+        description="Layout of the published model. `per-layer`: every layer has its own widths, and the repository contains a small modeling file. `uniform`: all layers have the same widths, so that the stock class loads the model without code. `padded`: as `per-layer`, then filled up with zeros to the widest layer: the same output, also without code, but larger files.",
     )
 
     formats: list[Format] = Field(
         ["safetensors"],
         min_length=1,
-        description="Of the published weights: `safetensors` always, and `gguf` for llama.cpp beside it where it can run the model.",
+        description="Formats of the published weights: `safetensors` always, and `gguf` for llama.cpp where it can run the model.",
         examples=[["safetensors", "gguf"]],
     )
-    gguf_quantization: GgufKind = Field("F16", description="Of the GGUF file's weights.")
+    gguf_quantization: GgufKind = Field("F16", description="Quantisation of the GGUF file's weights.")
 
     @field_validator("formats")
     @classmethod
@@ -285,19 +296,17 @@ class PruningSpec(_Part):
 
     @field_validator("method")
     @classmethod
-    def _known_method(cls, name: str, info: ValidationInfo) -> str:
-        if name not in METHODS:
-            raise ValueError(f"no method '{name}'; allowed: {', '.join(METHODS)}")
-        if METHODS[name].dynamic and info.data.get("target") is not None:
+    def _keeps_the_size(cls, name: str, info: ValidationInfo) -> str:
+        if METHODS[name].dynamic and info.data.get("goal") is not None:
             raise ValueError(
-                f"'{name}' leaves the model its size: give 'target_ratio', the share of work that writing saves"
+                f"'{name}' does not change the model's size: give 'target_ratio', the share of the work that generating saves"
             )
         return name
 
     @field_validator("rounds", "scoring", "allocation", "recovery", "layout", "formats")
     @classmethod
     def _nothing_is_cut(cls, value: Any, info: ValidationInfo) -> Any:
-        """A dynamic method has one round, parts of its own, and one form."""
+        """A dynamic method has one round, components of its own, and one form."""
         method = info.data.get("method")
         if method is None or not METHODS[method].dynamic:
             return value
@@ -305,7 +314,9 @@ class PruningSpec(_Part):
             "rounds": value in (None, 1) or "1",
             "scoring": getattr(value, "kind", None) is None or "no kind",
             "allocation": getattr(value, "kind", None) is None or "no kind",
-            "recovery": getattr(value, "kind", None) in (None, "none") or "kind 'none'",
+            "recovery": not isinstance(value, Recovery)
+            or (value.layerwise.kind in (None, NO_RECOVERY) and value.training is None)
+            or "layerwise.kind 'none' and no training",
             "layout": value == "per-layer" or "'per-layer'",
             "formats": value == ["safetensors"] or "['safetensors']",
         }[str(info.field_name)]
@@ -316,7 +327,7 @@ class PruningSpec(_Part):
     @field_validator("target_ratio", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
-        """Checked as what it looks like: a union would tell what is wrong with it as either."""
+        """Validated as what it looks like: a union would report the errors of both."""
         if value is None:
             return None
         return _RATIOS.validate_python(value) if isinstance(value, list) else _ONE_RATIO.validate_python(value)
@@ -325,28 +336,29 @@ class PruningSpec(_Part):
     @classmethod
     def _ascending(cls, ratios: float | list[float] | None) -> float | list[float] | None:
         if isinstance(ratios, list):
-            names = {f"{ratio:g}" for ratio in ratios}  # what folders and repositories are called by
+            names = {f"{ratio:g}" for ratio in ratios}  # folders and repositories are named by them
             if ratios != sorted(ratios) or len(names) < len(ratios):
                 raise ValueError("the ratios must ascend, and differ within six digits")
         return ratios
 
-    @field_validator("target")
+    @field_validator("goal")
     @classmethod
-    def _one_target(cls, target: Target | None, info: ValidationInfo) -> Target | None:
-        if "target_ratio" in info.data and (info.data["target_ratio"] is None) == (target is None):
-            raise ValueError("give either 'target_ratio' or 'target'")
-        return target
+    def _ratio_or_goal(cls, goal: Goal | None, info: ValidationInfo) -> Goal | None:
+        if "target_ratio" in info.data and (info.data["target_ratio"] is None) == (goal is None):
+            raise ValueError("give either 'target_ratio' or 'goal'")
+        return goal
 
     @field_validator("allocation")
     @classmethod
     def _scores_to_rank(cls, allocation: Allocation, info: ValidationInfo) -> Allocation:
-        if {"method", "scoring"} <= info.data.keys():  # or they are at fault themselves
+        if {"method", "scoring"} <= info.data.keys():  # otherwise these fields are at fault themselves
             method = METHODS[info.data["method"]]
-            scorer, allocator = info.data["scoring"].kind or method.scoring, allocation.kind or method.allocation
-            if not method.dynamic and scorer in LAYERWISE_SCORERS and allocator in RANKING_ALLOCATORS:
-                allowed = ", ".join(kind for kind in get_args(Allocator) if kind not in RANKING_ALLOCATORS)
+            scorer = SCORERS[info.data["scoring"].kind or method.scorer]
+            allocator = ALLOCATORS[allocation.kind or method.allocator]
+            if not method.dynamic and scorer.layerwise and allocator.ranks:
+                allowed = ", ".join(name for name, entry in ALLOCATORS.items() if not entry.ranks)
                 raise ValueError(
-                    f"'{allocator}' needs scores of the whole model, '{scorer}' has none; allowed: {allowed}"
+                    f"'{allocator.name}' needs scores of the whole model, '{scorer.name}' has none; allowed: {allowed}"
                 )
         return allocation
 
@@ -354,163 +366,37 @@ class PruningSpec(_Part):
     @classmethod
     def _fits_stock_class(cls, layout: Layout, info: ValidationInfo) -> Layout:
         if layout != "per-layer" and {"method", "allocation", "recovery"} <= info.data.keys():
-            mend = _mend(info.data["recovery"].kind, METHODS[info.data["method"]])
-            if mend in BIASING:
+            name = info.data["recovery"].layerwise.kind or METHODS[info.data["method"]].layerwise_recovery
+            if LAYERWISE_RECOVERIES[name].adds_bias:
                 raise ValueError(
-                    f"'{layout}' has no place for the biases that recovery '{mend}' adds; allowed: 'per-layer', or "
-                    "recovery 'none' or 'least-squares'"
+                    f"'{layout}' has no place for the biases that recovery '{name}' adds; allowed: 'per-layer', or "
+                    f"recovery.layerwise.kind {_without_bias()}"
                 )
             if layout == "uniform" and info.data["allocation"].kind not in (None, "uniform"):
-                raise ValueError("'uniform' layers give the same: leave allocation.kind out, or use another layout")
+                raise ValueError(
+                    "'uniform' layers all have the same widths: leave allocation.kind out, or use another layout"
+                )
         return layout
-
-    def ratios(self, shape: ModelShape, source_dtype: str) -> tuple[float, ...]:
-        """The ratios to reach on a model of this shape, ascending; ``source_dtype`` is what ``auto`` stands for.
-
-        Raises:
-            PruningError: ``target_unreachable`` when ``target`` asks for no less than the model has, or too little;
-                ``ratio_unreachable`` when whole units do not come near enough to it or to a ratio.
-        """
-        field = "target_ratio" if self.target is None else "target"
-        ratios = tuple(
-            self._ratio_of_target(shape, source_dtype) if ratio is None else ratio for ratio in self.asked_ratios
-        )
-        for ratio in ratios:
-            shape.check_ratio(ratio, self.allocation.width_multiple, self.uniform, field=field)
-        return ratios
-
-    def check_fits(self, shape: ModelShape, config: Mapping[str, Any]) -> None:
-        """Refuse what cannot be done with a model of this shape and config.
-
-        Raises:
-            PruningError: ``recovery_unsupported``, ``method_unsupported``, ``gguf_unsupported``, naming what would do.
-        """
-        if shape.family.experts and self.mend in BIASING:
-            raise PruningError(
-                "recovery_unsupported",
-                f"Experts have no place for the biases that '{self.mend}', the recovery of method '{self.method}' or the one "
-                "asked for, adds; allowed: recovery.kind 'least-squares' or 'none'.",
-                field="recovery.kind",
-            )
-        if self.is_dynamic and (shape.family.experts or shape.family.two_positions):
-            raise PruningError(
-                "method_unsupported",
-                f"Method '{self.method}' does not know mixtures of experts and the first ChatGLM-6B; allowed: "
-                f"{', '.join(STATIC_METHODS)}.",
-                field="method",
-            )
-        if "gguf" in self.formats:
-            obstacle = gguf_obstacle(
-                shape,
-                config,
-                self.gguf_quantization,
-                uniform=self.layout != "per-layer",
-                added_biases=self.mend in BIASING,
-                width_multiple=self.allocation.width_multiple,
-            )
-            if obstacle is not None:
-                raise obstacle
-
-    def _ratio_of_target(self, shape: ModelShape, source_dtype: str) -> float:
-        target = self.target
-        assert target is not None  # or validation would have failed
-        size = DTYPE_BYTES[source_dtype if self.dtype == "auto" else self.dtype]
-        wanted = target.parameters or (target.bytes or 0) / size
-        ratio = (shape.parameters - wanted) / shape.prunable_parameters
-        if not 0 < ratio <= MAX_RATIO:
-            smallest = shape.parameters - MAX_RATIO * shape.prunable_parameters
-            raise PruningError(
-                "target_unreachable",
-                f"The target is {wanted:,.0f} parameters; this model has {shape.parameters:,} and can be pruned to "
-                f"{smallest:,.0f}.",
-                field="target",
-            )
-        return ratio
 
     @classmethod
     def of_request(cls, request: dict[str, Any]) -> Self:
-        """The part of a stored job request that says how to prune."""
+        """The fields of a stored job request that say how to prune."""
         return cls.model_validate({name: request[name] for name in cls.model_fields if name in request})
 
     @property
     def several(self) -> bool:
-        """Whether a list of ratios was asked for, even of one: reports, folders and repositories are then by target."""
+        """Whether the request has a list of ratios, even of one: reports, folders and repositories are then by target."""
         return isinstance(self.target_ratio, list)
 
     @property
-    def asked_ratios(self) -> tuple[float | None, ...]:
-        """One for each target; ``None``: a size was asked for."""
+    def requested_ratios(self) -> tuple[float | None, ...]:
+        """The ratio of each target; ``None`` where the request has a goal."""
         return tuple(self.target_ratio) if isinstance(self.target_ratio, list) else (self.target_ratio,)
 
-    @property
-    def target_count(self) -> int:
-        """How many pruned models are asked for."""
-        return len(self.asked_ratios)
-
-    @property
-    def parts(self) -> dict[str, str]:
-        """Scorer, allocator and recovery that the pruning is made with, by the part of the request they belong to."""
-        steps = [step for step in (self.mend, self.training) if step not in ("none", None)]
-        return {"scoring": self.scorer, "allocation": self.allocator, "recovery": " and ".join(steps) or "none"}
-
-    @property
-    def is_dynamic(self) -> bool:
-        """Whether the published model chooses its units itself."""
-        return METHODS[self.method].dynamic
-
-    @property
-    def scorer(self) -> Scorer:
-        return self.scoring.kind or METHODS[self.method].scoring
-
-    @property
-    def allocator(self) -> Allocator:
-        if self.uniform:
-            return "uniform"
-        return self.allocation.kind or METHODS[self.method].allocation
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all layers are to have the same widths."""
-        return self.layout == "uniform"
-
-    @property
-    def mend(self) -> RecoveryKind:
-        """What mends each layer as it is cut: ``none``, or a name in ``secateur.engine.recovery.LAYERWISE_RECOVERIES``."""
-        return _mend(self.recovery.kind, METHODS[self.method])
-
-    @property
-    def training(self) -> Literal["lora", "distill"] | None:
-        """What trains the whole when all is cut."""
-        return self.recovery.kind if self.recovery.kind == "lora" or self.recovery.kind == "distill" else None
-
-    @property
-    def refit_target(self) -> Literal["model", "layer"]:
-        return self.recovery.target or METHODS[self.method].refit_target
-
-    @property
-    def refit_damping(self) -> float:
-        return self.recovery.damping or METHODS[self.method].refit_damping
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether layers are mended towards the unpruned model."""
-        return self.mend == "least-squares" and self.refit_target == "model"
-
     def published(self) -> dict[str, Any]:
-        """The spec as reports and model cards show it, see :func:`without_texts`."""
+        """The request as reports and model cards show it, see :func:`without_texts`."""
         return without_texts(self.model_dump(mode="json"))
 
-    @property
-    def round_count(self) -> int:
-        """Rounds of pruning for one target: ``rounds``, or the method's default."""
-        return self.rounds or METHODS[self.method].default_rounds
 
-    @property
-    def rounds_per_target(self) -> int:
-        """Rounds of pruning, and the one of training where a recovery trains."""
-        return self.round_count + (self.training is not None)
-
-    @property
-    def total_rounds(self) -> int:
-        """Of all targets."""
-        return self.target_count * self.rounds_per_target
+def _without_bias() -> str:
+    return " or ".join(f"'{name}'" for name, entry in LAYERWISE_RECOVERIES.items() if not entry.adds_bias)

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-FAILED, REFUSED, UNREACHABLE = 1, 2, 3
-"""Exit codes: the job failed or was cancelled; refused or misused; the service or its database cannot be reached."""
+FAILED, REFUSED, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
+"""Exit codes: the job failed or was cancelled; refused or misused; the service or its database cannot be reached; Ctrl-C."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JobId = Annotated[uuid.UUID, typer.Argument(help="The job's id.")]
@@ -16,16 +16,6 @@ def stop(message: str, code: int) -> typer.Exit:
     """Print ``message`` on stderr; the exception to raise to end the command with the exit code ``code``."""
     typer.echo(message, err=True)
     return typer.Exit(code)
-
-
-def need(extra: str, task: str) -> None:
-    """End the command with a sentence and the exit code ``REFUSED`` when ``task`` needs an extra that is not installed."""
-    from secateur.extras import MissingExtra, require
-
-    try:
-        require(extra, task)
-    except MissingExtra as error:
-        raise stop(error.message, REFUSED) from None
 
 
 def variable(field: str) -> str:

@@ -5,12 +5,13 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from secateur.catalog.recipe import Recipe
 from secateur.cli.common import FAILED, REFUSED, UNREACHABLE, JobId, Json, stop
+from secateur.cli.options import takes_recipe
 
 if TYPE_CHECKING:
     from secateur.client import Client, Job
@@ -21,7 +22,6 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 Url = Annotated[str, typer.Option("--url", envvar="SECATEUR_URL", help="The service's address.")]
 ApiKey = Annotated[str, typer.Option("--api-key", envvar="SECATEUR_API_KEY", help="From 'secateur keys create'.")]
-RecoveryKind = Annotated[str | None, typer.Option("--recovery", help="See GET /v1/methods; unset: the method's own.")]
 
 
 @contextmanager
@@ -46,55 +46,29 @@ def _connect(url: str, api_key: str) -> Iterator["Client"]:
         raise stop(str(error), REFUSED) from None
 
 
+@takes_recipe
 def submit(
-    model: Annotated[str | None, typer.Argument(help="A Hub id or local:NAME.")] = None,
-    ratio: Annotated[
-        list[float] | None,
-        typer.Option(help="Share of the blocks' weights to remove, 0 to 0.9; several make a model each."),
-    ] = None,
-    method: Annotated[str | None, typer.Option(help="A method of GET /v1/methods.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Pruning rounds.")] = None,
-    recovery: RecoveryKind = None,
+    recipe: Recipe,
     repo_id: Annotated[
         str | None, typer.Option(help="Repository to publish to; of several ratios, the start of each one's name.")
-    ] = None,
-    request: Annotated[
-        Path | None, typer.Option(help="A JSON file with more of the request; '-' is standard input.")
     ] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = "",
     as_json: Json = False,
 ) -> None:
-    """Post a job and print its id."""
-    body = _read_request(request)
-    given = {"model_id": model, "target_ratio": one_or_several(ratio), "method": method, "rounds": rounds}
-    body |= {name: value for name, value in given.items() if value is not None}
-    if recovery is not None:
-        body["recovery"] = {**(body.get("recovery") or {}), "kind": recovery}
-    if repo_id is not None:
-        body["publish"] = {"repo_id": repo_id}
-    for name in ("model_id", "method"):
-        body.setdefault(name, None)  # which the service refuses, and says why
+    """Create a job of the service and print its id."""
+    body = dict(recipe.override({"publish": None if repo_id is None else {"repo_id": repo_id}}).fields)
+    body.setdefault("model_id", None)  # the service refuses this and says why
     with _connect(url, api_key) as client:
         job = client.jobs.create(**body)
     typer.echo(job.view.model_dump_json() if as_json else str(job.id))
 
 
-def one_or_several(ratios: list[float] | None) -> float | list[float] | None:
-    """``target_ratio`` as a request has it, from all the ``--ratio`` options."""
-    return ratios[0] if ratios and len(ratios) == 1 else ratios or None
-
-
-def _read_request(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        body = json.loads(sys.stdin.read() if str(path) == "-" else path.read_text())
-    except (OSError, ValueError) as error:
-        raise stop(f"{path} cannot be read: {error}", REFUSED) from None
-    if not isinstance(body, dict):
-        raise stop(f"{path} does not hold a JSON object.", REFUSED)
-    return body
+def recipe(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: Json = False) -> None:
+    """Print a job's recipe, from which 'submit --recipe' and 'prune --recipe' make the same model."""
+    with _connect(url, api_key) as client:
+        found = client.jobs.get(job_id).recipe()
+    typer.echo(json.dumps(found) if as_json else Recipe(found).dump(), nl=as_json)
 
 
 def status(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: Json = False) -> None:
@@ -129,7 +103,7 @@ def _watch_lines(job: "Job", as_json: bool) -> None:
     shown: tuple[object, ...] = ()
     for _ in job.changes():
         progress = job.progress
-        step = (job.state, *((progress.stage, progress.round, int(progress.share * 10)) if progress else ()))
+        step = (job.state, *((progress.stage, progress.step, int(progress.share * 10)) if progress else ()))
         if step != shown:
             typer.echo(job.view.model_dump_json() if as_json else _line(job.view))
         shown = step
@@ -138,19 +112,19 @@ def _watch_lines(job: "Job", as_json: bool) -> None:
 def _watch_bar(job: "Job") -> None:
     from rich.console import Console
 
-    from secateur.cli.terminal_progress import TerminalProgress
+    from secateur.terminal_progress import TerminalProgress
 
     with TerminalProgress(Console()) as bars:
         for _ in job.changes():
             if job.progress is not None:
-                bars.show(job.progress.model_dump(), _seconds_left(job.view))
+                bars.show(job.progress, _seconds_left(job.view))
 
 
 def _where(job: "JobView") -> str:
     progress = job.progress
     if progress is None or job.state in ENDED:
         return str(job.state)
-    return f"{job.state}  {progress.stage}  round {progress.round}/{progress.rounds}"
+    return f"{job.state}  {progress.stage}  step {progress.step}/{progress.steps}"
 
 
 def _seconds_left(job: "JobView") -> float | None:
@@ -161,7 +135,7 @@ def _seconds_left(job: "JobView") -> float | None:
 
 
 def _time_left(job: "JobView") -> str:
-    from secateur.cli.terminal_progress import clock
+    from secateur.terminal_progress import clock
 
     seconds = _seconds_left(job)
     return "" if seconds is None else f"{clock(seconds)} left"

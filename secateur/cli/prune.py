@@ -1,16 +1,24 @@
 """The commands that work on this machine without a service: prune, inspect."""
 
 import json
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from secateur.cli.common import FAILED, REFUSED, Json, need, stop
-from secateur.cli.jobs import RecoveryKind, one_or_several
+from secateur.catalog.recipe import Recipe, RecipeInvalid
+from secateur.cli.common import FAILED, INTERRUPTED, REFUSED, Json, stop
+from secateur.cli.options import takes_recipe
+from secateur.contract.errors import PruningError
+from secateur.extras import MissingExtra, require
 
 if TYPE_CHECKING:
-    from secateur.contract.errors import PruningError
+    from secateur.catalog.architectures import ModelShape
+    from secateur.catalog.sources import ModelSource
+    from secateur.catalog.spec import PruningSpec
+    from secateur.contract.events import Event
+    from secateur.contract.report import Report
 
 
 def inspect(
@@ -21,9 +29,7 @@ def inspect(
 ) -> None:
     """Tell what a model is made of and what can be made of it, from its config alone."""
     from secateur.catalog.inspection import layouts, sizes
-    from secateur.catalog.sources import locate, read_shape
-    from secateur.contract.errors import PruningError
-    from secateur.extras import MissingExtra
+    from secateur.catalog.sources import locate
     from secateur.settings import get_settings
 
     settings = get_settings()
@@ -37,15 +43,9 @@ def inspect(
             endpoint=settings.hf_endpoint,
             allow_paths=True,
         )
-        if source.config is None or source.sizes_known:
-            shape = read_shape(source)
-        else:
-            need("engine", f"Inspecting a model of type {source.config.get('model_type')!r}")
-            from secateur.engine.model.generic import sizes_of
-
-            shape = sizes_of(source)
-    except MissingExtra as error:
-        raise stop(error.message, REFUSED) from None
+        shape = _sizes(source)
+    except MissingExtra:
+        raise
     except PruningError as error:
         raise stop(_explained(error), FAILED) from None
     made, possible = sizes(shape, source.dtype), layouts(shape, source.config or {})
@@ -79,122 +79,126 @@ def inspect(
             told.add(each.gguf_reason)
 
 
+def _sizes(source: "ModelSource") -> "ModelShape":
+    """Sizes from the config alone; a type without an adapter is built by transformers to find them out."""
+    from secateur.catalog.sources import read_shape
+
+    if source.sizes_known:
+        return read_shape(source)
+    require("engine", "Inspecting a model of a type without an adapter")
+    from secateur.engine.model.generic import sizes_of
+
+    return sizes_of(source)
+
+
+@takes_recipe
 def prune(
-    model: Annotated[str, typer.Argument(help="A Hub id, 'local:NAME', or a folder.")],
-    ratio: Annotated[
-        list[float], typer.Option(help="Share of the prunable parameters to remove; several make a model each.")
+    recipe: Recipe,
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for the result; it must not exist or be empty.")
     ],
-    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for what is made; must not exist or be empty.")],
-    method: Annotated[str, typer.Option(help="See GET /v1/methods.")] = "piem-lsps",
-    rounds: Annotated[int | None, typer.Option(help="Unset: the method's default.")] = None,
-    recovery: RecoveryKind = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="A data set or text file; unset: the model's own text.")
-    ] = None,
-    evaluation: Annotated[str | None, typer.Option(help="A data set or text file, held out.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="Read the weights from this GGUF file of the model.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    seed: Annotated[int, typer.Option()] = 0,
-    layout: Annotated[str, typer.Option(help="per-layer, uniform or padded.")] = "per-layer",
-    gguf: Annotated[str | None, typer.Option(help="Also a GGUF file: F32, F16, Q8_0 or Q4_K_M.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Prune a model here and now, without the service."""
-    from pydantic import ValidationError
-
-    from secateur.catalog.spec import PruningSpec, target_folder
-    from secateur.contract.errors import PruningError
-    from secateur.settings import get_settings
+    """Prune a model on this machine, without the service. After Ctrl-C the same command goes on after the last complete step."""
+    from secateur.catalog.spec import target_folder
 
     try:
-        spec = PruningSpec.model_validate(
-            {
-                "target_ratio": one_or_several(ratio),
-                "method": method,
-                "rounds": rounds,
-                "seed": seed,
-                "dtype": dtype,
-                "calibration": _text_source(calibration),
-                "evaluation": _text_source(evaluation),
-                "recovery": {"kind": recovery},
-                "layout": layout,
-                **({"formats": ["safetensors", "gguf"], "gguf_quantization": gguf} if gguf else {}),
-            }
-        )
-    except ValidationError as error:
-        reasons = (
-            f"{'.'.join(map(str, at['loc']))}: {at['msg'].removeprefix('Value error, ')}".removeprefix(": ")
-            for at in error.errors()
-        )
-        raise stop("\n".join(reasons), REFUSED) from None
+        spec = recipe.spec()
+    except RecipeInvalid as error:
+        raise stop(error.message, REFUSED) from None
+    model_id = recipe.fields.get("model_id")
+    if not model_id:
+        raise stop("model_id: give MODEL, or a recipe with 'model_id'", REFUSED)
     if output.exists() and any(output.iterdir()):
         raise stop(f"{output} is not empty", REFUSED)
+    if unused := recipe.service_fields:
+        typer.echo(f"warning: only the service uses these fields of the recipe: {', '.join(unused)}", err=True)
+    reports = _prune(
+        NamedRequest(model_id, recipe.fields.get("revision"), recipe.fields.get("gguf_file")), spec, output
+    )
+    if as_json:
+        found = [report.as_dict() for report in reports]
+        typer.echo(json.dumps({"targets": found} if spec.several else found[0]))
+        return
+    for report in reports:
+        _show(output / target_folder(report.ratio.target) if spec.several else output, report)
 
-    need("engine", "Pruning on this machine")
-    from secateur.engine import prune as prune_model
 
-    settings = get_settings()
-    show = _Progress()
+class NamedRequest(NamedTuple):
+    """The model that is requested, and how to read it."""
+
+    model_id: str
+    revision: str | None
+    gguf_file: str | None
+
+
+def _prune(model: NamedRequest, spec: "PruningSpec", output: Path) -> "list[Report]":
+    """Prune into ``output``. Complete steps are kept beside it until it is written."""
+    require("engine", "Pruning on this machine")
+    from secateur.contract.events import Event, StepEvent
+    from secateur.engine.run.run import NamedModel, prune_to_folder
+    from secateur.engine.run.workspace import Listener, Workspace
+    from secateur.files import write_whole
+    from secateur.settings import get_settings
+
+    settings, show = get_settings(), _Progress()
+    run_folder = output.absolute().with_name(f".{output.name}.run")
+    saved = run_folder / "state.json"
+    state = json.loads(saved.read_text()) if saved.is_file() else None
+    if state is not None:
+        typer.echo(f"Going on after step {state.get('step')}, from {run_folder}.", err=True)
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StepEvent):
+            write_whole(saved, json.dumps(event.state).encode())
+        show(event)
+
+    workspace = Workspace(
+        models_dir=settings.models_dir,
+        texts_dir=settings.texts_dir,
+        tasks_dir=settings.tasks_dir,
+        scratch=run_folder,
+        token=settings.hf_token.get_secret_value() if settings.hf_token else None,
+        endpoint=settings.hf_endpoint,
+    )
+    run_folder.mkdir(parents=True, exist_ok=True)
     try:
         with show:
-            result = prune_model(
-                model,
-                spec,
-                output,
-                revision=revision,
-                gguf_file=gguf_file,
-                models_dir=settings.models_dir,
-                texts_dir=settings.texts_dir,
-                tasks_dir=settings.tasks_dir,
-                token=settings.hf_token.get_secret_value() if settings.hf_token else None,
-                endpoint=settings.hf_endpoint,
-                on_event=show,
-            )
+            reports = prune_to_folder(NamedModel(*model), spec, output, workspace, Listener(listen), resume=state)
     except PruningError as error:
+        if not saved.is_file():
+            shutil.rmtree(run_folder, ignore_errors=True)
         raise stop(_explained(error), FAILED) from None
-    report = result.report
-    if as_json:
-        typer.echo(json.dumps(report))
-        return
-    if "targets" not in report:
-        _show(output, report)
-    for target in report.get("targets", ()):
-        _show(output / target_folder(target["ratio"]["target"]), target)
+    except KeyboardInterrupt:
+        if not saved.is_file():
+            shutil.rmtree(run_folder, ignore_errors=True)
+            raise stop("Stopped before the first step was complete.", INTERRUPTED) from None
+        message = f"Stopped. The complete steps are in {run_folder}: the same command goes on after them; delete it to start anew."
+        raise stop(message, INTERRUPTED) from None
+    shutil.rmtree(run_folder, ignore_errors=True)
+    return reports
 
 
-def _explained(error: "PruningError") -> str:
+def _explained(error: PruningError) -> str:
     return f"{error.field}: {error.message} ({error.code})" if error.field else f"{error.message} ({error.code})"
 
 
-def _show(folder: Path, report: dict[str, Any]) -> None:
-    typer.echo(f"{folder}: {report['parameters']['after']:,} of {report['parameters']['before']:,} parameters")
-    typer.echo(f"ratio {report['ratio']['reached']:.4f}")
+def _show(folder: Path, report: "Report") -> None:
+    typer.echo(f"{folder}: {report.parameters.after:,} of {report.parameters.before:,} parameters")
+    typer.echo(f"ratio {report.ratio.reached:.4f}")
     before, after = (
-        "infinite" if value is None else f"{value:.2f}"
-        for value in (report["perplexity"]["before"], report["perplexity"]["after"])
+        "infinite" if value is None else f"{value:.2f}" for value in (report.perplexity.before, report.perplexity.after)
     )
     typer.echo(f"perplexity {before} -> {after}")
 
 
-def _text_source(name: str | None) -> dict[str, Any]:
-    """A file's text in the pieces that a request may hold, or the data set of that name."""
-    if name is None or not Path(name).is_file():
-        return {"dataset": name}
-    try:
-        text = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise stop(f"{name} cannot be read as UTF-8 text: {error}", REFUSED) from None
-    return {"texts": [text[start : start + 1_000_000] for start in range(0, len(text), 1_000_000)]}
-
-
 class _Progress:
-    """The engine's events on stderr: bars on a terminal, else a line a stage."""
+    """The engine's events on stderr: bars on a terminal, else a line for each stage."""
 
     def __init__(self) -> None:
         from rich.console import Console
 
-        from secateur.cli.terminal_progress import TerminalProgress
+        from secateur.terminal_progress import TerminalProgress
 
         console = Console(stderr=True)
         self._bars = TerminalProgress(console)
@@ -207,14 +211,15 @@ class _Progress:
     def __exit__(self, *error: object) -> None:
         self._bars.__exit__(*error)
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        from secateur.cli.terminal_progress import where
+    def __call__(self, event: "Event") -> None:
+        from secateur.contract.events import ProgressEvent, WarningEvent
+        from secateur.terminal_progress import where
 
-        if event["type"] == "warning":
-            typer.echo(f"warning: {event['message']}", err=True)
-        if event["type"] != "progress":
+        if isinstance(event, WarningEvent):
+            typer.echo(f"warning: {event.message}", err=True)
+        if not isinstance(event, ProgressEvent):
             return
-        self._bars.show(event, event["remaining_seconds"])
+        self._bars.show(event, event.remaining_seconds)
         if self._lines and where(event) != self._last:
-            typer.echo(f"{where(event)} ({event['share']:.0%})", err=True)
+            typer.echo(f"{where(event)} ({event.share:.0%})", err=True)
         self._last = where(event)

@@ -7,41 +7,34 @@ from pydantic import BaseModel, Field
 from secateur.contract.jobs import JobError
 
 
-class MethodDefaults(BaseModel):
-    """What a request that names the method alone gets."""
-
-    rounds: int
-    scoring: str
-    allocation: str
-    recovery: str
-
-
 class MethodView(BaseModel):
-    """A pruning method."""
+    """A pruning method: its components, and what it needs."""
 
     name: str
     summary: str
     paper: str
-    equations: str = Field(description="Where in the paper.")
-    scoring: str = Field(description="What a unit is scored by.")
-    allocation: str = Field(description="How the ratio is spread over the layers.")
-    recovery: str
+    equations: str = Field(description="Where the paper has the formulas.")
+    scorer: str = Field(description="How units are scored.")
+    allocator: str = Field(description="How the ratio is spread over the layers.")
+    layerwise_recovery: str = Field(description="How each layer is corrected as it is cut.")
+    default_rounds: int = Field(description="Pruning rounds of a request that does not say.")
+    needs: list[str] = Field(description="What the components need of the model, such as `gates` or `moments`.")
     needs_gradients: bool
-    dynamic: bool = Field(description="Nothing is cut: the published model chooses for each prompt what writes.")
-    passes: str = Field(description="What scoring costs a round.")
-    defaults: MethodDefaults
+    dynamic: bool = Field(description="Nothing is cut: the published model chooses its units for each prompt.")
+    passes: str = Field(description="What scoring costs in a round.")
 
 
 class Kinds(BaseModel):
-    """What a method's parts can be replaced by.
+    """What a method's components can be replaced by.
 
-    In any combination but one: the allocation `threshold` needs scores of the whole model, which the scorings `lorap`,
-    `obs`, `slimllm` and `wanda` do not give.
+    Every combination is allowed but one: the allocator `threshold` needs scores of the whole model, which the scorers `lorap`,
+    `obs`, `slimllm` and `wanda` do not have.
     """
 
-    scoring: list[str] = Field(description="For `scoring.kind`.")
-    allocation: list[str] = Field(description="For `allocation.kind`.")
-    recovery: list[str] = Field(description="For `recovery.kind`.")
+    scorer: list[str] = Field(description="For `scoring.kind`.")
+    allocator: list[str] = Field(description="For `allocation.kind`.")
+    layerwise_recovery: list[str] = Field(description="For `recovery.layerwise.kind`.")
+    training: list[str] = Field(description="For `recovery.training.kind`.")
 
 
 class MethodList(BaseModel):

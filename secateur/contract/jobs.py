@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from secateur.contract.errors import ErrorCode
+from secateur.contract.stages import Stage
 from secateur.contract.states import State
 
 
@@ -56,9 +58,9 @@ class DryRun(BaseModel):
 class Progress(BaseModel):
     """How far the job is."""
 
-    stage: str
-    round: int = Field(0, description="0 is the measuring of the unpruned model.")
-    rounds: int = Field(description="Of all targets, and of training recovery.")
+    stage: Stage
+    step: int = Field(0, description="The step that the stage belongs to; 0 is the baseline, the unpruned model.")
+    steps: int = Field(description="Rounds of all targets, and their trainings.")
     share: float = Field(ge=0, le=1, description="Of the whole job.")
     stage_share: float = Field(0.0, ge=0, le=1, description="Of the stage.")
     rate: float | None = Field(None, description="What the stage gets through in a second.")
@@ -69,7 +71,7 @@ class Progress(BaseModel):
 class JobError(BaseModel):
     """Why the job failed. `code` is stable; `message` says what can be done."""
 
-    code: str
+    code: ErrorCode = Field(description="See docs/errors.md.")
     message: str
     retryable: bool
     field: str | None = Field(None, description="The field of the request that is at fault, where one is.")
@@ -87,7 +89,7 @@ class JobSummary(BaseModel):
     labels: dict[str, str]
     attempt: int = Field(description="How often a worker has taken the job.")
     failures: int = Field(description="Attempts that failed; the service gives up at a fixed number.")
-    pause_requested: bool = Field(description="The job pauses at the end of the round it is in.")
+    pause_requested: bool = Field(description="The job pauses at the end of the step it is in.")
     progress: Progress | None = None
     error: JobError | None = None
     result: dict[str, Any] | None = Field(
@@ -116,9 +118,9 @@ class JobView(JobSummary):
                     "failures": 0,
                     "pause_requested": False,
                     "progress": {
-                        "stage": "score",
-                        "round": 2,
-                        "rounds": 3,
+                        "stage": "scoring",
+                        "step": 2,
+                        "steps": 3,
                         "share": 0.55,
                         "estimated_finish_at": "2026-01-01T12:05:00Z",
                     },
@@ -170,7 +172,7 @@ class EventView(BaseModel):
     )
 
     id: int = Field(description="Grows with time; `Last-Event-ID` of the stream.")
-    type: str = Field(description="`state`, `round`, `warning`, `retry`.")
+    type: str = Field(description="`state`, `step`, `warning`, `retry`.")
     attempt: int
     created_at: dt.datetime
     data: dict[str, Any]
@@ -183,8 +185,8 @@ class EventPage(BaseModel):
     next_page_token: str | None = Field(description="Null when there are no more events so far.")
 
 
-class RoundView(BaseModel):
-    """A completed round. Round 0 is the unpruned model, measured; numbers run on from target to target."""
+class StepView(BaseModel):
+    """A completed step. Step 0 is the baseline, the unpruned model measured; numbers run on from target to target."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -192,14 +194,14 @@ class RoundView(BaseModel):
     attempt: int
     created_at: dt.datetime
     data: dict[str, Any] = Field(
-        description="`target_ratio`, ratio, widths by layer, perplexity, loss curve, time, memory; of a round of training, `recovery`."
+        description="`kind` (`baseline`, `round` or `training`), target ratio, widths by layer, perplexity, loss curve, time, memory."
     )
 
 
-class RoundList(BaseModel):
-    """The completed rounds, in order."""
+class StepList(BaseModel):
+    """The completed steps, in order."""
 
-    items: list[RoundView]
+    items: list[StepView]
 
 
 class Artifact(BaseModel):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from secateur.engine.dynamic.targets import write_dynamic
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -21,7 +22,6 @@ from secateur.contract.errors import PruningError
 from secateur.engine import Paused, prune
 from secateur.engine.dynamic.calibrate import kept_units, nystrom, priors, saved_share
 from secateur.engine.dynamic.modeling import DAMPING, PRIORS
-from secateur.engine.dynamic.targets import write_dynamic
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.loading import load
 from secateur.engine.scoring.base import Context

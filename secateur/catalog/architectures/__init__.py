@@ -24,7 +24,7 @@ from secateur.catalog.architectures.mixtral import MIXTRAL
 from secateur.catalog.architectures.opt import OPT
 from secateur.catalog.architectures.phi3 import PHI3
 from secateur.catalog.architectures.qwen3_moe import QWEN3_MOE
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 
 FAMILIES: tuple[Family, ...] = (LLAMA, CHATGLM6B, GEMMA, GLM, GLM4, GPT2, GPT_NEOX, MIXTRAL, OPT, PHI3, QWEN3_MOE)
 
@@ -47,7 +47,7 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
     family = MODEL_TYPES.get(model_type)
     if family is None and (reason := _unlike_llama(config)):
         raise PruningError(
-            "unsupported_architecture",
+            ErrorCode.UNSUPPORTED_ARCHITECTURE,
             f"Models of type {model_type!r} cannot be pruned: {reason}. Supported: {SUPPORTED}, and "
             "decoders built like Llama.",
             field="model_id",
@@ -77,7 +77,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     family = family_of(config)
     if family is None:
         raise PruningError(
-            "unsupported_architecture",
+            ErrorCode.UNSUPPORTED_ARCHITECTURE,
             f"Models of type {config.get('model_type')!r} have no adapter; supported: {SUPPORTED}.",
             field="model_id",
         )
@@ -100,13 +100,13 @@ def check_config(config: Mapping[str, Any]) -> None:
 def _check_weights(config: Mapping[str, Any]) -> None:
     if config.get("quantization_config"):
         raise PruningError(
-            "weights_quantized",
+            ErrorCode.WEIGHTS_QUANTIZED,
             "This checkpoint is quantised; prune the model it was made from, then quantise the result.",
             field="model_id",
         )
     if config.get("per_layer_config"):
         raise PruningError(
-            "unsupported_architecture",
+            ErrorCode.UNSUPPORTED_ARCHITECTURE,
             "This model was pruned before, to layers that differ; prune the model it came from by a larger ratio, "
             "or once more in layout uniform or padded, which can be pruned again.",
             field="model_id",
@@ -122,14 +122,18 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
     _check_weights(config)
     config = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     if reason := family.refused(config):
-        raise PruningError("unsupported_architecture", f"This model cannot be pruned: {reason}.", field="model_id")
+        raise PruningError(
+            ErrorCode.UNSUPPORTED_ARCHITECTURE, f"This model cannot be pruned: {reason}.", field="model_id"
+        )
     hidden, heads = (
         read_size(config, family.name_of("hidden_size")),
         read_size(config, family.name_of("num_attention_heads")),
     )
     if config.get("head_dim") is None and hidden % heads:
         raise PruningError(
-            "config_invalid", f"config.json: {heads} heads do not divide hidden_size {hidden}.", field="model_id"
+            ErrorCode.CONFIG_INVALID,
+            f"config.json: {heads} heads do not divide hidden_size {hidden}.",
+            field="model_id",
         )
     head_dim = read_size(config, "head_dim", hidden // heads)
     groups = read_size(config, family.name_of("num_key_value_heads"), heads)
@@ -138,7 +142,9 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
     )
     if heads % groups:
         raise PruningError(
-            "config_invalid", f"config.json: {heads} heads are no multiple of {groups} KV heads.", field="model_id"
+            ErrorCode.CONFIG_INVALID,
+            f"config.json: {heads} heads are no multiple of {groups} KV heads.",
+            field="model_id",
         )
     depth = read_size(config, family.name_of("num_hidden_layers"), most=MOST_LAYERS)
     experts = next((read_size(config, key) for key in family.experts if key in config), 1)

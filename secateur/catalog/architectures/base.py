@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal
 
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 
 WIDE_INTERMEDIATE = 4096
 """From this feed-forward width on, 256 channels are a fine enough step (K-quants want multiples of 256)."""
@@ -33,7 +33,7 @@ def read_size(config: Mapping[str, Any], key: str, default: int | None = None, m
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise PruningError(
-            "config_invalid",
+            ErrorCode.CONFIG_INVALID,
             f"config.json: '{key}' must be an integer from 1 to {most}, not {repr(value)[:40]}.",
             field="model_id",
         )
@@ -294,7 +294,7 @@ class ModelShape:
             fewest = [count for count in self._removable(self.width_multiple(width_multiple), True)[0] if count][:1]
             smallest = min(block, *(count * self.cost.kv_group / self.prunable_parameters for count in fewest), 1.0)
         raise PruningError(
-            "ratio_unreachable",
+            ErrorCode.RATIO_UNREACHABLE,
             f"This model cannot be pruned by {target_ratio:g}: the nearest ratio that can be met is "
             f"{nearest or smallest:.6f} (at most {self.max_ratio(width_multiple, uniform):.6f}: one KV group and one "
             f"block of {self.width_multiple(width_multiple)} channels stay in every layer"

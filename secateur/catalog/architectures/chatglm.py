@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.catalog.architectures.base import MOST_LAYERS, read_size
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 
 MODEL_TYPE = "chatglm"
 
@@ -58,7 +58,7 @@ def _chatglm6b(config: Mapping[str, Any]) -> dict[str, Any]:
     hidden, heads = read_size(config, "hidden_size", 4096), read_size(config, "num_attention_heads", 32)
     if hidden % heads or hidden // heads % 4:
         raise PruningError(
-            "config_invalid",
+            ErrorCode.CONFIG_INVALID,
             f"config.json: 'num_attention_heads' is {heads}, and 'hidden_size' {hidden} is no multiple of 4 for each: "
             "half a head cannot be rotated in pairs.",
             field="model_id",
@@ -93,7 +93,7 @@ def _glm(config: Mapping[str, Any]) -> dict[str, Any]:
     head_dim = read_size(config, "kv_channels")
     if head_dim % 4:
         raise PruningError(
-            "config_invalid",
+            ErrorCode.CONFIG_INVALID,
             f"config.json: 'kv_channels' is {head_dim}: half a head cannot be rotated in pairs.",
             field="model_id",
         )
@@ -133,7 +133,7 @@ def _number(config: Mapping[str, Any], key: str, default: float) -> float:
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise PruningError(
-            "config_invalid",
+            ErrorCode.CONFIG_INVALID,
             f"config.json: '{key}' must be a positive number, not {repr(value)[:40]}.",
             field="model_id",
         )
@@ -141,4 +141,4 @@ def _number(config: Mapping[str, Any], key: str, default: float) -> float:
 
 
 def _unsupported(reason: str) -> PruningError:
-    return PruningError("unsupported_architecture", f"This model cannot be pruned: {reason}.", field="model_id")
+    return PruningError(ErrorCode.UNSUPPORTED_ARCHITECTURE, f"This model cannot be pruned: {reason}.", field="model_id")

@@ -33,8 +33,8 @@ from secateur.contract.jobs import (
     JobSummary,
     JobView,
     Progress,
-    RoundList,
-    RoundView,
+    StepList,
+    StepView,
 )
 from secateur.contract.keys import KeyList, KeyView, KeyWithSecret, Scope
 from secateur.contract.states import TERMINAL, State
@@ -146,7 +146,7 @@ class AsyncJobs:
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return AsyncJob(self._client, await self._client.request("POST", "/v1/jobs", json=body, headers=headers))
 
-    async def plan(self, **request: Any) -> DryRun:
+    async def dry_run(self, **request: Any) -> DryRun:
         """What :meth:`create` would do with the same fields; nothing is made."""
         body = _given(**request)
         response = await self._client.request("POST", "/v1/jobs", params={"validate_only": "true"}, json=body)
@@ -258,7 +258,7 @@ class AsyncJob:
         return await self._ask("cancel")
 
     async def pause(self) -> Self:
-        """Stop it at the end of its round."""
+        """Stop it at the end of its step."""
         return await self._ask("pause")
 
     async def resume(self) -> Self:
@@ -266,7 +266,7 @@ class AsyncJob:
         return await self._ask("resume")
 
     async def retry(self) -> Self:
-        """Queue it again, from its last completed round."""
+        """Queue it again, from its last completed step."""
         return await self._ask("retry")
 
     async def _ask(self, what: str) -> Self:
@@ -324,9 +324,14 @@ class AsyncJob:
             failures += 1
             await async_sleep(pause(failures, None))
 
-    async def rounds(self) -> list[RoundView]:
-        """The completed rounds."""
-        return RoundList.model_validate((await self._client.request("GET", f"{self._path}/rounds")).json()).items
+    async def steps(self) -> list[StepView]:
+        """The completed steps."""
+        return StepList.model_validate((await self._client.request("GET", f"{self._path}/steps")).json()).items
+
+    async def recipe(self) -> dict[str, Any]:
+        """The fields of the job's request that differ from their defaults: a job created with them makes the same model."""
+        found: dict[str, Any] = (await self._client.request("GET", f"{self._path}/recipe")).json()
+        return found
 
     async def report(self) -> Report:
         """The report of a job with one target.

@@ -4,27 +4,12 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import httpx2
 
-from secateur.contract.keys import KeyList, KeyView, KeyWithSecret, Scope
-from secateur.contract.catalog import Inspection, MethodList
-from secateur.contract.jobs import (
-    Artifact,
-    ArtifactList,
-    EventPage,
-    EventView,
-    JobPage,
-    JobSummary,
-    JobView,
-    DryRun,
-    Progress,
-    RoundList,
-    RoundView,
-)
 from secateur.client.errors import (
     JobCancelled,
     JobFailed,
@@ -35,8 +20,23 @@ from secateur.client.errors import (
     error_of,
 )
 from secateur.client.frames import Frame, Frames
-from secateur.client.pauses import ATTEMPTS, pause, sleep
+from secateur.client.pauses import ATTEMPTS, sleep, pause
 from secateur.client.report import Report
+from secateur.contract.catalog import Inspection, MethodList
+from secateur.contract.jobs import (
+    Artifact,
+    ArtifactList,
+    DryRun,
+    EventPage,
+    EventView,
+    JobPage,
+    JobSummary,
+    JobView,
+    Progress,
+    StepList,
+    StepView,
+)
+from secateur.contract.keys import KeyList, KeyView, KeyWithSecret, Scope
 from secateur.contract.states import TERMINAL, State
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -144,7 +144,7 @@ class Jobs:
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return Job(self._client, self._client.request("POST", "/v1/jobs", json=body, headers=headers))
 
-    def plan(self, **request: Any) -> DryRun:
+    def dry_run(self, **request: Any) -> DryRun:
         """What :meth:`create` would do with the same fields; nothing is made."""
         body = _given(**request)
         response = self._client.request("POST", "/v1/jobs", params={"validate_only": "true"}, json=body)
@@ -256,7 +256,7 @@ class Job:
         return self._ask("cancel")
 
     def pause(self) -> Self:
-        """Stop it at the end of its round."""
+        """Stop it at the end of its step."""
         return self._ask("pause")
 
     def resume(self) -> Self:
@@ -264,7 +264,7 @@ class Job:
         return self._ask("resume")
 
     def retry(self) -> Self:
-        """Queue it again, from its last completed round."""
+        """Queue it again, from its last completed step."""
         return self._ask("retry")
 
     def _ask(self, what: str) -> Self:
@@ -320,9 +320,14 @@ class Job:
             failures += 1
             sleep(pause(failures, None))
 
-    def rounds(self) -> list[RoundView]:
-        """The completed rounds."""
-        return RoundList.model_validate((self._client.request("GET", f"{self._path}/rounds")).json()).items
+    def steps(self) -> list[StepView]:
+        """The completed steps."""
+        return StepList.model_validate((self._client.request("GET", f"{self._path}/steps")).json()).items
+
+    def recipe(self) -> dict[str, Any]:
+        """The fields of the job's request that differ from their defaults: a job created with them makes the same model."""
+        found: dict[str, Any] = (self._client.request("GET", f"{self._path}/recipe")).json()
+        return found
 
     def report(self) -> Report:
         """The report of a job with one target.

@@ -22,7 +22,7 @@ def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Sh
     """
     ratio = context.target_ratio
     between = min(max((ratio - LOW) / (HIGH - LOW), 0.0), 1.0)
-    alpha = context.spec.allocation.alpha
+    alpha = context.resolved.spec.allocation.alpha
     if alpha is None:
         alpha = _between(ALPHAS, between)
     cosines = context.forward_statistics.cosines

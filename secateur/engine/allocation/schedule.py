@@ -20,7 +20,7 @@ def cumulative_ratios(target: float, rounds: int, schedule: Literal["geometric",
 
 
 @dataclass(frozen=True)
-class RoundTarget:
+class RoundGoal:
     """What is gone of the source after a round: KV groups and parameters of channels, together ``ratio``."""
 
     ratio: float
@@ -28,25 +28,25 @@ class RoundTarget:
     channel_parameters: float
 
 
-def round_targets(
+def round_goals(
     shape: ModelShape,
-    target: float,
+    ratio: float,
     rounds: int,
     schedule: Literal["geometric", "cubic"],
     width_multiple: int | None,
     uniform: bool = False,
-) -> list[RoundTarget]:
+) -> list[RoundGoal]:
     """Every round's target, none beyond the last one's in either kind of unit: what is cut cannot be put back.
 
     Groups go as early as a round's ratio allows, so that channels are never asked for more than their final share.
     ``uniform``: as many in every layer.
     """
-    groups, channels = shape.split(target, width_multiple, uniform)
+    groups, channels = shape.split(ratio, width_multiple, uniform)
     together = len(shape.layers) if uniform else 1
-    targets = []
-    for ratio in cumulative_ratios(target, rounds, schedule):
-        wanted = ratio * shape.prunable_parameters
-        count = min(math.ceil(groups * ratio / target - 1e-9), int(wanted // shape.cost.kv_group), groups)
-        count = groups if ratio == target else count // together * together
-        targets.append(RoundTarget(ratio, count, min(max(wanted - count * shape.cost.kv_group, 0.0), channels)))
-    return targets
+    goals = []
+    for reached in cumulative_ratios(ratio, rounds, schedule):
+        wanted = reached * shape.prunable_parameters
+        count = min(math.ceil(groups * reached / ratio - 1e-9), int(wanted // shape.cost.kv_group), groups)
+        count = groups if reached == ratio else count // together * together
+        goals.append(RoundGoal(reached, count, min(max(wanted - count * shape.cost.kv_group, 0.0), channels)))
+    return goals

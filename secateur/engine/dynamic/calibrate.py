@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.allocation.schedule import round_targets
+from secateur.engine.allocation.schedule import round_goals
 from secateur.engine.measure.gates import gate_statistics
 from secateur.engine.model.decoder import STRUCTURES, Decoder
 from secateur.engine.run.rounds import unit_counts
@@ -29,15 +29,15 @@ def kept_units(context: Context) -> list[list[int]]:
     Raises:
         PruningError: ``loss_not_finite``.
     """
-    shape, spec = context.decoder.shape, context.spec
+    shape, resolved = context.decoder.shape, context.resolved
     gates = gate_statistics(context.decoder, context.tokens, context.batch_windows, context.progress)
     by_price = HEADS * shape.cost.channel / shape.cost.kv_group
     context.scores = Scores(
         [layer.kv_group_curvature * by_price for layer in gates], [layer.channel_curvature for layer in gates]
     )
-    multiple = shape.width_multiple(spec.allocation.width_multiple)
-    (goal,) = round_targets(shape, context.target_ratio, 1, spec.allocation.schedule, multiple, spec.uniform)
-    counts = unit_counts(context, goal, multiple)
+    schedule, multiple = resolved.spec.allocation.schedule, resolved.width_multiple
+    (goal,) = round_goals(shape, context.target_ratio, 1, schedule, multiple, resolved.uniform)
+    counts = unit_counts(context, goal)
     return [
         [width.kv_groups - count.kv_groups, width.channels - count.channels]
         for width, count in zip(shape.layers, counts, strict=True)

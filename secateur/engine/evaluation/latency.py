@@ -5,13 +5,13 @@ import gc
 import resource
 import statistics
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from secateur.contract.report import Latency, Spread
 from secateur.engine.evaluation.energy import energy_meter
 from secateur.engine.model.decoder import Decoder
 
@@ -37,7 +37,7 @@ SLIMLLM = Protocol(decode_batch=8, decode_tokens=256, decode_prompt=1, repeats=2
 
 
 @torch.no_grad()
-def measure_latency(decoder: Decoder, protocol: Protocol = QUICK) -> dict[str, Any]:
+def measure_latency(decoder: Decoder, protocol: Protocol = QUICK) -> Latency:
     """Medians over repeats: ``prefill_ms``, ``decode_ms_per_token`` (of one step of the batch, with a KV cache), and
     ``tokens_per_second`` of decoding, all sequences of the batch together.
 
@@ -64,20 +64,20 @@ def measure_latency(decoder: Decoder, protocol: Protocol = QUICK) -> dict[str, A
             joules += meter() - begun if meter else 0.0
         del prefilled, filled
     tokens = protocol.repeats * protocol.decode_batch * steps
-    return {
-        "prefill_ms": statistics.median(prefill),
-        "decode_ms_per_token": statistics.median(decode),
-        "tokens_per_second": 1000 * protocol.decode_batch / statistics.median(decode),
-        "energy_joules_per_token": joules / tokens if meter else None,
-        "spread": {"prefill_ms": [min(prefill), max(prefill)], "decode_ms_per_token": [min(decode), max(decode)]},
-        "prefill_tokens": length,
-        "decode_tokens": steps,
-        "batch_size": protocol.decode_batch,
-        "repeats": protocol.repeats,
-        "peak_memory_bytes": peak_memory(device),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-    }
+    return Latency(
+        prefill_ms=statistics.median(prefill),
+        decode_ms_per_token=statistics.median(decode),
+        tokens_per_second=1000 * protocol.decode_batch / statistics.median(decode),
+        energy_joules_per_token=joules / tokens if meter else None,
+        spread=Spread(prefill_ms=(min(prefill), max(prefill)), decode_ms_per_token=(min(decode), max(decode))),
+        prefill_tokens=length,
+        decode_tokens=steps,
+        batch_size=protocol.decode_batch,
+        repeats=protocol.repeats,
+        peak_memory_bytes=peak_memory(device),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        threads=torch.get_num_threads(),
+    )
 
 
 class _Filled(NamedTuple):
@@ -101,9 +101,11 @@ def _decode(decoder: Decoder, output: Any, steps: int) -> float:
     return now(decoder.device) - started
 
 
-def unsteady(latency: Mapping[str, Any] | None) -> bool:
+def unsteady(latency: Latency | None) -> bool:
     """Whether repeats of what :func:`measure_latency` measured are too far apart to be compared with another's."""
-    return latency is not None and any(most > UNSTEADY * least for least, most in latency["spread"].values())
+    return latency is not None and any(
+        most > UNSTEADY * least for least, most in (latency.spread.prefill_ms, latency.spread.decode_ms_per_token)
+    )
 
 
 def now(device: torch.device) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.decoder import Decoder
 
 
@@ -28,7 +28,7 @@ def perplexity(decoder: Decoder, tokens: Tensor, batch_windows: int, progress: C
     mean = total / count
     if math.isnan(mean):
         raise PruningError(
-            "loss_not_finite",
+            ErrorCode.LOSS_NOT_FINITE,
             "The model's loss is NaN: its activations overflow. Try dtype 'bfloat16' or 'float32'.",
             field="dtype",
         )

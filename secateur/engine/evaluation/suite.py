@@ -2,14 +2,23 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from secateur.catalog.spec import Evaluation
+from secateur.contract.report import (
+    BenchmarkChange,
+    Benchmarks,
+    Change,
+    Continuation,
+    GenerationChange,
+    Latency,
+    Measurement,
+    TaskChange,
+)
 from secateur.engine.evaluation.generation import PROMPTS, generations
 from secateur.engine.evaluation.latency import QUICK, SLIMLLM, measure_latency
 from secateur.engine.evaluation.perplexity import perplexity
@@ -31,8 +40,8 @@ class Suite:
         """Whether texts or tasks were asked for."""
         return bool(self.texts or self.asked.zero_shot)
 
-    def measure(self, decoder: Decoder, progress: Callable[[float], None]) -> dict[str, Any]:
-        """``benchmarks`` {``perplexity`` by text, ``zero_shot`` by task}, ``generations`` {``prompt``, ``text``}, ``latency``.
+    def measure(self, decoder: Decoder, progress: Callable[[float], None]) -> Measurement:
+        """Benchmarks by text and task, generations, and latency; the other figures are left out.
 
         Raises:
             PruningError: see :func:`perplexity` and :func:`zero_shot`.
@@ -52,48 +61,50 @@ class Suite:
         accuracies = zero_shot(decoder, tasks, self.tasks_dir, self.asked.limit, share) if tasks else {}
         prompts = PROMPTS if self.asked.prompts is None else self.asked.prompts
         written = zip(prompts, generations(decoder, prompts), strict=True)
-        return {
-            "benchmarks": {"perplexity": perplexities, "zero_shot": accuracies},
-            "generations": [{"prompt": prompt, "text": text} for prompt, text in written],
-            "latency": self._latency(decoder),
-        }
+        return Measurement(
+            benchmarks=Benchmarks(perplexity=perplexities, zero_shot=accuracies),
+            generations=[Continuation(prompt=prompt, text=text) for prompt, text in written],
+            latency=self._latency(decoder),
+        )
 
-    def _latency(self, decoder: Decoder) -> dict[str, Any] | None:
+    def _latency(self, decoder: Decoder) -> Latency | None:
         if not self.asked.latency:
             return None
         return measure_latency(decoder, SLIMLLM if self.asked.latency == "slimllm" else QUICK)
 
 
-def paired(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """The report's part: what :meth:`Suite.measure` found of the unpruned model and of the pruned one, side by side.
+def compare_benchmarks(before: Benchmarks, after: Benchmarks) -> tuple[BenchmarkChange, float | None]:
+    """Scores of the unpruned model and of the pruned one side by side, and the retained accuracy.
 
-    ``retained_accuracy`` is the mean accuracy over the tasks after pruning, as a share of that before.
+    The retained accuracy is the mean accuracy over the tasks after pruning, as a share of that before; ``None`` without tasks.
     """
     tasks = {}
-    for name, old in before["benchmarks"]["zero_shot"].items():
-        new = after["benchmarks"]["zero_shot"][name]
-        tasks[name] = {
-            "metric": old["metric"],
-            "before": old["value"],
-            "after": new["value"],
-            "before_stderr": old["stderr"],
-            "after_stderr": new["stderr"],
-            "examples": old["examples"],
-            "source": old["source"],
-        }
-    mean = {when: statistics.fmean(task[when] for task in tasks.values()) for when in ("before", "after") if tasks}
-    return {
-        "benchmarks": {
-            "perplexity": {
-                name: {"before": value, "after": after["benchmarks"]["perplexity"][name]}
-                for name, value in before["benchmarks"]["perplexity"].items()
-            },
-            "zero_shot": tasks,
-            "zero_shot_mean": mean or None,
+    for name, old in before.zero_shot.items():
+        new = after.zero_shot[name]
+        tasks[name] = TaskChange(
+            metric=old.metric,
+            before=old.value,
+            after=new.value,
+            before_stderr=old.stderr,
+            after_stderr=new.stderr,
+            examples=old.examples,
+            source=old.source,
+        )
+    mean_before = statistics.fmean(task.before for task in tasks.values()) if tasks else 0.0
+    mean_after = statistics.fmean(task.after for task in tasks.values()) if tasks else 0.0
+    change = BenchmarkChange(
+        perplexity={
+            name: Change(before=value, after=after.perplexity[name]) for name, value in before.perplexity.items()
         },
-        "retained_accuracy": mean["after"] / mean["before"] if mean and mean["before"] else None,
-        "generations": [
-            {"prompt": old["prompt"], "before": old["text"], "after": new["text"]}
-            for old, new in zip(before["generations"], after["generations"], strict=True)
-        ],
-    }
+        zero_shot=tasks,
+        zero_shot_mean=Change(before=mean_before, after=mean_after) if tasks else None,
+    )
+    return change, mean_after / mean_before if mean_before else None
+
+
+def compare_generations(before: Sequence[Continuation], after: Sequence[Continuation]) -> list[GenerationChange]:
+    """What the unpruned model and the pruned one generate from each prompt."""
+    return [
+        GenerationChange(prompt=old.prompt, before=old.text, after=new.text)
+        for old, new in zip(before, after, strict=True)
+    ]

@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from secateur.catalog.spec import ZERO_SHOT
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
+from secateur.contract.report import TaskScore
 from secateur.engine.dynamic.runtime import Runtime
 from secateur.engine.model.decoder import Decoder
 from secateur.extras import require
@@ -45,7 +46,7 @@ CONTEXTS = CHOICES | {
 
 def zero_shot(
     decoder: Decoder, names: Sequence[str], tasks_dir: Path | None, limit: int | None, progress: Callable[[float], None]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, TaskScore]:
     """For each task its ``metric`` (``acc_norm`` where it has that, else ``acc``), that ``value`` and its ``stderr``, how many
     ``examples`` were asked, and where they come from (``source``).
 
@@ -100,12 +101,11 @@ def zero_shot(
             tasks = manager.load([str(file) for file in files])["tasks"]
         except (httpx2.HTTPError, ConnectionError) as error:
             raise PruningError(
-                "hub_unavailable",
+                ErrorCode.HUB_UNAVAILABLE,
                 f"The data of {', '.join(names)} could not be fetched: {type(error).__name__}.",
-                retryable=True,
             ) from error
         except Exception as error:  # whatever a data set's rows or its reader may raise
-            raise PruningError("task_invalid", f"{', '.join(names)}: {error}", field=FIELD) from error
+            raise PruningError(ErrorCode.TASK_INVALID, f"{', '.join(names)}: {error}", field=FIELD) from error
         model = (Written if isinstance(decoder, Runtime) else Watched)(
             pretrained=decoder.model,
             tokenizer=copy.deepcopy(decoder.tokenizer),  # it is given a padding token
@@ -143,7 +143,7 @@ def task_config(name: str, file: Path | None, cache: Path) -> dict[str, Any]:
             return {"task": name, **config, **data}
     if not own:
         raise PruningError(
-            "task_invalid",
+            ErrorCode.TASK_INVALID,
             f"{file.name}: rows have {', '.join(sorted(columns))}; allowed: query, choices, gold, or context_options, "
             "continuation, gold.",
             field=FIELD,
@@ -158,7 +158,7 @@ def _task_file(name: str, tasks_dir: Path | None, folder: Path) -> Path:
         file = None
         if name not in ZERO_SHOT:
             known = ", ".join([*ZERO_SHOT, *local_tasks(tasks_dir)])
-            raise PruningError("task_not_found", f"There is no task '{name}'; allowed: {known}.", field=FIELD)
+            raise PruningError(ErrorCode.TASK_NOT_FOUND, f"There is no task '{name}'; allowed: {known}.", field=FIELD)
     written = folder / f"{name}.yaml"
     written.write_text(yaml.safe_dump(task_config(name, file, folder)))
     return written
@@ -171,18 +171,19 @@ def _columns(file: Path) -> set[str]:
         return set(row.keys())
     except (StopIteration, ValueError, AttributeError):
         raise PruningError(
-            "task_invalid", f"{file.name} is no file of JSON objects, one a line.", field=FIELD
+            ErrorCode.TASK_INVALID, f"{file.name} is no file of JSON objects, one a line.", field=FIELD
         ) from None
 
 
-def _figures(found: dict[str, Any], name: str, tasks_dir: Path | None) -> dict[str, Any]:
+def _figures(found: dict[str, Any], name: str, tasks_dir: Path | None) -> TaskScore:
     result = found["results"][name]
     metric = "acc_norm" if "acc_norm,none" in result else "acc"
     local = name in local_tasks(tasks_dir)
-    return {
-        "metric": metric,
-        "value": result[f"{metric},none"],
-        "stderr": result[f"{metric}_stderr,none"],
-        "examples": found["n-samples"][name]["effective"],
-        "source": f"{name}.jsonl" if local else found["configs"][name]["dataset_path"],
-    }
+    error = result[f"{metric}_stderr,none"]
+    return TaskScore(
+        metric=metric,
+        value=result[f"{metric},none"],
+        stderr=float(error) if isinstance(error, int | float) else None,  # lm_eval writes "N/A" for one example
+        examples=found["n-samples"][name]["effective"],
+        source=f"{name}.jsonl" if local else found["configs"][name]["dataset_path"],
+    )

@@ -1,19 +1,21 @@
 """The model card: what a person wants to know before loading the model."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from secateur.catalog.methods import METHODS, Method
+from secateur.contract.report import ComponentNames, Report
 from secateur.engine.evaluation import unsteady
 
 PICTURE = "widths.png"
 
 
 def model_card(
-    report: dict[str, Any],
-    extra: dict[str, Any],
+    report: Report,
+    extra: Mapping[str, Any],
     gguf_file: str | None = None,
     own_class: str | None = None,
     picture: bool = True,
@@ -23,11 +25,11 @@ def model_card(
     ``own_class``: the file with the model's class, where that is not in transformers. ``picture``: whether the repository has
     the picture of the widths.
     """
-    spec, ratio, source = report["spec"], report["ratio"], report["source"]
+    spec, ratio, source = report.spec, report.ratio, report.source
     method = METHODS[spec["method"]]
-    base = source["model_id"].removeprefix("local:")
+    base = source.model_id.removeprefix("local:")
     repo_id = extra.get("repo_id") or "path/to/this/folder"
-    on_hub = source["revision"] is not None
+    on_hub = source.revision is not None
     head = ModelCardData(
         base_model=base if on_hub else None,
         library_name="transformers",
@@ -38,13 +40,13 @@ def model_card(
 {head.to_yaml()}
 ---
 
-{_opening(method, base, f"[{base}](https://huggingface.co/{base})" if on_hub else base, ratio["reached"])}
+{_opening(method, base, f"[{base}](https://huggingface.co/{base})" if on_hub else base, ratio.reached)}
 
 | | before | after |
 |---|---|---|
 {_table(report)}
 
-Perplexity on {report["evaluation"]["tokens"]:,} tokens ({report["evaluation"]["source"]}){", the second half of each window when the first is read" if method.dynamic else ""}. Latency on
+Perplexity on {report.evaluation.tokens:,} tokens ({report.evaluation.source}){", the second half of each window when the first is read" if method.dynamic else ""}. Latency on
 {_device(report)}, batch 1.
 
 ## Use
@@ -53,11 +55,11 @@ Perplexity on {report["evaluation"]["tokens"]:,} tokens ({report["evaluation"]["
 
 ## How it was made
 
-- Method: `{method.name}`{_description(method, report["parts"], spec["layout"])}
-- Parts: scoring `{report["parts"]["scoring"]}`, allocation `{report["parts"]["allocation"]}`, recovery `{report["parts"]["recovery"]}`
-- Rounds: {report["round_count"]}; target ratio {ratio["target"]:g}; seed {spec["seed"]}; dtype {report["dtype"]}
-- Calibration: {report["calibration"]["windows"]} × {report["calibration"]["sequence_length"]} tokens, {report["calibration"]["source"]}
-- Source: `{source["model_id"]}`{f" at `{source['revision']}`" if source["revision"] else ""}
+- Method: `{method.name}`{_description(method, report.components, spec["layout"])}
+- Components: scorer `{report.components.scorer}`, allocator `{report.components.allocator}`, layer-wise recovery `{report.components.layerwise_recovery}`, training `{report.components.training or "none"}`
+- Rounds: {report.rounds}; target ratio {ratio.target:g}; seed {spec["seed"]}; dtype {report.dtype}
+- Calibration: {report.calibration.windows} × {report.calibration.sequence_length} tokens, {report.calibration.source}
+- Source: `{source.model_id}`{f" at `{source.revision}`" if source.revision else ""}
 
 {f"![Heads and feed-forward channels by layer, before and after]({PICTURE}){chr(10) * 2}" if picture else ""}| layer | KV groups | heads | feed-forward channels |
 |---|---|---|---|
@@ -67,7 +69,7 @@ Perplexity on {report["evaluation"]["tokens"]:,} tokens ({report["evaluation"]["
 machine gives the same weights:
 
 ```json
-{json.dumps({"model_id": source["model_id"], **spec}, indent=1)}
+{json.dumps({"model_id": source.model_id, **spec}, indent=1)}
 ```
 
 Pruning changes what a model knows and says. Evaluate this model on your own task before you rely on it; the limits and
@@ -136,59 +138,71 @@ llama-cli -m {gguf_file} -p "The river"
     return text
 
 
-def _description(method: Method, parts: dict[str, str], layout: str) -> str:
-    """What the paper's method is; nothing where the request put other parts in its place."""
+def _description(method: Method, components: ComponentNames, layout: str) -> str:
+    """What the paper's method is; nothing where the request replaced a component."""
     equal = layout == "uniform"
-    allocation = parts["allocation"] if equal else method.allocation
-    if parts != {"scoring": method.scoring, "allocation": allocation, "recovery": method.recovery}:
-        return ", with parts of the request's own"
-    but = "; the same widths in every layer, as the layout has it" if equal and allocation != method.allocation else ""
+    own = ComponentNames(
+        scorer=method.scorer,
+        allocator=components.allocator if equal else method.allocator,
+        layerwise_recovery=method.layerwise_recovery,
+        training=None,
+    )
+    if components != own:
+        return ", with components of the request's own"
+    but = (
+        "; the same widths in every layer, as the layout has it"
+        if equal and components.allocator != method.allocator
+        else ""
+    )
     return f" — {method.summary} ({method.paper}; {method.equations}){but}"
 
 
-def _table(report: dict[str, Any]) -> str:
-    rows = [
-        ("parameters", "parameters", lambda value: f"{value:,}"),
-        ("weights (bytes)", "weights_bytes", lambda value: f"{value:,}"),
-        ("FLOPs of 256 tokens", "flops", lambda value: f"{value:.3g}"),
-        ("perplexity", "perplexity", _perplexity),
+def _table(report: Report) -> str:
+    lines = [
+        _row("parameters", f"{report.parameters.before:,}", f"{report.parameters.after:,}"),
+        _row("weights (bytes)", f"{report.weights_bytes.before:,}", f"{report.weights_bytes.after:,}"),
+        _row("FLOPs of 256 tokens", f"{report.flops.before:.3g}", f"{report.flops.after:.3g}"),
+        _row("perplexity", _perplexity(report.perplexity.before), _perplexity(report.perplexity.after)),
     ]
-    lines = [f"| {title} | {show(report[key]['before'])} | {show(report[key]['after'])} |" for title, key, show in rows]
-    if (published := report["published"])["parameters"] != report["parameters"]["after"]:
-        lines.append(f"| parameters in the files, with the zeros | | {published['parameters']:,} |")
-        lines.append(f"| weights in the files (bytes) | | {published['weights_bytes']:,} |")
-    benchmarks = report["benchmarks"]
-    for name, pair in benchmarks["perplexity"].items():
-        lines.append(f"| perplexity, {name} | {_perplexity(pair['before'])} | {_perplexity(pair['after'])} |")
-    for name, task in benchmarks["zero_shot"].items():
+    published = report.published
+    if published is not None and published.parameters != report.parameters.after:
+        lines.append(_row("parameters in the files, with the zeros", "", f"{published.parameters:,}"))
+        lines.append(_row("weights in the files (bytes)", "", f"{published.weights_bytes:,}"))
+    for name, pair in report.benchmarks.perplexity.items():
+        lines.append(_row(f"perplexity, {name}", _perplexity(pair.before), _perplexity(pair.after)))
+    for name, task in report.benchmarks.zero_shot.items():
+        title = f"{name} ({task.metric}, {task.examples} examples)"
+        lines.append(_row(title, f"{task.before:.3f}", f"{task.after:.3f}"))
+    before, after = report.latency.before, report.latency.after
+    if before is not None and after is not None:
+        lines.append(_row("prefill (ms)", f"{before.prefill_ms:.1f}", f"{after.prefill_ms:.1f}"))
         lines.append(
-            f"| {name} ({task['metric']}, {task['examples']} examples) | {task['before']:.3f} | {task['after']:.3f} |"
+            _row("decode (ms a token)", f"{before.decode_ms_per_token:.1f}", f"{after.decode_ms_per_token:.1f}")
         )
-    latency = report["latency"]
-    if latency["before"] and latency["after"]:
-        for title, key in (("prefill (ms)", "prefill_ms"), ("decode (ms a token)", "decode_ms_per_token")):
-            lines.append(f"| {title} | {latency['before'][key]:.1f} | {latency['after'][key]:.1f} |")
-    if any(unsteady(latency[when]) for when in ("before", "after")):
+    if unsteady(before) or unsteady(after):
         lines += ["", "Repeats of prefill and decode are far apart: the machine was busy, and these times mean little."]
     return "\n".join(lines)
+
+
+def _row(title: str, before: str, after: str) -> str:
+    return f"| {title} | {before} | {after} |"
 
 
 def _perplexity(value: float | None) -> str:
     return "infinite" if value is None else f"{value:.2f}"
 
 
-def _device(report: dict[str, Any]) -> str:
-    latency = report["latency"]["after"]
-    return f"{latency['device']} ({latency['threads']} CPU threads)" if latency else "no device: it was not measured"
+def _device(report: Report) -> str:
+    latency = report.latency.after
+    return f"{latency.device} ({latency.threads} CPU threads)" if latency else "no device: it was not measured"
 
 
-def _widths(report: dict[str, Any]) -> str:
-    before, after = report["widths"]["before"], report["widths"]["after"]
+def _widths(report: Report) -> str:
     return "\n".join(
-        f"| {old['layer']} | {_change(old, new, 'kv_groups')} | {_change(old, new, 'heads')} | {_change(old, new, 'channels')} |"
-        for old, new in zip(before, after, strict=True)
+        f"| {old.layer} | {_change(old.kv_groups, new.kv_groups)} | {_change(old.heads, new.heads)} | {_change(old.channels, new.channels)} |"
+        for old, new in zip(report.widths.before, report.widths.after, strict=True)
     )
 
 
-def _change(old: dict[str, int], new: dict[str, int], key: str) -> str:
-    return f"{new[key]}" if old[key] == new[key] else f"{old[key]} → {new[key]}"
+def _change(old: int, new: int) -> str:
+    return f"{new}" if old == new else f"{old} → {new}"

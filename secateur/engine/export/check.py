@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.decoder import Decoder
 from secateur.processes import run
 
@@ -79,12 +79,12 @@ def run_check(script: str, decoder: Decoder, folder: Path, expected: dict[str, T
         done = run([*command, *arguments], cwd=scratch)
     if done.returncode < 0:
         raise PruningError(
-            "out_of_memory",
+            ErrorCode.OUT_OF_MEMORY,
             "The check of the written checkpoint was killed, probably for want of memory (it loads the model once more).",
         )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise PruningError("export_invalid", f"The written checkpoint does not load as it should: {reason}")
+        raise PruningError(ErrorCode.EXPORT_INVALID, f"The written checkpoint does not load as it should: {reason}")
 
 
 def probe_tokens(decoder: Decoder, length: int = 48) -> torch.Tensor:

@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.catalog.architectures import Family
 from secateur.catalog.sources import ModelSource
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
+from secateur.contract.report import LayerWidths, Report
 from secateur.engine.evaluation.size import weight_bytes
 from secateur.engine.export.card import PICTURE, model_card
 from secateur.engine.export.picture import draw_widths
 from secateur.engine.model.decoder import Decoder
-from secateur.engine.model.plan import Plan
+from secateur.engine.model.plan import Plan, widths_of
 from secateur.extras import missing
 
 TEMPLATE = Path(__file__).with_name("modeling_pruned.py.tmpl")
@@ -74,9 +75,7 @@ def check_room(decoder: Decoder, folder: Path, formats: Sequence[str]) -> None:
     gguf = 4 * decoder.parameters if "gguf" in formats else 0
     need, free = weight_bytes(decoder) + gguf + ROOM, shutil.disk_usage(folder).free
     if free < need:
-        raise PruningError(
-            "disk_full", f"The pruned model needs {need:,} bytes of disk; {free:,} are free.", retryable=True
-        )
+        raise PruningError(ErrorCode.DISK_FULL, f"The pruned model needs {need:,} bytes of disk; {free:,} are free.")
 
 
 def write_model(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path, stock: bool = False) -> None:
@@ -94,20 +93,21 @@ def write_model(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path,
     _write_tokenizer(decoder, source, folder)
 
 
-def write_manifest(decoder: Decoder, plan: Plan, folder: Path, report: dict[str, Any], extra: dict[str, Any]) -> None:
+def write_manifest(decoder: Decoder, plan: Plan, folder: Path, report: Report, extra: Mapping[str, Any]) -> None:
     """Write what tells of the model in ``folder``: the card, and the manifest of plan and hashes, with ``extra`` beside them.
 
     Without matplotlib the card has no picture of the widths.
     """
     picture = "matplotlib" not in missing("eval")
     if picture:
-        draw_widths(report, folder / PICTURE)
+        draw_widths(report.widths, folder / PICTURE)
     gguf_file = next((file.name for file in folder.glob("*.gguf")), None)
     own_class = _own_class(decoder)
     card = model_card(report, extra, gguf_file, own_class.name if own_class else None, picture=picture)
     (folder / "README.md").write_text(card)
     files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
-    manifest = {**extra, "plan": plan.as_dict(), "report": report, "files": files}
+    kept = [layer.model_dump(mode="json") for layer in plan.as_data()]
+    manifest = {**extra, "plan": kept, "report": report.as_dict(), "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest) + "\n")
 
 
@@ -141,8 +141,7 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
         shutil.copyfile(own_class, folder / own_class.name)
     if stock:
         layer = decoder.layers[0].shape
-        widths = {"kv_groups": layer.kv_groups, "heads": layer.heads, "channels": layer.channels_per_expert}
-        config.update(_widths(shape.family, widths), architectures=[type(model).__name__])
+        config.update(_config_widths(shape.family, widths_of([layer])[0]), architectures=[type(model).__name__])
         if shape.hidden_size % layer.heads and shape.model_type in shape.family.twins:
             model_type, causal = shape.family.twins[shape.model_type]
             config = model.config.to_dict() | config  # with what this type assumes where config.json is silent
@@ -155,7 +154,7 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
         config.update(
             architectures=[f"Pruned{classes['causal']}"],
             auto_map=_auto_map(Path(MODELING_FILE).stem, {kind: f"Pruned{name}" for kind, name in classes.items()}),
-            per_layer_config={str(layer["layer"]): _widths(shape.family, layer) for layer in plan.widths(shape)},
+            per_layer_config={str(layer.layer): _config_widths(shape.family, layer) for layer in plan.widths(shape)},
             allow_global_per_layer_attribute_access=True,
             added_biases=sorted(_added_biases(decoder, config)),
         )
@@ -163,9 +162,9 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _widths(family: Family, layer: dict[str, Any]) -> dict[str, int]:
+def _config_widths(family: Family, layer: LayerWidths) -> dict[str, int]:
     """A layer's widths by the config's names."""
-    return {family.name_of(size): layer[width] for size, width in WIDTHS.items()}
+    return {family.name_of(size): getattr(layer, width) for size, width in WIDTHS.items()}
 
 
 def _classes(decoder: Decoder) -> dict[str, str]:

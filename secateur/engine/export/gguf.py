@@ -17,7 +17,7 @@ from torch import Tensor
 
 from secateur.catalog.gguf import GgufKind, gguf_architecture, gguf_obstacle, unsupported
 from secateur.catalog.sources import ModelSource
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.export.check import TOLERANCE
 from secateur.engine.export.gguf_tokenizer import write_tokenizer
 from secateur.engine.model.decoder import Decoder, Layer
@@ -85,7 +85,7 @@ def check_ready(decoder: Decoder, source: ModelSource) -> None:
     """
     if importlib.util.find_spec("llama_cpp") is None:
         raise PruningError(
-            "gguf_unavailable",
+            ErrorCode.GGUF_UNAVAILABLE,
             "GGUF files are quantised and checked with llama.cpp, which this worker lacks: install llama-cpp-python "
             "(pip install 'secateur[gguf]'), or leave 'gguf' out of formats.",
             field="formats",
@@ -141,7 +141,7 @@ def check_gguf(decoder: Decoder, path: Path, kind: GgufKind) -> None:
         _run(RUN, str(path), str(probe), str(torch.get_num_threads()), str(length))
         found = torch.from_numpy(np.load(f"{probe}.logits.npy")).double()
     if not torch.isfinite(found).all():
-        raise PruningError("export_invalid", "The GGUF file overflows: llama.cpp's logits are not finite.")
+        raise PruningError(ErrorCode.EXPORT_INVALID, "The GGUF file overflows: llama.cpp's logits are not finite.")
     if kind in ROUNDING:
         _check_weights(decoder, path, ROUNDING[kind])
         return
@@ -160,12 +160,13 @@ def compare(expected: Tensor, found: Tensor, length: int, tolerance: float) -> N
     difference = float((off / deviation).median())
     if difference > tolerance:
         raise PruningError(
-            "export_invalid", f"The GGUF file does not compute what the model does: logits differ by {difference:.1%}."
+            ErrorCode.EXPORT_INVALID,
+            f"The GGUF file does not compute what the model does: logits differ by {difference:.1%}.",
         )
     chosen = expected.gather(-1, found.argmax(-1, keepdim=True))[:, 0]
     ahead = expected.max(-1).values - chosen
     if bool((ahead > FAR * off)[length - 1 : -1].any()):
-        raise PruningError("export_invalid", "The GGUF file writes other greedy tokens than the model.")
+        raise PruningError(ErrorCode.EXPORT_INVALID, "The GGUF file writes other greedy tokens than the model.")
 
 
 def _check_weights(decoder: Decoder, path: Path, tolerance: float) -> None:
@@ -177,7 +178,8 @@ def _check_weights(decoder: Decoder, path: Path, tolerance: float) -> None:
         difference = float((stored - original).norm() / original.norm().clamp(min=torch.finfo(torch.float32).tiny))
         if not difference <= tolerance:
             raise PruningError(
-                "export_invalid", f"The tensor {name} of the GGUF file differs from the model's by {difference:.1%}."
+                ErrorCode.EXPORT_INVALID,
+                f"The tensor {name} of the GGUF file differs from the model's by {difference:.1%}.",
             )
 
 
@@ -186,10 +188,12 @@ def _run(script: str, *arguments: str) -> str:
     command = [sys.executable, "-I", "-c", script, *arguments]
     done = run(command)
     if done.returncode == -signal.SIGKILL:
-        raise PruningError("out_of_memory", "llama.cpp was killed over the GGUF file, probably for want of memory.")
+        raise PruningError(
+            ErrorCode.OUT_OF_MEMORY, "llama.cpp was killed over the GGUF file, probably for want of memory."
+        )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-        raise PruningError("export_invalid", f"llama.cpp does not take the GGUF file: {reason}")
+        raise PruningError(ErrorCode.EXPORT_INVALID, f"llama.cpp does not take the GGUF file: {reason}")
     return done.stdout
 
 

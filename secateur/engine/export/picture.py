@@ -1,22 +1,22 @@
 """A picture of what is left of each layer, for the model card."""
 
 from pathlib import Path
-from typing import Any
+
+from secateur.contract.report import WidthChange
 
 PANELS = {"heads": "attention heads", "channels": "feed-forward channels"}
 GONE, LEFT = "#d9d9d9", "#2f7d4f"
 
 
-def draw_widths(report: dict[str, Any], path: Path) -> None:
-    """Write a PNG of heads and feed-forward channels by layer, before and after. Needs matplotlib, of the extra ``eval``."""
+def draw_widths(widths: WidthChange, path: Path) -> None:
+    """Write a PNG of heads and feed-forward channels by layer, before and after. It needs matplotlib, of the extra ``eval``."""
     from matplotlib.figure import Figure
 
-    before, after = report["widths"]["before"], report["widths"]["after"]
-    layers = [layer["layer"] for layer in before]
+    layers = [layer.layer for layer in widths.before]
     figure = Figure(figsize=(9, 4), layout="constrained")
     for panel, (key, title) in zip(figure.subplots(2, 1, sharex=True), PANELS.items(), strict=True):
-        panel.bar(layers, [layer[key] for layer in before], color=GONE, label="removed")
-        panel.bar(layers, [layer[key] for layer in after], color=LEFT, label="left")
+        panel.bar(layers, [getattr(layer, key) for layer in widths.before], color=GONE, label="removed")
+        panel.bar(layers, [getattr(layer, key) for layer in widths.after], color=LEFT, label="left")
         panel.set_ylabel(title)
         panel.spines[["top", "right"]].set_visible(False)
     panel.set_xlabel("layer")

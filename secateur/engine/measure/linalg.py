@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 
 
 def damped(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -15,7 +15,7 @@ def damped(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     size = gram.diagonal().mean().clamp_min(1e-12)
     if not size.isfinite():  # a Gram matrix overflows on its diagonal first; no damping would ever do
         raise PruningError(
-            "loss_not_finite",
+            ErrorCode.LOSS_NOT_FINITE,
             "Hidden states overflow in this dtype. Try dtype 'bfloat16' or 'float32'.",
             field="dtype",
         )

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import torch
@@ -14,7 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from secateur.catalog.memory import BATCH_TOKENS
 from secateur.catalog.sources import LOCAL_NAME, LOCAL_PREFIX
 from secateur.catalog.spec import Calibration, Evaluation, TextSource
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
+from secateur.contract.report import Text
 from secateur.engine.model.decoder import Decoder
 
 HELD_OUT_SHARE = 0.2
@@ -32,6 +32,7 @@ REVISIONS = {"ptb": "refs/convert/parquet"}
 WHOLE = 65_536
 """Windows, where no limit is set."""
 SAMPLED = "sampled from the model"
+TOO_SHORT = {"calibration": ErrorCode.CALIBRATION_TOO_SHORT, "evaluation": ErrorCode.EVALUATION_TOO_SHORT}
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,10 @@ class Windows:
     tokens: Tensor
     source: str
 
-    def as_dict(self) -> dict[str, Any]:
+    def describe(self) -> Text:
+        """For the report."""
         windows, length = self.tokens.shape
-        return {"source": self.source, "windows": windows, "sequence_length": length, "tokens": windows * length}
+        return Text(source=self.source, windows=windows, sequence_length=length, tokens=windows * length)
 
 
 def batch_windows(tokens: Tensor) -> int:
@@ -60,8 +62,11 @@ def read_windows(
     token: str | None,
     progress: Callable[[float], None],
     allow_paths: bool = False,
+    given: Tensor | None = None,
 ) -> tuple[Windows, Windows]:
     """Calibration and evaluation windows, disjoint unless the request itself names one text for both.
+
+    ``given`` are calibration tokens ``[windows, length]`` of the caller's own, in place of a text; they are used as they are.
 
     Every window begins with the model's opening (:attr:`Decoder.opening`); the rest of it is text.
 
@@ -73,6 +78,8 @@ def read_windows(
         PruningError: ``calibration_too_short``, ``evaluation_too_short``, ``text_not_found``, ``text_invalid``,
             ``tokenizer_mismatch``, ``hub_unavailable`` (retryable).
     """
+    if given is not None:
+        return _given_windows(decoder, given, calibration, evaluation, seed, texts_dir, token, progress, allow_paths)
     limit = decoder.shape.max_positions
     lengths = min(calibration.sequence_length, limit), min(evaluation.sequence_length, limit)
     stream = _stream(
@@ -110,6 +117,42 @@ def read_windows(
         Windows(tokens.to(device), describe(calibration)),
         Windows(evaluation_tokens.to(device), evaluation_source),
     )
+
+
+def _given_windows(
+    decoder: Decoder,
+    given: Tensor,
+    calibration: Calibration,
+    evaluation: Evaluation,
+    seed: int,
+    texts_dir: Path | None,
+    token: str | None,
+    progress: Callable[[float], None],
+    allow_paths: bool,
+) -> tuple[Windows, Windows]:
+    """As :func:`read_windows`, with calibration tokens of the caller's own; the last fifth of them is held out where no evaluation text is named."""
+    tokens = given[:, : decoder.shape.max_positions].to(decoder.device)
+    _check_ids(decoder, int(tokens.max()))
+    source = f"{len(tokens)} windows of the caller"
+    length = min(evaluation.sequence_length, decoder.shape.max_positions)
+    stream = _stream(decoder, evaluation, evaluation.samples * length, "evaluation", texts_dir, token, allow_paths)
+    if stream is not None:
+        held_out = Windows(
+            _cut(decoder, stream, length, "evaluation")[: evaluation.samples].to(decoder.device), describe(evaluation)
+        )
+    else:
+        count = max(round(len(tokens) * HELD_OUT_SHARE), 1)
+        if len(tokens) <= count:
+            raise PruningError(
+                ErrorCode.CALIBRATION_TOO_SHORT,
+                "One window of tokens cannot be both calibrated and evaluated on. Give more windows, or an evaluation text.",
+                field="data",
+            )
+        held_out = Windows(tokens[-count:][: evaluation.samples], f"held out of {source}")
+        tokens = tokens[:-count]
+    chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[: calibration.samples]
+    progress(1.0)
+    return Windows(tokens[chosen.sort().values.to(tokens.device)], source), held_out
 
 
 def read_texts(
@@ -159,13 +202,18 @@ def _stream(
     else:
         texts = _read_dataset(source.dataset, purpose, enough, token)
     ids = decoder.tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    if ids and max(ids) >= decoder.shape.vocab_size:
+    if ids:
+        _check_ids(decoder, max(ids))
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _check_ids(decoder: Decoder, largest: int) -> None:
+    if largest >= decoder.shape.vocab_size:
         raise PruningError(
-            "tokenizer_mismatch",
-            f"The tokenizer makes token {max(ids)}, but the model has {decoder.shape.vocab_size} embeddings.",
+            ErrorCode.TOKENIZER_MISMATCH,
+            f"The tokenizer makes token {largest}, but the model has {decoder.shape.vocab_size} embeddings.",
             field="model_id",
         )
-    return torch.tensor(ids, dtype=torch.long)
 
 
 def _cut(decoder: Decoder, stream: Tensor, length: int, purpose: str) -> Tensor:
@@ -174,7 +222,7 @@ def _cut(decoder: Decoder, stream: Tensor, length: int, purpose: str) -> Tensor:
     count = len(stream) // own
     if count == 0:
         raise PruningError(
-            f"{purpose}_too_short",
+            TOO_SHORT[purpose],
             f"The {purpose} text has {len(stream)} tokens; one window needs {own}. Give more text, or a smaller "
             f"'{purpose}.sequence_length'.",
             field=purpose,
@@ -187,17 +235,21 @@ def _read_file(name: str, purpose: str, texts_dir: Path | None) -> str:
     if name.startswith(LOCAL_PREFIX):
         plain = name.removeprefix(LOCAL_PREFIX)
         if texts_dir is None or not LOCAL_NAME.fullmatch(plain):
-            raise PruningError("text_not_found", f"There is no text '{name}'.", field=f"{purpose}.dataset")
+            raise PruningError(ErrorCode.TEXT_NOT_FOUND, f"There is no text '{name}'.", field=f"{purpose}.dataset")
         path = texts_dir / plain
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         known = ", ".join(sorted(file.name for file in path.parent.glob("*"))) if path.parent.is_dir() else ""
         raise PruningError(
-            "text_not_found", f"There is no text '{name}'; there are: {known or 'none'}.", field=f"{purpose}.dataset"
+            ErrorCode.TEXT_NOT_FOUND,
+            f"There is no text '{name}'; there are: {known or 'none'}.",
+            field=f"{purpose}.dataset",
         ) from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise PruningError("text_invalid", f"'{name}' is no UTF-8 text: {error}", field=f"{purpose}.dataset") from None
+        raise PruningError(
+            ErrorCode.TEXT_INVALID, f"'{name}' is no UTF-8 text: {error}", field=f"{purpose}.dataset"
+        ) from None
 
 
 def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> list[str]:
@@ -209,9 +261,9 @@ def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> li
         name, (hub_id, configuration or None, "text", "train", "test")
     )
     if Path(path).suffix == ".txt" or path.startswith(("/", ".")):
-        raise PruningError("text_not_found", f"There is no file '{name}'.", field=f"{purpose}.dataset")
+        raise PruningError(ErrorCode.TEXT_NOT_FOUND, f"There is no file '{name}'.", field=f"{purpose}.dataset")
     if Path(path).exists():  # load_dataset would take a folder of that name instead
-        raise PruningError("text_invalid", f"'{name}' is no data set on the Hub.", field=f"{purpose}.dataset")
+        raise PruningError(ErrorCode.TEXT_INVALID, f"'{name}' is no data set on the Hub.", field=f"{purpose}.dataset")
     split = calibration_split if purpose == "calibration" else evaluation_split
     try:
         rows = datasets.load_dataset(
@@ -222,7 +274,7 @@ def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> li
         for row in rows:
             if column not in row:
                 raise PruningError(
-                    "text_invalid",
+                    ErrorCode.TEXT_INVALID,
                     f"'{name}' has no column '{column}', but {', '.join(row)}.",
                     field=f"{purpose}.dataset",
                 )
@@ -235,13 +287,15 @@ def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> li
         raise
     except datasets.exceptions.DatasetNotFoundError as error:
         raise PruningError(
-            "text_not_found", f"There is no data set '{name}': {error}", field=f"{purpose}.dataset"
+            ErrorCode.TEXT_NOT_FOUND, f"There is no data set '{name}': {error}", field=f"{purpose}.dataset"
         ) from None
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise PruningError("text_invalid", f"'{name}' cannot be read: {error}", field=f"{purpose}.dataset") from None
+        raise PruningError(
+            ErrorCode.TEXT_INVALID, f"'{name}' cannot be read: {error}", field=f"{purpose}.dataset"
+        ) from None
     except (httpx2.HTTPError, OSError) as error:
         raise PruningError(
-            "hub_unavailable", f"The data set '{name}' could not be fetched: {type(error).__name__}.", retryable=True
+            ErrorCode.HUB_UNAVAILABLE, f"The data set '{name}' could not be fetched: {type(error).__name__}."
         ) from error
 
 

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrained
 from transformers.initialization import no_init_weights
 
 from secateur.catalog.sources import ModelSource, check_weight_files
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM
 
 NAMES = {
@@ -92,13 +92,15 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
         wanted.setdefault(name if first else _glm_source_name(name), []).append(tensor)
     for name, parts in wanted.items():
         if name not in files:
-            raise PruningError("weights_missing", f"{source.model_id} lacks the tensor {name}.", field="model_id")
+            raise PruningError(
+                ErrorCode.WEIGHTS_MISSING, f"{source.model_id} lacks the tensor {name}.", field="model_id"
+            )
         with safe_open(files.pop(name), framework="pt") as file:
             _fill(parts, file.get_tensor(name), name, source.model_id)
     layers = FIRST_LAYERS if first else SOURCE_LAYERS
     if beyond := sorted(name for name in files if name.startswith(layers) and not name.endswith(COMPUTED)):
         raise PruningError(
-            "config_invalid",
+            ErrorCode.CONFIG_INVALID,
             f"The config of {source.model_id} has no place for its tensor {beyond[0]}.",
             field="model_id",
         )
@@ -122,7 +124,7 @@ def _fill(parts: list[Tensor], tensor: Tensor, name: str, model_id: str) -> None
     wanted = [sum(rows), *parts[0].shape[1:]]
     if list(tensor.shape) != wanted:
         raise PruningError(
-            "config_invalid",
+            ErrorCode.CONFIG_INVALID,
             f"The tensor {name} of {model_id} is {list(tensor.shape)}, and its config makes it {wanted}.",
             field="model_id",
         )

@@ -1,6 +1,7 @@
 """Real removal: a plan becomes smaller tensors. No mask is left behind."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,28 @@ def cut(layer: Layer, structure: Structure, kept: Sequence[int]) -> None:
     layer.tell_sizes()
 
 
-def pad(decoder: Decoder) -> None:
-    """Fill every layer up in place to the widths of the widest, with units that give nothing: the model stays what it is.
+@contextmanager
+def padded(decoder: Decoder, *, enabled: bool = True) -> Iterator[None]:
+    """Give every layer the widths of the widest one while the context lasts, by units of zeros: the output stays the same.
 
-    Heads are filled up further where the stock class would not take so many.
+    KV groups are filled up further where the stock class does not allow their number. With ``enabled`` false nothing changes.
     """
+    if not enabled:
+        yield
+        return
+    before = [{structure: layer.units(structure) for structure in STRUCTURES} for layer in decoder.layers]
+    _pad(decoder)
+    try:
+        yield
+    finally:
+        for layer, units in zip(decoder.layers, before, strict=True):
+            for structure in STRUCTURES:
+                experts = layer.experts(structure)
+                own, wide = units[structure] // experts, layer.units(structure) // experts
+                cut(layer, structure, [expert * wide + unit for expert in range(experts) for unit in range(own)])
+
+
+def _pad(decoder: Decoder) -> None:
     shape, source = decoder.shape, decoder.shape.layers[0]
     most = max(layer.kv_groups for layer in decoder.layers)
     fewer = (source.without(gone) for gone in range(source.kv_groups - most, -1, -1))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.catalog.architectures import Family, LayerShape, ModelShape
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.experts import Experts
 from secateur.engine.model.fused import Fused
 
@@ -358,7 +358,7 @@ def check_gradients(gradients: Iterable[Tensor]) -> None:
     """
     if not all(torch.isfinite(gradient).all() for gradient in gradients):
         raise PruningError(
-            "loss_not_finite",
+            ErrorCode.LOSS_NOT_FINITE,
             "The loss's gradients overflow in this dtype. Try dtype 'bfloat16' or 'float32'.",
             field="dtype",
         )

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from secateur.catalog.architectures import SUPPORTED, Family, ModelShape, family_of, shape_of
 from secateur.catalog.sources import ModelSource, read_shape
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.cutting import cut
 from secateur.engine.model.decoder import STRUCTURES, Decoder, Structure, gated
 
@@ -126,7 +126,7 @@ def _check_rest(layer: nn.Module, linears: Mapping[str, nn.Linear], sizes: set[i
 
 def _refuse(config: Mapping[str, Any], reason: str) -> NoReturn:
     raise PruningError(
-        "unsupported_architecture",
+        ErrorCode.UNSUPPORTED_ARCHITECTURE,
         f"Models of type {config.get('model_type')!r} have no adapter, and this one is not built like Llama: {reason}. "
         f"With an adapter: {SUPPORTED}.",
         field="model_id",

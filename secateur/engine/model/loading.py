@@ -1,5 +1,7 @@
 """From a located model to one in memory that is known to be sound."""
 
+import hashlib
+import json
 import logging
 import re
 from collections import defaultdict
@@ -15,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from secateur.catalog.architectures import check_config
 from secateur.catalog.sources import ModelSource, check_size, check_weight_files, hub_error, locate
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model import chatglm
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.generic import sizes_of, verify
@@ -102,8 +105,49 @@ def load(source: ModelSource, dtype: str, device: torch.device, max_parameters: 
     tokenizer = _load_tokenizer(source)
     if shape.family.experts:
         _check_experts(source, shape.layers[0].experts)
-    model = _load_model(source, dtype, shape.family.layers).to(device).eval().requires_grad_(False)
-    decoder = Decoder(model, tokenizer, shape)
+    return adopt(_load_model(source, dtype, shape.family.layers).to(device), tokenizer, source)
+
+
+def describe_loaded(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, with_weights: bool
+) -> ModelSource:
+    """Write what files a loaded model would have had into ``folder``: config and tokenizer, and weights if it is loaded again later.
+
+    Raises:
+        PruningError: ``unsupported_architecture``, ``weights_quantized``, ``config_invalid``, ``weights_missing`` for weights that
+            are not in memory.
+    """
+    name = str(model.config.name_or_path or type(model).__name__)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PruningError(
+            ErrorCode.WEIGHTS_MISSING,
+            "The model has weights that are not in memory (on the device 'meta').",
+            field="model",
+        )
+    check_config(model.config.to_dict())
+    if with_weights:
+        model.save_pretrained(folder)
+    else:
+        model.config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return ModelSource(name, folder, None, None, config, weights_digest=digest.hexdigest())
+
+
+def adopt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> Decoder:
+    """A loaded model as it is pruned, in place: frozen, and in evaluation mode.
+
+    Raises:
+        PruningError: ``unsupported_architecture``, ``config_invalid``, ``weights_not_finite``.
+    """
+    decoder = Decoder(model.eval().requires_grad_(False), tokenizer, sizes_of(source))
     _check(decoder, source)
     if not source.sizes_known:
         verify(decoder)
@@ -120,7 +164,9 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # the loaders raise whatever their parsers raise
         raise PruningError(
-            "tokenizer_missing", f"The tokenizer of {source.model_id} cannot be loaded: {error}", field="model_id"
+            ErrorCode.TOKENIZER_MISSING,
+            f"The tokenizer of {source.model_id} cannot be loaded: {error}",
+            field="model_id",
         ) from error
     return tokenizer
 
@@ -149,24 +195,27 @@ def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel
     except Exception as error:  # as above
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        code = "weights_corrupt" if isinstance(error, SafetensorError | OSError) else "config_invalid"
+        corrupt = isinstance(error, SafetensorError | OSError)
+        code = ErrorCode.WEIGHTS_CORRUPT if corrupt else ErrorCode.CONFIG_INVALID
         raise PruningError(
             code, f"{source.model_id} cannot be loaded: {_first_line(error)}", field="model_id"
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:
-        raise PruningError("weights_missing", f"{source.model_id} lacks the tensor {missing[0]}.", field="model_id")
+        raise PruningError(
+            ErrorCode.WEIGHTS_MISSING, f"{source.model_id} lacks the tensor {missing[0]}.", field="model_id"
+        )
     beyond = sorted(name for name in info["unexpected_keys"] if name.startswith(f"{layers}."))
     if beyond:
         raise PruningError(
-            "config_invalid",
+            ErrorCode.CONFIG_INVALID,
             f"The config of {source.model_id} has no place for its tensor {beyond[0]}.",
             field="model_id",
         )
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
         raise PruningError(
-            "config_invalid",
+            ErrorCode.CONFIG_INVALID,
             "The tensor {} of {} is {}, and its config makes it {}.".format(
                 mismatched[0][0], source.model_id, *map(list, mismatched[0][1:])
             ),
@@ -188,13 +237,13 @@ def _check_experts(source: ModelSource, count: int) -> None:
     for (before, after), shapes in stored.items():
         if missing := sorted(set(range(count)) - shapes.keys()):
             raise PruningError(
-                "weights_missing",
+                ErrorCode.WEIGHTS_MISSING,
                 f"{source.model_id} lacks the tensor {before}{missing[0]}{after}; its config has {count} experts.",
                 field="model_id",
             )
         if odd := [expert for expert, shape in sorted(shapes.items()) if expert >= count or shape != shapes[0]]:
             raise PruningError(
-                "config_invalid",
+                ErrorCode.CONFIG_INVALID,
                 f"The tensor {before}{odd[0]}{after} of {source.model_id} is not like the first of {count} experts'.",
                 field="model_id",
             )
@@ -204,11 +253,13 @@ def _check(decoder: Decoder, source: ModelSource) -> None:
     for name, parameter in decoder.model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise PruningError(
-                "weights_not_finite", f"The tensor {name} of {source.model_id} holds NaN or infinity.", field="model_id"
+                ErrorCode.WEIGHTS_NOT_FINITE,
+                f"The tensor {name} of {source.model_id} holds NaN or infinity.",
+                field="model_id",
             )
     if decoder.projection_parameters != decoder.shape.prunable_parameters:
         raise PruningError(
-            "config_invalid",
+            ErrorCode.CONFIG_INVALID,
             f"The config of {source.model_id} makes {decoder.shape.prunable_parameters} prunable parameters, "
             f"its weights have {decoder.projection_parameters}.",
             field="model_id",

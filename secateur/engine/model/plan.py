@@ -1,9 +1,21 @@
 """A pruning plan as plain data: which units of the source model each layer keeps."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from secateur.catalog.architectures import LayerShape, ModelShape
+from secateur.contract.report import LayerWidths
+
+
+class LayerUnits(BaseModel):
+    """The JSON form of what a layer keeps: KV groups one by one, channels as ranges ``[first, last]``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kv_groups: tuple[int, ...]
+    channels: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class Plan:
         return cls(tuple(LayerPlan(tuple(range(s.kv_groups)), tuple(range(s.channels))) for s in layers))
 
     def then(self, later: "Plan") -> "Plan":
-        """This plan followed by one made on its result, as one plan over the source."""
+        """This plan followed by ``later``, a plan made on its result, as one plan over the source."""
         return Plan(
             tuple(
                 LayerPlan(
@@ -37,49 +49,58 @@ class Plan:
             )
         )
 
-    def widths(self, shape: ModelShape) -> list[dict[str, int]]:
-        """Per layer, what is left: for the report and the config."""
+    def widths(self, shape: ModelShape) -> list[LayerWidths]:
+        """How many units each layer keeps; ``shape`` is the source's."""
         source = shape.layers[0]
         return [
-            {
-                "layer": index,
-                "kv_groups": len(layer.kv_groups),
-                "heads": len(layer.kv_groups) * source.heads_per_group,
-                "channels": len(layer.channels) // source.experts,
-            }
+            LayerWidths(
+                layer=index,
+                kv_groups=len(layer.kv_groups),
+                heads=len(layer.kv_groups) * source.heads_per_group,
+                channels=len(layer.channels) // source.experts,
+            )
             for index, layer in enumerate(self.layers)
         ]
 
     def parameters(self, shape: ModelShape) -> int:
-        """Prunable parameters that are left."""
+        """Prunable parameters that are left; ``shape`` is the source's."""
         cost, experts = shape.cost, shape.layers[0].experts
         return sum(
             len(layer.kv_groups) * cost.kv_group + len(layer.channels) // experts * cost.channel + cost.fixed
             for layer in self.layers
         )
 
-    def as_dict(self) -> list[dict[str, Any]]:
-        """JSON form: index ranges ``[first, last]`` rather than long lists."""
-        return [{"kv_groups": list(layer.kv_groups), "channels": _ranges(layer.channels)} for layer in self.layers]
+    def as_data(self) -> tuple[LayerUnits, ...]:
+        """The JSON form."""
+        return tuple(LayerUnits(kv_groups=layer.kv_groups, channels=_ranges(layer.channels)) for layer in self.layers)
 
     @classmethod
-    def from_dict(cls, layers: list[dict[str, Any]]) -> "Plan":
+    def from_data(cls, layers: Iterable[LayerUnits]) -> "Plan":
+        """The plan of a JSON form."""
         return cls(
             tuple(
                 LayerPlan(
-                    tuple(layer["kv_groups"]),
-                    tuple(index for first, last in layer["channels"] for index in range(first, last + 1)),
+                    layer.kv_groups,
+                    tuple(index for first, last in layer.channels for index in range(first, last + 1)),
                 )
                 for layer in layers
             )
         )
 
 
-def _ranges(indices: tuple[int, ...]) -> list[list[int]]:
-    ranges: list[list[int]] = []
+def widths_of(layers: Sequence[LayerShape]) -> list[LayerWidths]:
+    """The widths of layers of these shapes."""
+    return [
+        LayerWidths(layer=index, kv_groups=layer.kv_groups, heads=layer.heads, channels=layer.channels_per_expert)
+        for index, layer in enumerate(layers)
+    ]
+
+
+def _ranges(indices: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    ranges: list[tuple[int, int]] = []
     for index in indices:
         if ranges and ranges[-1][1] == index - 1:
-            ranges[-1][1] = index
+            ranges[-1] = (ranges[-1][0], index)
         else:
-            ranges.append([index, index])
-    return ranges
+            ranges.append((index, index))
+    return tuple(ranges)

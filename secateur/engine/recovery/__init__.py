@@ -5,9 +5,9 @@ from secateur.engine.recovery.base import Cut, LayerwiseRecovery
 from secateur.engine.recovery.training import Segment, train
 
 LAYERWISE_RECOVERIES: dict[str, LayerwiseRecovery] = {
-    "bias": bias.mend,
-    "least-squares": least_squares.mend,
-    "linear-regression": linear_regression.mend,
+    "bias": bias.recover,
+    "least-squares": least_squares.recover,
+    "linear-regression": linear_regression.recover,
 }
 """By the name that a request gives them."""
 

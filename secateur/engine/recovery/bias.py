@@ -6,7 +6,7 @@ from torch import Tensor
 from secateur.engine.recovery.base import Cut
 
 
-def mend(cut: Cut) -> tuple[Tensor, Tensor | None]:
+def recover(cut: Cut) -> tuple[Tensor, Tensor | None]:
     """b' = b + W_removed·E[x_removed] (An et al., equation 8)."""
     removed = torch.ones_like(cut.moments.mean, dtype=torch.bool)
     removed[cut.kept] = False

@@ -12,7 +12,7 @@ CARRIED = 0.35
 hidden states of layers fitted to that text are nearer to their targets there than anywhere else."""
 
 
-def mend(cut: Cut) -> tuple[Tensor, Tensor | None]:
+def recover(cut: Cut) -> tuple[Tensor, Tensor | None]:
     """:func:`refit`; the bias stays as it is."""
     return refit(cut.weight, cut.moments.gram, cut.kept, cut.moments.missing, cut.damping), cut.bias
 

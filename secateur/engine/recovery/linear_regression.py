@@ -5,7 +5,7 @@ from torch import Tensor
 from secateur.engine.recovery.base import Cut
 
 
-def mend(cut: Cut) -> tuple[Tensor, Tensor | None]:
+def recover(cut: Cut) -> tuple[Tensor, Tensor | None]:
     """O_i ≈ A_i·O_i^pruned + B_i by least squares over the tokens, folded into the weight's rows and a bias (equations 9, 10).
 
     Means and covariances of outputs follow from those of the inputs, so no output is ever stored. Where the pruned output

@@ -3,14 +3,13 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from peft import LoraConfig, LoraModel
 from torch import Tensor, nn
 
-from secateur.catalog.spec import Recovery
-from secateur.contract.errors import PruningError
+from secateur.catalog.spec import TrainingSettings
+from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.decoder import Decoder
 
 SEGMENT_STEPS = 20
@@ -39,8 +38,7 @@ def train(
     teacher: Callable[[Tensor], Tensor] | None,
     tokens: Tensor,
     batch_windows: int,
-    recovery: Recovery,
-    kind: Literal["lora", "distill"],
+    settings: TrainingSettings,
     seed: int,
     progress: Callable[[float], None],
     resume: Segment | None,
@@ -58,7 +56,7 @@ def train(
     ``distill`` takes 20 bytes for each parameter of the layers, in any dtype, and 12 on the CPU for a Segment; adapters
     take next to nothing.
 
-    A step takes ``recovery.batch_size`` windows, at most all there are, ``batch_windows`` at a time. Which ones depends
+    A step takes ``settings.batch_size`` windows, at most all there are, ``batch_windows`` at a time. Which ones depends
     on ``seed`` and the step alone, and no dropout is applied: ``resume``, given the model as it was before training,
     goes on to the same weights, bit for bit where the device's kernels are deterministic. Once exhausted, the model has
     plain weights in its own dtype, frozen; it is of no use if abandoned before.
@@ -66,10 +64,10 @@ def train(
     Raises:
         PruningError: ``loss_not_finite``.
     """
-    model, batch = decoder.model, min(recovery.batch_size, len(tokens))
-    steps = max(1, round(recovery.epochs * len(tokens) / batch))
-    if kind == "lora":
-        adapters = _add_adapters(decoder, recovery.rank, seed)
+    model, batch = decoder.model, min(settings.batch_size, len(tokens))
+    steps = max(1, round(settings.epochs * len(tokens) / batch))
+    if settings.kind == "lora":
+        adapters = _add_adapters(decoder, settings.rank, seed)
     else:
         for layer in decoder.layers:
             layer.module.requires_grad_(True)
@@ -87,19 +85,19 @@ def train(
 
     def losses_of(windows: Tensor) -> Tensor:
         logits = model(windows, use_cache=False).logits
-        if kind == "lora":
+        if settings.kind == "lora":
             return decoder.losses(logits, windows)
         assert teacher is not None
         with torch.no_grad():
             wanted = teacher(windows)
-        return _divergences(wanted, logits, recovery.temperature)
+        return _divergences(wanted, logits, settings.temperature)
 
     step, losses = (resume.step, list(resume.losses)) if resume is not None else (0, [])
     while step < steps:
         windows = tokens[_order(len(tokens), batch, step, seed)].to(decoder.device)
         losses.append(_accumulate(losses_of, windows.split(batch_windows), masters, trained))
         for group in optimizer.param_groups:
-            group["lr"] = recovery.learning_rate * _rate(step, steps)
+            group["lr"] = settings.learning_rate * _rate(step, steps)
         optimizer.step()
         optimizer.zero_grad()
         _publish(masters, trained)
@@ -107,7 +105,7 @@ def train(
         progress(step / steps)
         if step % SEGMENT_STEPS == 0 or step == steps:
             yield Segment(step, steps, list(losses), _tensors(masters, optimizer))
-    if kind == "lora":
+    if settings.kind == "lora":
         adapters.merge_and_unload()
     model.requires_grad_(False)
 
@@ -157,9 +155,9 @@ def _accumulate(
         total, count = total + float(losses.detach().sum(dtype=torch.float64)), count + losses.numel()
         if not math.isfinite(total):
             raise PruningError(
-                "loss_not_finite",
-                "The loss became NaN or infinite while training; lower 'recovery.learning_rate'.",
-                field="recovery.learning_rate",
+                ErrorCode.LOSS_NOT_FINITE,
+                "The loss became NaN or infinite while training; lower 'settings.learning_rate'.",
+                field="settings.learning_rate",
             )
         losses.sum().backward()
         for name, parameter in trained.items():

@@ -1,4 +1,4 @@
-"""One pruning round on a model in memory: score, allocate, then layer by layer choose, cut and mend."""
+"""One pruning round on a model in memory: score, allocate, then layer by layer choose, cut and correct."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from secateur.engine.allocation import ALLOCATORS, LayerLimit, UnitCounts, best, equal_units, whole_units
-from secateur.engine.allocation.schedule import RoundTarget
+from secateur.engine.allocation.schedule import RoundGoal
 from secateur.engine.measure.layer_stream import LayerStream
 from secateur.engine.model.cutting import cut, expand
 from secateur.engine.model.decoder import STRUCTURES, Layer, Structure
@@ -15,15 +15,15 @@ from secateur.engine.recovery import LAYERWISE_RECOVERIES, Cut
 from secateur.engine.scoring import LAYERWISE_SCORERS, MODEL_SCORERS, Context, UnitContext
 
 
-def prune_round(context: Context, target: RoundTarget, width_multiple: int) -> Plan:
-    """Cut the model in place until ``target`` of the *source* is gone, and mend what stays as the request says.
+def prune_round(context: Context, goal: RoundGoal) -> Plan:
+    """Cut the model in place until ``goal`` of the *source* is removed, and apply the layer-wise recovery.
 
     Returns the plan over the model as it was when the round began.
     """
-    spec = context.spec
-    if spec.scorer in MODEL_SCORERS:
-        context.scores = MODEL_SCORERS[spec.scorer](context)
-    counts = unit_counts(context, target, width_multiple)
+    scorer = context.resolved.components.scorer
+    if not scorer.layerwise:
+        context.scores = MODEL_SCORERS[scorer.name](context)
+    counts = unit_counts(context, goal)
     stream = _layer_stream(context)
     layers: Iterable[Layer] = context.decoder.layers if stream is None else stream.layers()
     plans = []
@@ -37,27 +37,27 @@ def prune_round(context: Context, target: RoundTarget, width_multiple: int) -> P
     return Plan(tuple(plans))
 
 
-def unit_counts(context: Context, target: RoundTarget, width_multiple: int) -> list[UnitCounts]:
-    """How many units every layer gives, so that of the source just as much is gone as the round asks."""
+def unit_counts(context: Context, goal: RoundGoal) -> list[UnitCounts]:
+    """How many units every layer loses, so that as much of the source is removed as ``goal`` says."""
+    width_multiple = context.resolved.width_multiple
     decoder, cost = context.decoder, context.decoder.shape.cost
     source, widths = decoder.shape.layers, [layer.shape for layer in decoder.layers]
-    groups = target.kv_groups - sum(was.kv_groups - now.kv_groups for was, now in zip(source, widths, strict=True))
+    groups = goal.kv_groups - sum(was.kv_groups - now.kv_groups for was, now in zip(source, widths, strict=True))
     gone = decoder.shape.prunable_parameters - decoder.prunable_parameters
-    total = max(target.kv_groups * cost.kv_group + target.channel_parameters - gone, 0.0)
-    if context.spec.uniform:
+    total = max(goal.kv_groups * cost.kv_group + goal.channel_parameters - gone, 0.0)
+    if context.resolved.uniform:
         return equal_units(widths, total, max(groups, 0), cost, width_multiple)
     limits = [
         LayerLimit(kv_groups, channels, kv_groups * cost.kv_group + channels * cost.channel)
         for kv_groups, channels in (decoder.shape.removable(width, width_multiple) for width in widths)
     ]
-    share = ALLOCATORS[context.spec.allocator](context, limits, total)
+    share = ALLOCATORS[context.resolved.components.allocator.name](context, limits, total)
     return whole_units(widths, share, max(groups, 0), context.scores, cost, width_multiple)
 
 
 def _layer_stream(context: Context) -> LayerStream | None:
-    """The stream of hidden states, where scores or the mending need one."""
-    spec = context.spec
-    if context.scores is not None and spec.mend not in LAYERWISE_RECOVERIES:
+    """The stream of hidden states, where scores or the layer-wise recovery need one."""
+    if context.scores is not None and not context.resolved.components.recovers_layerwise:
         return None
     return LayerStream(context.decoder, context.tokens, context.batch_windows, context.reference)
 
@@ -65,32 +65,38 @@ def _layer_stream(context: Context) -> LayerStream | None:
 def _cut_structure(
     context: Context, stream: LayerStream | None, layer: Layer, index: int, structure: Structure, removed: int
 ) -> tuple[int, ...]:
-    """Choose, cut and mend one structure, ``removed`` units of every expert; returns the units that stay. One that gives nothing
-    may have losses before it to mend."""
-    spec, output, mend = context.spec, layer.output(structure), LAYERWISE_RECOVERIES.get(context.spec.mend)
+    """Choose, cut and correct one structure, ``removed`` units of every expert; returns the units that stay.
+
+    A structure that loses no unit may still be corrected for what earlier layers lost.
+    """
+    chosen, output = context.resolved.components, layer.output(structure)
+    recover = LAYERWISE_RECOVERIES.get(chosen.layerwise.name)
     experts, width = layer.experts(structure), layer.width(structure)
-    moments = stream.moments(structure) if stream is not None and (removed or mend is not None) else []
+    moments = stream.moments(structure) if stream is not None and (removed or recover is not None) else []
     if context.scores is not None:
         scores = list(context.scores.of(structure)[index].chunk(experts))
     elif removed:
-        score = LAYERWISE_SCORERS[spec.scorer]
-        scores = [score(UnitContext(layer, structure, *own, removed, spec.scoring)) for own in enumerate(moments)]
+        score = LAYERWISE_SCORERS[chosen.scorer.name]
+        scores = [
+            score(UnitContext(layer, structure, *own, removed, context.resolved.spec.scoring))
+            for own in enumerate(moments)
+        ]
     else:
         scores = list(torch.zeros(layer.units(structure)).chunk(experts))
     kept = [best(own, removed) for own in scores]
     units = layer.units(structure) // experts
     all_kept = tuple(expert * units + unit for expert, own in enumerate(kept) for unit in own)
-    if mend is None:
+    if recover is None:
         cut(layer, structure, all_kept)
         return all_kept
     weights, bias = output.weight.float().chunk(experts, 1), None if output.bias is None else output.bias.float()
-    mended = []
+    recovered = []
     for own, weight, moment in zip(kept, weights, moments, strict=True):
         inputs = expand(torch.tensor(own, device=weight.device), width)
-        mended.append(mend(Cut(weight, bias, moment, inputs, spec.refit_damping)))
+        recovered.append(recover(Cut(weight, bias, moment, inputs, chosen.damping)))
     cut(layer, structure, all_kept)
-    # A mixture has no place for a bias, and no mend that adds one: see PruningSpec.check_fits.
-    new_weight, new_bias = torch.cat([weight for weight, _ in mended], 1), mended[0][1]
+    # A mixture has no place for a bias, and no recovery that adds one: see catalog.resolve.
+    new_weight, new_bias = torch.cat([weight for weight, _ in recovered], 1), recovered[0][1]
     output.weight = nn.Parameter(new_weight.to(output.weight.dtype), requires_grad=False)
     output.register_parameter(
         "bias", None if new_bias is None else nn.Parameter(new_bias.to(output.weight.dtype), requires_grad=False)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.catalog.spec import PruningSpec
+from secateur.catalog.resolve import Resolved
 from secateur.engine.measure.cache import Statistics
 from secateur.engine.measure.forward_statistics import ForwardStatistics, forward_statistics
 from secateur.engine.measure.gates import GateStatistics, Progress, gate_statistics
@@ -33,13 +33,13 @@ class Context:
     decoder: Decoder
     tokens: Tensor
     batch_windows: int
-    spec: PruningSpec
+    resolved: Resolved
     target_ratio: float
     """Of the whole job, not of this round."""
     seed: int
     progress: Progress
     reference: Decoder | None = None
-    """The unpruned model, where layers are mended towards it: ``decoder`` itself in the first round."""
+    """The unpruned model, where layers are fitted to it: ``decoder`` itself in the first round."""
     scores: Scores | None = None
     """Of the whole model, once they are taken."""
     statistics: Statistics | None = None
@@ -87,7 +87,10 @@ def memoised(score: Scorer) -> Scorer:
             scores = score(context)
             return [*scores.kv_groups, *scores.channels]
 
-        tensors, layers = context.memo(f"scores-{context.spec.scorer}", compute), len(context.decoder.layers)
+        tensors, layers = (
+            context.memo(f"scores-{context.resolved.components.scorer.name}", compute),
+            len(context.decoder.layers),
+        )
         return Scores(tensors[:layers], tensors[layers:])
 
     return look_up

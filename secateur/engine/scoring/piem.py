@@ -20,7 +20,7 @@ def score(context: Context) -> Scores:
 
     ΔL of heads is exact by shielding where that is affordable, else and for channels −g + ½·h from the gates.
     """
-    weights, exact, report = context.spec.scoring, exact_shielding(context), context.progress
+    weights, exact, report = context.resolved.spec.scoring, exact_shielding(context), context.progress
     context.details["shielding"] = "exact" if exact else "estimate"
     if exact:
         context.progress = lambda share: report(share / 2)
@@ -54,8 +54,8 @@ def score(context: Context) -> Scores:
 
 def exact_shielding(context: Context) -> bool:
     """Whether ΔL of heads comes from shielding: as asked, or where its forwards are affordable on this kind of device."""
-    if context.spec.scoring.shielding != "auto":
-        return context.spec.scoring.shielding == "exact"
+    if context.resolved.spec.scoring.shielding != "auto":
+        return context.resolved.spec.scoring.shielding == "exact"
     decoder = context.decoder
     groups = sum(layer.kv_groups for layer in decoder.layers)
     cost = groups * context.tokens.numel() * 2 * decoder.parameters

@@ -1,0 +1,190 @@
+"""What a pruning request comes to: its components without a model, and all of it on a model.
+
+The engine takes a :class:`Resolved` and nothing else of a request.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.catalog.architectures import ModelShape
+from secateur.catalog.gguf import gguf_obstacle
+from secateur.catalog.methods import (
+    ALLOCATORS,
+    LAYERWISE_RECOVERIES,
+    METHODS,
+    NO_RECOVERY,
+    SCORERS,
+    STATIC_METHODS,
+    TRAININGS,
+    Allocator,
+    FitTo,
+    LayerwiseRecovery,
+    Method,
+    Need,
+    Scorer,
+    Training,
+)
+from secateur.catalog.spec import DTYPE_BYTES, MAX_RATIO, Goal, PruningSpec, _without_bias
+from secateur.contract.errors import ErrorCode, PruningError
+from secateur.contract.report import ComponentNames
+
+
+@dataclass(frozen=True)
+class Components:
+    """The components that a request prunes with, known without a model: the method's own, where the request replaces none."""
+
+    method: Method
+    scorer: Scorer
+    allocator: Allocator
+    layerwise: LayerwiseRecovery
+    training: Training | None
+    fit_to: FitTo
+    damping: float
+    rounds: int
+    """Pruning rounds of each target."""
+    targets: int
+    """Pruned models that the request makes."""
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the published model chooses its units for each prompt; nothing is cut then."""
+        return self.method.dynamic
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """All that the components need of the model."""
+        if self.dynamic:
+            return self.method.needs
+        needs = self.scorer.needs | self.allocator.needs | self.layerwise.needs
+        if self.training is not None:
+            needs |= self.training.needs
+        return needs | {Need.REFERENCE} if self.fits_to_reference else needs
+
+    @property
+    def recovers_layerwise(self) -> bool:
+        """Whether layers are corrected as they are cut."""
+        return self.layerwise.name != NO_RECOVERY
+
+    @property
+    def fits_to_reference(self) -> bool:
+        """Whether layers are fitted to the hidden states of the unpruned model."""
+        return self.layerwise.fits and self.fit_to == "model"
+
+    @property
+    def steps_per_target(self) -> int:
+        """Rounds of pruning, and one step of training where there is any."""
+        return self.rounds + (self.training is not None)
+
+    @property
+    def steps(self) -> int:
+        """Steps of all targets; the baseline, step 0, does not count."""
+        return self.targets * self.steps_per_target
+
+    @property
+    def names(self) -> ComponentNames:
+        """As the report and the model card show them."""
+        return ComponentNames(
+            scorer=self.scorer.name,
+            allocator=self.allocator.name,
+            layerwise_recovery=self.layerwise.name,
+            training=self.training and self.training.name,
+        )
+
+
+def components(spec: PruningSpec) -> Components:
+    """The components of a request."""
+    method, layerwise = METHODS[spec.method], spec.recovery.layerwise
+    allocator = "uniform" if spec.layout == "uniform" else spec.allocation.kind or method.allocator
+    return Components(
+        method=method,
+        scorer=SCORERS[spec.scoring.kind or method.scorer],
+        allocator=ALLOCATORS[allocator],
+        layerwise=LAYERWISE_RECOVERIES[layerwise.kind or method.layerwise_recovery],
+        training=None if spec.recovery.training is None else TRAININGS[spec.recovery.training.kind],
+        fit_to=layerwise.fit_to or method.fit_to,
+        damping=layerwise.damping or method.damping,
+        rounds=spec.rounds or method.default_rounds,
+        targets=len(spec.requested_ratios),
+    )
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A request on a model: what the engine takes."""
+
+    spec: PruningSpec
+    components: Components
+    ratios: tuple[float, ...]
+    """The ratio of each target, ascending."""
+    width_multiple: int
+    """Feed-forward widths are multiples of this number."""
+    dtype: str
+    """The dtype of computing and of the published weights."""
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers get the same widths."""
+        return self.spec.layout == "uniform"
+
+
+def resolve(spec: PruningSpec, shape: ModelShape, *, config: Mapping[str, Any], source_dtype: str) -> Resolved:
+    """What ``spec`` comes to on a model of sizes ``shape``.
+
+    ``config`` is the model's ``config.json``; ``source_dtype`` is the dtype that ``auto`` stands for.
+
+    Raises:
+        PruningError: ``goal_unreachable`` when the goal is no less than the model has, or too little; ``ratio_unreachable`` when
+            whole units do not come near enough to a ratio; ``recovery_unsupported``, ``method_unsupported`` or
+            ``gguf_unsupported`` when the model does not allow a component or a format. Each names what is allowed.
+    """
+    chosen, uniform = components(spec), spec.layout == "uniform"
+    dtype = source_dtype if spec.dtype == "auto" else spec.dtype
+    field = "target_ratio" if spec.goal is None else "goal"
+    ratios = tuple(_ratio_of(spec.goal, shape, dtype) if ratio is None else ratio for ratio in spec.requested_ratios)
+    for ratio in ratios:
+        shape.check_ratio(ratio, spec.allocation.width_multiple, uniform, field=field)
+    _check_model(spec, chosen, shape, config)
+    return Resolved(spec, chosen, ratios, shape.width_multiple(spec.allocation.width_multiple), dtype)
+
+
+def _check_model(spec: PruningSpec, chosen: Components, shape: ModelShape, config: Mapping[str, Any]) -> None:
+    if shape.family.experts and chosen.layerwise.adds_bias:
+        raise PruningError(
+            ErrorCode.RECOVERY_UNSUPPORTED,
+            f"Experts have no place for the biases that the layer-wise recovery '{chosen.layerwise.name}' adds; allowed: "
+            f"recovery.layerwise.kind {_without_bias()}.",
+            field="recovery.layerwise.kind",
+        )
+    if chosen.dynamic and (shape.family.experts or shape.family.two_positions):
+        raise PruningError(
+            ErrorCode.METHOD_UNSUPPORTED,
+            f"Method '{spec.method}' does not support mixtures of experts and the first ChatGLM-6B; allowed: "
+            f"{', '.join(STATIC_METHODS)}.",
+            field="method",
+        )
+    if "gguf" in spec.formats:
+        obstacle = gguf_obstacle(
+            shape,
+            config,
+            spec.gguf_quantization,
+            uniform=spec.layout != "per-layer",
+            added_biases=chosen.layerwise.adds_bias,
+            width_multiple=spec.allocation.width_multiple,
+        )
+        if obstacle is not None:
+            raise obstacle
+
+
+def _ratio_of(goal: Goal | None, shape: ModelShape, dtype: str) -> float:
+    assert goal is not None  # validation lets no request pass that has neither
+    wanted = goal.parameters or (goal.bytes or 0) / DTYPE_BYTES[dtype]
+    ratio = (shape.parameters - wanted) / shape.prunable_parameters
+    if not 0 < ratio <= MAX_RATIO:
+        smallest = shape.parameters - MAX_RATIO * shape.prunable_parameters
+        raise PruningError(
+            ErrorCode.GOAL_UNREACHABLE,
+            f"The goal is {wanted:,.0f} parameters; this model has {shape.parameters:,} and can be pruned to {smallest:,.0f}.",
+            field="goal",
+        )
+    return ratio

@@ -1,0 +1,277 @@
+"""The report of a pruning and the steps that lead to it: what was measured, of the unpruned model and after each step.
+
+Every figure's definition is in ``docs/evaluation.md``.
+"""
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+When = Literal["before", "after"]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ComponentNames(_Data):
+    """The components that a pruning was made with, by the names of ``GET /v1/methods``."""
+
+    scorer: str
+    allocator: str
+    layerwise_recovery: str
+    training: str | None = None
+
+
+class LayerWidths(_Data):
+    """How many units a layer has."""
+
+    layer: int = Field(description="Index of the layer, from 0.")
+    kv_groups: int
+    heads: int = Field(description="Query heads of all KV groups.")
+    channels: int = Field(description="Feed-forward channels; in a mixture of experts, of each expert.")
+
+
+class ReachedRatio(_Data):
+    """A ratio as it was planned, and as whole units made it."""
+
+    target: float
+    reached: float
+
+
+class Spread(_Data):
+    """The fastest and the slowest repeat of each quantity, in its unit."""
+
+    prefill_ms: tuple[float, float]
+    decode_ms_per_token: tuple[float, float]
+
+
+class Latency(_Data):
+    """Prefill and decoding time: medians over ``repeats``."""
+
+    prefill_ms: float
+    decode_ms_per_token: float = Field(description="Time of one decoding step of the whole batch.")
+    tokens_per_second: float = Field(description="Decoded tokens of all sequences of the batch.")
+    energy_joules_per_token: float | None = Field(description="Null where the machine counts no energy.")
+    spread: Spread
+    prefill_tokens: int
+    decode_tokens: int
+    batch_size: int
+    repeats: int
+    peak_memory_bytes: int = Field(description="The device's peak on CUDA, the process's peak resident set on a CPU.")
+    device: str
+    threads: int
+
+
+class TaskScore(_Data):
+    """A zero-shot task's score of one model."""
+
+    metric: str
+    value: float
+    stderr: float | None
+    examples: int
+    source: str
+
+
+class Benchmarks(_Data):
+    """Scores of one model on the requested texts and tasks, by name."""
+
+    perplexity: dict[str, float | None] = Field(description="Null: infinite.")
+    zero_shot: dict[str, TaskScore]
+
+
+class Continuation(_Data):
+    """What one model generates from a prompt."""
+
+    prompt: str
+    text: str
+
+
+class Measurement(_Data):
+    """What is measured of a model. ``benchmarks``, ``generations`` and ``latency`` only of the unpruned model and after a target's last step."""
+
+    perplexity: float | None = Field(None, description="On the evaluation text; null: infinite.")
+    parameters: int | None = None
+    prunable_parameters: int | None = None
+    weights_bytes: int | None = None
+    flops: int | None = Field(None, description="Of a prefill of 256 tokens.")
+    benchmarks: Benchmarks | None = None
+    generations: list[Continuation] | None = None
+    latency: Latency | None = None
+
+
+class TrainingCurve(_Data):
+    """How far a training is, and the mean token loss in nats of each of its optimizer steps."""
+
+    kind: str
+    step: int
+    steps: int
+    loss: list[float]
+
+
+class StepKind(StrEnum):
+    """What a step of a run is."""
+
+    BASELINE = "baseline"
+    """The unpruned model was measured."""
+    ROUND = "round"
+    """A pruning round is complete."""
+    TRAINING = "training"
+    """A stretch of training is complete; the last one of a target is measured."""
+
+
+class Step(Measurement):
+    """One entry of a run's history. ``number`` 0 is the baseline; numbers run on from target to target."""
+
+    number: int
+    kind: StepKind
+    target_ratio: float | None = Field(None, description="The ratio of the target that the step belongs to.")
+    ratio: ReachedRatio | None = Field(None, description="The ratio after the step.")
+    widths: list[LayerWidths] | None = None
+    sensitivity: list[float] | None = Field(None, description="What the allocator found of each layer.")
+    shielding: Literal["exact", "estimate"] | None = Field(None, description="Scorer `piem`: how ΔL was found.")
+    training: TrainingCurve | None = None
+    prior_weight: float | None = Field(None, description="Method `dsgp`: the weight of the calibration text.")
+    seconds: float | None = Field(None, description="Duration of the step, with measuring.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The step as JSON-able data, without the fields that it does not have."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class Change(_Data):
+    """A quantity of the unpruned model and of the pruned one."""
+
+    before: float | None
+    after: float | None
+
+
+class CountChange(_Data):
+    """A whole number of the unpruned model and of the pruned one."""
+
+    before: int | None
+    after: int | None
+
+
+class ParameterChange(_Data):
+    """Parameters of the whole model, and those that pruning may remove."""
+
+    before: int
+    after: int
+    prunable_before: int
+    prunable_after: int
+
+
+class LatencyChange(_Data):
+    """Latency of the unpruned model and of the pruned one; null: it was not measured."""
+
+    before: Latency | None
+    after: Latency | None
+
+
+class WidthChange(_Data):
+    """Widths of every layer."""
+
+    before: list[LayerWidths]
+    after: list[LayerWidths]
+
+
+class TaskChange(_Data):
+    """A zero-shot task's score of both models."""
+
+    metric: str
+    before: float
+    after: float
+    before_stderr: float | None
+    after_stderr: float | None
+    examples: int
+    source: str
+
+
+class BenchmarkChange(_Data):
+    """Scores of both models on the requested texts and tasks, by name."""
+
+    perplexity: dict[str, Change]
+    zero_shot: dict[str, TaskChange]
+    zero_shot_mean: Change | None
+
+
+class GenerationChange(_Data):
+    """What both models generate from a prompt."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+class Source(_Data):
+    """The model that was pruned."""
+
+    model_id: str
+    revision: str | None = Field(description="The commit; null for a model that is not on the Hub.")
+    gguf_file: str | None
+    fingerprint: str = Field(description="Changes when the weights may have changed.")
+    family: str
+    model_type: str
+
+
+class RatioSummary(_Data):
+    """The ratio, and the shares of other quantities that were removed with it."""
+
+    target: float
+    reached: float
+    of_all_parameters: float
+    of_flops: float
+
+
+class Published(_Data):
+    """Size of the published files, with the zeros of the layout `padded`."""
+
+    parameters: int
+    weights_bytes: int
+
+
+class Text(_Data):
+    """The tokens that were calibrated or measured on."""
+
+    source: str
+    windows: int
+    sequence_length: int
+    tokens: int
+
+
+class Report(_Data):
+    """The report of one target."""
+
+    source: Source
+    spec: dict[str, Any] = Field(description="How to prune, as requested, with defaults filled in.")
+    components: ComponentNames
+    rounds: int = Field(description="Pruning rounds.")
+    ratio: RatioSummary
+    redundancy_removed: float = Field(description="Share of the units that was removed.")
+    benchmarks: BenchmarkChange
+    retained_accuracy: float | None = Field(
+        description="Mean zero-shot accuracy after, as a share of that before; null without tasks."
+    )
+    generations: list[GenerationChange]
+    parameters: ParameterChange
+    perplexity: Change = Field(description="On the evaluation text; null: infinite.")
+    flops: CountChange
+    weights_bytes: CountChange
+    latency: LatencyChange
+    peak_memory_bytes: CountChange
+    widths: WidthChange
+    steps: list[Step] = Field(description="Rounds, and the training where there was any.")
+    calibration: Text
+    evaluation: Text
+    dtype: str
+    device: str
+    seed: int
+    versions: dict[str, str]
+    seconds: float | None = Field(None, description="Since the run began.")
+    published: Published | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-able data."""
+        return {**self.model_dump(mode="json", exclude={"steps"}), "steps": [step.as_dict() for step in self.steps]}

@@ -1,0 +1,54 @@
+"""What is measured of a model: perplexity and sizes after every step, the whole suite at the beginning and at a target's end."""
+
+import math
+from dataclasses import dataclass
+
+from secateur.contract.events import WarningEvent
+from secateur.contract.report import Measurement
+from secateur.contract.stages import Stage
+from secateur.engine.evaluation import Suite, forward_flops, perplexity, unsteady, weight_bytes
+from secateur.engine.measure.texts import Windows, batch_windows
+from secateur.engine.model.decoder import Decoder
+from secateur.engine.run.progress import Progress
+from secateur.engine.run.workspace import Listener
+
+FLOPS_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Measures models on one evaluation text and by one suite."""
+
+    evaluation: Windows
+    suite: Suite
+    progress: Progress
+    listener: Listener
+
+    def measure(self, decoder: Decoder, *, whole: bool = True) -> Measurement:
+        """Measure a model; ``whole``: by the suite too.
+
+        Raises:
+            PruningError: see :func:`secateur.engine.evaluation.perplexity` and :meth:`Suite.measure`.
+        """
+        tokens, lengthy = self.evaluation.tokens, whole and self.suite.lengthy
+        self.progress.stage(Stage.EVALUATING, tokens=None if lengthy else tokens.numel())
+        parts = 2 if lengthy else 1
+        with decoder.routed():
+            value = perplexity(decoder, tokens, batch_windows(tokens), lambda share: self.progress.share(share / parts))
+            found = (
+                self.suite.measure(decoder, lambda share: self.progress.share((parts - 1 + share) / parts))
+                if whole
+                else Measurement(latency=None)
+            )
+        if unsteady(found.latency):
+            message = "latency: repeats are far apart, so the machine was busy with something else; see their spread."
+            self.listener.on_event(WarningEvent(message))
+        return found.model_copy(
+            update={
+                "perplexity": value if math.isfinite(value) else None,  # JSON has no infinity
+                "parameters": decoder.parameters,
+                "prunable_parameters": decoder.prunable_parameters,
+                "weights_bytes": weight_bytes(decoder),
+                "flops": forward_flops(decoder, FLOPS_TOKENS),
+            }
+        )

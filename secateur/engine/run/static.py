@@ -1,0 +1,245 @@
+"""Static pruning: rounds that cut, then training where it was requested; every step can be resumed from."""
+
+import gc
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from secateur.catalog.gguf import GgufKind
+from secateur.catalog.methods import Need
+from secateur.catalog.sources import ModelSource
+from secateur.catalog.spec import Format, Layout
+from secateur.contract.events import StepEvent
+from secateur.contract.report import Published, ReachedRatio, Step, StepKind, TrainingCurve
+from secateur.contract.stages import Stage
+from secateur.engine.allocation.schedule import round_goals
+from secateur.engine.evaluation import weight_bytes
+from secateur.engine.export import check_checkpoint, check_room, gguf, write_model
+from secateur.engine.measure.cache import Statistics
+from secateur.engine.model.cutting import apply_plan, padded
+from secateur.engine.model.decoder import Decoder
+from secateur.engine.model.plan import Plan
+from secateur.engine.recovery import Segment, train
+from secateur.engine.run import tensor_files
+from secateur.engine.run.pruner import Inputs, Pruned
+from secateur.engine.run.rounds import prune_round
+from secateur.engine.run.state import RunState, TargetState, TrainingState
+from secateur.engine.run.workspace import Paused
+from secateur.engine.scoring import Context
+
+
+class StaticPruned:
+    """A model whose tensors were cut; see :class:`Pruned`."""
+
+    def __init__(self, decoder: Decoder, source: ModelSource, target: TargetState, quantization: GgufKind) -> None:
+        assert target.plan is not None
+        self.decoder, self.target, self.plan = decoder, target, Plan.from_data(target.plan)
+        self._source, self._quantization = source, quantization
+
+    def write(self, folder: Path, layout: Layout, formats: Sequence[Format]) -> Published:
+        decoder = self.decoder
+        with padded(decoder, enabled=layout == "padded"):
+            check_room(decoder, folder, formats)
+            if "gguf" in formats:
+                gguf.write_gguf(decoder, self._source, self._gguf_file(folder), self._quantization)
+            write_model(decoder, self._source, self.plan, folder, layout != "per-layer")
+            return Published(parameters=decoder.parameters, weights_bytes=weight_bytes(decoder))
+
+    def check(self, folder: Path, layout: Layout) -> None:
+        with padded(self.decoder, enabled=layout == "padded"):
+            check_checkpoint(self.decoder, folder, own_code=any(folder.glob("*.py")))
+            if (file := self._gguf_file(folder)).is_file():
+                gguf.check_gguf(self.decoder, file, self._quantization)
+
+    def _gguf_file(self, folder: Path) -> Path:
+        return folder / f"model-{self._quantization}.gguf"
+
+
+class StaticPruner:
+    """Prunes one model to several ratios; see :class:`Pruner`."""
+
+    def __init__(
+        self, inputs: Inputs, source: ModelSource, statistics: Statistics, scratch: Path, state: RunState
+    ) -> None:
+        """``statistics`` are those of the unpruned model; ``scratch`` keeps the tensors that the state refers to."""
+        self.state = state
+        self._inputs, self._source, self._statistics, self._scratch = inputs, source, statistics, scratch
+        self._resolved, self._chosen = inputs.resolved, inputs.resolved.components
+        self._reference: Decoder | None = None
+        """The unpruned model beside the one being pruned: from a target's second round on, or in training."""
+
+    def prune(self, index: int) -> Pruned:
+        if index == len(self.state.targets):
+            fresh = TargetState(ratio=self._resolved.ratios[index])
+            self.state = self.state.model_copy(update={"targets": (*self.state.targets, fresh)})
+        done = len(self.state.targets[index].steps)
+        decoder = self._resume(index)
+        for number in range(done + 1, self._chosen.rounds + 1):
+            self._pause_if_asked()
+            self._prune_round(decoder, index, number)
+        if self._chosen.training is not None and done < self._chosen.steps_per_target:
+            self._pause_if_asked()
+            self._train(decoder, index)
+        return StaticPruned(decoder, self._source, self.state.targets[index], self._resolved.spec.gguf_quantization)
+
+    def _resume(self, index: int) -> Decoder:
+        """The model as the state of target ``index`` has it."""
+        target = self.state.targets[index]
+        gc.collect()  # the last target's model holds reference cycles
+        if self._inputs.unpruned.taken:
+            self._inputs.progress.stage(Stage.LOADING)
+        decoder = self._inputs.unpruned.take()
+        if target.plan is not None:
+            apply_plan(decoder, Plan.from_data(target.plan))
+        if target.tensors is not None:
+            put(decoder, tensor_files.read(self._scratch, target.tensors))
+        return decoder
+
+    def _prune_round(self, decoder: Decoder, index: int, number: int) -> None:
+        began = time.monotonic()
+        inputs, chosen, target = self._inputs, self._chosen, self.state.targets[index]
+        goals = round_goals(
+            decoder.shape,
+            target.ratio,
+            chosen.rounds,
+            self._resolved.spec.allocation.schedule,
+            self._resolved.width_multiple,
+            self._resolved.uniform,
+        )
+        inputs.progress.stage(Stage.SCORING, self._step_number(index, number), inputs.tokens.numel())
+        if chosen.fits_to_reference and number > 1:
+            self._reference = self._reference or inputs.unpruned.load()
+        context = Context(
+            decoder,
+            inputs.tokens,
+            inputs.batch_windows,
+            self._resolved,
+            target.ratio,
+            self._resolved.spec.seed + number,
+            inputs.progress.share,
+            reference=None if not chosen.fits_to_reference else decoder if number == 1 else self._reference,
+            statistics=self._statistics if number == 1 else None,
+        )
+        plan = Plan.full(decoder.shape.layers) if target.plan is None else Plan.from_data(target.plan)
+        plan = plan.then(prune_round(context, goals[number - 1]))
+        if number == chosen.rounds:
+            self._reference = context.reference = None  # else it would be measured as the pruned model's memory
+        measured = inputs.measurer.measure(decoder, whole=number == chosen.steps_per_target)
+        step = Step(
+            number=self.state.step + 1,
+            kind=StepKind.ROUND,
+            target_ratio=target.ratio,
+            ratio=ReachedRatio(target=goals[number - 1].ratio, reached=decoder.reached_ratio),
+            widths=plan.widths(decoder.shape),
+            **context.details,
+            **measured.model_dump(exclude_unset=True),
+            seconds=time.monotonic() - began,
+        )
+        changed = self._keep(index, recovered_tensors(decoder)) if chosen.recovers_layerwise else None
+        self._complete(index, step, plan=plan.as_data(), tensors=changed)
+
+    def _train(self, decoder: Decoder, index: int) -> None:
+        """Train from the state's last stretch on; every stretch but the last is a step that can be resumed from."""
+        inputs, spec, target = self._inputs, self._resolved.spec, self.state.targets[index]
+        settings, training = spec.recovery.training, self._chosen.training
+        assert settings is not None and training is not None and target.plan is not None
+        began, begun = time.monotonic(), target.training
+        if Need.REFERENCE in training.needs:
+            self._reference = inputs.unpruned.load()
+        resume = None
+        if begun is not None:
+            began -= begun.seconds
+            resume = Segment(begun.step, begun.steps, list(begun.loss), tensor_files.read(self._scratch, begun.tensors))
+        tokens = round(settings.epochs * inputs.tokens.numel())
+        inputs.progress.stage(Stage.TRAINING, self._step_number(index, self._chosen.rounds + 1), tokens)
+        segments = train(
+            decoder,
+            self._teach if self._reference is not None else None,
+            inputs.tokens,
+            inputs.batch_windows,
+            settings,
+            spec.seed,
+            inputs.progress.share,
+            resume,
+        )
+        curve: dict[str, Any] = {}
+        for segment in segments:
+            curve = {"kind": training.name, "step": segment.step, "steps": segment.steps, "loss": segment.losses}
+            if segment.step < segment.steps:
+                tensors = self._keep(index, segment.tensors)
+                stretch = TrainingState(**curve, seconds=time.monotonic() - began, tensors=tensors)
+                step = Step(
+                    number=self.state.step + 1,
+                    kind=StepKind.TRAINING,
+                    target_ratio=target.ratio,
+                    training=TrainingCurve(**curve),
+                )
+                self._record(index, step, training=stretch)
+                self._pause_if_asked()
+        self._reference = None  # else it would be measured as the pruned model's memory
+        measured = inputs.measurer.measure(decoder)
+        step = Step(
+            number=self.state.step + 1,
+            kind=StepKind.TRAINING,
+            target_ratio=target.ratio,
+            ratio=ReachedRatio(target=target.ratio, reached=decoder.reached_ratio),
+            widths=Plan.from_data(target.plan).widths(decoder.shape),
+            training=TrainingCurve(**curve),
+            **measured.model_dump(exclude_unset=True),
+            seconds=time.monotonic() - began,
+        )
+        layers = decoder.model.get_submodule(decoder.shape.family.layers)
+        trained = dict(layers.named_parameters(prefix=decoder.shape.family.layers))
+        self._complete(index, step, training=None, tensors=self._keep(index, trained))
+
+    def _teach(self, windows: Tensor) -> Tensor:
+        """The unpruned model's logits ``[windows, length, vocabulary]``."""
+        assert self._reference is not None
+        logits: Tensor = self._reference.model(windows, use_cache=False).logits
+        return logits
+
+    def _step_number(self, index: int, number: int) -> int:
+        """Step ``number`` of target ``index``, counted over all targets."""
+        return index * self._chosen.steps_per_target + number
+
+    def _pause_if_asked(self) -> None:
+        if self._inputs.listener.should_stop():
+            raise Paused(self.state.as_dict())
+
+    def _keep(self, index: int, tensors: dict[str, Tensor]) -> tensor_files.TensorReference:
+        return tensor_files.write(self._scratch, f"target-{index}", tensors)
+
+    def _complete(self, index: int, step: Step, **changes: Any) -> None:
+        """A round of target ``index``, or its training, is complete."""
+        self._record(index, step, steps=(*self.state.targets[index].steps, step), **changes)
+
+    def _record(self, index: int, step: Step, **changes: Any) -> None:
+        """Move the state of target ``index`` on, and report the step."""
+        before, targets = self.state, list(self.state.targets)
+        targets[index] = targets[index].model_copy(update=changes)
+        self.state = before.model_copy(update={"targets": tuple(targets), "step": step.number})
+        self._inputs.listener.on_event(StepEvent(step, self.state.as_dict()))
+        tensor_files.delete_all_but(self._scratch, [*self.state.references(), *before.references()])
+
+
+def recovered_tensors(decoder: Decoder) -> dict[str, Tensor]:
+    """The output projections of all layers, by name: a layer-wise recovery changes no others."""
+    names = {decoder.shape.family.attention_output, decoder.shape.family.channel_output}
+    return {
+        f"{decoder.shape.family.layers}.{index}.{name}.{kind}": tensor
+        for index, layer in enumerate(decoder.layers)
+        for name in names
+        for kind, tensor in layer[name].state_dict().items()
+    }
+
+
+def put(decoder: Decoder, tensors: dict[str, Tensor]) -> None:
+    """Set the model's parameters to these values, by name; a bias is created where there was none."""
+    for name, tensor in tensors.items():
+        owner, _, kind = name.rpartition(".")
+        module = decoder.model.get_submodule(owner)
+        value = nn.Parameter(tensor.to(decoder.device), requires_grad=False)
+        module.register_parameter(kind, value)
