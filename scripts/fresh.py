@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def run(
-    argv: list[str | Path], folder: Path, *, code: int = 0, changes: Mapping[str, str] | None = None
+    argv: Sequence[str | Path], folder: Path, *, code: int = 0, changes: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run ``argv`` in ``folder`` and return what it printed.
 
@@ -102,12 +102,15 @@ def copy_checkout(folder: Path, names: list[str]) -> Path:
     return folder
 
 
+CONSTRAINED = {"PIP_CONSTRAINT": str(CONSTRAINTS)}
+"""Has pip constrain setuptools, too, which it installs in an environment of its own to build a wheel."""
+
+
 def build(source: Path, tools: Path, output: Path) -> tuple[Path, Path]:
     """Build a source distribution of ``source``, and a wheel from that; returns wheel and source distribution."""
     venv = Venv(tools)
     venv.install("build")
-    constrained = {"PIP_CONSTRAINT": str(CONSTRAINTS)}  # for setuptools, which `build` installs in a venv of its own
-    run([venv.python, "-m", "build", "--outdir", output, source], tools, changes=constrained)
+    run([venv.python, "-m", "build", "--outdir", output, source], tools, changes=CONSTRAINED)
     (wheel,), (sdist,) = output.glob("*.whl"), output.glob("*.tar.gz")
     return wheel, sdist
 

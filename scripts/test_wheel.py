@@ -62,12 +62,13 @@ import importlib, pkgutil, sys
 
 import secateur
 
-for part in ("contract", "catalog", "client", "cli"):
-    package = importlib.import_module(f"secateur.{part}")
-    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+for part in pkgutil.iter_modules(secateur.__path__, "secateur."):
+    if part.name in ("secateur.engine", "secateur.library", "secateur.__main__", "secateur.launch"):
+        continue
+    module = importlib.import_module(part.name)
+    for found in pkgutil.walk_packages(getattr(module, "__path__", ()), f"{part.name}."):
         importlib.import_module(found.name)
 from secateur.client import AsyncClient, Client
-from secateur.client.report import Report
 
 heavy = sorted({name.partition(".")[0] for name in sys.modules} & set(sys.argv[1:]))
 assert not heavy, f"imported: {heavy}"
