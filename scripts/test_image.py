@@ -111,7 +111,7 @@ def main() -> None:
             run([venv.python, ROOT / "scripts" / "tiny_model.py", data], data, changes=variables)
             (data / "models").mkdir()
             (data / "model").rename(data / "models" / "tiny")
-        with step("start the service"), service(venv, home, data, variables) as (url, key):
+        with service(venv, home, data, variables) as (url, key):
             variables |= {"SECATEUR_URL": url, "SECATEUR_API_KEY": key}
             with step("two jobs"):
                 for method in METHODS:
@@ -134,7 +134,9 @@ def service(venv: Venv, home: Path, data: Path, variables: dict[str, str]) -> It
         argv = [str(venv.bin / "secateur"), "up"]
         up = subprocess.Popen(argv, cwd=data, env=fresh.environment(variables), stdout=output, stderr=output)
     try:
-        yield announced(up, log)
+        with step("start the service"):
+            address = announced(up, log)
+        yield address
     finally:
         up.send_signal(signal.SIGINT)
         code = up.wait()
