@@ -1,15 +1,20 @@
 # Two commands: `make demo` and `make test`. Both make .venv on their first run and install nothing on later ones.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+SUITE := --numprocesses 2 --dist loadscope
 
-.PHONY: demo test test-slow test-browser test-docs test-wheel test-base test-image chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper bench-progress bench-dynamic check lint types contracts client openapi clean
+.PHONY: demo test test-busy test-slow test-browser test-docs test-wheel test-base test-image chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper bench-progress bench-dynamic check lint types contracts client openapi clean
 
 demo: .venv/.model
 	$(BIN)/python -m demo
 
 # Two processes with servers of their own; a file's tests stay together, for what they share.
 test: .venv/.installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+	$(BIN)/python -m pytest $(SUITE)
+
+# The same, twice in a row, beside two busy loops: no test may depend on how fast the machine is.
+test-busy: .venv/.installed
+	$(BIN)/python -m scripts.test_busy $(SUITE)
 
 # What takes minutes: every method through the whole service, models that are trained first.
 test-slow: .venv/.installed

@@ -39,10 +39,12 @@ def ablations(base: Case, seeds: Sequence[int]) -> list[Section]:
             {
                 "secateur": secateur(),
                 "uniform ratios": secateur(allocation={"kind": "uniform"}),
-                "fit to the layer alone": secateur(recovery={"target": "layer"}),
-                "damping 0.01": secateur(recovery={"damping": 0.01}),
-                "no layer-wise recovery": secateur(recovery={"kind": "none"}),
-                "sparsegpt's layer-wise recovery": secateur(recovery={"target": "layer", "damping": 0.01}),
+                "fit to the layer alone": secateur(recovery={"layerwise": {"fit_to": "layer"}}),
+                "damping 0.01": secateur(recovery={"layerwise": {"damping": 0.01}}),
+                "no layer-wise recovery": secateur(recovery={"layerwise": {"kind": "none"}}),
+                "sparsegpt's layer-wise recovery": secateur(
+                    recovery={"layerwise": {"fit_to": "layer", "damping": 0.01}}
+                ),
             },
         ),
         section(
@@ -89,7 +91,7 @@ def ablations(base: Case, seeds: Sequence[int]) -> list[Section]:
             "SlimLLM, table 6: linear regression",
             "variant",
             [0.2, 0.5],
-            {"with": slimllm(), "without": slimllm(recovery={"kind": "none"})},
+            {"with": slimllm(), "without": slimllm(recovery={"layerwise": {"kind": "none"}})},
         ),
         section(
             "SlimLLM, table 7: calibration windows of 128 tokens",

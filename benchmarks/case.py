@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.model import KvHeads
+from secateur.catalog.methods import Need
+from secateur.catalog.resolve import resolve
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
-from secateur.engine.allocation.schedule import round_targets
+from secateur.engine.allocation.schedule import round_goals
 from secateur.engine.measure.cache import Statistics
 from secateur.engine.measure.texts import Windows, batch_windows, read_windows
 from secateur.engine.model.decoder import Decoder
@@ -78,26 +80,28 @@ def prune(decoder: Decoder, reference: Decoder, case: Case, tokens: Tensor, stat
         RuntimeError: the number of remaining parameters differs from the requested one by more than 0.5 %.
     """
     spec, shape, batch = case.spec, decoder.shape, batch_windows(tokens)
-    multiple = shape.width_multiple(spec.allocation.width_multiple)
-    targets = round_targets(shape, case.ratio, case.rounds, spec.allocation.schedule, multiple)
-    for number, target in enumerate(targets, start=1):
+    dtype = str(decoder.model.dtype).removeprefix("torch.")
+    resolved = resolve(spec, shape, config=decoder.model.config.to_dict(), source_dtype=dtype)
+    chosen, multiple = resolved.components, resolved.width_multiple
+    goals = round_goals(shape, case.ratio, case.rounds, spec.allocation.schedule, multiple)
+    for number, goal in enumerate(goals, start=1):
         context = Context(
             decoder,
             tokens,
             batch,
-            spec,
+            resolved,
             case.ratio,
             spec.seed + number,
             _quiet,
-            reference=reference if spec.needs_reference else None,
+            reference=reference if chosen.fits_to_reference else None,
             statistics=statistics if number == 1 else None,
         )
-        prune_round(context, target, multiple)
-    if spec.training is not None:
-        teacher = (
-            (lambda windows: reference.model(windows, use_cache=False).logits) if spec.training == "distill" else None
-        )
-        for _ in train(decoder, teacher, tokens, batch, spec.recovery, spec.training, spec.seed, _quiet, None):
+        prune_round(context, goal)
+    settings = spec.recovery.training
+    if settings is not None and chosen.training is not None:
+        beside = Need.REFERENCE in chosen.training.needs
+        teacher = (lambda windows: reference.model(windows, use_cache=False).logits) if beside else None
+        for _ in train(decoder, teacher, tokens, batch, settings, spec.seed, _quiet, None):
             pass
     share = decoder.projection_parameters / shape.prunable_parameters / (1 - case.ratio)
     if abs(share - 1) > RATIO_TOLERANCE:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from secateur.engine.dynamic.targets import write_dynamic
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,9 +22,11 @@ from benchmarks import common
 from benchmarks.case import Case, prune
 from benchmarks.model import load_smollm2, model_file
 from benchmarks.table import NONE, markdown
+from secateur.catalog.resolve import resolve
 from secateur.catalog.sources import locate
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
 from secateur.engine.dynamic.calibrate import kept_units, priors
+from secateur.engine.dynamic.pruner import write_dynamic
 from secateur.engine.dynamic.runtime import Runtime
 from secateur.engine.evaluation import perplexity
 from secateur.engine.evaluation.latency import now
@@ -59,7 +60,7 @@ def main() -> None:
         }
         if tasks and arguments.tasks:
             scored = zero_shot(model, arguments.tasks, arguments.tasks_dir, arguments.limit, _quiet)
-            found["tasks"] = {name: task["value"] for name, task in scored.items()}
+            found["tasks"] = {name: task.value for name, task in scored.items()}
         return found
 
     results: list[dict[str, Any]] = []
@@ -128,7 +129,8 @@ def _windows(decoder: Decoder, text: str, samples: int) -> Tensor:
 def _dynamic(decoder: Decoder, ratio: float, tokens: Tensor, folder: Path) -> Runtime:
     """Write the checkpoint that a job would write into ``folder``, and return it loaded."""
     spec = PruningSpec(method="dsgp", target_ratio=ratio)
-    kept = kept_units(Context(decoder, tokens, batch_windows(tokens), spec, ratio, 1, _quiet))
+    resolved = resolve(spec, decoder.shape, config={}, source_dtype=str(decoder.model.dtype).removeprefix("torch."))
+    kept = kept_units(Context(decoder, tokens, batch_windows(tokens), resolved, ratio, 1, _quiet))
     known = priors(decoder, tokens, batch_windows(tokens), 0, _quiet)
     settings = {"enabled": True, "kept": kept, **spec.dynamic.model_dump()}
     write_dynamic(decoder, locate(str(model_file()), allow_paths=True), folder, known, settings)

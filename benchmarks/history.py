@@ -31,7 +31,7 @@ WITH made AS (
     RETURNING id
 ), happened AS (
     INSERT INTO job_events (job_id, attempt, type, data)
-    SELECT id, 1, 'round', '{"number": 1, "perplexity": 30.5}' FROM made, generate_series(1, 5)
+    SELECT id, 1, 'step', '{"number": 1, "kind": "round", "perplexity": 30.5}' FROM made, generate_series(1, 5)
 ), delivered AS (
     INSERT INTO webhook_deliveries (id, job_id, url, payload, attempts, next_attempt_at, delivered_at)
     SELECT gen_random_uuid(), id, 'https://example.org/hook', '{}', 1, NULL, now() FROM made
@@ -40,7 +40,7 @@ WITH made AS (
     SELECT :owner_id, id::text, repeat('0', 64), id FROM made
 )
 INSERT INTO job_steps (job_id, number, attempt, path, sha256, data)
-SELECT id, number, 1, 'round-' || number, repeat('0', 64), '{"perplexity": 30.5}' FROM made, generate_series(0, 2) AS number
+SELECT id, number, 1, 'step-' || number, repeat('0', 64), '{"perplexity": 30.5}' FROM made, generate_series(0, 2) AS number
 """
 
 

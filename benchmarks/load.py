@@ -331,7 +331,7 @@ class Load:
             while not self.ended.wait(CHANGE_EVERY):
                 step += 1
                 job_id = random.choice(self.jobs)
-                shown = {"stage": "score", "round": 1, "rounds": 3, "share": step % 100 / 100}
+                shown = {"stage": "scoring", "step": 1, "steps": 3, "share": step % 100 / 100}
                 news = {"type": "warning", "data": {"step": step}} if step % 2 else None
                 self._change(job_id, lambda: leases.report_progress(session, job_id, 1, shown, news))  # noqa: B023
             for job_id in self.jobs:

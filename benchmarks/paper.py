@@ -101,13 +101,14 @@ def run(decoder: Decoder, case: Case, suite: Suite, arguments: argparse.Namespac
     began = time.monotonic()
     pruned = pruned_by(decoder, case, arguments)
     seconds = time.monotonic() - began
-    found = suite.measure(pruned, lambda share: None)["benchmarks"]
+    found = suite.measure(pruned, lambda share: None).benchmarks
+    assert found is not None
     removed = sum(layer.shape.kv_groups + layer.shape.channels for layer in pruned.layers)
     units = sum(layer.kv_groups + layer.channels for layer in decoder.shape.layers)
     return {
-        **found,
+        **found.model_dump(mode="json"),
         "redundancy": 1 - removed / units,
-        "latency": measure_latency(pruned)["decode_ms_per_token"],
+        "latency": measure_latency(pruned).decode_ms_per_token,
         "seconds": seconds,
     }
 
@@ -125,7 +126,7 @@ def time_decoding(decoder: Decoder, case: Case, arguments: argparse.Namespace) -
     plain = Case(case.method, case.ratio, case.rounds, case.seed, case.kv_heads, case.samples, case.sequence_length)
     pruned = pruned_by(decoder, plain, arguments)
     protocol = Protocol(decode_batch=8, decode_tokens=256, decode_prompt=1, repeats=arguments.repeats)
-    return {**measure_latency(pruned, protocol), "parameters": pruned.parameters}
+    return {**measure_latency(pruned, protocol).model_dump(mode="json"), "parameters": pruned.parameters}
 
 
 def render(settings: dict[str, Any], results: Results) -> str:

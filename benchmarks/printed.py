@@ -41,7 +41,7 @@ def _quality(label: str, method: str | None, ratio: float, *printed: float) -> L
 
 
 QUALITY = (*TEXTS, *TASKS, "mean")
-NO_REFIT = {"recovery": {"kind": "none"}}
+NO_REFIT = {"recovery": {"layerwise": {"kind": "none"}}}
 
 TABLES = (
     Table(

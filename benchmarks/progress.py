@@ -14,7 +14,9 @@ from benchmarks.model import MODEL, model_file
 from benchmarks.table import markdown
 from secateur.catalog.methods import STATIC_METHODS
 from secateur.catalog.spec import PruningSpec
-from secateur.engine import prune
+from secateur.contract.events import Event, ProgressEvent, StepEvent
+from secateur.engine.run.run import NamedModel, prune_to_folder
+from secateur.engine.run.workspace import Listener
 
 DEMO = Path(__file__).parents[1] / "demo"
 LEAST = 5.0
@@ -29,7 +31,7 @@ def main() -> None:
     runs += [
         {"method": "flap", "rounds": 1, "target_ratio": [0.2, 0.4]},
         {"method": "dsgp", "rounds": 1},
-        {"method": "flap", "rounds": 1, "recovery": {"kind": "lora", "epochs": 1, "batch_size": 8}},
+        {"method": "flap", "rounds": 1, "recovery": {"training": {"kind": "lora", "epochs": 1, "batch_size": 8}}},
     ]
     found = [{"run": run, "factors": measure(run, arguments.samples)} for run in runs]
     settings = {"model": MODEL, "threads": arguments.threads, "samples": arguments.samples}
@@ -64,14 +66,15 @@ def measure(run: dict[str, Any], samples: int) -> list[float]:
     told: list[tuple[float, float]] = []
     first = False
 
-    def note(event: dict[str, Any]) -> None:
+    def note(event: Event) -> None:
         nonlocal first
-        first = first or (event["type"] == "round" and event["number"] == 1)
-        if first and event["type"] == "progress" and event["remaining_seconds"] is not None:
-            told.append((time.monotonic(), event["remaining_seconds"]))
+        first = first or (isinstance(event, StepEvent) and event.step.number == 1)
+        if first and isinstance(event, ProgressEvent) and event.remaining_seconds is not None:
+            told.append((time.monotonic(), event.remaining_seconds))
 
     with tempfile.TemporaryDirectory() as folder:
-        prune(str(model_file()), PruningSpec.model_validate(asked), Path(folder) / "out", on_event=note)
+        model, spec = NamedModel(str(model_file())), PruningSpec.model_validate(asked)
+        prune_to_folder(model, spec, Path(folder) / "out", listener=Listener(on_event=note))
     ended = time.monotonic()
     pairs = [(left, ended - at) for at, left in told if ended - at >= LEAST]
     factors = [max(left / real, real / max(left, 0.1)) for left, real in pairs]

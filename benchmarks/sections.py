@@ -81,7 +81,12 @@ def trained(base: Case, seeds: Sequence[int]) -> Section:
     rows = [
         Row(
             (method, kind),
-            replace(base, method=method, rounds=METHODS[method].default_rounds, changes={"recovery": {"kind": kind}}),
+            replace(
+                base,
+                method=method,
+                rounds=METHODS[method].default_rounds,
+                changes={"recovery": {"training": {"kind": kind}}},
+            ),
         )
         for method, kind in pairs
     ]

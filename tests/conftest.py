@@ -12,9 +12,11 @@ from sqlalchemy.orm import Session
 
 from app.config import Settings, get_settings
 from app.db.session import session_factory
+from tests.patience import make_http_requests_patient, patient_engine
 from workers.embedded import Server, free_port, start_postgres, start_valkey
 
 _numbers = itertools.count()
+make_http_requests_patient()
 
 
 @pytest.fixture(scope="session")
@@ -98,5 +100,7 @@ def settings(database_url: str, broker_url: str, tmp_path: Path, monkeypatch: py
 
 @pytest.fixture
 def session(settings: Settings) -> Iterator[Session]:
-    with session_factory()() as session:
+    engine = patient_engine(settings.database_url)
+    with Session(engine, expire_on_commit=False) as session:
         yield session
+    engine.dispose()

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx2
 import psutil
+import psycopg
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from secateur.catalog.methods import METHODS
 from secateur.client import Client, JobFailed
 from tests.engine.models import SIZES, english, make_tokenizer, save, train
-from tests.workers.conftest import SHORT, wait_for
+from tests.patience import PATIENCE, wait_for
+from tests.workers.conftest import SHORT, alive
 from tests.workers.test_stack import announced
 
 STRANGER = """
@@ -56,7 +58,7 @@ class Service:
         return dict(self.client.get(f"/v1/jobs/{job_id}").json())
 
     def wait(self, job_id: str, *states: str) -> dict[str, Any]:
-        wait_for(lambda: self.job(job_id)["state"] in states, timeout=120)
+        wait_for(lambda: self.job(job_id)["state"] in states)
         return self.job(job_id)
 
     def events(self, job_id: str) -> list[dict[str, Any]]:
@@ -106,7 +108,9 @@ def start_service(data: Path) -> Iterator[StartService]:
         environment |= {"SECATEUR_DATA_DIR": str(data), "SECATEUR_TORCH_THREADS": "1"}
         process = subprocess.Popen([sys.executable, "-m", "workers", "up"], stdout=subprocess.PIPE, env=environment)
         url, key = announced(process)
-        client = httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=70, trust_env=False)
+        client = httpx2.Client(
+            base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=PATIENCE, trust_env=False
+        )
         running.append(Service(process, client, data))
         return running[-1]
 
@@ -114,7 +118,7 @@ def start_service(data: Path) -> Iterator[StartService]:
     for service in running:
         if service.process.poll() is None:
             service.process.send_signal(signal.SIGINT)
-        service.process.wait(60)
+        service.process.wait(PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -127,16 +131,16 @@ def test_the_python_client(service: Service, tmp_path: Path) -> None:
     shown: list[float] = []
     with Client(str(service.client.base_url), key) as client:
         job = client.jobs.create(**request(rounds=2))
-        job.wait(timeout=120, on_progress=lambda job: shown.append(job.progress.share if job.progress else 0.0))
+        job.wait(timeout=PATIENCE, on_progress=lambda job: shown.append(job.progress.share if job.progress else 0.0))
         report = job.report()
         assert shown == sorted(shown) and shown[-1] == 1.0
-        assert report.ratio == pytest.approx(0.3, abs=0.02) and len(job.rounds()) == 3
+        assert report.ratio == pytest.approx(0.3, abs=0.02) and len(job.steps()) == 3
         assert [len(axis.containers) for axis in report.plot_widths().axes] == [2, 2]
         weights = load_file(job.download(tmp_path / "pruned") / "model.safetensors")
         assert sum(tensor.numel() for tensor in weights.values()) == report.parameters[1]
         failing = client.jobs.create(**request(model_id="local:broken"))
         with pytest.raises(JobFailed, match="NaN"):
-            failing.wait(timeout=120)
+            failing.wait(timeout=PATIENCE)
 
 
 def test_the_main_job(service: Service, tmp_path: Path) -> None:
@@ -152,7 +156,7 @@ def test_the_main_job(service: Service, tmp_path: Path) -> None:
     assert job["state"] == "succeeded", job["error"]
     assert job["attempt"] == 1 and job["progress"]["share"] == 1
 
-    rounds = service.client.get(f"{path}/rounds").json()["items"]
+    rounds = service.client.get(f"{path}/steps").json()["items"]
     assert [row["number"] for row in rounds] == [0, 1, 2, 3]
     report = service.client.get(f"{path}/report").json()
     assert report["ratio"]["reached"] == pytest.approx(0.3, abs=0.02)
@@ -176,7 +180,7 @@ def test_the_main_job(service: Service, tmp_path: Path) -> None:
     artifact = service.client.get(f"{path}/artifacts/model.safetensors")
     assert artifact.content == (folder / "model.safetensors").read_bytes()
     assert not list((service.data / "jobs" / job["id"]).glob("attempt-*"))
-    assert not list((service.data / "jobs" / job["id"]).glob("round-*"))
+    assert not list((service.data / "jobs" / job["id"]).glob("step-*"))
 
 
 def test_several_targets_in_one_job(service: Service, tmp_path: Path) -> None:
@@ -184,7 +188,7 @@ def test_several_targets_in_one_job(service: Service, tmp_path: Path) -> None:
     job = service.wait(job_id, "succeeded", "failed")
     assert job["state"] == "succeeded", job["error"]
     path = f"/v1/jobs/{job_id}"
-    rounds = service.client.get(f"{path}/rounds").json()["items"]
+    rounds = service.client.get(f"{path}/steps").json()["items"]
     assert [row["number"] for row in rounds] == [0, 1, 2, 3, 4]
     assert [row["data"]["target_ratio"] for row in rounds[1:]] == [0.2, 0.2, 0.5, 0.5]
     reports = service.client.get(f"{path}/report").json()["targets"]
@@ -201,15 +205,15 @@ def test_several_targets_in_one_job(service: Service, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["parameters"] == target["parameters"]["after"]
-    assert not list((service.data / "jobs" / job_id).glob("round-*"))
+    assert not list((service.data / "jobs" / job_id).glob("step-*"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"method": name, "rounds": None} for name in METHODS]
-    + [{"method": "secateur", "rounds": 1, "recovery": {"kind": kind}} for kind in ("lora", "distill")],
-    ids=lambda changes: "-".join([changes["method"], *changes.get("recovery", {}).values()]),
+    + [{"method": "secateur", "rounds": 1, "recovery": {"training": {"kind": kind}}} for kind in ("lora", "distill")],
+    ids=lambda changes: "-".join([changes["method"], *(each["kind"] for each in changes.get("recovery", {}).values())]),
 )
 def test_every_method_through_the_whole_service(changes: dict[str, Any], service: Service, tmp_path: Path) -> None:
     job = service.wait(service.submit(**changes, publish={"repo_id": "org/each"}), "succeeded", "failed")
@@ -224,7 +228,7 @@ def test_every_method_through_the_whole_service(changes: dict[str, Any], service
 def test_a_size_as_the_target(service: Service) -> None:
     whole = service.client.post("/v1/models/inspect", json={"model_id": "local:tiny"}).json()["shape"]
     wanted = whole["parameters"] - 0.3 * whole["prunable_parameters"]
-    job_id = service.submit(target_ratio=None, target={"parameters": wanted}, rounds=1, method="magnitude")
+    job_id = service.submit(target_ratio=None, goal={"parameters": wanted}, rounds=1, method="magnitude")
     job = service.wait(job_id, "succeeded", "failed")
     assert job["state"] == "succeeded", job["error"]
     block = 32 * whole["parameters_per_channel"]
@@ -256,31 +260,32 @@ def test_what_cannot_work_is_refused_at_the_door(changes: dict[str, Any], field:
 
 
 def test_pause_resume_and_cancel(service: Service) -> None:
-    job_id = service.submit(rounds=24, target_ratio=0.4)
-    wait_for(lambda: any(event["type"] == "round" for event in service.events(job_id)), timeout=60)
+    job_id = service.submit(rounds=64, target_ratio=0.4)
+    wait_for(lambda: any(event["type"] == "step" for event in service.events(job_id)))
     assert service.client.post(f"/v1/jobs/{job_id}/pause").status_code == 200
     service.wait(job_id, "paused")
-    done = len(service.client.get(f"/v1/jobs/{job_id}/rounds").json()["items"])
-    assert 1 <= done < 25
+    done = len(service.client.get(f"/v1/jobs/{job_id}/steps").json()["items"])
+    assert 1 <= done < 65
     assert service.client.post(f"/v1/jobs/{job_id}/resume").status_code == 200
-    wait_for(lambda: len(service.client.get(f"/v1/jobs/{job_id}/rounds").json()["items"]) > done, timeout=60)
+    wait_for(lambda: len(service.client.get(f"/v1/jobs/{job_id}/steps").json()["items"]) > done)
     assert service.client.post(f"/v1/jobs/{job_id}/cancel").status_code in (200, 202)
     assert service.wait(job_id, "cancelled", "succeeded")["state"] == "cancelled"
 
 
 def test_kill_9_of_everything_and_the_next_up_goes_on(service: Service, start_service: StartService) -> None:
     job_id = service.submit(rounds=16, publish={"repo_id": "org/survivor"})
-    wait_for(lambda: len(service.client.get(f"/v1/jobs/{job_id}/rounds").json()["items"]) >= 3, timeout=60)
+    wait_for(lambda: len(service.client.get(f"/v1/jobs/{job_id}/steps").json()["items"]) >= 3)
     family = psutil.Process(service.process.pid).children(recursive=True)
     service.process.kill()
     service.process.wait()
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    wait_for(lambda: not any(alive(process.pid) for process in family))
 
     again = start_service()
+    with psycopg.connect((again.data / "database-url").read_text().strip().replace("+psycopg", "")) as connection:
+        connection.execute("UPDATE jobs SET lease_expires_at = now() - interval '1 second' WHERE id = %s", [job_id])
     job = again.wait(job_id, "succeeded", "failed")
     assert job["state"] == "succeeded", job["error"]
     assert job["attempt"] == 2 and job["failures"] == 0, "rounds were completed since"
-    numbers = [event["data"]["number"] for event in again.events(job_id) if event["type"] == "round"]
+    numbers = [event["data"]["number"] for event in again.events(job_id) if event["type"] == "step"]
     assert numbers == list(range(17)), "no round was done twice, none was left out"
     assert (service.data / "hub" / "org" / "survivor" / "model.safetensors").exists()

@@ -15,6 +15,7 @@ from benchmarks.results import Results
 from benchmarks.sections import grid, trained, variants
 from benchmarks.table import excess_loss, markdown, mean_cell, perplexity_cell
 from secateur.catalog.methods import STATIC_METHODS
+from secateur.catalog.resolve import components
 from secateur.engine.measure.cache import Statistics
 from tests.engine.models import SIZES, VOCABULARY, decoder_of, english, make_model, make_tokenizer
 
@@ -77,14 +78,20 @@ def test_every_case_of_every_table_is_a_valid_request() -> None:
     cases = [case for section in sections for case in section.cases()]
     for case in cases:
         spec = case.spec
-        assert (spec.method, spec.target_ratio, spec.round_count) == (case.method, case.ratio, case.rounds)
+        assert (spec.method, spec.target_ratio, components(spec).rounds) == (case.method, case.ratio, case.rounds)
     assert len({case.key for case in cases[: len(STATIC_METHODS) * 18]}) == len(STATIC_METHODS) * 18
     assert len({section.title for section in sections}) == len(sections)
     by_title = {section.title: [row.case.spec for row in section.rows] for section in sections}
     slimllm = by_title["SlimLLM, table 4: its strategies"]
-    assert [spec.allocator for spec in slimllm] == ["cosine", "cosine", "cosine", "uniform"]
-    assert [spec.mend for spec in by_title["SlimLLM, table 6: linear regression"]] == ["linear-regression", "none"]
-    assert [spec.training for spec in by_title["With training"]] == ["distill", "lora"]
+    assert [components(spec).allocator.name for spec in slimllm] == ["cosine", "cosine", "cosine", "uniform"]
+    assert [components(spec).layerwise.name for spec in by_title["SlimLLM, table 6: linear regression"]] == [
+        "linear-regression",
+        "none",
+    ]
+    assert [spec.recovery.training and spec.recovery.training.kind for spec in by_title["With training"]] == [
+        "distill",
+        "lora",
+    ]
 
 
 def test_a_table_shows_what_is_known_by_ratio_and_seed() -> None:

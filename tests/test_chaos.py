@@ -5,8 +5,8 @@ import pytest
 from tests.chaos.run import run
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_few_faults_lose_nothing_and_publish_nothing_twice() -> None:
-    verdict = run(seed=7, faults=6, jobs=3, gap=2.0, patience=300.0)
+    verdict = run(seed=7, faults=6, jobs=3, gap=2.0, patience=1200.0, lease=24.0)
     assert not verdict.faults
     assert (verdict.counts["faults"], verdict.counts["jobs"], verdict.counts["lost"]) == (6, 3, 0)

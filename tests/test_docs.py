@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from typer.main import get_group
 
 from secateur.cli.main import cli
 from tests.engine.models import SIZES, make_tokenizer, save, train
+from tests.patience import PATIENCE
 from tests.workers.conftest import ROOT, SHORT
 from tests.workers.test_stack import announced
 
@@ -33,7 +36,7 @@ SHOWN = {
     'tar --create --file data.tar -C "$SECATEUR_DATA_DIR" .': "tests/workers/test_backup.py, as a copy",
 }
 """Commands in ``console`` blocks, and why they are not run here."""
-RUN = [ROOT / "README.md", DOCS / "quickstart.md", DOCS / "api.md", DOCS / "client.md"]
+RUN = [ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("quickstart", "api", "client", "library", "recipes"))]
 MODEL = "smollm2-135m-instruct"
 
 
@@ -66,21 +69,31 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     url, key = announced(process)
     yield plain | {"SECATEUR_URL": url, "SECATEUR_API_KEY": key}
     process.send_signal(signal.SIGINT)
-    process.wait(30)
+    process.wait(PATIENCE)
+
+
+def script(page: Path) -> str:
+    """The page as a shell script. Python blocks that follow each other are one program, like the cells of a notebook; a YAML block
+    is written to the file that its first line names."""
+    lines = ["set -euo pipefail"]
+    runnable = (block for block in blocks(page) if block[0] in ("sh", "python", "yaml"))
+    for kind, group in groupby(runnable, key=itemgetter(0)):
+        texts = [text for _, text in group]
+        if kind == "python":
+            lines.append("python - <<'PYTHON'\n" + "".join(texts) + "PYTHON")
+        elif kind == "yaml":
+            lines += [f"cat > {text.splitlines()[0].removeprefix('# ')} <<'YAML'\n{text}YAML" for text in texts]
+        else:
+            lines += texts
+    return "\n".join(lines)
 
 
 @pytest.mark.docs
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "workers").symlink_to(ROOT / "workers")  # pages start in a checkout
-    script = ["set -euo pipefail"]
-    for kind, text in blocks(page):
-        if kind == "sh":
-            script.append(text)
-        elif kind == "python":
-            script.append(f"python - <<'PYTHON'\n{text}PYTHON")
+    (tmp_path / "demo").symlink_to(ROOT / "demo")  # pages start in a checkout
     done = subprocess.run(
-        ["bash", "-c", "\n".join(script)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280
+        ["bash", "-c", script(page)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
@@ -89,8 +102,8 @@ def test_no_command_slips_in_unrun() -> None:
     shown = set()
     for page in pages():
         for kind, text in blocks(page):
-            assert kind in ("sh", "python", "console", "http", "text"), f"{page.name}: {kind}"
-            assert kind not in ("sh", "python") or page in RUN, f"{page.name} has commands that no test runs"
+            assert kind in ("sh", "python", "yaml", "console", "http", "text"), f"{page.name}: {kind}"
+            assert kind not in ("sh", "python", "yaml") or page in RUN, f"{page.name} has commands that no test runs"
             if kind == "console":
                 shown |= set(text.strip().splitlines())
         indented = re.search(r"\n\n    \S.*", re.sub(BLOCK, "", page.read_text()))

@@ -16,9 +16,10 @@ from app.config import Settings
 from app.db.session import session_factory
 from app.jobs import leases, transitions
 from app.jobs.leases import LeaseLost
-from app.jobs.models import Job, JobEvent, JobRound
+from app.jobs.models import Job, JobEvent, JobStep
 from app.jobs.transitions import TransitionRefused, Trigger
 from secateur.contract.states import State
+from tests.patience import PATIENCE
 
 TTL = 60.0
 LOST = {"code": "x", "message": "x", "retryable": True}
@@ -54,7 +55,7 @@ def _at_once(sessions: sessionmaker[Session], *calls: Callable[[Session], Any]) 
 
     def run(call: Callable[[Session], Any]) -> Any:
         with sessions() as session:
-            barrier.wait(10)
+            barrier.wait(PATIENCE)
             try:
                 return call(session)
             except (LeaseLost, TransitionRefused) as error:
@@ -89,7 +90,7 @@ def _writes(session: Session, job_id: uuid.UUID, attempt: int) -> list[Callable[
         lambda: leases.renew(session, job_id, attempt, TTL),
         lambda: leases.report_progress(session, job_id, attempt, {"share": 0.5}),
         lambda: leases.report_progress(session, job_id, attempt, {}, {"type": "warning", "data": {"message": "m"}}),
-        lambda: leases.record_round(session, job_id, attempt, 1, "p", "0", {}),
+        lambda: leases.record_step(session, job_id, attempt, 1, "p", "0", {}),
         lambda: leases.move(session, job_id, attempt, Trigger.PUBLISH),
         lambda: leases.release(session, job_id, attempt),
         lambda: leases.fail(session, job_id, attempt, LOST, 3, 1),
@@ -104,7 +105,7 @@ def test_an_expired_lease_writes_nothing(session: Session, queued: uuid.UUID, in
         _writes(session, queued, 1)[index]()
     job = _job(session, queued)
     assert (job.state, job.version, job.progress, job.failures) == (State.RUNNING, 2, None, 0)
-    assert session.scalar(select(func.count()).select_from(JobRound)) == 0
+    assert session.scalar(select(func.count()).select_from(JobStep)) == 0
 
 
 @pytest.mark.parametrize("index", range(7))
@@ -121,23 +122,23 @@ def test_an_earlier_attempt_writes_nothing(session: Session, queued: uuid.UUID, 
 
 
 def test_the_owner_writes(session: Session, queued: uuid.UUID) -> None:
-    leases.claim(session, queued, "w", 5)
+    leases.claim(session, queued, "w", TTL)
     soon = _job(session, queued).lease_expires_at
     assert leases.renew(session, queued, 1, 600) == leases.Beat(cancel=False, pause=False)
     later = _job(session, queued).lease_expires_at
     assert soon is not None and later is not None and (later - soon).total_seconds() > 500
     leases.report_progress(session, queued, 1, {"share": 0.5})
-    leases.record_round(session, queued, 1, 1, "round-1", "aa", {"ratio": 0.1})
-    leases.record_round(session, queued, 1, 1, "round-1b", "bb", {"ratio": 0.2})
+    leases.record_step(session, queued, 1, 1, "step-1", "aa", {"ratio": 0.1})
+    leases.record_step(session, queued, 1, 1, "step-1b", "bb", {"ratio": 0.2})
     assert leases.move(session, queued, 1, Trigger.PUBLISH) == State.PUBLISHING
     assert leases.move(session, queued, 1, Trigger.SUCCEED, result={"a": 1}, report={"b": 2}) == State.SUCCEEDED
     job = _job(session, queued)
     assert (job.progress, job.result, job.report) == ({"share": 0.5}, {"a": 1}, {"b": 2})
     assert job.lease_expires_at is None and job.finished_at is not None
-    [row] = session.scalars(select(JobRound))
-    assert (row.path, row.sha256, row.data) == ("round-1b", "bb", {"ratio": 0.2})
+    [row] = session.scalars(select(JobStep))
+    assert (row.path, row.sha256, row.data) == ("step-1b", "bb", {"ratio": 0.2})
     types = [event.type for event in session.scalars(select(JobEvent).order_by(JobEvent.id))]
-    assert types == ["state", "round", "round", "state", "state"]
+    assert types == ["state", "step", "step", "state", "state"]
     with pytest.raises(LeaseLost):
         leases.renew(session, queued, 1, TTL)
 
@@ -181,12 +182,12 @@ def test_a_round_clears_the_count_of_failures_and_is_recorded_once(session: Sess
         leases.claim(session, queued, "w", TTL)
         leases.fail(session, queued, attempt, LOST, 3, 0)
     leases.claim(session, queued, "w", TTL)
-    leases.record_round(session, queued, 3, 0, "round-0", "a", {})
-    assert _job(session, queued).failures == 2, "measuring the unpruned model is no round of pruning"
+    leases.record_step(session, queued, 3, 0, "step-0", "a", {})
+    assert _job(session, queued).failures == 2, "measuring the unpruned model is no progress"
     for _ in range(2):
-        leases.record_round(session, queued, 3, 1, "round-1", "b", {})
+        leases.record_step(session, queued, 3, 1, "step-1", "b", {})
     assert _job(session, queued).failures == 0
-    events = session.scalars(select(JobEvent).where(JobEvent.type == "round")).all()
+    events = session.scalars(select(JobEvent).where(JobEvent.type == "step")).all()
     assert [event.data["number"] for event in events] == [0, 1]
 
 
@@ -270,7 +271,7 @@ def test_a_renewal_that_waited_for_the_reaper_is_lost(
         renewal = pool.submit(leases.renew, other, queued, 1, TTL)
         leases.reap(session, 9, 0)
         with pytest.raises(LeaseLost):
-            renewal.result(timeout=10)
+            renewal.result(timeout=PATIENCE)
 
 
 def test_due_jobs_are_marked_once(sessions: sessionmaker[Session], session: Session, queued: uuid.UUID) -> None:

@@ -17,7 +17,7 @@ from secateur.extras import EXTRAS, MissingExtra, require
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-INDIRECT = {"starlette": "fastapi", "kombu": "celery"}
+INDIRECT = {"starlette": "fastapi", "kombu": "celery", "pydantic_core": "pydantic"}
 """Packages that are imported because a requirement is built on them and has them in its interface."""
 OWN = {"secateur", "app", "workers", "migrations"}
 FULL_VERSION = re.compile(r"[a-z]+:\d+\.\d+(\.\d+)?-[a-z-]+")

@@ -33,9 +33,9 @@ def report(after: int = 80, perplexity: float | None = 12.0, **changes: Any) -> 
             "perplexity": {"before": 10.0, "after": perplexity},
             "latency": {"before": speed, "after": speed},
             "widths": widths,
-            "rounds": [
+            "steps": [
                 {"perplexity": 11.0},
-                {"perplexity": perplexity, "recovery": {"kind": "lora", "loss": [3.0, 2.5]}},
+                {"perplexity": perplexity, "training": {"kind": "lora", "loss": [3.0, 2.5]}},
             ],
             "benchmarks": {
                 "perplexity": {"ptb": {"before": 20.0, "after": 30.0}},

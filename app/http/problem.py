@@ -42,7 +42,9 @@ class ProblemDetails(BaseModel):
     type: str = "about:blank"
     title: str = Field(description="The status in words.")
     status: int
-    code: ErrorCode = Field(description="See docs/errors.md.")
+    code: str = Field(
+        description="A name of `ErrorCode`, see docs/errors.md.", json_schema_extra={"enum": list(ErrorCode)}
+    )
     detail: str
     request_id: str | None = None
     state: str | None = Field(None, description="With 409: the job's current state.")

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Annotated, Literal, Protocol, TypeVar
 
 from pydantic import AfterValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 DAMPING = 0.3
 """Damping of the least-squares refit, unless the request or the method gives another."""
@@ -110,7 +111,7 @@ class LayerwiseRecovery:
 NO_RECOVERY = "none"
 LAYERWISE_RECOVERIES = _table(
     LayerwiseRecovery(NO_RECOVERY),
-    LayerwiseRecovery("bias", frozenset({Need.MOMENTS, Need.SOLVE}), adds_bias=True),
+    LayerwiseRecovery("bias", frozenset({Need.MOMENTS}), adds_bias=True),
     LayerwiseRecovery("linear-regression", frozenset({Need.MOMENTS, Need.SOLVE}), adds_bias=True),
     LayerwiseRecovery("least-squares", frozenset({Need.MOMENTS, Need.SOLVE}), fits=True),
 )
@@ -198,7 +199,8 @@ def _known(table: Mapping[str, _Named]) -> AfterValidator:
 
     def check(name: str) -> str:
         if name not in table:
-            raise ValueError(f"there is no '{name}'; allowed: {', '.join(table)}")
+            known = {"name": name, "allowed": ", ".join(table), "expected": ", ".join(f"'{each}'" for each in table)}
+            raise PydanticCustomError("unknown_name", "there is no '{name}'; allowed: {allowed}", known)
         return name
 
     return AfterValidator(check)

@@ -108,24 +108,24 @@ class Report:
         return _figure(draw, self.title, 2)
 
     def plot_perplexity(self) -> "Figure":
-        """By round; 0 is the unpruned model."""
+        """Perplexity after each step; 0 is the unpruned model."""
 
         def draw(axes: Sequence[Any]) -> None:
-            values = [self.perplexity[0], *(each["perplexity"] for each in self.data["rounds"])]
+            values = [self.perplexity[0], *(each["perplexity"] for each in self.data["steps"])]
             axes[0].plot(range(len(values)), [float("nan") if value is None else value for value in values], marker="o")
-            axes[0].set(xlabel="round", ylabel="perplexity", xticks=range(len(values)))
+            axes[0].set(xlabel="step", ylabel="perplexity", xticks=range(len(values)))
 
         return _figure(draw, self.title)
 
     def plot_loss(self) -> "Figure":
-        """Of training recovery, by step.
+        """Loss of the training, by optimizer step.
 
         Raises:
             ValueError: there was none.
         """
-        trained = [each["recovery"] for each in self.data["rounds"] if "recovery" in each]
+        trained = [each["training"] for each in self.data["steps"] if "training" in each]
         if not trained:
-            raise ValueError("this job had no training recovery")
+            raise ValueError("this job had no training")
 
         def draw(axes: Sequence[Any]) -> None:
             losses = trained[-1]["loss"]

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from secateur.contract.errors import ErrorCode
 from secateur.contract.stages import Stage
 from secateur.contract.states import State
 
@@ -71,7 +70,7 @@ class Progress(BaseModel):
 class JobError(BaseModel):
     """Why the job failed. `code` is stable; `message` says what can be done."""
 
-    code: ErrorCode = Field(description="See docs/errors.md.")
+    code: str = Field(description="A name of `ErrorCode`, see docs/errors.md; older releases stored others.")
     message: str
     retryable: bool
     field: str | None = Field(None, description="The field of the request that is at fault, where one is.")

@@ -15,10 +15,14 @@ from huggingface_hub import constants
 from safetensors.numpy import save_file
 from sqlalchemy.orm import Session
 
+from app import health
 from app.auth import service as auth
 from app.config import Settings, get_settings
+from app.http import rate
 from app.main import create_app
+from app.webhooks import service as webhooks
 from tests import hub as fake
+from tests.patience import PATIENCE
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -51,7 +55,15 @@ class ServerThread(uvicorn.Server):
 
     def __exit__(self, *exception: object) -> None:
         self.should_exit = True
-        self.thread.join(timeout=10)
+        self.thread.join(timeout=PATIENCE)
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The API runs in this process. On a busy machine it waits as long as a test does for a broker or a webhook's receiver."""
+    monkeypatch.setattr(health, "BROKER_TIMEOUT", PATIENCE)
+    monkeypatch.setattr(rate, "BROKER_SECONDS", PATIENCE)
+    monkeypatch.setattr(webhooks, "TIMEOUT", PATIENCE)
 
 
 @pytest.fixture
@@ -68,7 +80,7 @@ def make_client(url: str, session: Session) -> Iterator[Callable[[str], httpx2.C
 
     def make(name: str) -> httpx2.Client:
         _, secret = auth.create(session, name, [*auth.Scope])
-        clients.append(httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {secret}"}, timeout=30))
+        clients.append(httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {secret}"}, timeout=PATIENCE))
         return clients[-1]
 
     yield make

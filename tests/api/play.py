@@ -15,19 +15,19 @@ RESULT = {"repo_id": "secateur/tiny", "commit_sha": "abc"}
 
 def start(session: Session, job_id: str) -> int:
     """Claim; returns the attempt."""
-    claim = leases.claim(session, uuid.UUID(job_id), "player", 60)
+    claim = leases.claim(session, uuid.UUID(job_id), "player", 600)
     assert claim is not None
     return claim.attempt
 
 
 def progress(session: Session, job_id: str, attempt: int, share: float) -> None:
-    shown: dict[str, Any] = {"stage": "score", "round": 1, "rounds": 2, "share": share, "estimated_finish_at": None}
+    shown: dict[str, Any] = {"stage": "scoring", "step": 1, "steps": 2, "share": share, "estimated_finish_at": None}
     leases.report_progress(session, uuid.UUID(job_id), attempt, shown)
 
 
 def finish_round(session: Session, job_id: str, attempt: int, number: int) -> None:
-    data = {"ratio": 0.1 * number, "perplexity": 10.0 + number, "seconds": 2.0}
-    leases.record_round(session, uuid.UUID(job_id), attempt, number, f"round-{number}", "00", data)
+    data = {"kind": "round", "ratio": 0.1 * number, "perplexity": 10.0 + number, "seconds": 2.0}
+    leases.record_step(session, uuid.UUID(job_id), attempt, number, f"step-{number}", "00", data)
 
 
 def succeed(session: Session, settings: Settings, job_id: str, attempt: int) -> None:

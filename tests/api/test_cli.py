@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ from app.config import Settings
 from secateur.cli.jobs import _line
 from secateur.cli.prune import _show
 from secateur.contract.jobs import JobView
+from secateur.contract.report import Change, ParameterChange, RatioSummary, Report
 from secateur.contract.states import State
 from tests.api import play
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 JOB_ID = uuid.UUID(int=0)
@@ -30,7 +31,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "secateur", *arguments], input=input,
-        capture_output=True, text=True, timeout=60, env=os.environ | (environment or {}), cwd=ROOT,
+        capture_output=True, text=True, timeout=PATIENCE, env=os.environ | (environment or {}), cwd=ROOT,
     )  # fmt: skip
 
 
@@ -77,9 +78,9 @@ def test_what_is_wrong_around_it_is_said_without_a_traceback(settings: Settings,
         (["keys", "create", ""], {}, 2, "NAME: "),
         (["keys", "create", "a\nb"], {}, 2, "NAME: "),
         (["prune", "m", "--ratio", "0.2", "--output", __file__], {}, 2, "'--output'"),
-        (["prune", "m", "--output", "x"], {}, 2, "'--ratio'"),
+        (["prune", "m", "--output", "x"], {}, 2, "give either 'target_ratio' or 'goal'"),
         (["prune", "m", "--ratio", "0.2", "--ratio", "2", "--output", "x"], {}, 2, "target_ratio.1"),
-        (["prune", "m", "--ratio", "0.2", "--recovery", "x", "--output", "x"], {}, 2, "recovery.kind"),
+        (["prune", "m", "--ratio", "0.2", "--recovery", "x", "--output", "x"], {}, 2, "recovery.layerwise.kind"),
         (["prune", "m", "--ratio", "0.2", "--output", "x", "--calibration", sys.executable], {}, 2, "UTF-8"),
     ]
     for arguments, variables, code, hint in cases:
@@ -101,13 +102,13 @@ def test_submit_status_cancel(service: str, body: dict[str, Any], tmp_path: Path
     assert run("status", job_id).returncode == 1
     request = tmp_path / "request.json"
     request.write_text(json.dumps(body | {"labels": {"a": "b"}}))
-    job = json.loads(run("submit", "--request", str(request), "--ratio", "0.3", "--json").stdout)
+    job = json.loads(run("submit", "--recipe", str(request), "--ratio", "0.3", "--json").stdout)
     assert (job["request"]["target_ratio"], job["labels"]) == (0.3, {"a": "b"})
-    request.write_text(json.dumps(body | {"recovery": {"rank": 4}}))
-    several = ("--ratio", "0.2", "--ratio", "0.5", "--recovery", "lora")
-    job = json.loads(run("submit", "--request", str(request), *several, "--json").stdout)
+    request.write_text(json.dumps(body | {"recovery": {"training": {"kind": "distill", "rank": 4}}}))
+    several = ("--ratio", "0.2", "--ratio", "0.5", "--training", "lora")
+    job = json.loads(run("submit", "--recipe", str(request), *several, "--json").stdout)
     assert job["request"]["target_ratio"] == [0.2, 0.5]
-    assert (job["request"]["recovery"]["kind"], job["request"]["recovery"]["rank"]) == ("lora", 4)
+    assert [job["request"]["recovery"]["training"][name] for name in ("kind", "rank")] == ["lora", 4]
 
 
 def test_a_job_of_several_targets_shows_every_repository() -> None:
@@ -150,18 +151,25 @@ def test_watch(
         else:
             play.fail(session, job_id, attempt)
 
-    timer = threading.Timer(3, work)
-    timer.start()
-    watched = run("watch", job_id)
-    timer.join()
-    assert watched.returncode == code, watched.stderr
-    lines = watched.stdout.splitlines()
-    assert "score" in lines[0] and "25%" in lines[0] and "round 1/2" in lines[0]
+    argv = [sys.executable, "-m", "secateur", "watch", job_id]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen(argv, **pipes) as watching:
+        assert watching.stdout is not None
+        first = watching.stdout.readline()
+        work()
+        rest, complaint = watching.communicate(timeout=PATIENCE)
+    assert watching.returncode == code, complaint
+    lines = [first, *rest.splitlines()]
+    assert "scoring" in lines[0] and "25%" in lines[0] and "step 1/2" in lines[0]
     assert ("published to secateur/tiny" if good else "The weights have NaN. (nan_weights)") in lines[-1]
     assert run("status", job_id).returncode == code
 
 
 def test_a_perplexity_beyond_all_numbers_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    pair = {"before": 10, "after": 8}
-    _show(Path("out"), {"parameters": pair, "ratio": {"reached": 0.2}, "perplexity": {"before": 9.5, "after": None}})
+    parts: dict[str, Any] = {
+        "parameters": ParameterChange(before=10, after=8, prunable_before=10, prunable_after=8),
+        "ratio": RatioSummary(target=0.2, reached=0.2, of_all_parameters=0.2, of_flops=0.2),
+        "perplexity": Change(before=9.5, after=None),
+    }
+    _show(Path("out"), Report.model_construct(**parts))
     assert "perplexity 9.50 -> infinite" in capsys.readouterr().out

@@ -29,6 +29,7 @@ from secateur.client import (
 )
 from secateur.client.frames import Frame
 from tests.api import play
+from tests.patience import PATIENCE
 
 CHUNK = 4096
 
@@ -95,7 +96,7 @@ def client(url: str, secret: str) -> Iterator[Client]:
 def test_a_job_from_its_request_to_its_files(
     client: Client, body: dict[str, Any], session: Session, settings: Settings, tmp_path: Path
 ) -> None:
-    assert client.jobs.plan(**body).targets[0].target_ratio == 0.2
+    assert client.jobs.dry_run(**body).targets[0].target_ratio == 0.2
     job = client.jobs.create(**body, labels={"team": "nlp"})
     seen: list[tuple[str, float]] = []
 
@@ -108,10 +109,12 @@ def test_a_job_from_its_request_to_its_files(
 
     with pytest.raises(WaitTimeout):
         job.wait(timeout=0, on_progress=lambda job: work() if not seen else None)
-    job.wait(timeout=30, on_progress=lambda job: seen.append((job.state, job.progress.share if job.progress else 0)))
+    job.wait(
+        timeout=PATIENCE, on_progress=lambda job: seen.append((job.state, job.progress.share if job.progress else 0))
+    )
     assert seen[-1][0] == "succeeded" and job.result == play.RESULT and job.refresh().state == "succeeded"
     assert job.report()["perplexity"] == play.REPORT["perplexity"] and job.report().ratio == 0.2
-    assert [each.number for each in job.rounds()] == [1]
+    assert [each.number for each in job.steps()] == [1]
     assert [each.data["to"] for each in job.events() if each.type == "state"] == [
         "queued",
         "running",
@@ -139,7 +142,7 @@ def test_the_same_with_await(
     async def use() -> list[str]:
         async with AsyncClient(url, secret) as client:
             jobs = [await client.jobs.create(**body) for _ in range(2)]
-            waiting = [asyncio.create_task(job.wait(timeout=30)) for job in jobs]
+            waiting = [asyncio.create_task(job.wait(timeout=PATIENCE)) for job in jobs]
             streams = asyncio.create_task(_collect(jobs[0].stream()))
             await asyncio.sleep(0.1)
             for job in jobs:

@@ -73,7 +73,7 @@ def test_what_a_gguf_file_on_the_hub_comes_to_is_not_known_yet(hub: fake.FakeHub
     cases: list[tuple[dict[str, Any], list[float | None]]] = [
         ({"target_ratio": 0.2}, [0.2]),
         ({"target_ratio": [0.2, 0.89]}, [0.2, 0.89]),
-        ({"target": {"parameters": 1e6}}, [None]),
+        ({"goal": {"parameters": 1e6}}, [None]),
     ]
     for target, ratios in cases:
         response = hub_api.post("/v1/jobs?validate_only=true", json=wanted | target)
@@ -173,20 +173,35 @@ def test_methods(api: httpx2.Client) -> None:
     methods = {method["name"]: method for method in api.get("/v1/methods").json()["items"]}
     assert {"piem-lsps", "piem", "lsps", "magnitude", "random"} <= set(methods)
     assert methods["piem-lsps"]["needs_gradients"] and not methods["random"]["needs_gradients"]
-    parts = {"scoring": "piem", "allocation": "lsps", "recovery": "none"}
-    assert methods["piem-lsps"]["defaults"] == {"rounds": 4, **parts}
+    assert methods["piem-lsps"]["needs"] == ["gates"]
+    chosen = {"scorer": "piem", "allocator": "lsps", "layerwise_recovery": "none", "default_rounds": 4}
+    assert chosen.items() <= methods["piem-lsps"].items()
 
 
 def test_every_kind_that_is_listed_is_taken(api: httpx2.Client, body: dict[str, Any]) -> None:
     answer = api.get("/v1/methods").json()
-    for part, kinds in answer["kinds"].items():
-        assert {method["defaults"][part] for method in answer["items"]} <= set(kinds)
+    fields = {
+        "scorer": ("scoring",),
+        "allocator": ("allocation",),
+        "layerwise_recovery": ("recovery", "layerwise"),
+        "training": ("recovery", "training"),
+    }
+    assert answer["kinds"].keys() == fields.keys()
+    for component, kinds in answer["kinds"].items():
+        assert {method[component] for method in answer["items"] if component in method} <= set(kinds)
+
+        def asking(kind: str, path: tuple[str, ...] = fields[component]) -> dict[str, Any]:
+            settings: dict[str, Any] = {"kind": kind}
+            for name in reversed(path):
+                settings = {name: settings}
+            return body | settings
+
         for kind in kinds:
-            response = api.post("/v1/jobs?validate_only=true", json=body | {part: {"kind": kind}})
+            response = api.post("/v1/jobs?validate_only=true", json=asking(kind))
             assert response.status_code == 200, response.text
-        refused = api.post("/v1/jobs", json=body | {part: {"kind": "no such"}}).json()
-        [error] = refused["errors"]
-        assert error["field"] == f"{part}.kind" and all(f"'{kind}'" in error["allowed"] for kind in kinds)
+        [error] = api.post("/v1/jobs", json=asking("no such")).json()["errors"]
+        assert error["field"] == ".".join((*fields[component], "kind"))
+        assert all(f"'{kind}'" in error["allowed"] for kind in kinds)
 
 
 def test_texts(api: httpx2.Client, body: dict[str, Any], settings: Settings) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 import httpx2
 import pytest
 import schemathesis
+from fastapi import routing
 from hypothesis import HealthCheck, Phase, given, seed, strategies
 from hypothesis import settings as trials
 from hypothesis.errors import Unsatisfiable
 from schemathesis import APIOperation, BaseSchema, Case, GenerationMode
 from schemathesis.core.result import Ok
+from schemathesis.transport import requests
 from sqlalchemy.orm import Session
 
 from app.config import Settings, get_settings
@@ -20,9 +22,10 @@ from app.http import prefer
 from tests.api import play
 from tests.api.test_webhooks import SECRET
 from tests.hub import FakeHub
+from tests.patience import PATIENCE
 
 STREAM_SECONDS = 0.3
-"""A stream of a job that has not ended is left after this long."""
+"""A stream of a job that has not ended is left this long after its first byte."""
 
 MakeJobs = Callable[[], list[str]]
 
@@ -32,6 +35,9 @@ def equipped(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """A service that refuses nothing for what it lacks, and keeps nobody waiting."""
     monkeypatch.setenv("SECATEUR_WEBHOOK_SECRET", SECRET)
     monkeypatch.setattr(prefer, "LONGEST", 0)
+    monkeypatch.setattr(routing, "_PING_INTERVAL", STREAM_SECONDS)  # a reader looks at the clock when something comes
+    read = requests.read_event_stream
+    monkeypatch.setattr(requests, "read_event_stream", lambda chunks, _, most: read(chunks, STREAM_SECONDS, most))
     get_settings.cache_clear()
 
 
@@ -99,8 +105,7 @@ def test_answers_are_those_of_the_document(
     )
 
     def ask(case: Case) -> None:
-        timeout = STREAM_SECONDS if case.path.endswith("/stream") else None
-        case.call_and_validate(headers={"Authorization": api.headers["Authorization"]}, timeout=timeout)
+        case.call_and_validate(headers={"Authorization": api.headers["Authorization"]}, timeout=PATIENCE)
 
     for result in document.get_all_operations():
         assert isinstance(result, Ok), result

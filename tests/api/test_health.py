@@ -3,8 +3,8 @@
 import json
 import re
 import socket
-import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from app.fleet.models import Worker
 from app.jobs import dispatch, leases
 from app.jobs.models import Job
 from tests.api import play
+from tests.patience import PATIENCE, wait_for
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 def _ready(url: str) -> tuple[int, dict[str, Any]]:
-    response = httpx2.get(f"{url}/readyz", timeout=30)
+    response = httpx2.get(f"{url}/readyz")
     return response.status_code, response.json()
 
 
@@ -68,7 +69,7 @@ def test_not_ready_without_broker_or_database(url: str, monkeypatch: pytest.Monk
     assert all(verdicts[part].startswith("unreachable") for part in ("database", "broker", "workers"))
     assert "hidden" not in str(verdicts)
     assert httpx2.get(f"{url}/healthz").json() == {"status": "ok"}
-    away = httpx2.get(f"{url}/v1/jobs", headers={"Authorization": "Bearer x"}, timeout=30)
+    away = httpx2.get(f"{url}/v1/jobs", headers={"Authorization": "Bearer x"})
     assert (away.status_code, away.json()["code"]) == (503, "database_unavailable")
     assert int(away.headers["Retry-After"]) > 0
     assert _samples(url)["secateur_database_up", ""] == 0
@@ -76,7 +77,7 @@ def test_not_ready_without_broker_or_database(url: str, monkeypatch: pytest.Monk
 
 def _samples(url: str) -> dict[tuple[str, str], float]:
     """Values by name and by the one label that matters."""
-    text = httpx2.get(f"{url}/metrics", timeout=30).text
+    text = httpx2.get(f"{url}/metrics").text
     return {
         (sample.name, sample.labels.get("state") or sample.labels.get("route") or ""): sample.value
         for family in text_string_to_metric_families(text)
@@ -95,7 +96,7 @@ def test_metrics(api: httpx2.Client, url: str, body: dict[str, Any], session: Se
     assert samples["secateur_jobs", "queued"] == samples["secateur_jobs", "running"] == 1
     assert samples["secateur_jobs", "failed"] == 0
     assert samples["secateur_queue_depth", ""] == 1
-    assert 0 < samples["secateur_queue_oldest_seconds", ""] < 60
+    assert 0 < samples["secateur_queue_oldest_seconds", ""] < PATIENCE
     assert samples["secateur_workers_live", ""] == samples["secateur_database_up", ""] == 1
     assert samples["secateur_http_request_duration_seconds_count", "/v1/jobs/{job_id}"] == 1
     assert samples["secateur_http_request_duration_seconds_count", "unmatched"] == 1
@@ -104,23 +105,28 @@ def test_metrics(api: httpx2.Client, url: str, body: dict[str, Any], session: Se
 def test_the_doorbell_rings(api: httpx2.Client, body: dict[str, Any], broker_url: str) -> None:
     job_id = api.post("/v1/jobs", json=body).json()["id"]
     with redis.Redis.from_url(broker_url) as broker:
-        for _ in range(100):
-            if broker.llen("celery"):
-                break
-            time.sleep(0.05)
+        wait_for(lambda: broker.llen("celery"))
         message = broker.lpop("celery")
     assert isinstance(message, bytes)
     assert b"secateur.ring" in message and job_id.encode() in message
 
 
 def test_a_broker_that_is_away_or_hangs_stops_nobody(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    for module in ("kombu.utils.functional", "redis.retry"):
+        monkeypatch.setattr(f"{module}.sleep", slept.append)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setitem(dispatch.TRANSPORT_OPTIONS, "socket_timeout", 0.5)
         for port in (9, silent.getsockname()[1]):
             monkeypatch.setattr(settings, "broker_url", f"redis://127.0.0.1:{port}/0")
-            begun = time.monotonic()
             dispatch.wake_worker(uuid.uuid4())
-            assert time.monotonic() - begun < 3
+        silent.setblocking(False)
+        tries = 0
+        with suppress(BlockingIOError):
+            while True:
+                silent.accept()[0].close()
+                tries += 1
+    assert sum(slept) + 0.5 * tries < 3 and tries > 0, "the seconds for which it holds up whoever rings"
 
 
 def test_a_job_is_accepted_without_a_broker(
@@ -140,7 +146,7 @@ def test_metrics_of_trouble(api: httpx2.Client, url: str, body: dict[str, Any], 
     session.commit()
     leases.reap(session, 3, 0.0)
     fleet.beat(session, "w", "worker", {"device": "cpu", "memory_bytes": 8, "disk_free_bytes": 9})
-    text = httpx2.get(f"{url}/metrics", timeout=30).text
+    text = httpx2.get(f"{url}/metrics").text
     for line in (
         'secateur_retries_last_hour{code="worker_lost"} 1.0',
         'secateur_worker_disk_free_bytes{worker="w"} 9.0',
@@ -150,11 +156,11 @@ def test_metrics_of_trouble(api: httpx2.Client, url: str, body: dict[str, Any], 
         assert line in text
     assert 'secateur_round_seconds{method="piem-lsps"}' in text
     play.start(session, job_id)
-    assert 'secateur_running_jobs{worker="' in httpx2.get(f"{url}/metrics", timeout=30).text
+    assert 'secateur_running_jobs{worker="' in httpx2.get(f"{url}/metrics").text
 
 
 def test_rules_and_dashboard_ask_for_metrics_that_there_are(url: str) -> None:
-    told = {family.name for family in text_string_to_metric_families(httpx2.get(f"{url}/metrics", timeout=30).text)}
+    told = {family.name for family in text_string_to_metric_families(httpx2.get(f"{url}/metrics").text)}
     rules = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
     panels = json.loads((DEPLOY / "grafana" / "secateur.json").read_text())["panels"]
     asked = [rule["expr"] for rule in rules] + [target["expr"] for panel in panels for target in panel["targets"]]

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from app.auth import service as auth
 from app.config import Settings, get_settings
 from tests.api.conftest import ServerThread
+from tests.patience import PATIENCE
 
 LARGEST = 1000
 
@@ -62,7 +63,7 @@ class TestBodies:
         """The answer is there while the client still sends."""
         url = httpx2.URL(serve(MAX_BODY_BYTES=str(LARGEST)))
         head = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: {key['Authorization']}\r\n{header}\r\n\r\n"
-        with socket.create_connection((url.host, url.port or 0), timeout=10) as client:
+        with socket.create_connection((url.host, url.port or 0), timeout=PATIENCE) as client:
             client.sendall(head.encode() + (b"7d1\r\n" + b" " * 2001 + b"\r\n" if "chunked" in header else b""))
             assert client.recv(100).startswith(b"HTTP/1.1 413 ")
 
@@ -71,7 +72,7 @@ class TestBodies:
         """Whose body never ends, and would be held in memory until it does."""
         address = httpx2.URL(url)
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n{{"
-        with socket.create_connection((address.host, address.port or 0), timeout=10) as client:
+        with socket.create_connection((address.host, address.port or 0), timeout=PATIENCE) as client:
             client.sendall(head.encode())
             assert client.recv(100).startswith(b"HTTP/1.1 401 ")
 

@@ -19,7 +19,7 @@ from app.db.session import session_factory
 from app.http import idempotency, pages
 from app.http.idempotency import IdempotencyKey
 from app.jobs import service
-from app.jobs.models import Job, JobEvent, JobRound
+from app.jobs.models import Job, JobEvent, JobStep
 from tests.api import play
 from tests.api.conftest import CONFIG
 from workers import scheduler
@@ -312,7 +312,7 @@ class TestSteering:
         assert not settings.job_dir(job_id).exists()
         assert api.get(f"/v1/jobs/{job_id}").status_code == 404
         assert api.delete(f"/v1/jobs/{job_id}").status_code == 404
-        for table in (Job, JobEvent, JobRound):
+        for table in (Job, JobEvent, JobStep):
             assert session.scalar(select(func.count()).select_from(table)) == 0
         assert list((settings.data_dir / "jobs").iterdir()) == []
 
@@ -376,14 +376,14 @@ class TestResults:
         assert (refused.status_code, refused.json()["code"], refused.json()["state"]) == (409, "no_report", "queued")
 
     def test_rounds(self, api: httpx2.Client, done: str) -> None:
-        rounds = api.get(f"{done}/rounds").json()["items"]
+        rounds = api.get(f"{done}/steps").json()["items"]
         assert [(item["number"], item["data"]["perplexity"]) for item in rounds] == [(0, 10.0), (1, 11.0), (2, 12.0)]
 
     def test_events_by_pages(self, api: httpx2.Client, done: str) -> None:
         first = api.get(f"{done}/events?page_size=4").json()
         second = api.get(f"{done}/events", params={"page_token": first["next_page_token"]}).json()
         events = first["items"] + second["items"]
-        assert [event["type"] for event in events] == ["state", "state", "round", "round", "round", "state", "state"]
+        assert [event["type"] for event in events] == ["state", "state", "step", "step", "step", "state", "state"]
         assert [event["id"] for event in events] == sorted(event["id"] for event in events)
         assert second["next_page_token"] is None
 

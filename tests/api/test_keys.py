@@ -85,7 +85,7 @@ def test_a_rotated_key_keeps_its_jobs(
         return httpx2.get(f"{url}/v1/jobs", headers={"Authorization": f"Bearer {secret}"})
 
     httpx2.post(f"{url}/v1/jobs", json=body, headers={"Authorization": f"Bearer {made['secret']}"}).raise_for_status()
-    second = admin.post(f"/v1/keys/{made['id']}/rotate", json={"grace_seconds": 60}).json()
+    second = admin.post(f"/v1/keys/{made['id']}/rotate", json={"grace_seconds": 3600}).json()
     assert second["id"] == made["id"] and second["secret"] != made["secret"]
     for secret in (made["secret"], second["secret"]):
         assert len(ask(secret).json()["items"]) == 1

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from app.fleet import repository as fleet
 from secateur.catalog.architectures import shape_from_config
 from secateur.catalog.memory import check_fits, estimate
+from secateur.catalog.resolve import Resolved, resolve
 from secateur.catalog.spec import Calibration, PruningSpec
 from secateur.contract.errors import PruningError
 from workers.devices import device_memory
@@ -38,16 +39,18 @@ LLAMA_7B = {
 GIB = 2**30
 
 
-def spec(**changes: Any) -> PruningSpec:
-    return PruningSpec.model_validate({"target_ratio": 0.5, "method": "secateur", **changes})
+def asked(config: dict[str, Any], dtype: str, **changes: Any) -> Resolved:
+    spec = PruningSpec.model_validate({"target_ratio": 0.5, "method": "secateur", **changes})
+    return resolve(spec, shape_from_config(config), config=config, source_dtype=dtype)
 
 
 @pytest.mark.parametrize("measured", json.loads(SPEED.read_text())["results"], ids=lambda each: each["case"]["method"])
 def test_it_is_near_what_was_measured_and_rather_below(measured: dict[str, Any]) -> None:
     case, result = measured["case"], measured["result"]
     calibration = Calibration(samples=case["samples"], sequence_length=case["sequence_length"])
-    asked = spec(method=case["method"], rounds=case["rounds"], calibration=calibration)
-    memory = estimate(asked, shape_from_config(SMOLLM2), "float32", case["ratio"], mapped=False)
+    changes = {"method": case["method"], "rounds": case["rounds"], "target_ratio": case["ratio"]}
+    resolved = asked(SMOLLM2, "float32", **changes, calibration=calibration)
+    memory = estimate(resolved, shape_from_config(SMOLLM2), mapped=False)
     assert memory.weights == pytest.approx(result["model_bytes"], rel=0.02)
     assert 0.7 < (memory.weights + memory.stages["layer by layer"]) / result["peak_bytes"] < 1.05
 
@@ -56,28 +59,31 @@ def test_what_takes_more() -> None:
     shape = shape_from_config(LLAMA_7B)
 
     def total(dtype: str = "float16", **changes: Any) -> int:
-        return estimate(spec(**changes), shape, dtype, 0.5, mapped=False).total
+        return estimate(asked(LLAMA_7B, dtype, **changes), shape, mapped=False).total
 
     assert 12.5 * GIB < total() < 16 * GIB
     assert total("float32") > 1.8 * total()
     assert total(rounds=3) > 1.8 * total(), "the unpruned model beside it"
     assert total(method="llm-pruner") > total(method="piem", rounds=1) > total(method="random")
-    assert total(recovery={"kind": "distill"}) > 100 * GIB > total(recovery={"kind": "lora"})
+    assert (
+        total(recovery={"training": {"kind": "distill"}}) > 100 * GIB > total(recovery={"training": {"kind": "lora"}})
+    )
     long = {"samples": 512, "sequence_length": 2048}
     assert total(calibration=long) > total() + 3 * 2**20 * 4096 * 2 * 0.9
-    mapped = estimate(spec(), shape, "float16", 0.5, mapped=True)
-    assert mapped.weights < 0.55 * estimate(spec(), shape, "float16", 0.5, mapped=False).weights
+    mapped = estimate(asked(LLAMA_7B, "float16"), shape, mapped=True)
+    assert mapped.weights < 0.55 * estimate(asked(LLAMA_7B, "float16"), shape, mapped=False).weights
 
 
 def test_advice() -> None:
-    memory = estimate(spec(method="llm-pruner"), shape_from_config(LLAMA_7B), "float32", 0.5, mapped=False)
+    resolved = asked(LLAMA_7B, "float32", method="llm-pruner")
+    memory = estimate(resolved, shape_from_config(LLAMA_7B), mapped=False)
     with pytest.raises(PruningError, match="at least") as caught:
-        check_fits(spec(method="llm-pruner"), memory, "float32", 24 * GIB)
+        check_fits(resolved, memory, 24 * GIB)
     error = caught.value
     assert (error.code, error.field, error.retryable) == ("out_of_memory", "model_id", False)
     for advised in ("bfloat16", "'wanda'", "larger worker", "24.0"):
         assert advised in error.message
-    check_fits(spec(method="llm-pruner"), memory, "float32", memory.total)
+    check_fits(resolved, memory, memory.total)
 
 
 def test_the_door(api: httpx2.Client, body: dict[str, Any], session: Session) -> None:

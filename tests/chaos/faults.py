@@ -15,8 +15,8 @@ from tests.chaos.world import World
 Healing = tuple[float, Callable[[], object]]
 Fault = Callable[[World, random.Random], Healing | None]
 """Nothing: there was nothing to strike."""
-BRIEF, LONG = (0.2, 1.5), (7.0, 10.0)
-"""Seconds: within a lease, and beyond it."""
+BRIEF, LONG = (1 / 30, 1 / 4), (7 / 6, 10 / 6)
+"""Leases: within one, and beyond it."""
 
 
 def kill_worker(world: World, dice: random.Random) -> Healing | None:
@@ -69,35 +69,35 @@ def kill_supervisor(world: World, dice: random.Random) -> Healing | None:
 
 
 def freeze_worker(world: World, dice: random.Random) -> Healing | None:
-    return _freeze(world.family(dice.choice(world.workers)), dice)
+    return _freeze(world, world.family(dice.choice(world.workers)), dice)
 
 
 def freeze_supervisor(world: World, dice: random.Random) -> Healing | None:
-    return _freeze(world.children(dice.choice(world.workers), "tests.chaos.worker"), dice)
+    return _freeze(world, world.children(dice.choice(world.workers), "tests.chaos.worker"), dice)
 
 
 def freeze_runner(world: World, dice: random.Random) -> Healing | None:
-    return _freeze(world.children(dice.choice(world.workers), "tests.chaos.witness"), dice)
+    return _freeze(world, world.children(dice.choice(world.workers), "tests.chaos.witness"), dice)
 
 
 def freeze_publisher(world: World, dice: random.Random) -> Healing | None:
-    return _freeze([child for name in world.workers for child in world.children(name, "publisher")], dice)
+    return _freeze(world, [child for name in world.workers for child in world.children(name, "publisher")], dice)
 
 
 def freeze_api(world: World, dice: random.Random) -> Healing | None:
-    return _freeze(world.family("api"), dice)
+    return _freeze(world, world.family("api"), dice)
 
 
 def freeze_scheduler(world: World, dice: random.Random) -> Healing | None:
-    return _freeze(world.family("scheduler"), dice)
+    return _freeze(world, world.family("scheduler"), dice)
 
 
 def freeze_database(world: World, dice: random.Random) -> Healing | None:
-    return _freeze(world.family("postgres"), dice)
+    return _freeze(world, world.family("postgres"), dice)
 
 
 def freeze_broker(world: World, dice: random.Random) -> Healing | None:
-    return _freeze(world.family("valkey"), dice)
+    return _freeze(world, world.family("valkey"), dice)
 
 
 def wipe_broker(world: World, dice: random.Random) -> Healing | None:
@@ -112,7 +112,7 @@ def wipe_broker(world: World, dice: random.Random) -> Healing | None:
 def cut_worker_from_database(world: World, dice: random.Random) -> Healing | None:
     proxy = world.proxies[dice.choice(world.workers)]
     proxy.cut()
-    return _seconds(dice), proxy.mend
+    return _seconds(world, dice), proxy.mend
 
 
 def fill_disk(world: World, dice: random.Random) -> Healing | None:
@@ -176,8 +176,8 @@ FAULTS: dict[Fault, int] = {
 """Each with its weight."""
 
 
-def _seconds(dice: random.Random) -> float:
-    return dice.uniform(*dice.choice((BRIEF, LONG)))
+def _seconds(world: World, dice: random.Random) -> float:
+    return world.lease * dice.uniform(*dice.choice((BRIEF, LONG)))
 
 
 def _kill(world: World, dice: random.Random, name: str) -> Healing | None:
@@ -203,7 +203,7 @@ def _kill_child(world: World, dice: random.Random, module: str) -> Healing | Non
     return 0.0, lambda: None
 
 
-def _freeze(processes: list[psutil.Process], dice: random.Random) -> Healing | None:
+def _freeze(world: World, processes: list[psutil.Process], dice: random.Random) -> Healing | None:
     if not processes:
         return None
 
@@ -213,4 +213,4 @@ def _freeze(processes: list[psutil.Process], dice: random.Random) -> Healing | N
                 process.send_signal(number)
 
     signal_all(signal.SIGSTOP)
-    return _seconds(dice), lambda: signal_all(signal.SIGCONT)
+    return _seconds(world, dice), lambda: signal_all(signal.SIGCONT)

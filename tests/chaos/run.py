@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.chaos.faults import FAULTS
 from tests.chaos.verdict import Accepted, Verdict, judge, torn_checkpoints
-from tests.chaos.world import World, running
+from tests.chaos.world import LEASE, World, running
 from tests.engine.models import SIZES, english, make_tokenizer, save
 from workers.scheduler import delete_leftovers
 
@@ -32,17 +32,25 @@ CANCELLED, PAUSED = 0.1, 0.1
 DISK = 512 * 2**20
 """Of the data folder, where it can be a file system of its own."""
 AUDIT_SECONDS = 0.5
-SETTLING = 8.0
-"""Seconds in which what was orphaned must be gone: a lease, and a little."""
+SETTLING = 30.0
+"""Seconds beyond a lease in which what was orphaned must be gone, on a machine that may be busy."""
 
 
-def run(seed: int, faults: int, jobs: int, gap: float, patience: float, say: Callable[[str], None] = print) -> Verdict:
+def run(
+    seed: int,
+    faults: int,
+    jobs: int,
+    gap: float,
+    patience: float,
+    say: Callable[[str], None] = print,
+    lease: float = LEASE,
+) -> Verdict:
     """Strike ``faults`` times, every ``gap`` seconds on average, while ``jobs`` run; wait at most ``patience`` seconds more."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as name, _data_folder(Path(name)) as data:
         torch.manual_seed(0)
         save(LlamaForCausalLM(LlamaConfig(**SIZES)), make_tokenizer(), data / "models" / "tiny")
         before = set(psutil.pids())
-        with running(Path(name), data) as world:
+        with running(Path(name), data, lease) as world:
             client = Client(world, seed, jobs)
             audit = Audit(world)
             threads = [threading.Thread(target=work) for work in (client.run, audit.run)]
@@ -60,9 +68,11 @@ def run(seed: int, faults: int, jobs: int, gap: float, patience: float, say: Cal
                 thread.join()
             for name_of in ("api", *world.workers, "scheduler"):
                 world.stop(name_of)
-            time.sleep(SETTLING if _family(before) else 0)
-            servers = {process.pid for server in ("postgres", "valkey") for process in world.family(server)}
-            left = [describe(process) for process in _family(before) if process.pid not in servers]
+            left = _left(world, before)
+            settled = time.monotonic() + lease + SETTLING
+            while left and time.monotonic() < settled:
+                time.sleep(0.2)
+                left = _left(world, before)
             with world.sessions()() as session:  # as the scheduler does once a minute
                 delete_leftovers(session, world.settings)
             verdict = judge(world, client.accepted, audit.torn, left)
@@ -187,15 +197,21 @@ class Audit:
             self.torn += torn_checkpoints(self._world, sessions)
 
 
-def _family(before: set[int]) -> list[psutil.Process]:
+def _family(world: World, before: set[int]) -> list[psutil.Process]:
     """Processes of this machine that this run has started, and that run."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            ours = any("chaos-" in value for value in process.environ().values())
+            ours = any(str(world.folder) in value for value in process.environ().values())
             if process.pid not in before and ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def _left(world: World, before: set[int]) -> list[str]:
+    """What this run has started and what still runs beside the servers, in words."""
+    servers = {process.pid for server in ("postgres", "valkey") for process in world.family(server)}
+    return [describe(process) for process in _family(world, before) if process.pid not in servers]
 
 
 def describe(process: psutil.Process) -> str:

@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app.jobs.models import Job, JobEvent, JobRound
+from app.jobs.models import Job, JobEvent, JobStep
 from secateur.contract.states import TERMINAL
 from tests.chaos.witness import SPAN
 from tests.chaos.world import World
@@ -42,7 +42,7 @@ def torn_checkpoints(world: World, sessions: sessionmaker[Session]) -> list[str]
     """Rounds of live jobs whose file is not what their row says. A database that is away tells nothing."""
 
     def rows() -> dict[tuple[uuid.UUID, int], tuple[str, str]]:
-        query = select(JobRound).join(Job, Job.id == JobRound.job_id).where(Job.state.in_(LIVE))
+        query = select(JobStep).join(Job, Job.id == JobStep.job_id).where(Job.state.in_(LIVE))
         with sessions() as session:
             return {(row.job_id, row.number): (row.path, row.sha256) for row in session.scalars(query)}
 
@@ -58,7 +58,7 @@ def torn_checkpoints(world: World, sessions: sessionmaker[Session]) -> list[str]
             suspected &= odd(rows())
     except DBAPIError:
         return []
-    return [f"round {number} of {job_id}: {path}" for (job_id, number), (path, _) in suspected]
+    return [f"step {number} of {job_id}: {path}" for (job_id, number), (path, _) in suspected]
 
 
 def _sha256(path: Path) -> str:
@@ -111,7 +111,7 @@ def judge(world: World, accepted: list[Accepted], torn: list[str], leftover: lis
         "published twice": len(twice),
         "overlapping attempts": len(overlaps),
         "torn checkpoints": len(torn) + len(damaged),
-        "rounds repeated more than once": len(repeated),
+        "steps repeated more than once": len(repeated),
         "processes left": len(leftover),
         "files left": len(files),
         "unexpected ends of processes": len(world.unexpected),
@@ -124,7 +124,7 @@ def state(job: Job | None) -> str:
 
 
 def _attempts(notes: Path) -> tuple[list[str], list[str], int]:
-    """Attempts that were at work at the same time; rounds that were begun once more than a kill explains; attempts in all."""
+    """Attempts that were at work at the same time; steps that were begun once more than a kill explains; attempts in all."""
     lives: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     begun: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for path in notes.glob("*.life"):
@@ -132,7 +132,7 @@ def _attempts(notes: Path) -> tuple[list[str], list[str], int]:
         content = path.read_bytes()
         if len(content) == SPAN.size:
             lives[job_id][int(attempt)].append(SPAN.unpack(content))
-    for path in notes.glob("*.rounds"):
+    for path in notes.glob("*.steps"):
         job_id, attempt, *_ = path.name.split(".")
         begun[job_id][int(attempt)] += map(int, path.read_text().split())
     overlaps, repeated = [], []
@@ -143,11 +143,11 @@ def _attempts(notes: Path) -> tuple[list[str], list[str], int]:
         for (earlier, _, end), (later, start, _) in pairwise(ordered):
             if end > start:
                 overlaps.append(f"overlap: attempts {earlier} and {later} of {job_id} for {end - start:.2f} s")
-    for job_id, rounds in begun.items():
+    for job_id, steps in begun.items():
         furthest = 0
-        for number, numbers in sorted(rounds.items()):
+        for number, numbers in sorted(steps.items()):
             if min(numbers) < furthest:
-                repeated.append(f"attempt {number} of {job_id} went back to round {min(numbers)} from {furthest}")
+                repeated.append(f"attempt {number} of {job_id} went back to step {min(numbers)} from {furthest}")
             furthest = max(furthest, *numbers)
     return overlaps, repeated, sum(map(len, lives.values()))
 

@@ -1,7 +1,7 @@
 """The real runner or publisher, with a witness: ``python -m tests.chaos.witness runner|publisher``.
 
 In the folder ``SECATEUR_CHAOS_NOTES`` it notes when its process first and last ran, by the clock of the machine, and which
-rounds it began.
+steps it began.
 """
 
 import os
@@ -42,10 +42,10 @@ def main() -> None:
 
         def note_round(message: dict[str, Any]) -> None:
             if message["type"] == "progress" and message["stage"] in ("scoring", "training"):
-                number = message["round"]
+                number = message["step"]
                 if number not in begun:
                     begun.add(number)
-                    with (notes / f"{name}.rounds").open("a") as file:
+                    with (notes / f"{name}.steps").open("a") as file:
                         file.write(f"{number}\n")
             tell(message)
 

@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.engine.models import SIZES, make_tokenizer, save, train
+from tests.patience import PATIENCE
 from tests.workers.conftest import SHORT
 from tests.workers.test_stack import announced
 
@@ -58,10 +59,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SECATEUR_")}
     environment |= {f"SECATEUR_{name}": value for name, value in SHORT.items()}
     environment |= {"SECATEUR_DATA_DIR": str(data), "SECATEUR_TORCH_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "workers.cli", "up"], stdout=subprocess.PIPE, env=environment)
+    process = subprocess.Popen([sys.executable, "-m", "workers", "up"], stdout=subprocess.PIPE, env=environment)
     yield Site(*announced(process))
     process.send_signal(signal.SIGINT)
-    process.wait(30)
+    process.wait(PATIENCE)
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +71,7 @@ def browser() -> Iterator[Browser]:
     if chromium is None:
         raise RuntimeError("There is no chromium: 'make test-browser' installs Debian's.")
     with sync_playwright() as playwright:
-        expect.set_options(timeout=30_000)
+        expect.set_options(timeout=1000 * PATIENCE)
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         yield browser
         browser.close()
@@ -79,7 +80,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def context(browser: Browser) -> Iterator[BrowserContext]:
     context = browser.new_context(viewport={"width": 1200, "height": 900})
-    context.set_default_timeout(60_000)
+    context.set_default_timeout(1000 * PATIENCE)
     yield context
     context.close()
 

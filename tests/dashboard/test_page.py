@@ -11,7 +11,7 @@ from playwright.sync_api import BrowserContext, Page, expect
 
 from tests.dashboard.conftest import Site
 from tests.engine.models import english
-from tests.workers.conftest import wait_for
+from tests.patience import PATIENCE, wait_for
 
 pytestmark = pytest.mark.browser
 
@@ -21,7 +21,7 @@ EVALUATION = {**TEXT, "texts": english("evaluation"), "latency": True, "prompts"
 
 def api(site: Site) -> httpx2.Client:
     return httpx2.Client(
-        base_url=site.url, headers={"Authorization": f"Bearer {site.key}"}, timeout=60, trust_env=False
+        base_url=site.url, headers={"Authorization": f"Bearer {site.key}"}, timeout=PATIENCE, trust_env=False
     )
 
 
@@ -46,12 +46,16 @@ def succeeded(site: Site) -> list[str]:
     wanted: list[dict[str, Any]] = [
         {"labels": {"team": "<img src=x onerror=alert(1)>"}},
         {"target_ratio": [0.2, 0.5], "method": "magnitude", "rounds": 1},
-        {"method": "magnitude", "rounds": 1, "recovery": {"kind": "lora", "epochs": 2.0, "batch_size": 4}},
+        {
+            "method": "magnitude",
+            "rounds": 1,
+            "recovery": {"training": {"kind": "lora", "epochs": 2.0, "batch_size": 4}},
+        },
     ]
     jobs = [submit(site, **changes) for changes in wanted]
     with api(site) as client:
         for job_id in jobs:
-            wait_for(lambda: client.get(f"/v1/jobs/{job_id}").json()["state"] == "succeeded", timeout=90)  # noqa: B023
+            wait_for(lambda: client.get(f"/v1/jobs/{job_id}").json()["state"] == "succeeded")  # noqa: B023
     return jobs
 
 
@@ -94,7 +98,7 @@ def test_submitting_by_keyboard_and_watching_to_the_end(page: Page, site: Site, 
         page.wait_for_timeout(50)
     assert "running" in shown, "live, with nothing pressed"
     expect(page.get_by_role("heading", name="Pruned by")).to_have_count(2)
-    expect(page.get_by_role("img", name="Perplexity by round")).to_be_visible()
+    expect(page.get_by_role("img", name="Perplexity by step")).to_be_visible()
     expect(page.get_by_role("img", name="Sensitivity of the layers")).to_be_visible()
 
 
@@ -102,7 +106,7 @@ def test_what_a_job_has_come_to(page: Page, site: Site, succeeded: list[str], pi
     page.goto(f"{site.url}/#/jobs/{succeeded[0]}")
     with api(site) as client:
         report = client.get(f"/v1/jobs/{succeeded[0]}/report").json()
-        rounds = client.get(f"/v1/jobs/{succeeded[0]}/rounds").json()["items"]
+        rounds = client.get(f"/v1/jobs/{succeeded[0]}/steps").json()["items"]
     table = page.get_by_role("region", name="before and after")
     row = table.get_by_role("row", name="perplexity")
     after, before = report["perplexity"]["after"], report["perplexity"]["before"]
@@ -116,7 +120,7 @@ def test_what_a_job_has_come_to(page: Page, site: Site, succeeded: list[str], pi
     heights = [float(bar.get_attribute("height") or 0) for bar in bars.all()]
     widths = [layer["channels"] for layer in report["widths"]["after"]]
     assert [height / heights[0] for height in heights] == pytest.approx([width / widths[0] for width in widths])
-    dots = page.get_by_role("img", name="Perplexity by round").locator("circle")
+    dots = page.get_by_role("img", name="Perplexity by step").locator("circle")
     assert dots.count() == len(rounds)
     page.get_by_text("The request, to repeat it").click()
     body = page.locator("pre").first.inner_text()
@@ -162,7 +166,7 @@ def test_comparing(page: Page, site: Site, succeeded: list[str], pictures: Path 
 
 
 def test_cancelling(page: Page, site: Site) -> None:
-    job_id = submit(site, rounds=30)
+    job_id = submit(site, rounds=64)
     page.goto(f"{site.url}/#/jobs/{job_id}")
     page.get_by_role("button", name="cancel").click()
     expect(page.locator(".facts .badge").first).to_have_text("cancelled")

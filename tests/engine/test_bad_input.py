@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
-from secateur.engine import PruningError, prune
+from secateur.contract.errors import PruningError
 from tests.engine.models import english, make_model, save
+from tests.engine.running import prune
 
 TEXT = english("evaluation")
 
@@ -182,7 +183,7 @@ def test_ratio_that_cannot_be_met(source: Path, tmp_path: Path) -> None:
         prune(str(source), asked(target_ratio=0.9), tmp_path / "out")
     assert caught.value.code == "ratio_unreachable" and caught.value.field == "target_ratio"
     with pytest.raises(PruningError, match="nearest") as caught:
-        prune(str(source), asked(target_ratio=None, target={"parameters": 127_000}), tmp_path / "out")
+        prune(str(source), asked(target_ratio=None, goal={"parameters": 127_000}), tmp_path / "out")
     assert caught.value.code == "ratio_unreachable" and caught.value.field == "target"
 
 

@@ -1,61 +1,80 @@
-"""What the catalogue names is what the engine has, and no mix of parts is let in that cannot work."""
+"""What the catalogue names is what the engine has, and no mix of components is let in that cannot work."""
 
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from secateur.catalog.methods import (
+    ALLOCATORS,
     DAMPING,
-    GRADIENT_ALLOCATORS,
-    GRADIENT_SCORERS,
-    LAYERWISE_SCORERS,
-    RANKING_ALLOCATORS,
-    TRAINED,
-    Allocator,
-    RecoveryKind,
-    Scorer,
+    LAYERWISE_RECOVERIES,
+    METHODS,
+    NO_RECOVERY,
+    SCORERS,
+    TRAININGS,
+    Need,
 )
+from secateur.catalog.resolve import components
 from secateur.catalog.spec import PruningSpec
-from secateur.engine.allocation import ALLOCATORS
-from secateur.engine.recovery import LAYERWISE_RECOVERIES
-from secateur.engine.scoring import LAYERWISE_SCORERS as BY_LAYER
-from secateur.engine.scoring import MODEL_SCORERS
+from secateur.engine import allocation, recovery, scoring
 
 
 def test_every_name_has_its_function() -> None:
-    assert set(get_args(Scorer)) == MODEL_SCORERS.keys() | BY_LAYER.keys()
-    assert set(get_args(Allocator)) == ALLOCATORS.keys()
-    assert set(get_args(RecoveryKind)) == {"none", *LAYERWISE_RECOVERIES, *TRAINED}
-    assert BY_LAYER.keys() == LAYERWISE_SCORERS and not MODEL_SCORERS.keys() & LAYERWISE_SCORERS
-    assert MODEL_SCORERS.keys() > GRADIENT_SCORERS and ALLOCATORS.keys() > GRADIENT_ALLOCATORS | RANKING_ALLOCATORS
+    assert SCORERS.keys() == scoring.MODEL_SCORERS.keys() | scoring.LAYERWISE_SCORERS.keys()
+    assert {name for name, scorer in SCORERS.items() if scorer.layerwise} == scoring.LAYERWISE_SCORERS.keys()
+    assert ALLOCATORS.keys() == allocation.ALLOCATORS.keys()
+    assert LAYERWISE_RECOVERIES.keys() == recovery.LAYERWISE_RECOVERIES.keys() | {NO_RECOVERY}
+    for method in METHODS.values():
+        assert method.scorer in SCORERS and method.allocator in ALLOCATORS
+        assert method.layerwise_recovery in LAYERWISE_RECOVERIES
 
 
-def test_rounds_in_all_are_those_of_every_target_and_its_training() -> None:
-    plain = {"target_ratio": [0.2, 0.3, 0.5], "method": "piem-lsps"}
-    assert PruningSpec.model_validate(plain).total_rounds == 3 * 4, "the method's default"
-    assert PruningSpec.model_validate({**plain, "rounds": 2, "recovery": {"kind": "lora"}}).total_rounds == 3 * (2 + 1)
-    assert PruningSpec.model_validate({**plain, "target_ratio": 0.2, "recovery": {"kind": "bias"}}).total_rounds == 4
+def chosen(**changes: Any) -> Any:
+    return components(PruningSpec.model_validate({"target_ratio": 0.2, "method": "piem-lsps", **changes}))
 
 
-def test_a_refit_is_the_methods_own_where_nothing_else_is_asked_for() -> None:
-    def refit(method: str, **recovery: Any) -> tuple[str, float, bool]:
-        spec = PruningSpec.model_validate({"target_ratio": 0.2, "method": method, "recovery": recovery})
-        return spec.refit_target, spec.refit_damping, spec.needs_reference
+def test_steps_are_those_of_every_target_and_its_training() -> None:
+    several = {"target_ratio": [0.2, 0.3, 0.5]}
+    assert chosen(**several).steps == 3 * 4, "the method's default"
+    assert chosen(**several, rounds=2, recovery={"training": {"kind": "lora"}}).steps == 3 * (2 + 1)
+    assert chosen(recovery={"layerwise": {"kind": "bias"}}).steps == 4
+
+
+def test_training_goes_on_top_of_the_methods_own_recovery() -> None:
+    both = chosen(method="slimllm", recovery={"training": {"kind": "lora"}})
+    assert (both.layerwise.name, both.training.name) == ("linear-regression", "lora")
+    assert set(TRAININGS) == {"lora", "distill"}
+
+
+def test_needs_are_those_of_all_components() -> None:
+    assert chosen(method="magnitude").needs == set()
+    assert chosen(method="secateur").needs == {Need.FORWARD, Need.MOMENTS, Need.SOLVE, Need.REFERENCE}
+    trained = chosen(method="magnitude", recovery={"training": {"kind": "distill"}})
+    assert trained.needs == {Need.BACKWARD, Need.REFERENCE}
+    assert {name for name, method in METHODS.items() if method.needs_gradients} == {
+        "secateur-gradient", "piem-lsps", "piem", "lsps", "llm-pruner", "loraprune", "movement", "dsgp"
+    }  # fmt: skip
+
+
+def test_a_refit_is_the_methods_own_where_nothing_else_is_requested() -> None:
+    def refit(method: str, **layerwise: Any) -> tuple[str, float, bool]:
+        found = chosen(method=method, recovery={"layerwise": layerwise})
+        return found.fit_to, found.damping, found.fits_to_reference
 
     assert refit("secateur") == ("model", DAMPING, True)
     assert refit("secateur-gradient") == ("layer", 10.0, False)
     assert refit("sparsegpt") == ("layer", 0.01, False)
-    assert refit("sparsegpt", target="model", damping=0.5) == ("model", 0.5, True)
-    assert refit("wanda", kind="least-squares", target="layer") == ("layer", DAMPING, False)
+    assert refit("sparsegpt", fit_to="model", damping=0.5) == ("model", 0.5, True)
+    assert refit("wanda", kind="least-squares", fit_to="layer") == ("layer", DAMPING, False)
     assert not refit("wanda")[2], "no refit, no reference"
 
 
-@pytest.mark.parametrize(("scorer", "allocator"), product(get_args(Scorer), get_args(Allocator)))
-def test_every_mix_is_let_in_but_ranking_what_has_no_scores_yet(scorer: Scorer, allocator: Allocator) -> None:
+@pytest.mark.parametrize(("scorer", "allocator"), product(SCORERS, ALLOCATORS))
+def test_every_mix_is_let_in_but_ranking_what_has_no_scores_yet(scorer: str, allocator: str) -> None:
     parts = {"scoring": {"kind": scorer}, "allocation": {"kind": allocator}}
-    if scorer in LAYERWISE_SCORERS and allocator == "threshold":
+    if SCORERS[scorer].layerwise and allocator == "threshold":
         with pytest.raises(ValidationError, match="allowed: cosine, inner, lsps, uniform") as caught:
             PruningSpec.model_validate({"target_ratio": 0.2, "method": "random", **parts})
         assert [error["loc"] for error in caught.value.errors()] == [("allocation",)]

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GlmConfig, PreTrai
 from secateur.catalog.sources import locate, read_shape
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
 from secateur.contract.errors import PruningError
-from secateur.engine import prune
 from secateur.engine.model.loading import load
 from tests import hub as fake_hub
 from tests.engine.models import english, make_tokenizer
+from tests.engine.running import prune
 
 CONFIG: dict[str, Any] = {
     "model_type": "chatglm",

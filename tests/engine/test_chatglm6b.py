@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from secateur.catalog.sources import locate, read_shape
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import PruningError
-from secateur.engine import prune
 from secateur.engine.measure.texts import sample_windows
 from secateur.engine.model.decoder import Decoder, token_losses
 from secateur.engine.model.loading import load
 from secateur.engine.model.modeling_chatglm6b import ChatGLM6BForCausalLM
 from tests.engine.models import english
+from tests.engine.running import prune
 from tests.engine.test_chatglm import sentencepiece
 
 PIECES = 440

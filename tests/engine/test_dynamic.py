@@ -12,20 +12,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from secateur.engine.dynamic.targets import write_dynamic
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from secateur.catalog.sources import locate
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import PruningError
-from secateur.engine import Paused, prune
 from secateur.engine.dynamic.calibrate import kept_units, nystrom, priors, saved_share
 from secateur.engine.dynamic.modeling import DAMPING, PRIORS
+from secateur.engine.dynamic.pruner import write_dynamic
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.loading import load
+from secateur.engine.run.workspace import Paused
 from secateur.engine.scoring.base import Context
 from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, english, make_model, save
+from tests.engine.running import prune, resolved
 
 DENSE = [name for name in FAMILIES if name not in ("chatglm6b", "mixtral", "qwen3-moe")]
 SEVERAL = ["llama", "gemma2", "phi3", "gpt2", "gpt-neox", "opt"]
@@ -371,7 +372,7 @@ def test_priors_are_those_of_all_tokens(llama: Case) -> None:
 def test_widths_save_what_is_asked_and_differ_by_layer(ratio: float, trained: PreTrainedModel, tokenizer: Any) -> None:
     decoder = decoder_of(trained, tokenizer)
     spec = PruningSpec(target_ratio=ratio, method="dsgp")
-    context = Context(decoder, CALIBRATION, 2, spec, ratio, 0, lambda share: None)
+    context = Context(decoder, CALIBRATION, 2, resolved(spec, decoder.shape), ratio, 0, lambda share: None)
     kept = kept_units(context)
     block = 32 * decoder.shape.cost.channel / decoder.shape.prunable_parameters
     assert abs(saved_share(decoder, kept) - ratio) <= block / 2 + 1e-9
@@ -400,15 +401,15 @@ def test_a_whole_pruning_and_its_resumption(trained_folder: Path, tmp_path: Path
     assert first["ratio"]["reached"] == pytest.approx(0.3, abs=0.03) and first["ratio"]["of_flops"] > 0.1
     assert first["parameters"]["before"] == first["parameters"]["after"]
     assert first["perplexity"]["before"] < first["perplexity"]["after"]
-    assert 0 <= first["rounds"][0]["prior_weight"] <= 1
+    assert 0 <= first["steps"][0]["prior_weight"] <= 1
     assert first["generations"][0]["before"] and "prompt" in (tmp_path / "out" / "ratio-0.3" / "README.md").read_text()
-    states = [event["state"] for event in events if event["type"] == "round"]
+    states = [event["state"] for event in events if event["type"] == "step"]
     assert len(states) == 2
     with pytest.raises(Paused):
         prune(str(trained_folder), spec, tmp_path / "none", resume=states[0], stop=lambda: True)
     again: list[Any] = []
     resumed = prune(str(trained_folder), spec, tmp_path / "again", resume=states[1], on_event=again.append)
-    assert [event["number"] for event in again if event["type"] == "round"] == [], "nothing is measured twice"
+    assert [event["number"] for event in again if event["type"] == "step"] == [], "nothing is measured twice"
     for kind in ("perplexity", "widths", "ratio"):
         assert resumed.report["targets"][0][kind] == first[kind]
     for name in ("model.safetensors", PRIORS, "config.json", "modeling_dynamic.py"):
@@ -421,12 +422,12 @@ def test_a_whole_pruning_and_its_resumption(trained_folder: Path, tmp_path: Path
     ("changes", "message"),
     [
         ({"rounds": 2}, "allowed: 1"),
-        ({"recovery": {"kind": "lora"}}, "allowed: kind 'none'"),
+        ({"recovery": {"training": {"kind": "lora"}}}, "allowed: layerwise.kind 'none' and no training"),
         ({"scoring": {"kind": "piem"}}, "allowed: no kind"),
         ({"allocation": {"kind": "uniform"}}, "allowed: no kind"),
         ({"layout": "uniform"}, "'per-layer'"),
         ({"formats": ["safetensors", "gguf"]}, "safetensors"),
-        ({"target_ratio": None, "target": {"parameters": 1e6}}, "give 'target_ratio'"),
+        ({"target_ratio": None, "goal": {"parameters": 1e6}}, "give 'target_ratio'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:

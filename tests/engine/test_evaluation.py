@@ -23,7 +23,7 @@ from secateur.engine.evaluation.zero_shot import task_config, zero_shot
 from secateur.engine.measure.texts import read_texts
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.loading import load
-from secateur.engine.run import pipeline
+from secateur.engine.run import measuring
 from tests.engine.models import english
 from tests.engine.test_prune import SHORT, run, spec
 
@@ -96,16 +96,16 @@ def test_zero_shot_is_what_brute_force_gives(decoder: Decoder, tasks: Path) -> N
         ([(row["sentence"].partition("_")[0] + row[option], " went home.") for option in ("option1", "option2")], 1)
         for row in SCHEMAS
     ]
-    assert found["own"]["value"] == pytest.approx(share_right(own, decoder, by_length=True))
-    assert found["piqa"]["value"] == pytest.approx(share_right(piqa, decoder, by_length=True))
-    assert found["winogrande"]["value"] == pytest.approx(share_right(contexts, decoder, by_length=False))
-    assert found["contexts"]["value"] == found["winogrande"]["value"]
-    assert {name: task["metric"] for name, task in found.items()} == {
+    assert found["own"].value == pytest.approx(share_right(own, decoder, by_length=True))
+    assert found["piqa"].value == pytest.approx(share_right(piqa, decoder, by_length=True))
+    assert found["winogrande"].value == pytest.approx(share_right(contexts, decoder, by_length=False))
+    assert found["contexts"].value == found["winogrande"].value
+    assert {name: task.metric for name, task in found.items()} == {
         "own": "acc_norm", "piqa": "acc_norm", "winogrande": "acc", "contexts": "acc"
     }  # fmt: skip
-    count, value = len(CHOICES), found["own"]["value"]
-    assert found["own"]["stderr"] == pytest.approx(math.sqrt(value * (1 - value) / (count - 1)))
-    assert (found["own"]["examples"], found["own"]["source"]) == (count, "own.jsonl")
+    count, value = len(CHOICES), found["own"].value
+    assert found["own"].stderr == pytest.approx(math.sqrt(value * (1 - value) / (count - 1)))
+    assert (found["own"].examples, found["own"].source) == (count, "own.jsonl")
     assert len(shares) > 4 and shares == sorted(shares) and shares[-1] == 1.0
 
 
@@ -129,15 +129,15 @@ def test_zero_shot_is_what_the_command_of_lm_eval_gives(
     theirs = json.loads(file.read_text())["results"]
     ours = zero_shot(decoder, names, tasks, 10, lambda share: None)
     for name in names:
-        assert ours[name]["value"] == theirs[name][f"{ours[name]['metric']},none"]
-        assert ours[name]["stderr"] == theirs[name][f"{ours[name]['metric']}_stderr,none"]
+        assert ours[name].value == theirs[name][f"{ours[name].metric},none"]
+        assert ours[name].stderr == theirs[name][f"{ours[name].metric}_stderr,none"]
 
 
 def test_a_limit_takes_the_first_examples(decoder: Decoder, tasks: Path, tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHOICES[:5]))
     limited = zero_shot(decoder, ["own"], tasks, 5, lambda share: None)
     whole = zero_shot(decoder, ["own"], tmp_path, None, lambda share: None)
-    assert limited == whole and whole["own"]["examples"] == 5
+    assert limited == whole and whole["own"].examples == 5
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,8 @@ def test_latency_times_what_its_protocol_says(decoder: Decoder) -> None:
     )
     hook.remove()
     assert shapes == ([(1, 64)] + [(8, 1)] * 21) * 3, "the first of three warms up"
-    assert found["tokens_per_second"] == pytest.approx(8000 / found["decode_ms_per_token"])
-    assert (found["batch_size"], found["decode_tokens"], found["repeats"]) == (8, 20, 2)
+    assert found.tokens_per_second == pytest.approx(8000 / found.decode_ms_per_token)
+    assert (found.batch_size, found.decode_tokens, found.repeats) == (8, 20, 2)
     assert (latency.SLIMLLM.decode_batch, latency.SLIMLLM.decode_tokens, latency.SLIMLLM.repeats) == (8, 256, 20)
 
 
@@ -237,7 +237,7 @@ def test_a_report_has_all_of_it_for_both_models(
     widths = report["widths"]
     units = [sum(layer["kv_groups"] + layer["channels"] for layer in widths[when]) for when in widths]
     assert report["redundancy_removed"] == pytest.approx(1 - units[1] / units[0])
-    rounds = [event for event in events if event["type"] == "round"]
+    rounds = [event for event in events if event["type"] == "step"]
     assert ["benchmarks" in event["data"] for event in rounds] == [True, False, True], "the first model and the last"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "perplexity, local:book.txt" in card and "own (acc_norm, 6 examples)" in card
@@ -245,7 +245,7 @@ def test_a_report_has_all_of_it_for_both_models(
     def never(*_: object) -> None:
         raise AssertionError("the unpruned model is not measured again")
 
-    monkeypatch.setattr(pipeline, "_measure", never)
+    monkeypatch.setattr(measuring.Measurer, "measure", never)
     again = run(
         trained_folder, tmp_path / "again", asked, texts_dir=tmp_path, tasks_dir=tasks, resume=rounds[2]["state"]
     ).report

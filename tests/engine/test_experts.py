@@ -14,12 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from secateur.catalog.architectures import shape_from_config
-from secateur.catalog.methods import BIASING, METHODS, STATIC_METHODS
+from secateur.catalog.methods import LAYERWISE_RECOVERIES, METHODS, STATIC_METHODS
 from secateur.catalog.sources import locate
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import PruningError
-from secateur.engine import prune
-from secateur.engine.allocation.schedule import round_targets
+from secateur.engine.allocation.schedule import round_goals
 from secateur.engine.evaluation import forward_flops
 from secateur.engine.measure.layer_stream import LayerStream
 from secateur.engine.model.decoder import Decoder, token_losses
@@ -28,6 +27,7 @@ from secateur.engine.run.rounds import prune_round
 from secateur.engine.scoring import Context
 from secateur.engine.scoring.taylor import gradients_from_the_end, unit_weights
 from tests.engine.models import VOCABULARY, decoder_of, make_model, save
+from tests.engine.running import prune, resolved
 
 TOKENS = torch.randint(VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(2))
 NAMES = ["mixtral", "qwen3-moe"]
@@ -49,12 +49,13 @@ def test_taken_apart_it_is_the_module_it_was(name: str, tokenizer: PreTrainedTok
 def test_every_expert_gives_its_own_lowest(method: str, tokenizer: PreTrainedTokenizerFast) -> None:
     whole = decoder_of(make_model("mixtral"), tokenizer)
     pruned = Decoder(copy.deepcopy(whole.model), tokenizer, whole.shape)
-    recovery = {"kind": "none"} if METHODS[method].recovery in BIASING else {}
-    spec = PruningSpec(target_ratio=0.4, method=method, rounds=1, recovery=recovery)
-    (target,) = round_targets(whole.shape, 0.4, 1, "geometric", 32)
-    reference = pruned if spec.needs_reference else None
-    context = Context(pruned, TOKENS, 2, spec, 0.4, 1, lambda share: None, reference=reference)
-    plan = prune_round(context, target, 32)
+    biased = LAYERWISE_RECOVERIES[METHODS[method].layerwise_recovery].adds_bias
+    recovery = {"layerwise": {"kind": "none"}} if biased else {}
+    asked = resolved(PruningSpec(target_ratio=0.4, method=method, rounds=1, recovery=recovery), whole.shape)
+    (target,) = round_goals(whole.shape, 0.4, 1, "geometric", 32)
+    reference = pruned if asked.components.fits_to_reference else None
+    context = Context(pruned, TOKENS, 2, asked, 0.4, 1, lambda share: None, reference=reference)
+    plan = prune_round(context, target)
     block = 16 * whole.shape.cost.channel / whole.shape.prunable_parameters
     assert abs(pruned.reached_ratio - 0.4) <= block + 1e-9
     differ = False
@@ -141,7 +142,7 @@ def test_a_whole_job(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None
         target_ratio=0.3,
         method="secateur",
         allocation={"width_multiple": 16},
-        recovery={"kind": "lora", "epochs": 1},
+        recovery={"training": {"kind": "lora", "epochs": 1}},
         calibration={"samples": 8, "sequence_length": 32},
         evaluation={"samples": 4, "sequence_length": 32},
     )

@@ -15,15 +15,32 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from secateur.catalog.architectures import ModelShape
+from secateur.catalog.resolve import components
 from secateur.catalog.sources import locate
+from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import PruningError
-from secateur.engine import PruningSpec
+from secateur.contract.report import (
+    BenchmarkChange,
+    Change,
+    ComponentNames,
+    CountChange,
+    LatencyChange,
+    ParameterChange,
+    Published,
+    RatioSummary,
+    Report,
+    Source,
+    Step,
+    StepKind,
+    Text,
+    WidthChange,
+)
 from secateur.engine.export import check_checkpoint, checkpoint
 from secateur.engine.export.card import model_card
-from secateur.engine.model.cutting import apply_plan, pad
+from secateur.engine.model.cutting import apply_plan, padded
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.loading import load
-from secateur.engine.model.plan import LayerPlan, Plan
+from secateur.engine.model.plan import LayerPlan, LayerUnits, Plan, widths_of
 from tests.engine.models import FAMILIES, LIKE_LLAMA, VOCABULARY, decoder_of, make_model, save
 from tests.engine.test_slicing import of_each, some_plan
 
@@ -90,28 +107,41 @@ class Case:
     logits: Tensor
 
 
-def report_of(decoder: Decoder, plan: Plan) -> dict[str, object]:
-    pair = {"before": 2, "after": 1}
-    spec = PruningSpec(target_ratio=0.4, method="magnitude")
-    return {
-        "source": {"model_id": "org/base", "revision": "abc"},
-        "spec": spec.published(),
-        "parts": spec.parts,
-        "round_count": spec.round_count,
-        "ratio": {"target": 0.4, "reached": 0.41},
-        **dict.fromkeys(("parameters", "weights_bytes", "flops", "perplexity"), pair),
-        "latency": {"before": None, "after": None},
-        "benchmarks": {"perplexity": {}, "zero_shot": {}},
-        "published": {"parameters": 1, "weights_bytes": 1},
-        "widths": {
-            "before": Plan.full(decoder.shape.layers).widths(decoder.shape),
-            "after": plan.widths(decoder.shape),
-        },
-        "calibration": {"windows": 1, "sequence_length": 8, "source": "x"},
-        "evaluation": {"tokens": 8, "source": "x"},
-        "rounds": [],
-        "dtype": "float32",
-    }
+def report_of(decoder: Decoder, plan: Plan) -> Report:
+    spec, text = (
+        PruningSpec(target_ratio=0.4, method="magnitude"),
+        Text(source="x", windows=1, sequence_length=8, tokens=8),
+    )
+    source = Source(
+        model_id="org/base", revision="abc", gguf_file=None, fingerprint="", family="llama", model_type="llama"
+    )
+    counts = CountChange(before=2, after=1)
+    return Report(
+        source=source,
+        spec=spec.published(),
+        components=components(spec).names,
+        rounds=1,
+        ratio=RatioSummary(target=0.4, reached=0.41, of_all_parameters=0.4, of_flops=0.4),
+        redundancy_removed=0.4,
+        benchmarks=BenchmarkChange(perplexity={}, zero_shot={}, zero_shot_mean=None),
+        retained_accuracy=None,
+        generations=[],
+        parameters=ParameterChange(before=2, after=1, prunable_before=2, prunable_after=1),
+        perplexity=Change(before=2, after=1),
+        flops=counts,
+        weights_bytes=counts,
+        latency=LatencyChange(before=None, after=None),
+        peak_memory_bytes=CountChange(before=None, after=None),
+        widths=WidthChange(before=widths_of(decoder.shape.layers), after=plan.widths(decoder.shape)),
+        steps=[],
+        calibration=text,
+        evaluation=text,
+        dtype="float32",
+        device="cpu",
+        seed=0,
+        versions={},
+        published=Published(parameters=1, weights_bytes=1),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +177,8 @@ def make_case(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast, **cha
     tokens = torch.randint(1, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(5))
     logits = decoder.model(tokens).logits.float()
     report = report_of(decoder, plan)
-    if layout == "padded":
-        pad(decoder)
     (folder / "pruned").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, padded(decoder, enabled=layout == "padded"):
         if shard:
             patch.setattr(checkpoint, "SHARD_SIZE", "100KB")
         checkpoint.write_model(decoder, source, plan, folder / "pruned", bool(layout))
@@ -167,9 +195,10 @@ def pruned(folder: Path, layout: str = "") -> tuple[Decoder, Path]:
     apply_plan(decoder, plan)
     out = folder.parent / "pruned"
     out.mkdir()
-    checkpoint.write_model(decoder, source, plan, out, bool(layout))
-    checkpoint.write_manifest(decoder, plan, out, report_of(decoder, plan), {})
-    check_checkpoint(decoder, out, own_code=True)
+    with padded(decoder, enabled=layout == "padded"):
+        checkpoint.write_model(decoder, source, plan, out, bool(layout))
+        checkpoint.write_manifest(decoder, plan, out, report_of(decoder, plan), {})
+        check_checkpoint(decoder, out, own_code=True)
     return decoder, out
 
 
@@ -261,7 +290,7 @@ def test_what_is_written(name: str, cases: dict[str, Case]) -> None:
     assert config["per_layer_config"]["2"] == last
     assert config["added_biases"] == (["mlp.down_proj", "self_attn.o_proj"] if name == "added-biases" else [])
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    assert Plan.from_dict(manifest["plan"]) == case.plan and manifest["job_id"] == "j"
+    assert Plan.from_data(map(LayerUnits.model_validate, manifest["plan"])) == case.plan and manifest["job_id"] == "j"
     assert set(manifest["files"]) == {file.name for file in out.iterdir()} - {"secateur.json"}
     assert (len(list(out.glob("*.safetensors"))) > 1) == (name == "sharded")
     assert (out / "tokenizer.json").read_bytes() == (case.folder / "source" / "tokenizer.json").read_bytes()
@@ -354,11 +383,14 @@ def test_scaled_rotations_keep_the_heads_of_a_stock_phi3(
 
 
 def test_the_card_tells_the_method_only_where_it_was_followed(cases: dict[str, Case]) -> None:
-    plain = {**report_of(cases["llama"].decoder, cases["llama"].plan), "rounds": [{}] * 3}
+    trained = [Step(number=number, kind=StepKind.TRAINING) for number in range(3)]
+    plain = report_of(cases["llama"].decoder, cases["llama"].plan).model_copy(update={"steps": trained})
     card = model_card(plain, {})
     assert "`magnitude` — L1 norm" in card and "Rounds: 1;" in card, "training is no round of pruning"
-    card = model_card({**plain, "parts": {"scoring": "wanda", "allocation": "uniform", "recovery": "lora"}}, {})
-    assert "L1 norm" not in card and "scoring `wanda`, allocation `uniform`, recovery `lora`" in card
+    own = ComponentNames(scorer="wanda", allocator="uniform", layerwise_recovery="none", training="lora")
+    card = model_card(plain.model_copy(update={"components": own}), {})
+    assert "L1 norm" not in card
+    assert "scorer `wanda`, allocator `uniform`, layer-wise recovery `none`, training `lora`" in card
 
 
 def test_a_checkpoint_that_disagrees_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -9,14 +9,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from secateur.catalog.architectures import shape_from_config
-from secateur.catalog.methods import BIASING, METHODS
+from secateur.catalog.methods import LAYERWISE_RECOVERIES, METHODS
 from secateur.catalog.spec import PruningSpec
-from secateur.engine.allocation.schedule import round_targets
+from secateur.engine.allocation.schedule import round_goals
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.fused import Fused
 from secateur.engine.run.rounds import prune_round
 from secateur.engine.scoring import Context
 from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, make_model
+from tests.engine.running import resolved
 
 TOKENS = torch.randint(VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(2))
 
@@ -26,12 +27,13 @@ TOKENS = torch.randint(VOCABULARY, (6, 32), generator=torch.Generator().manual_s
 def test_every_family_can_be_pruned(name: str, method: str, tokenizer: PreTrainedTokenizerFast) -> None:
     whole = decoder_of(make_model(name), tokenizer)
     pruned = Decoder(copy.deepcopy(whole.model), tokenizer, whole.shape)
-    recovery = {"kind": "none"} if whole.shape.family.experts and METHODS[method].recovery in BIASING else {}
-    spec = PruningSpec(target_ratio=0.4, method=method, rounds=2, recovery=recovery)
-    for number, target in enumerate(round_targets(whole.shape, 0.4, 2, "geometric", 32), start=1):
-        reference = whole if spec.needs_reference else None
-        context = Context(pruned, TOKENS, 2, spec, 0.4, number, lambda share: None, reference=reference)
-        prune_round(context, target, 32)
+    biased = LAYERWISE_RECOVERIES[METHODS[method].layerwise_recovery].adds_bias
+    recovery = {"layerwise": {"kind": "none"}} if whole.shape.family.experts and biased else {}
+    asked = resolved(PruningSpec(target_ratio=0.4, method=method, rounds=2, recovery=recovery), whole.shape)
+    for number, target in enumerate(round_goals(whole.shape, 0.4, 2, "geometric", 32), start=1):
+        reference = whole if asked.components.fits_to_reference else None
+        context = Context(pruned, TOKENS, 2, asked, 0.4, number, lambda share: None, reference=reference)
+        prune_round(context, target)
     half_a_block = 16 * whole.shape.cost.channel / whole.shape.prunable_parameters
     assert abs(pruned.reached_ratio - 0.4) <= half_a_block + 1e-9
     assert pruned.prunable_parameters == whole.shape.prunable_parameters - round(

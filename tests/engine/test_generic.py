@@ -17,12 +17,13 @@ from transformers import (
 )
 
 from secateur.catalog.sources import locate
+from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import PruningError
-from secateur.engine import PruningSpec, prune
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.generic import verify
 from secateur.engine.model.loading import load
 from tests.engine.models import LIKE_LLAMA, SIZES, make_model, save
+from tests.engine.running import prune
 
 QUICK = ("cohere", "granite", "starcoder2")
 """A scale of the logits and a parallel part; scales of everything; a plain feed-forward part and biases. The rest is slow."""

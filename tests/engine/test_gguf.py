@@ -15,8 +15,8 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from secateur.catalog.architectures import shape_from_config
 from secateur.catalog.gguf import GgufKind, gguf_architecture, gguf_obstacle
 from secateur.catalog.sources import ModelSource, locate
+from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import PruningError
-from secateur.engine import PruningSpec, prune
 from secateur.engine.export import gguf as export
 from secateur.engine.export.gguf import check_gguf, check_ready, compare, write_gguf
 from secateur.engine.export.gguf_tokenizer import DIGITS, GPT2, PRE_TOKENIZERS
@@ -25,6 +25,7 @@ from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.loading import load
 from secateur.engine.model.plan import LayerPlan, Plan
 from tests.engine.models import FAMILIES, SIZES, VOCABULARY, english, make_model, save
+from tests.engine.running import prune
 from tests.engine.test_slicing import of_each, some_plan
 
 DIFFERENT = some_plan(shape_from_config({"model_type": "llama", **SIZES}))

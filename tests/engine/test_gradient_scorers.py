@@ -17,6 +17,7 @@ from secateur.engine.model.plan import LayerPlan, Plan
 from secateur.engine.scoring import Context, Scores, llm_pruner, loraprune, movement
 from secateur.engine.scoring.taylor import training_batches
 from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, english, make_model
+from tests.engine.running import resolved
 
 SCORERS = {"llm-pruner": llm_pruner.score, "movement": movement.score, "loraprune": loraprune.score}
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
@@ -29,8 +30,8 @@ Salience = dict[str, Tensor]
 def context_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, batch_windows: int = 64, seed: int = 0
 ) -> Context:
-    spec = PruningSpec(target_ratio=0.2, method="llm-pruner")
-    return Context(decoder_of(model, tokenizer), tokens, batch_windows, spec, 0.2, seed, lambda share: None)
+    spec, decoder = PruningSpec(target_ratio=0.2, method="llm-pruner"), decoder_of(model, tokenizer)
+    return Context(decoder, tokens, batch_windows, resolved(spec, decoder.shape), 0.2, seed, lambda share: None)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ PRUNE = """
 import sys, threading, time
 from pathlib import Path
 import torch
-from secateur.engine import PruningSpec, prune
+from secateur.catalog.spec import PruningSpec
+from tests.engine.running import prune
 
 torch.set_num_threads(1)
 

@@ -17,6 +17,7 @@ from secateur.engine.model.cutting import cut
 from secateur.engine.model.decoder import STRUCTURES, Decoder, Structure
 from secateur.engine.scoring import LAYERWISE_SCORERS, Context, UnitContext, flap, second_order
 from tests.engine.models import VOCABULARY, decoder_of, make_model
+from tests.engine.running import resolved
 
 TOKENS = torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(2))
 MODELS: dict[str, dict[str, Any]] = {
@@ -184,7 +185,7 @@ def test_slimllm_weighs_channels_in_feature_space_and_spares_the_lowest(decoder:
 
 def test_flap(decoder: Decoder) -> None:
     spec = PruningSpec(target_ratio=0.2, method="flap")
-    found = flap.score(Context(decoder, TOKENS, 2, spec, 0.2, 0, lambda share: None))
+    found = flap.score(Context(decoder, TOKENS, 2, resolved(spec, decoder.shape), 0.2, 0, lambda share: None))
     for where in places(decoder):
         _, inputs, _ = stored(decoder, where)
         weight = decoder.layers[where[0]].output(where[1]).weight.numpy()

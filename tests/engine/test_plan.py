@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -14,7 +14,7 @@ from secateur.catalog.architectures.llama import LLAMA
 from secateur.contract.errors import PruningError
 from secateur.engine.allocation import Share, UnitCounts, best, whole_units
 from secateur.engine.allocation.base import fill
-from secateur.engine.allocation.schedule import cumulative_ratios, round_targets
+from secateur.engine.allocation.schedule import cumulative_ratios, round_goals
 from secateur.engine.model.plan import LayerPlan, Plan
 from secateur.engine.scoring import Scores
 from tests.engine.models import FAMILIES, decoder_of, make_model
@@ -40,8 +40,8 @@ def test_unit_costs_by_hand() -> None:
 def test_plans_compose() -> None:
     first = Plan((LayerPlan((0, 2), (1, 3, 5, 7)),))
     assert first.then(Plan((LayerPlan((1,), (0, 3)),))) == Plan((LayerPlan((2,), (1, 7)),))
-    assert Plan.from_dict(first.as_dict()) == first
-    assert Plan((LayerPlan((0,), (0, 1, 2, 7, 9, 10)),)).as_dict() == [
+    assert Plan.from_data(first.as_data()) == first
+    assert Plan((LayerPlan((0,), (0, 1, 2, 7, 9, 10)),)).as_data() == [
         {"kv_groups": [0], "channels": [[0, 2], [7, 7], [9, 10]]}
     ]
 
@@ -80,7 +80,7 @@ def problems(draw: st.DrawFn) -> tuple[ModelShape, int, float, int]:
     return shape, multiple, draw(st.floats(0.05, 0.9)), draw(st.integers(1, 9))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problems(), st.integers(0, 100), st.sampled_from(["geometric", "cubic"]), st.booleans())
 def test_what_the_door_lets_in_is_met_to_within_half_a_block(
     problem: tuple[ModelShape, int, float, int], seed: int, schedule: Literal["geometric", "cubic"], scored: bool
@@ -95,7 +95,7 @@ def test_what_the_door_lets_in_is_met_to_within_half_a_block(
         accepted = False
     generator = torch.Generator().manual_seed(seed)
     layers = list(shape.layers)
-    for target in round_targets(shape, ratio, rounds, schedule, multiple):
+    for target in round_goals(shape, ratio, rounds, schedule, multiple):
         groups = target.kv_groups - sum(a.kv_groups - b.kv_groups for a, b in zip(shape.layers, layers, strict=True))
         channels = target.channel_parameters - cost.channel * sum(
             a.channels_per_expert - b.channels_per_expert for a, b in zip(shape.layers, layers, strict=True)
@@ -147,7 +147,7 @@ def test_unreachable_ratio_names_the_nearest() -> None:
 def test_heads_give_the_same_share_however_many_rounds() -> None:
     shape = make_shape((3, 3, 1536), 30, UnitCost(294_912, 1728, 0))  # SmolLM2-135M
     for rounds in (1, 4, 64):
-        last = round_targets(shape, 0.2, rounds, "geometric", 32)[-1]
+        last = round_goals(shape, 0.2, rounds, "geometric", 32)[-1]
         assert (last.kv_groups, round(last.channel_parameters)) == (
             18,
             15_925_248,

@@ -4,9 +4,12 @@ from typing import Any
 
 import pytest
 
+from secateur.catalog.resolve import components
 from secateur.catalog.spec import PruningSpec
+from secateur.contract.stages import Stage
 from secateur.engine.run import progress
 from secateur.engine.run.progress import CHECK_SECONDS, Progress
+from secateur.engine.run.workspace import Listener
 
 
 class Clock:
@@ -17,11 +20,12 @@ class Clock:
         monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
         self.events: list[dict[str, Any]] = []
         asked = PruningSpec(**{"target_ratio": 0.2, "method": "piem", "rounds": 3, **spec})
-        self.progress = Progress(self.events.append, asked)
+        listener = Listener(lambda event: self.events.append(event.as_dict()))
+        self.progress = Progress(listener, asked, components(asked))
 
     def spend(self, stage: str, seconds: float, tokens: int | None = None) -> None:
         """A stage, in ten steps."""
-        self.progress.stage(stage, tokens=tokens)
+        self.progress.stage(Stage(stage), tokens=tokens)
         for step in range(1, 11):
             self.now += seconds / 10
             self.progress.share(step / 10)
@@ -51,14 +55,14 @@ def test_nothing_is_guessed_from_a_download(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    clock.progress.stage("downloading")
+    clock.progress.stage(Stage.DOWNLOADING)
     clock.now += 4
     clock.progress.bytes(1_000_000, 8_000_000)
     told = clock.events[-1]
     assert (told["rate"], told["rate_unit"], told["stage_share"]) == (250_000.0, "bytes/s", 0.125)
     clock.spend("calibrating", 10, tokens=5_000)
     assert (clock.events[-1]["rate"], clock.events[-1]["rate_unit"]) == (500.0, "tokens/s")
-    clock.progress.stage("evaluating")
+    clock.progress.stage(Stage.EVALUATING)
     assert (clock.events[-1]["rate"], clock.events[-1]["rate_unit"], clock.events[-1]["stage_share"]) == (
         None,
         None,
@@ -67,7 +71,7 @@ def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_several_targets_and_training_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch, target_ratio=[0.2, 0.4], rounds=1, recovery={"kind": "lora"})
+    clock = Clock(monkeypatch, target_ratio=[0.2, 0.4], rounds=1, recovery={"training": {"kind": "lora"}})
     for stage in ("downloading", "loading", "calibrating", "evaluating"):
         clock.spend(stage, 1)
     for target in range(2):

@@ -12,19 +12,23 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from secateur.catalog.methods import GRADIENT_ALLOCATORS, GRADIENT_SCORERS, METHODS, STATIC_METHODS
+from secateur.catalog.methods import METHODS, STATIC_METHODS
+from secateur.catalog.resolve import components
 from secateur.catalog.sources import locate
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec, Scoring
 from secateur.contract.errors import PruningError
-from secateur.engine import Paused, PruningResult, prune
+from secateur.contract.report import Latency, Spread
 from secateur.engine.evaluation import latency, suite
 from secateur.engine.export import check_checkpoint
 from secateur.engine.model import loading
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.loading import load
-from secateur.engine.run import pipeline, progress
+from secateur.engine.run import progress, static
+from secateur.engine.run import run as running
+from secateur.engine.run.workspace import Paused
 from secateur.engine.scoring import base, llm_pruner, piem
 from tests.engine.models import english, make_tokenizer, save
+from tests.engine.running import Pruned, prune
 
 UNIT = 32 * 3 * 48
 """Parameters of one block of channels of the trained model."""
@@ -33,7 +37,7 @@ UNIT = 32 * 3 * 48
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a checkpoint in a fresh process is the export's test; here it would only cost time."""
-    monkeypatch.setattr(pipeline, "check_checkpoint", lambda decoder, folder, own_code: None)
+    monkeypatch.setattr(static, "check_checkpoint", lambda decoder, folder, own_code: None)
 
 
 def spec(**changes: Any) -> PruningSpec:
@@ -52,7 +56,7 @@ def spec(**changes: Any) -> PruningSpec:
 SHORT = {"texts": english("calibration"), "samples": 6, "sequence_length": 32}
 
 
-def run(folder: Path, out: Path, asked: PruningSpec, **options: Any) -> PruningResult:
+def run(folder: Path, out: Path, asked: PruningSpec, **options: Any) -> Pruned:
     return prune(str(folder), asked, out, **options)
 
 
@@ -68,9 +72,9 @@ def test_every_method_meets_its_target(
     assert report["ratio"]["reached"] == pytest.approx(removed / parameters["prunable_before"])
     weights = load_file(tmp_path / "out" / "model.safetensors")
     biases = sum(tensor.numel() for name, tensor in weights.items() if name.endswith("_proj.bias"))
-    assert biases == (3 * 2 * 48 if METHODS[method].recovery in ("bias", "linear-regression") else 0)
+    assert biases == (3 * 2 * 48 if METHODS[method].layerwise_recovery in ("bias", "linear-regression") else 0)
     assert parameters["before"] - parameters["after"] == removed - biases
-    assert len(report["rounds"]) == rounds
+    assert len(report["steps"]) == rounds
     assert report["perplexity"]["after"] > report["perplexity"]["before"] > 1 or ratio < 0.5
     assert sum(tensor.numel() for tensor in weights.values()) == parameters["after"]
     for layer in report["widths"]["after"]:
@@ -102,17 +106,17 @@ def test_resume_goes_on_as_if_nothing_had_happened(trained_folder: Path, tmp_pat
     asked = spec(rounds=3)
     events: list[dict[str, Any]] = []
     straight = run(trained_folder, tmp_path / "straight", asked, on_event=events.append).report
-    rounds = [event for event in events if event["type"] == "round"]
+    rounds = [event for event in events if event["type"] == "step"]
     assert [event["number"] for event in rounds] == [0, 1, 2, 3]
     for event in rounds:
         again: list[dict[str, Any]] = []
         out = tmp_path / f"resumed-{event['number']}"
         report = run(trained_folder, out, asked, on_event=again.append, resume=event["state"]).report
-        assert [e["number"] for e in again if e["type"] == "round"] == list(range(event["number"] + 1, 4))
+        assert [e["number"] for e in again if e["type"] == "step"] == list(range(event["number"] + 1, 4))
         assert report["widths"] == straight["widths"] and report["perplexity"] == straight["perplexity"]
-        assert report["rounds"][: event["number"]] == straight["rounds"][: event["number"]]
-        assert timeless(report["rounds"]) == timeless(straight["rounds"])
-        assert all(data["seconds"] > 0 for data in report["rounds"])
+        assert report["steps"][: event["number"]] == straight["steps"][: event["number"]]
+        assert timeless(report["steps"]) == timeless(straight["steps"])
+        assert all(data["seconds"] > 0 for data in report["steps"])
         weights, expected = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "straight"))
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
@@ -127,7 +131,7 @@ def test_pause_after_a_round(trained_folder: Path, tmp_path: Path) -> None:
             on_event=events.append,
             stop=lambda: any(event.get("number") == 1 for event in events),
         )
-    assert [event["number"] for event in events if event["type"] == "round"] == [0, 1]
+    assert [event["number"] for event in events if event["type"] == "step"] == [0, 1]
     assert not (tmp_path / "out").exists()
 
 
@@ -139,8 +143,8 @@ def test_pause_within_training(trained_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(Paused):
         run(trained_folder, tmp_path / "out", asked, **options, stop=lambda: events[-1].get("number") == 2)
     last = events[-1]
-    assert last["type"] == "round" and last["data"]["recovery"]["step"] < last["data"]["recovery"]["steps"]
-    rounds = run(trained_folder, tmp_path / "out", asked, **options, resume=last["state"]).report["rounds"]
+    assert last["type"] == "step" and last["data"]["training"]["step"] < last["data"]["training"]["steps"]
+    rounds = run(trained_folder, tmp_path / "out", asked, **options, resume=last["state"]).report["steps"]
     assert rounds[-1]["seconds"] > last["state"]["targets"][0]["training"]["seconds"] > 0
 
 
@@ -152,11 +156,7 @@ def same_weights(*folders: Path) -> bool:
     )
 
 
-NEITHER = [
-    name
-    for name, method in METHODS.items()
-    if not method.dynamic and method.scoring not in GRADIENT_SCORERS and method.allocation not in GRADIENT_ALLOCATORS
-]
+NEITHER = [name for name, method in METHODS.items() if not method.dynamic and not method.needs_gradients]
 
 
 @pytest.mark.parametrize("method", [*NEITHER, "piem-lsps"])
@@ -171,7 +171,7 @@ def test_same_seed_same_plan_on_one_thread_and_two(method: str, trained_folder: 
         plans.append(json.loads((tmp_path / str(threads) / "secateur.json").read_text())["plan"])
     assert plans[0] == plans[1]
     one, two = (load_file(tmp_path / threads / "model.safetensors") for threads in "12")
-    tolerance = {"rtol": 0, "atol": 0} if METHODS[method].recovery == "none" else {"rtol": 1e-3, "atol": 1e-4}
+    tolerance = {"rtol": 0, "atol": 0} if METHODS[method].layerwise_recovery == "none" else {"rtol": 1e-3, "atol": 1e-4}
     assert all(torch.allclose(one[name], two[name], **tolerance) for name in one)
 
 
@@ -181,9 +181,13 @@ STEPWISE: dict[str, dict[str, Any]] = {
     "least-squares": {"method": "secateur", "rounds": 2, "target_ratio": [0.2, 0.5]},
     "linear-regression": {"method": "slimllm", "rounds": 2},
     "bias": {"method": "flap", "rounds": 2},
-    "lora": {"method": "magnitude", "rounds": 2, "recovery": {"kind": "lora", **TRAINED}},
-    "linear-regression and lora": {"method": "slimllm", "rounds": 2, "recovery": {"kind": "lora", **TRAINED}},
-    "distill": {"method": "magnitude", "rounds": 1, "recovery": {"kind": "distill", **TRAINED}},
+    "lora": {"method": "magnitude", "rounds": 2, "recovery": {"training": {"kind": "lora", **TRAINED}}},
+    "linear-regression and lora": {
+        "method": "slimllm",
+        "rounds": 2,
+        "recovery": {"training": {"kind": "lora", **TRAINED}},
+    },
+    "distill": {"method": "magnitude", "rounds": 1, "recovery": {"training": {"kind": "distill", **TRAINED}}},
 }
 
 
@@ -194,31 +198,30 @@ def test_resume_after_every_state_with_a_recovery(kind: str, trained_folder: Pat
     With the scratch folder as it was when the next state was told: until that one is safe, this one must do.
     """
     asked = spec(**{"calibration": SHORT, **STEPWISE[kind]})
-    assert asked.parts["recovery"] == kind
+    chosen = components(asked)
+    assert " and ".join(filter(None, (chosen.layerwise.name, chosen.names.training))).removeprefix("none and ") == kind
     scratch, states = tmp_path / "scratch", []
     scratch.mkdir()
 
     def on_event(event: dict[str, Any]) -> None:
-        if event["type"] == "round":
+        if event["type"] == "step":
             shutil.copytree(scratch, tmp_path / f"scratch-{event['number'] - 1}")
             states.append(event)
 
     straight = run(trained_folder, tmp_path / "straight", asked, scratch=scratch, on_event=on_event).report
     scratch.rename(tmp_path / f"scratch-{len(states) - 1}")
-    steps = {"least-squares": 4, "distill": 3}.get(kind, 4 if asked.training else 2)
-    stretches = 1 if asked.training else 0  # before the one that ends the training
-    assert asked.total_rounds == steps - stretches
+    steps = {"least-squares": 4, "distill": 3}.get(kind, 4 if chosen.training else 2)
+    stretches = 1 if chosen.training else 0  # before the one that ends the training
+    assert chosen.steps == steps - stretches
     assert [event["number"] for event in states] == list(range(steps + 1))
     for event in states:
         out, state = tmp_path / f"resumed-{event['number']}", json.loads(json.dumps(event["state"]))
         kept = tmp_path / f"scratch-{event['number']}"
         report = run(trained_folder, out, asked, scratch=kept, resume=state).report
-        most = asked.target_count + 1 + bool(asked.training and asked.mend != "none")
-        assert len(list(kept.glob("round-*"))) <= most, (
-            "one a target and one of its training, and one that was replaced"
-        )
+        most = chosen.targets + 1 + bool(chosen.training and chosen.recovers_layerwise)
+        assert len(list(kept.glob("step-*"))) <= most, "one a target and one of its training, and one that was replaced"
         for one, other in zip(report.get("targets", [report]), straight.get("targets", [straight]), strict=True):
-            assert one["perplexity"] == other["perplexity"] and timeless(one["rounds"]) == timeless(other["rounds"])
+            assert one["perplexity"] == other["perplexity"] and timeless(one["steps"]) == timeless(other["steps"])
         for folder in {file.parent.relative_to(out) for file in out.rglob("model.safetensors")}:
             assert same_weights(out / folder, tmp_path / "straight" / folder)
     with pytest.raises(PruningError) as caught:
@@ -252,14 +255,17 @@ def test_several_targets_have_one_model_in_memory_at_a_time(
         loaded.append(weakref.ref(decoder))
         return decoder
 
-    monkeypatch.setattr(pipeline, "load", load)
+    monkeypatch.setattr(running, "load", load)
     run(trained_folder, tmp_path / "out", spec(method="magnitude", rounds=1, target_ratio=[0.2, 0.35, 0.5]))
     assert len(loaded) == 3
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"method": "secateur", "rounds": 3}, {"method": "magnitude", "recovery": {"kind": "distill", **TRAINED}}],
+    [
+        {"method": "secateur", "rounds": 3},
+        {"method": "magnitude", "recovery": {"training": {"kind": "distill", **TRAINED}}},
+    ],
 )
 def test_the_unpruned_model_is_loaded_again_once_and_gone_when_memory_is_measured(
     changes: dict[str, Any], trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -272,11 +278,11 @@ def test_the_unpruned_model_is_loaded_again_once_and_gone_when_memory_is_measure
         loaded.append(weakref.ref(decoder))
         return decoder
 
-    def measure_latency(decoder: Decoder, protocol: latency.Protocol) -> dict[str, Any]:
+    def measure_latency(decoder: Decoder, protocol: latency.Protocol) -> Latency:
         alive.append(sum(known() is not None for known in loaded))
         return latency.measure_latency(decoder, protocol)
 
-    monkeypatch.setattr(pipeline, "load", load)
+    monkeypatch.setattr(running, "load", load)
     monkeypatch.setattr(suite, "measure_latency", measure_latency)
     asked = spec(**changes, calibration=SHORT, evaluation={**SHORT, "latency": True})
     run(trained_folder, tmp_path / "out", asked)
@@ -286,11 +292,12 @@ def test_the_unpruned_model_is_loaded_again_once_and_gone_when_memory_is_measure
 def test_times_of_a_busy_machine_are_called_so(
     trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spreads = iter([[10.0, 16.0], [10.0, 12.0]])
+    spreads = iter([(10.0, 16.0), (10.0, 12.0)])
 
-    def measure_latency(decoder: Decoder, protocol: latency.Protocol) -> dict[str, Any]:
+    def measure_latency(decoder: Decoder, protocol: latency.Protocol) -> Latency:
         found = latency.measure_latency(decoder, protocol)
-        return {**found, "spread": {"prefill_ms": next(spreads), "decode_ms_per_token": [5.0, 6.0]}}
+        spread = Spread(prefill_ms=next(spreads), decode_ms_per_token=(5.0, 6.0))
+        return found.model_copy(update={"spread": spread})
 
     monkeypatch.setattr(suite, "measure_latency", measure_latency)
     asked = spec(method="magnitude", rounds=1, calibration=SHORT, evaluation={**SHORT, "latency": True})
@@ -319,7 +326,7 @@ def test_statistics_that_are_kept_are_not_taken_again(
         patch.setattr(piem, "shielded_loss_change", taken)
         patch.setattr(llm_pruner, "gradients_from_the_end", taken)
         second = run(trained_folder, tmp_path / "second", asked, statistics_dir=folder).report
-        assert second["rounds"][0].get("shielding") == first["rounds"][0].get("shielding")
+        assert second["steps"][0].get("shielding") == first["steps"][0].get("shielding")
         weighed = spec(method=method, rounds=1, scoring=Scoring(gamma=0.0))
         run(trained_folder, tmp_path / "weighed", weighed, statistics_dir=folder)
         run(trained_folder, tmp_path / "other", spec(method=method, rounds=1, target_ratio=0.5), statistics_dir=folder)
@@ -343,13 +350,17 @@ def test_scores_that_cost_no_pass_are_not_kept(method: str, trained_folder: Path
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "piem-lsps", "recovery": {"kind": "least-squares"}},
-        {"method": "piem", "recovery": {"kind": "bias"}, "allocation": {"kind": "cosine"}},
-        {"method": "flap", "recovery": {"kind": "least-squares", "target": "layer"}},
-        {"method": "slimllm", "recovery": {"kind": "none"}, "allocation": {"kind": "lsps"}},
-        {"method": "llm-pruner", "allocation": {"kind": "inner"}, "recovery": {"kind": "linear-regression"}},
+        {"method": "piem-lsps", "recovery": {"layerwise": {"kind": "least-squares"}}},
+        {"method": "piem", "recovery": {"layerwise": {"kind": "bias"}}, "allocation": {"kind": "cosine"}},
+        {"method": "flap", "recovery": {"layerwise": {"kind": "least-squares", "fit_to": "layer"}}},
+        {"method": "slimllm", "recovery": {"layerwise": {"kind": "none"}}, "allocation": {"kind": "lsps"}},
+        {
+            "method": "llm-pruner",
+            "allocation": {"kind": "inner"},
+            "recovery": {"layerwise": {"kind": "linear-regression"}},
+        },
         {"method": "magnitude", "scoring": {"kind": "obs"}, "allocation": {"kind": "cosine"}},
-        {"method": "secateur", "recovery": {"kind": "least-squares", "damping": 0.5}},
+        {"method": "secateur", "recovery": {"layerwise": {"kind": "least-squares", "damping": 0.5}}},
     ],
 )
 def test_kinds_can_be_mixed(changes: dict[str, Any], trained_folder: Path, tmp_path: Path) -> None:
@@ -363,7 +374,9 @@ def test_kinds_can_be_mixed(changes: dict[str, Any], trained_folder: Path, tmp_p
 
 def test_least_squares_makes_up_for_what_went(trained_folder: Path, tmp_path: Path) -> None:
     reports = {
-        kind: run(trained_folder, tmp_path / kind, spec(method="wanda", rounds=1, recovery={"kind": kind})).report
+        kind: run(
+            trained_folder, tmp_path / kind, spec(method="wanda", rounds=1, recovery={"layerwise": {"kind": kind}})
+        ).report
         for kind in ("none", "bias", "linear-regression", "least-squares")
     }
     after = {kind: report["perplexity"]["after"] for kind, report in reports.items()}
@@ -373,7 +386,7 @@ def test_least_squares_makes_up_for_what_went(trained_folder: Path, tmp_path: Pa
 def test_added_biases_load_in_a_process_that_never_saw_this(
     trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "check_checkpoint", check_checkpoint)
+    monkeypatch.setattr(static, "check_checkpoint", check_checkpoint)
     run(trained_folder, tmp_path / "out", spec(method="slimllm", rounds=1, target_ratio=0.2))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["added_biases"] == ["mlp.down_proj", "self_attn.o_proj"]
@@ -426,8 +439,8 @@ def test_exact_shielding_and_the_estimate_can_be_asked_for(trained_folder: Path,
         for how in ("exact", "estimate", "auto")
     }
     assert reports["auto"]["perplexity"] == reports["exact"]["perplexity"]
-    assert reports["auto"]["rounds"][0]["shielding"] == "exact"
-    assert reports["estimate"]["rounds"][0]["shielding"] == "estimate"
+    assert reports["auto"]["steps"][0]["shielding"] == "exact"
+    assert reports["estimate"]["steps"][0]["shielding"] == "estimate"
 
 
 def test_request_texts_are_not_published(trained_folder: Path, tmp_path: Path) -> None:
@@ -465,7 +478,7 @@ def test_progress_only_grows(trained_folder: Path, tmp_path: Path, monkeypatch: 
     ]
     events.clear()
     run(trained_folder, tmp_path / "several", spec(method="magnitude", target_ratio=[0.2, 0.5]), on_event=events.append)
-    told = [(event["stage"], event["round"]) for event in events if event["type"] == "progress"]
+    told = [(event["stage"], event["step"]) for event in events if event["type"] == "progress"]
     assert [told.index(("exporting", number)) < told.index(("checking", number)) for number in (2, 4)] == [True, True]
     assert told.index(("checking", 2)) < told.index(("scoring", 3))
 
@@ -502,7 +515,7 @@ def test_uniform_layers_are_all_alike(
     report = run(trained_folder, tmp_path / "out", asked).report
     assert report["ratio"]["reached"] == pytest.approx(reached)
     assert len({tuple(layer.values())[1:] for layer in report["widths"]["after"]}) == 1
-    assert report["parts"]["allocation"] == "uniform"
+    assert report["components"]["allocator"] == "uniform"
 
 
 def test_a_ratio_that_equal_layers_cannot_make_is_refused(trained_folder: Path, tmp_path: Path) -> None:
@@ -530,7 +543,7 @@ def test_padding_changes_nothing_but_the_size(trained_folder: Path, tmp_path: Pa
     ("changes", "says"),
     [
         ({"method": "slimllm", "layout": "padded"}, "biases that recovery 'linear-regression' adds"),
-        ({"method": "slimllm", "layout": "uniform", "recovery": {"kind": "lora"}}, "biases"),
+        ({"method": "slimllm", "layout": "uniform", "recovery": {"training": {"kind": "lora"}}}, "biases"),
         ({"method": "secateur", "layout": "uniform", "allocation": {"kind": "cosine"}}, "leave allocation.kind out"),
         ({"method": "secateur", "formats": ["gguf"]}, "allowed: \\['safetensors'\\]"),
     ],

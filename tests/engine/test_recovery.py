@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from secateur.catalog.methods import DAMPING
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import PruningError
-from secateur.engine.allocation.schedule import round_targets
+from secateur.engine.allocation.schedule import round_goals
 from secateur.engine.measure.layer_stream import LayerStream, Moments
 from secateur.engine.model.cutting import cut
 from secateur.engine.model.decoder import STRUCTURES, Decoder, Structure
@@ -20,6 +20,7 @@ from secateur.engine.recovery import LAYERWISE_RECOVERIES, Cut, least_squares
 from secateur.engine.run.rounds import prune_round
 from secateur.engine.scoring import LAYERWISE_SCORERS, Context, UnitContext
 from tests.engine.models import VOCABULARY, decoder_of, make_model
+from tests.engine.running import resolved
 
 TOKENS = torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(2))
 KEPT: dict[Structure, list[list[int]]] = {
@@ -197,9 +198,11 @@ def test_where_nothing_goes_nothing_changes(kind: str) -> None:
 
 
 def pruned(decoder: Decoder, whole: Decoder, **recovery: Any) -> Decoder:
-    spec = PruningSpec(target_ratio=0.4, method="wanda", recovery=recovery)
-    context = Context(decoder, TOKENS, 2, spec, 0.4, 0, lambda share: None, whole if spec.needs_reference else None)
-    prune_round(context, round_targets(decoder.shape, 0.4, 1, "geometric", 32)[0], 32)
+    spec = PruningSpec(target_ratio=0.4, method="wanda", recovery={"layerwise": recovery})
+    asked = resolved(spec, decoder.shape)
+    reference = whole if asked.components.fits_to_reference else None
+    context = Context(decoder, TOKENS, 2, asked, 0.4, 0, lambda share: None, reference)
+    prune_round(context, round_goals(decoder.shape, 0.4, 1, "geometric", 32)[0])
     return decoder
 
 
@@ -220,16 +223,16 @@ def test_parts_that_give_nothing_are_not_scored(
 
     monkeypatch.setitem(LAYERWISE_SCORERS, "wanda", scored)
     monkeypatch.setattr(LayerStream, "moments", summed)
-    spec = PruningSpec(target_ratio=0.1, method="wanda", recovery={"kind": recovery})
-    context = Context(decoder, TOKENS, 2, spec, 0.1, 0, lambda share: None)
-    plan = prune_round(context, round_targets(decoder.shape, 0.1, 1, "geometric", 32)[0], 32)
+    spec = PruningSpec(target_ratio=0.1, method="wanda", recovery={"layerwise": {"kind": recovery}})
+    context = Context(decoder, TOKENS, 2, resolved(spec, decoder.shape), 0.1, 0, lambda share: None)
+    plan = prune_round(context, round_goals(decoder.shape, 0.1, 1, "geometric", 32)[0])
     gone = [3 - len(layer.kv_groups) for layer in plan.layers] + [160 - len(layer.channels) for layer in plan.layers]
     assert 0 in gone and sorted(asked) == sorted(count for count in gone if count)
     assert len(taken) == (len(asked) if recovery == "none" else len(gone))
 
 
 @pytest.mark.parametrize(
-    "recovery", [{"kind": kind} for kind in LAYERWISE_RECOVERIES] + [{"kind": "least-squares", "target": "layer"}]
+    "recovery", [{"kind": kind} for kind in LAYERWISE_RECOVERIES] + [{"kind": "least-squares", "fit_to": "layer"}]
 )
 def test_a_mended_model_is_nearer_to_the_whole_one(
     recovery: dict[str, Any], trained: Any, tokenizer: PreTrainedTokenizerFast

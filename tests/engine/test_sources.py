@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from secateur.catalog.sources import locate, read_shape
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
 from secateur.contract.errors import PruningError
-from secateur.engine import prune
 from secateur.engine.model.loading import load
 from tests import hub as fake_hub
 from tests.engine.models import VOCABULARY, english, make_model, save
+from tests.engine.running import prune
 
 ASKED = PruningSpec(
     target_ratio=0.3,
@@ -50,7 +50,7 @@ def test_from_the_hub(hub: fake_hub.FakeHub, tokenizer: PreTrainedTokenizerFast,
     assert straight["source"]["revision"] == pinned and straight["source"]["fingerprint"] == f"commit:{pinned}"
     repository.add("retrained", files_of(second))
 
-    state = next(event["state"] for event in events if event["type"] == "round")
+    state = next(event["state"] for event in events if event["type"] == "step")
     resumed = prune("org/model", ASKED, tmp_path / "b", resume=state, **reach).report
     assert resumed["source"]["revision"] == pinned and resumed["perplexity"] == straight["perplexity"]
     anew = prune("org/model", ASKED, tmp_path / "c", **reach).report

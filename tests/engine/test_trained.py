@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from secateur.engine import PruningSpec, prune
+from secateur.catalog.spec import PruningSpec
 from tests.engine.models import FAMILIES, SIZES, english, save, train
+from tests.engine.running import prune
 
 WIDER = {
     "gpt2": {"n_embd": 96, "n_inner": 384},

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from secateur.catalog.spec import Recovery
+from secateur.catalog.spec import TrainingSettings
 from secateur.contract.errors import PruningError
 from secateur.engine.model.cutting import apply_plan
 from secateur.engine.model.decoder import Decoder, token_losses
@@ -34,9 +34,9 @@ def logits_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 
 def start(
-    decoder: Decoder, kind: Kind, recovery: Recovery, tokens: Tensor, teacher: PreTrainedModel, parts: int = 8
+    decoder: Decoder, kind: Kind, recovery: TrainingSettings, tokens: Tensor, teacher: PreTrainedModel, parts: int = 8
 ) -> Iterator[Segment]:
-    return train(decoder, logits_of(teacher), tokens, parts, recovery, kind, 3, ignore, None)
+    return train(decoder, logits_of(teacher), tokens, parts, recovery, 3, ignore, None)
 
 
 def text(tokenizer: PreTrainedTokenizerFast, part: str, windows: int) -> Tensor:
@@ -78,9 +78,9 @@ def test_wins_back_held_out_loss(kind: Kind, trained: PreTrainedModel, tokenizer
 
     whole, before = loss(teacher), loss(decoder.model)
     shares: list[float] = []
-    recovery = Recovery(epochs=2, learning_rate=2e-3, batch_size=8)
+    recovery = TrainingSettings(kind=kind, epochs=2, learning_rate=2e-3, batch_size=8)
     tokens = text(tokenizer, "calibration", 100)
-    segments = list(train(decoder, logits_of(teacher), tokens, 8, recovery, kind, 0, shares.append, None))
+    segments = list(train(decoder, logits_of(teacher), tokens, 8, recovery, 0, shares.append, None))
     assert [segment.step for segment in segments] == [20, 25]  # 2 · 100 / 8 steps
     assert [len(segment.losses) for segment in segments] == [20, 25]
     assert shares == [step / 25 for step in range(1, 26)]
@@ -98,7 +98,7 @@ def test_leaves_a_plain_frozen_model(
     model, before = decoder.model, weights(decoder.model)
     modules = {name: type(module) for name, module in model.named_modules()}
     attributes = set(vars(model))
-    recovery = Recovery(epochs=2, batch_size=4, learning_rate=0.01)
+    recovery = TrainingSettings(kind=kind, epochs=2, batch_size=4, learning_rate=0.01)
     *_, last = start(decoder, kind, recovery, noise(8), make_model(name, seed=1).to(dtype))
     assert last.step == last.steps == 4
     assert {tensor.dtype for tensor in last.tensors.values()} == {torch.float32}
@@ -130,7 +130,9 @@ def test_killed_and_resumed_reaches_the_same_bits(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(training, "SEGMENT_STEPS", 3)
-    recovery = Recovery(epochs=2.5, batch_size=5, learning_rate=0.01)  # 8 steps, batches across the ends of passes
+    recovery = TrainingSettings(
+        kind=kind, epochs=2.5, batch_size=5, learning_rate=0.01
+    )  # 8 steps, batches across the ends of passes
     teacher, tokens = make_model("qwen3", seed=1).to(dtype), noise(16)
     whole = cut(decoder_of(make_model("qwen3").to(dtype), tokenizer))
     segments = start(whole, kind, recovery, tokens, teacher)
@@ -142,7 +144,7 @@ def test_killed_and_resumed_reaches_the_same_bits(
     resumed = cut(decoder_of(make_model("qwen3").to(dtype), tokenizer))
     torch.manual_seed(77)  # another process: other random numbers
     segment = Segment(first.step, first.steps, first.losses, load_file(tmp_path / "segment.safetensors"))
-    rest = list(train(resumed, logits_of(teacher), tokens, 8, recovery, kind, 3, ignore, segment))
+    rest = list(train(resumed, logits_of(teacher), tokens, 8, recovery, 3, ignore, segment))
     assert [segment.step for segment in rest] == [6, 8]
     assert rest[-1].losses == later[-1].losses
     assert all(torch.equal(tensor, first.tensors[name]) for name, tensor in segment.tensors.items())
@@ -150,7 +152,7 @@ def test_killed_and_resumed_reaches_the_same_bits(
         assert torch.equal(tensor, resumed.model.state_dict()[name])
 
     done = cut(decoder_of(make_model("qwen3").to(dtype), tokenizer))
-    assert list(train(done, logits_of(teacher), tokens, 8, recovery, kind, 3, ignore, later[-1])) == []
+    assert list(train(done, logits_of(teacher), tokens, 8, recovery, 3, ignore, later[-1])) == []
     for name, tensor in weights(whole.model).items():
         assert torch.equal(tensor, done.model.state_dict()[name])
 
@@ -160,7 +162,9 @@ def test_a_step_of_lora_worked_out_by_hand(trained: PreTrainedModel, tokenizer: 
     decoder = cut(decoder_of(trained, tokenizer))
     reference, before = copy.deepcopy(decoder.model).requires_grad_(True), weights(decoder.model)
     tokens = text(tokenizer, "calibration", 8)
-    recovery = Recovery(epochs=0.01, batch_size=64, learning_rate=1e-3, rank=4)  # one step of all windows
+    recovery = TrainingSettings(
+        kind="lora", epochs=0.01, batch_size=64, learning_rate=1e-3, rank=4
+    )  # one step of all windows
     (segment,) = start(decoder, "lora", recovery, tokens, trained, parts=3)  # in parts of 3, 3 and 2
     loss = token_losses(reference(tokens).logits, tokens).mean()  # in one part
     loss.backward()
@@ -184,7 +188,7 @@ def test_a_step_of_distillation_worked_out_by_hand(
     decoder = cut(decoder_of(trained, tokenizer))
     reference = copy.deepcopy(decoder.model).requires_grad_(True)
     tokens = text(tokenizer, "calibration", 8)
-    recovery = Recovery(epochs=0.01, batch_size=64, learning_rate=1e-3, temperature=2.0)
+    recovery = TrainingSettings(kind="distill", epochs=0.01, batch_size=64, learning_rate=1e-3, temperature=2.0)
     (segment,) = start(decoder, "distill", recovery, tokens, teacher, parts=3)
     wanted, found = ((model(tokens).logits.double() / 2).softmax(-1) for model in (teacher, reference))
     loss = 4 * (wanted * (wanted / found).log()).sum(-1).mean()
@@ -206,7 +210,7 @@ def test_distilling_an_identical_student_changes_next_to_nothing(
     trained: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """AdamW divides by the gradient's size: rounding alone moves a weight by up to the rate, but no further."""
-    before, recovery = weights(trained), Recovery(epochs=1, batch_size=8, learning_rate=1e-4)
+    before, recovery = weights(trained), TrainingSettings(kind="distill", epochs=1, batch_size=8, learning_rate=1e-4)
     decoder, tokens = decoder_of(trained, tokenizer), text(tokenizer, "calibration", 32)
     *_, last = start(decoder, "distill", recovery, tokens, copy.deepcopy(trained))
     assert len(last.losses) == 4 and abs(last.losses[0]) < 1e-7
@@ -234,7 +238,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loss_that_is_not_finite_is_reported(kind: Kind, tokenizer: PreTrainedTokenizerFast) -> None:
     decoder = decoder_of(make_model("llama").half(), tokenizer)
-    recovery = Recovery(epochs=8, learning_rate=1.0, batch_size=4)
+    recovery = TrainingSettings(kind=kind, epochs=8, learning_rate=1.0, batch_size=4)
     with pytest.raises(PruningError) as caught:
         list(start(decoder, kind, recovery, noise(4), make_model("llama", seed=1).half()))
     assert (caught.value.code, caught.value.field) == ("loss_not_finite", "recovery.learning_rate")

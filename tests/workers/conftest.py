@@ -1,15 +1,15 @@
-"""Jobs in the database, and processes that work on them; all leases are short."""
+"""Jobs in the database, and processes that work on them. Intervals are short; leases are long, except where a test is about their end."""
 
+import datetime as dt
 import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -19,16 +19,17 @@ from sqlalchemy.orm import Session
 from app.auth import service as auth
 from app.config import Settings, get_settings
 from app.jobs import leases
-from app.jobs.models import Job, JobEvent, JobRound
+from app.jobs.models import Job, JobEvent, JobStep
 from tests import hub as fake
 from tests.hub import TOKEN, FakeHub
+from tests.patience import PATIENCE, wait_for
+from tests.workers.standin import SHORT_LEASE
 
-T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 SHORT = {
-    "LEASE_TTL": "3",
+    "LEASE_TTL": "600",
     "HEARTBEAT_INTERVAL": "0.3",
-    "LEASE_MARGIN": "1",
+    "LEASE_MARGIN": "60",
     "SCHEDULER_INTERVAL": "0.2",
     "REDISPATCH_AFTER": "1",
     "RETRY_BACKOFF": "0.01",
@@ -39,17 +40,6 @@ SHORT = {
 def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SHORT.items():
         monkeypatch.setenv(f"SECATEUR_{name}", value)
-
-
-def wait_for(look: Callable[[], T], timeout: float = 30.0) -> T:
-    """What ``look`` returns as soon as it is true."""
-    deadline = time.monotonic() + timeout
-    while True:
-        found = look()
-        if found:
-            return found
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:
@@ -76,9 +66,9 @@ class JobHandle:
         return job
 
     @property
-    def rounds(self) -> list[JobRound]:
+    def steps(self) -> list[JobStep]:
         self.session.rollback()
-        query = select(JobRound).where(JobRound.job_id == self.id).order_by(JobRound.number)
+        query = select(JobStep).where(JobStep.job_id == self.id).order_by(JobStep.number)
         return list(self.session.scalars(query, execution_options={"populate_existing": True}))
 
     def events(self, type: str) -> list[dict[str, Any]]:
@@ -88,12 +78,12 @@ class JobHandle:
 
     @property
     def worked(self) -> list[tuple[int, int]]:
-        """The (attempt, round) that were worked on, in order."""
+        """The (attempt, step) that were worked on, in order."""
         return [(attempt, number) for attempt, number, _ in self._notes()]
 
     @property
     def runner_pid(self) -> int:
-        """Of the runner that began a round last."""
+        """Of the runner that began a step last."""
         return wait_for(self._notes)[-1][2]
 
     def _notes(self) -> list[tuple[int, int, int]]:
@@ -101,12 +91,21 @@ class JobHandle:
         lines = notes.read_text().splitlines() if notes.exists() else []
         return [(int(a), int(n), int(pid)) for a, n, pid in (line.split() for line in lines)]
 
-    def wait_for_state(self, *states: str, timeout: float = 30.0) -> Job:
+    def wait_for_state(self, *states: str, timeout: float = PATIENCE) -> Job:
         wait_for(lambda: self.row.state in states, timeout)
         return self.row
 
     def wait_for_round(self, number: int) -> None:
-        wait_for(lambda: any(row.number == number for row in self.rounds))
+        wait_for(lambda: any(row.number == number for row in self.steps))
+
+    def wait_for_renewal(self) -> None:
+        """Wait until the worker renews its lease."""
+        before = self.row.lease_expires_at
+        wait_for(lambda: self.row.lease_expires_at != before)
+
+    def let_go(self) -> None:
+        """Let a runner go on that waits in the round ``wait_in_round`` of its script."""
+        (self.folder / "go").touch()
 
     def sql(self, assignment: str) -> None:
         """Change the row behind everyone's back."""
@@ -114,10 +113,43 @@ class JobHandle:
         self.session.commit()
 
 
+def expire(job: JobHandle) -> None:
+    """End the job's lease now. Its worker is dead or frozen, or the lease would be renewed.
+
+    A worker that was frozen within a transaction holds the row until the server ends its session.
+    """
+    free = "SELECT id FROM jobs WHERE id = :id AND lease_expires_at IS NOT NULL FOR UPDATE SKIP LOCKED"
+    statement = f"UPDATE jobs SET lease_expires_at = now() - interval '1 second' WHERE id IN ({free}) RETURNING id"
+
+    def end() -> bool:
+        ended = job.session.execute(text(statement), {"id": job.id}).first() is not None
+        job.session.commit()
+        return ended
+
+    wait_for(end)
+
+
 def reap(job: JobHandle) -> None:
-    """Wait until the scheduler would take the job from its worker."""
+    """End the lease of a job whose worker is dead or frozen, and take the job from it as the scheduler does."""
+    expire(job)
     settings = get_settings()
     wait_for(lambda: leases.reap(job.session, settings.max_failures, settings.retry_backoff))
+
+
+def shorten_lease(job: JobHandle, worker: subprocess.Popen[bytes]) -> None:
+    """Have a worker (:mod:`tests.workers.one_attempt`) take leases whose child dies seconds, not minutes, after a renewal.
+
+    A worker starts with long leases: on a busy machine a short one would end while the child is still starting.
+    """
+    worker.send_signal(signal.SIGUSR1)
+
+    def left() -> dt.timedelta:
+        job.session.rollback()
+        query = select(Job.lease_expires_at - func.now()).where(Job.id == job.id)
+        return job.session.execute(query).scalar_one()
+
+    wait_for(lambda: left() < dt.timedelta(seconds=2 * SHORT_LEASE["lease_ttl"]))
+    job.wait_for_renewal()  # the child is told of a lease after the database is, and before the next one
 
 
 def assert_dead_within_the_lease(job: JobHandle, pid: int) -> None:

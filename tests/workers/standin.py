@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from secateur.catalog.spec import PruningSpec, target_folder
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 from workers import supervisor_link
 from workers.runner import load_checkpoint, save_checkpoint
 from workers.supervisor_link import SupervisorLink
 
+SHORT_LEASE = {"lease_ttl": 60.0, "lease_margin": 55.0}
+"""A child dies 5 seconds after the last renewal. The lease lasts a minute, so that a slow observer sees that it died in time."""
 REPORT: dict[str, Any] = {
     "parameters": {"before": 10, "after": 8},
     "ratio": {"target": 0.2, "reached": 0.2},
@@ -33,7 +35,7 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
     print("a library prints to stdout")
     os.system("echo and so does its child")
     state = load_checkpoint(folder, job["checkpoints"], supervisor)
-    done = -1 if state is None else state["round"]
+    done = -1 if state is None else state["step"]
     for number in range(done + 1, rounds + 1):
         with (folder / "notes").open("a") as notes:
             notes.write(f"{job['attempt']} {number} {os.getpid()}\n")
@@ -41,9 +43,9 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
         supervisor.tell(
             {
                 "type": "progress",
-                "stage": "score",
-                "round": number,
-                "rounds": rounds,
+                "stage": "scoring",
+                "step": number,
+                "steps": rounds,
                 "share": share,
                 "remaining_seconds": 1.0,
             }
@@ -53,23 +55,26 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
         if number == script.get("hang_in_round") and first_attempt:
             time.sleep(3600)
         if number == script.get("error_in_round"):
-            raise PruningError("nan_weights", "The model has NaN weights.", field="model_id")
+            raise PruningError(ErrorCode.WEIGHTS_NOT_FINITE, "The model has NaN weights.", field="model_id")
         if number == script.get("bug_in_round"):
             raise ZeroDivisionError("a bug")
-        time.sleep(script.get("round_seconds", 0.0))
+        while number == script.get("wait_in_round") and not (folder / "go").exists():
+            time.sleep(0.01)
         if number == script.get("hold_gil_in_round") and first_attempt:
+            while signal.getitimer(signal.ITIMER_REAL)[0] > SHORT_LEASE["lease_ttl"]:
+                time.sleep(0.01)  # it will hear of no renewal: its last one must be of a short lease
             ctypes.PyDLL(None).sleep(3600)  # unlike CDLL it keeps the lock
-        saved = save_checkpoint(folder, number, job["attempt"], {"round": number})
+        saved = save_checkpoint(folder, number, job["attempt"], {"step": number})
         if number == script.get("kill_worker_after_checkpoint") and first_attempt:
             os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(3600)
-        supervisor.tell({"type": "round", "number": number, "data": {"perplexity": 10.0 + number}, **saved})
+        supervisor.tell({"type": "step", "number": number, "data": {"perplexity": 10.0 + number}, **saved})
         if supervisor.wants_pause():
             return {"type": "paused"}
     spec, output = PruningSpec.of_request(job["request"]), Path(job["output"])
     reports = [
         write_model(output / target_folder(ratio) if spec.several else output, ratio, job["job_id"])
-        for ratio in spec.asked_ratios
+        for ratio in spec.requested_ratios
         if ratio is not None
     ]
     return {"type": "result", "report": {"targets": reports} if spec.several else reports[0]}

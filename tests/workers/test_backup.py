@@ -11,9 +11,8 @@ from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
 from app.config import Settings, get_settings
-from app.db.session import make_engine
-from app.jobs import leases
-from tests.workers.conftest import JobHandle, MakeJob, wait_for
+from tests.patience import patient_engine
+from tests.workers.conftest import JobHandle, MakeJob, reap
 from workers.embedded import POSTGRES_BIN
 
 Supervise = Callable[[JobHandle], subprocess.Popen[bytes]]
@@ -47,12 +46,12 @@ def test_jobs_go_on_after_a_restore(
     postgres("pg_restore", empty_database_url, str(dump))
     monkeypatch.setenv("SECATEUR_DATABASE_URL", empty_database_url)
     get_settings.cache_clear()
-    engine = make_engine(empty_database_url)
+    engine = patient_engine(empty_database_url)
     with Session(engine) as session:
         for job in (waiting, running):
             restored = JobHandle(session, settings, job.id)
             if restored.row.state == "running":  # its worker's lease was in the backup, and runs out
-                wait_for(lambda: leases.reap(session, settings.max_failures, 0.0))
+                reap(restored)
             supervise(restored).wait()
             assert restored.row.state == "succeeded"
         assert restored.worked[-2:] == [(2, 2), (2, 3)], "from the last round that the backup knows"

@@ -1,10 +1,10 @@
 """The servers from wheels: started, killed, started again, below folders that others may not enter."""
 
+import datetime as dt
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psycopg
@@ -14,11 +14,10 @@ from sqlalchemy.orm import Session
 from app.auth import service as auth
 from app.config import Settings
 from app.db.migrate import upgrade
-from app.db.session import make_engine
-from app.jobs import leases
 from app.jobs.models import Job
 from secateur.processes import spawn
-from tests.workers.conftest import ROOT, MakeJob, Start, alive, wait_for
+from tests.patience import PATIENCE, patient_engine
+from tests.workers.conftest import ROOT, JobHandle, Start, alive, reap, shorten_lease, wait_for
 from workers.embedded import EmbeddedError, free_port, start_postgres
 
 
@@ -87,24 +86,24 @@ def test_a_child_dies_with_its_parent() -> None:
     assert alive(pid)
     parent.kill()
     parent.wait()
-    wait_for(lambda: not alive(pid), timeout=5)
+    wait_for(lambda: not alive(pid))
 
 
 def test_a_child_whose_timer_is_not_renewed_dies_though_it_ignores_signals() -> None:
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(3600)"
     child = spawn([sys.executable, "-c", stubborn], timer=0.5)
-    assert child.wait(10) == -signal.SIGALRM
+    assert child.wait(PATIENCE) == -signal.SIGALRM
 
 
 def test_the_runner_is_dead_before_the_lease_ends_when_the_database_is_gone(
-    tmp_path: Path, make_job: MakeJob, start: Start, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, start: Start, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The job lives in a database of its own, whose server is killed and later comes back."""
     folder, port = tmp_path / "postgres", free_port()
     server = start_postgres(folder, port, durable=False)
     upgrade(server.url)
     monkeypatch.setenv("SECATEUR_DATABASE_URL", server.url)
-    engine = make_engine(server.url)
+    engine = patient_engine(server.url)
     request = {
         "model_id": "local:any",
         "target_ratio": 0.3,
@@ -122,18 +121,20 @@ def test_the_runner_is_dead_before_the_lease_ends_when_the_database_is_gone(
     notes = settings.job_dir(job_id) / "notes"
     wait_for(lambda: notes.exists() and notes.read_text().count("\n") == 2)
     pid = int(notes.read_text().split()[-1])
+    with Session(engine) as session:
+        shorten_lease(JobHandle(session, settings, job_id), worker)
+        lease = session.get_one(Job, job_id, populate_existing=True).lease_expires_at
     server.process.kill()
     server.process.wait()
-    killed = time.monotonic()
     wait_for(lambda: not alive(pid))
-    assert time.monotonic() - killed < settings.lease_ttl
+    assert lease is not None and dt.datetime.now(dt.UTC) < lease, "by the clock that the database has, too"
     server = start_postgres(folder, port, durable=False)
-    worker.wait(30)
+    worker.wait(PATIENCE)
     engine.dispose()
     with Session(engine) as session:
         row = session.get_one(Job, job_id)
         if row.state == "running":  # the database came back too late for the worker to give the job back
-            wait_for(lambda: leases.reap(session, settings.max_failures, 0.0))
+            reap(JobHandle(session, settings, job_id))
             session.refresh(row)
         assert (row.state, row.attempt) == ("queued", 1)
     engine.dispose()

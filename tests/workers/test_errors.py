@@ -5,14 +5,14 @@ import errno
 import pytest
 from safetensors import SafetensorError
 
-from secateur.contract.errors import PruningError
+from secateur.contract.errors import ErrorCode, PruningError
 from workers.supervisor_link import explain
 
 
 @pytest.mark.parametrize(
     ("error", "code", "retryable"),
     [
-        (PruningError("unsupported_architecture", "No."), "unsupported_architecture", False),
+        (PruningError(ErrorCode.UNSUPPORTED_ARCHITECTURE, "No."), "unsupported_architecture", False),
         (MemoryError(), "out_of_memory", False),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out_of_memory", False),
         (OSError(errno.ENOSPC, "No space left on device"), "disk_full", True),

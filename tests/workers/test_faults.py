@@ -17,11 +17,21 @@ from sqlalchemy.orm import Session
 from app.auth import service as auth
 from app.config import get_settings
 from app.db.migrate import upgrade
-from app.db.session import make_engine, session_factory
+from app.db.session import session_factory
 from app.jobs import leases
 from app.jobs.models import Job
 from tests.hub import FakeHub, Repository
-from tests.workers.conftest import JobHandle, MakeJob, Start, assert_dead_within_the_lease, reap, wait_for
+from tests.patience import PATIENCE, patient_engine
+from tests.workers.conftest import (
+    JobHandle,
+    MakeJob,
+    Start,
+    assert_dead_within_the_lease,
+    reap,
+    shorten_lease,
+    wait_for,
+)
+from tests.workers.standin import SHORT_LEASE
 from workers.embedded import free_port, start_postgres
 
 REPO = "org/small"
@@ -42,20 +52,24 @@ def test_a_publisher_frozen_in_mid_upload_is_overtaken_and_wakes_to_nothing(
     job = make_job(publish=PUBLISHED)
     zombie = supervise(job)
     frozen: list[psutil.Process] = []
+    too_late: list[float] = []
 
     def freeze() -> None:
         if not frozen:
+            shorten_lease(job, zombie)
             frozen.extend([child(zombie, "workers.publisher"), psutil.Process(zombie.pid)])
             for process in frozen:
                 process.suspend()
+            too_late.append(time.monotonic() + SHORT_LEASE["lease_ttl"] - SHORT_LEASE["lease_margin"])
 
     service_hub.before_upload = freeze
-    wait_for(lambda: frozen)
+    wait_for(lambda: too_late)
     reap(job)
     supervise(job).wait()
     assert (job.row.state, job.row.attempt) == ("succeeded", 2)
     commits = service_hub.repositories[REPO].commits
     assert len(commits) == 2
+    wait_for(lambda: time.monotonic() > too_late[0])
     for process in frozen:
         process.resume()
     zombie.wait()
@@ -71,7 +85,7 @@ def test_a_commit_that_was_long_on_its_way_is_refused(
     """The network holds the commit of the first attempt back until the second has committed."""
     job = make_job(publish=PUBLISHED)
     first, overtaken = supervise(job), threading.Event()
-    held = threading.Event()
+    held, arrived = threading.Event(), threading.Event()
 
     def hold(repository: Repository) -> None:
         if not held.is_set():
@@ -79,37 +93,41 @@ def test_a_commit_that_was_long_on_its_way_is_refused(
             service_hub.lock.release()  # others are served meanwhile
             overtaken.wait()
             service_hub.lock.acquire()
+            arrived.set()
 
     service_hub.before_commit = hold
-    assert held.wait(30)
+    assert held.wait(PATIENCE)
     first.kill()
     reap(job)
     supervise(job).wait()
     assert (job.row.state, job.row.attempt) == ("succeeded", 2)
     overtaken.set()
-    time.sleep(0.5)
-    assert len(service_hub.repositories[REPO].commits) == 2
+    assert arrived.wait(PATIENCE)
+    with service_hub.lock:  # which is free when the commit is answered
+        assert len(service_hub.repositories[REPO].commits) == 2
 
 
 def test_a_kill_between_the_checkpoint_and_its_row(make_job: MakeJob, supervise: Supervise) -> None:
     job = make_job({"kill_worker_after_checkpoint": 2})
     supervise(job).wait()
-    assert (job.folder / "round-2.attempt-1.json").exists() and [row.number for row in job.rounds] == [0, 1]
+    assert (job.folder / "step-2.attempt-1.json").exists() and [row.number for row in job.steps] == [0, 1]
     reap(job)
     supervise(job).wait()
     assert job.row.state == "succeeded"
     assert job.worked == [(1, 0), (1, 1), (1, 2), (2, 2), (2, 3)], "of what has no row nothing is known"
-    assert [(row.number, row.attempt) for row in job.rounds] == [(0, 1), (1, 1), (2, 2), (3, 2)]
+    assert [(row.number, row.attempt) for row in job.steps] == [(0, 1), (1, 1), (2, 2), (3, 2)]
 
 
 def test_a_runner_that_holds_the_interpreter_lock_is_dead_before_the_lease_ends(
     make_job: MakeJob, supervise: Supervise
 ) -> None:
-    job = make_job({"hold_gil_in_round": 1})
+    job = make_job({"wait_in_round": 1, "hold_gil_in_round": 1})
     supervisor = supervise(job)
     pid = job.runner_pid
     job.wait_for_round(0)
+    shorten_lease(job, supervisor)
     supervisor.send_signal(signal.SIGSTOP)
+    job.let_go()
     assert_dead_within_the_lease(job, pid)
     supervisor.kill()
     reap(job)
@@ -159,17 +177,19 @@ def test_a_clock_that_jumps_neither_keeps_nor_loses_a_lease(
     compiler = (sysconfig.get_config_var("CC") or "gcc").split()[0]
     subprocess.run([compiler, "-shared", "-fPIC", "-o", shim, tmp_path / "shim.c", "-ldl"], check=True)
     environment = os.environ | {"LD_PRELOAD": str(shim), "CLOCK_JUMP": str(jump)}
-    job = make_job({"round_seconds": 1.5})
+    job = make_job({"wait_in_round": 1})
     worker = start("tests.workers.one_attempt", job.id, env=environment)
     job.wait_for_round(0)
     jump.write_text(str(seconds))
-    job.wait_for_round(1)
+    for _ in range(3):
+        job.wait_for_renewal()
     lease, now = job.session.execute(select(Job.lease_expires_at, func.now())).one()
     assert lease is not None and 0 < (lease - now).total_seconds() < get_settings().lease_ttl + 1, (
         "by the database's clock"
     )
     job.session.rollback()
     assert not leases.reap(job.session, 3, 0.0)
+    job.let_go()
     worker.wait()
     assert (job.row.state, job.row.attempt, job.row.failures) == ("succeeded", 1, 0)
 
@@ -199,7 +219,7 @@ def test_a_database_that_restarts_during_publishing(
     service_hub: FakeHub, own_database: Callable[[], None], start: Start
 ) -> None:
     settings = get_settings()
-    engine = make_engine(settings.database_url)
+    engine = patient_engine(settings.database_url)
     request = {"model_id": "local:any", "target_ratio": 0.2, "method": "random", "rounds": 1}
     with Session(engine) as session:
         owner, _ = auth.create(session, "test")
@@ -213,11 +233,11 @@ def test_a_database_that_restarts_during_publishing(
 
     def interrupt(repository: Repository) -> None:
         due.set()
-        done.wait(30)
+        done.wait(PATIENCE)
 
     service_hub.before_commit = interrupt
     worker = start("tests.workers.one_attempt", job_id)
-    assert due.wait(60)
+    assert due.wait(PATIENCE)
     own_database()
     done.set()
     worker.wait()

@@ -13,9 +13,17 @@ from sqlalchemy.orm import Session
 from app.config import Settings
 from app.db.session import make_engine
 from app.jobs import leases, transitions
-from app.jobs.models import Job, JobRound
+from app.jobs.models import Job, JobStep
 from app.jobs.transitions import Trigger
-from tests.workers.conftest import JobHandle, MakeJob, alive, assert_dead_within_the_lease, reap, wait_for
+from tests.workers.conftest import (
+    JobHandle,
+    MakeJob,
+    alive,
+    assert_dead_within_the_lease,
+    reap,
+    shorten_lease,
+    wait_for,
+)
 
 Supervise = Callable[[JobHandle], subprocess.Popen[bytes]]
 
@@ -35,8 +43,8 @@ def test_a_job_runs_to_its_end(make_job: MakeJob, supervise: Supervise) -> None:
     assert (row.state, row.attempt, row.failures, row.error) == ("succeeded", 1, 0, None)
     assert row.result is not None and row.result["repo_id"] == "org/small" and row.result["parameters"]["after"] == 8
     assert row.report is not None and row.report["perplexity"] == {"before": 10.0, "after": None}, "NaN is no JSON"
-    assert row.progress is not None and row.progress["share"] == 1.0 and row.progress["rounds"] == 3
-    assert [(r.number, r.data["perplexity"]) for r in job.rounds] == [(0, 10.0), (1, 11.0), (2, 12.0), (3, 13.0)]
+    assert row.progress is not None and row.progress["share"] == 1.0 and row.progress["steps"] == 3
+    assert [(r.number, r.data["perplexity"]) for r in job.steps] == [(0, 10.0), (1, 11.0), (2, 12.0), (3, 13.0)]
     assert sorted(path.name for path in (job.folder / "artifacts").iterdir()) == ["model.safetensors", "secateur.json"]
     assert sorted(path.name for path in job.folder.iterdir()) == ["artifacts", "notes"], "nothing else is kept"
 
@@ -71,30 +79,32 @@ def test_a_job_that_is_not_there_to_be_taken_is_left_alone(make_job: MakeJob, su
 
 
 def test_a_round_ends_when_it_is_recorded(make_job: MakeJob, supervise: Supervise) -> None:
-    """The engine deletes what only earlier rounds need: a later attempt must not be sent back to them."""
-    job = make_job({"round_seconds": 0.3})
+    """The engine deletes what only earlier steps need: a later attempt must not be sent back to them."""
+    job = make_job({"wait_in_round": 1})
     supervisor = supervise(job)
     job.wait_for_round(0)
     transitions.lock(job.session, job.id)  # the supervisor cannot write
-    recorded = job.session.execute(select(func.max(JobRound.number)).where(JobRound.job_id == job.id)).scalar_one()
-    time.sleep(1.2)
-    assert job.worked[-1] == (1, recorded + 1)
+    recorded = job.session.execute(select(func.max(JobStep.number)).where(JobStep.job_id == job.id)).scalar_one()
+    job.let_go()
+    wait_for(lambda: (job.folder / "step-1.attempt-1.json").exists())
+    time.sleep(1)  # in which it would go on
+    assert recorded == 0 and job.worked[-1] == (1, 1)
     job.session.rollback()
     supervisor.wait()
     assert job.row.state == "succeeded"
 
 
-def test_the_runner_dies_with_its_supervisor(make_job: MakeJob, supervise: Supervise, settings: Settings) -> None:
+def test_the_runner_dies_with_its_supervisor(make_job: MakeJob, supervise: Supervise) -> None:
     job = make_job({"hang_in_round": 2})
     supervisor = supervise(job)
     job.wait_for_round(1)
     supervisor.kill()
-    wait_for(lambda: not alive(job.runner_pid), timeout=settings.lease_ttl / 2)
+    wait_for(lambda: not alive(job.runner_pid))  # its lease is longer than this waits
     reap(job)
     assert (job.row.state, job.row.failures) == ("queued", 1)
     supervise(job).wait()
     assert job.row.state == "succeeded"
-    assert job.worked[-2:] == [(2, 2), (2, 3)], "resumed after round 1"
+    assert job.worked[-2:] == [(2, 2), (2, 3)], "resumed after step 1"
 
 
 def test_the_runner_of_a_frozen_supervisor_is_dead_before_the_lease_ends(
@@ -103,6 +113,7 @@ def test_the_runner_of_a_frozen_supervisor_is_dead_before_the_lease_ends(
     job = make_job({"hang_in_round": 1})
     supervisor = supervise(job)
     pid = job.runner_pid
+    shorten_lease(job, supervisor)
     supervisor.send_signal(signal.SIGSTOP)
     assert_dead_within_the_lease(job, pid)
     supervisor.send_signal(signal.SIGCONT)
@@ -114,7 +125,10 @@ def test_a_frozen_supervisor_that_wakes_too_late_writes_nothing(make_job: MakeJo
     job = make_job({"hang_in_round": 1})
     frozen = supervise(job)
     job.wait_for_round(0)
+    pid = job.runner_pid
+    shorten_lease(job, frozen)
     frozen.send_signal(signal.SIGSTOP)
+    wait_for(lambda: not alive(pid))  # from now on it is too late
     reap(job)
     supervise(job).wait()
     before = job.row
@@ -133,10 +147,10 @@ def test_a_row_that_a_vanished_worker_had_locked_is_freed(make_job: MakeJob, set
     with engine.connect() as connection:
         timeout = connection.exec_driver_sql("SHOW idle_in_transaction_session_timeout").scalar_one()
         assert timeout == "15s" and Settings.model_fields["lease_ttl"].default > 15
-        connection.exec_driver_sql("SET idle_in_transaction_session_timeout = 200")
         leases.claim(job.session, job.id, "test", ttl=0.0)
         connection.execute(select(Job).where(Job.id == job.id).with_for_update())
         assert not leases.reap(job.session, 3, 0.0)
+        connection.exec_driver_sql("SET idle_in_transaction_session_timeout = 200")
         wait_for(lambda: leases.reap(job.session, 3, 0.0))
         connection.invalidate()
     engine.dispose()
@@ -163,23 +177,25 @@ def test_cancel(make_job: MakeJob, supervise: Supervise) -> None:
 
 
 def test_a_cancel_wins_over_publishing(make_job: MakeJob, supervise: Supervise, settings: Settings) -> None:
-    job = make_job({"round_seconds": 0.1}, publish={"repo_id": "org/small", "private": True})
+    job = make_job({"wait_in_round": 3}, publish={"repo_id": "org/small", "private": True})
     supervisor = supervise(job)
     job.wait_for_round(2)
     job.sql("state = 'cancelling'")
+    job.let_go()
     supervisor.wait()
     assert job.row.state == "cancelled"
     assert settings.hub_dir is not None and not settings.hub_dir.exists()
 
 
 def test_pause_takes_effect_at_the_rounds_end_and_resume_goes_on(make_job: MakeJob, supervise: Supervise) -> None:
-    job = make_job({"round_seconds": 0.5})
+    job = make_job({"wait_in_round": 1})
     supervisor = supervise(job)
     job.wait_for_round(0)
     ask(job, Trigger.PAUSE)
+    job.let_go()
     supervisor.wait()
     assert (job.row.state, job.row.lease_expires_at) == ("paused", None)
-    done = job.rounds[-1].number
+    done = job.steps[-1].number
     assert done < 3
     ask(job, Trigger.RESUME)
     supervise(job).wait()
@@ -233,21 +249,21 @@ def test_a_runner_that_always_dies_fails_the_job(make_job: MakeJob, supervise: S
 def test_a_damaged_checkpoint_is_passed_over(make_job: MakeJob, supervise: Supervise, damage: str) -> None:
     job = make_job({"kill_in_round": 3})
     supervise(job).wait()
-    newest = job.folder / job.rounds[-1].path
-    newest.unlink() if damage == "missing" else newest.write_text('{"round": 7}')
+    newest = job.folder / job.steps[-1].path
+    newest.unlink() if damage == "missing" else newest.write_text('{"step": 7}')
     time.sleep(0.1)
     supervise(job).wait()
     assert job.row.state == "succeeded"
     assert [number for attempt, number in job.worked if attempt == 2] == [2, 3]
     [warning] = job.events("warning")
-    assert "round 2" in warning["message"]
+    assert "step 2" in warning["message"]
 
 
 def test_an_error_a_person_can_act_on_fails_the_job_at_once(make_job: MakeJob, supervise: Supervise) -> None:
     job = make_job({"error_in_round": 1})
     supervise(job).wait()
     assert job.row.state == "failed"
-    said = {"code": "nan_weights", "message": "The model has NaN weights.", "retryable": False}
+    said = {"code": "weights_not_finite", "message": "The model has NaN weights.", "retryable": False}
     assert job.row.error == {**said, "field": "model_id"}
 
 

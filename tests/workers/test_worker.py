@@ -15,7 +15,8 @@ from sqlalchemy.orm import Session
 from app.config import Settings
 from app.fleet import repository as fleet
 from app.jobs import dispatch
-from tests.workers.conftest import MakeJob, Start, alive, wait_for
+from tests.patience import PATIENCE
+from tests.workers.conftest import MakeJob, Start, alive, expire, wait_for
 from workers import scheduler
 from workers.__main__ import WORKER_FLAGS
 
@@ -27,9 +28,9 @@ def start_worker(start: Start, session: Session) -> StartWorker:
     """Start a worker and wait until it beats."""
 
     def begin() -> subprocess.Popen[bytes]:
-        before = len(fleet.live(session, 60))
+        before = len(fleet.live(session, 3600))
         worker = start("celery", "-A", "tests.workers.celery_standin", "worker", "--loglevel", "INFO", *WORKER_FLAGS)
-        wait_for(lambda: len(fleet.live(session, 60)) > before)
+        wait_for(lambda: len(fleet.live(session, 3600)) > before)
         return worker
 
     return begin
@@ -48,11 +49,11 @@ def test_shutdown_gives_the_job_back_and_the_next_worker_goes_on(
     job.wait_for_round(1)
     pid = job.runner_pid
     worker.terminate()
-    assert worker.wait(30) == 0
+    assert worker.wait(PATIENCE) == 0
     assert not alive(pid)
     assert (job.row.state, job.row.failures) == ("queued", 0)
     session.rollback()
-    assert not fleet.live(session, 60), "it signed off"
+    assert not fleet.live(session, 3600), "it signed off"
     start_worker()
     start("workers", "scheduler")
     job.wait_for_state("succeeded")
@@ -67,7 +68,7 @@ def test_a_signal_to_the_whole_group_gives_the_job_back_too(make_job: MakeJob, s
     job.wait_for_round(0)
     for pid in (prefork, worker.pid):
         os.kill(pid, signal.SIGTERM)
-    worker.wait(30)
+    worker.wait(PATIENCE)
     assert (job.row.state, job.row.failures) == ("queued", 0)
 
 
@@ -81,11 +82,12 @@ def test_kill_9_of_a_worker_leaves_nothing_running_and_loses_nothing(
     job.wait_for_round(1)
     pid = job.runner_pid
     worker.kill()
-    wait_for(lambda: not alive(prefork) and not alive(pid), timeout=2)
+    wait_for(lambda: not alive(prefork) and not alive(pid))  # their lease is longer than this waits
+    expire(job)
     start_worker()
     start("workers", "scheduler")
     job.wait_for_state("succeeded")
-    assert (job.row.attempt, job.row.failures) == (2, 0), "a round was completed since"
+    assert (job.row.attempt, job.row.failures) == (2, 0), "a step was completed since"
 
 
 def test_a_worker_replaces_the_process_that_supervises(
@@ -97,7 +99,8 @@ def test_a_worker_replaces_the_process_that_supervises(
     dispatch.wake_worker(job.id)
     pid = job.runner_pid
     os.kill(prefork, signal.SIGKILL)
-    wait_for(lambda: not alive(pid), timeout=2)
+    wait_for(lambda: not alive(pid))  # its lease is longer than this waits
+    expire(job)
     start("workers", "scheduler")
     job.wait_for_state("succeeded")
     main = psutil.Process(worker.pid)
@@ -139,7 +142,7 @@ def test_sigterm_ends_the_scheduler(start: Start, make_job: MakeJob) -> None:
     process = start("workers", "scheduler")
     wait_for(lambda: job.row.dispatched_at is not None)
     process.terminate()
-    assert process.wait(10) == 0
+    assert process.wait(PATIENCE) == 0
 
 
 def test_what_a_killed_worker_left_of_a_cancelled_job_goes(
@@ -151,7 +154,7 @@ def test_what_a_killed_worker_left_of_a_cancelled_job_goes(
     for job in (ended, live):
         for name in ("attempt-1", ".attempt-1.tmp", "artifacts"):
             (job.folder / name).mkdir(parents=True)
-        (job.folder / "round-1.json.abc.tmp").touch()
+        (job.folder / "step-1.json.abc.tmp").touch()
     scheduler.delete_leftovers(session, settings)
     assert [path.name for path in ended.folder.iterdir()] == ["artifacts"]
     assert len(list(live.folder.iterdir())) == 4

@@ -1,4 +1,4 @@
-// One job: live progress, what each round did, what came of it, and the request to do it again.
+// One job: live progress, what each step did, what came of it, and the request to do it again.
 
 import { Problem, download, follow, get, key, post, remove } from "./api.js";
 import { barChart, lineChart } from "./charts.js";
@@ -16,7 +16,7 @@ const SOON_MS = 150;
 
 export function jobView({ page, signal, id }) {
   const path = `/v1/jobs/${id}`;
-  const parts = Object.fromEntries(["head", "progress", "error", "results", "rounds", "files", "events", "request"].map((name) => [name, h("section", {})]));
+  const parts = Object.fromEntries(["head", "progress", "error", "results", "steps", "files", "events", "request"].map((name) => [name, h("section", {})]));
   page.append(...Object.values(parts));
   const seen = [];
   let job, soon;
@@ -24,8 +24,8 @@ export function jobView({ page, signal, id }) {
   async function load() {
     job = await get(path, signal);
     const done = job.state === "succeeded";
-    const [{ items: rounds }, report, files] = await Promise.all([
-      get(`${path}/rounds`, signal),
+    const [{ items: steps }, report, files] = await Promise.all([
+      get(`${path}/steps`, signal),
       done ? get(`${path}/report`, signal) : null,
       done ? get(`${path}/artifacts`, signal) : null,
     ]);
@@ -35,7 +35,7 @@ export function jobView({ page, signal, id }) {
     parts.error.replaceChildren(job.error ? h("div", { class: "card error", role: "alert" }, h("strong", {}, job.error.code), ` ${job.error.message}`) : "");
     parts.request.replaceChildren(...describeRequest(job.request));
     parts.results.replaceChildren(...(report?.targets ?? (report ? [report] : [])).flatMap(describeReport));
-    parts.rounds.replaceChildren(...describeRounds(rounds));
+    parts.steps.replaceChildren(...describeSteps(steps));
     parts.files.replaceChildren(...describeFiles(files?.items ?? [], job.result));
     for (const name of open) page.querySelector(`[data-details="${CSS.escape(name)}"]`)?.setAttribute("open", "");
   }
@@ -54,7 +54,7 @@ export function jobView({ page, signal, id }) {
           ENDED.includes(job.state) && h("button", { type: "button", onclick: () => guarded(forget) }, "delete"))),
       h("p", { class: "facts" }, badge(job.state), h("span", {}, job.method), h("span", {}, "made ", time(job.created_at)),
         job.finished_at && h("span", {}, `took ${duration((new Date(job.finished_at) - new Date(job.started_at ?? job.created_at)) / 1000)}`),
-        job.pause_requested && h("span", {}, "pauses at the end of the round"),
+        job.pause_requested && h("span", {}, "pauses at the end of the step"),
         Object.entries(job.labels).map(([name, value]) => h("span", { class: "label" }, `${name}=${value}`))));
   }
 
@@ -63,7 +63,7 @@ export function jobView({ page, signal, id }) {
     const left = progress.estimated_finish_at ? (new Date(progress.estimated_finish_at) - Date.now()) / 1000 : null;
     const rate = progress.rate ? `, ${number(Math.round(progress.rate))} ${progress.rate_unit}` : "";
     return parts.progress.replaceChildren(h("div", { class: "card" },
-      h("label", { for: "progress" }, `${progress.stage}, round ${progress.round} of ${progress.rounds}: ${percent(progress.share, 0)}${rate}`, left > 0 ? `, about ${duration(left)} left` : ""),
+      h("label", { for: "progress" }, `${progress.stage}, step ${progress.step} of ${progress.steps}: ${percent(progress.share, 0)}${rate}`, left > 0 ? `, about ${duration(left)} left` : ""),
       h("progress", { id: "progress", max: "1", value: String(progress.share) })));
   }
 
@@ -130,7 +130,7 @@ function withoutNulls(value) {
 
 function describeEvent({ type, attempt, data }) {
   if (type === "state") return `${data.from ?? "made"} → ${data.to}${data.error ? `: ${data.error.message}` : ""}`;
-  if (type === "round") return `round ${data.number}: perplexity ${perplexity(data.perplexity)}`;
+  if (type === "step") return `step ${data.number} (${data.kind}): perplexity ${perplexity(data.perplexity)}`;
   return `attempt ${attempt}: ${data.message ?? JSON.stringify(data)}`;
 }
 
@@ -186,24 +186,24 @@ function describeReport(report) {
   ].filter(Boolean);
 }
 
-/** Perplexity by round, and the last round's sensitivities and losses. */
-function describeRounds(rounds) {
-  const measured = rounds.filter(({ data }) => data.perplexity != null);
+/** Perplexity by step, and the last sensitivities and losses. */
+function describeSteps(steps) {
+  const measured = steps.filter(({ data }) => data.perplexity != null);
   if (!measured.length) return [];
-  const targets = [...new Set(rounds.filter(({ number: at }) => at > 0).map(({ data }) => data.target_ratio))];
+  const targets = [...new Set(steps.filter(({ number: at }) => at > 0).map(({ data }) => data.target_ratio))];
   const first = measured.find(({ number: at }) => at === 0);
   const series = targets.map((ratio) => ({
     name: `ratio ${ratio}`,
     points: [...(first ? [[0, first.data.perplexity]] : []), ...measured.filter(({ number: at, data }) => at > 0 && data.target_ratio === ratio).map(({ data }, at) => [at + 1, data.perplexity])],
   })).filter((line) => line.points.length);
   const charts = [];
-  if (series.length) charts.push(lineChart({ title: "Perplexity by round (0: unpruned)", xLabel: "round", yLabel: "perplexity", series }));
-  const sensitive = rounds.findLast(({ data }) => data.sensitivity);
+  if (series.length) charts.push(lineChart({ title: "Perplexity by step (0: unpruned)", xLabel: "step", yLabel: "perplexity", series }));
+  const sensitive = steps.findLast(({ data }) => data.sensitivity);
   if (sensitive) charts.push(barChart({ title: "Sensitivity of the layers, last round", yLabel: "sensitivity", series: [{ name: "sensitivity", values: sensitive.data.sensitivity }] }));
-  const trained = rounds.findLast(({ data }) => data.recovery?.loss?.length);
-  if (trained) charts.push(lineChart({ title: `Loss while recovering (${trained.data.recovery.kind})`, xLabel: "step", yLabel: "loss", series: [{ name: "loss", points: trained.data.recovery.loss.map((loss, at) => [at + 1, loss]) }] }));
-  return [h("h2", {}, "Rounds"), h("div", { class: "charts" }, charts),
-    h("div", { class: "card" }, table("Rounds", ["round", "target", "reached", "parameters", "perplexity", "time"],
+  const trained = steps.findLast(({ data }) => data.training?.loss?.length);
+  if (trained) charts.push(lineChart({ title: `Loss while training (${trained.data.training.kind})`, xLabel: "step", yLabel: "loss", series: [{ name: "loss", points: trained.data.training.loss.map((loss, at) => [at + 1, loss]) }] }));
+  return [h("h2", {}, "Steps"), h("div", { class: "charts" }, charts),
+    h("div", { class: "card" }, table("Steps", ["step", "target", "reached", "parameters", "perplexity", "time"],
       measured.map(({ number: at, data }) => [String(at), percent(data.target_ratio), percent(data.ratio?.reached), number(data.parameters), perplexity(data.perplexity), data.seconds == null ? "–" : duration(data.seconds)])))];
 }
 

@@ -27,6 +27,7 @@ export function submitView({ page, signal }) {
   const problem = h("div", { role: "alert" });
   const method = h("select", { onchange: describe });
   const recovery = h("select", {}, h("option", { value: "" }, "the method's own"));
+  const training = h("select", {}, h("option", { value: "" }, "none"));
   const shown = h("pre", { class: "code" });
 
   const form = h("form", { class: "columns", novalidate: true, onsubmit: submit, oninput: preview },
@@ -38,7 +39,8 @@ export function submitView({ page, signal }) {
         field("method", "Method", methodHint, method),
         field("rounds", "Rounds", "Empty: the method's default.", text({ inputmode: "numeric" }))),
       h("details", { class: "card" }, h("summary", {}, "More"),
-        field("recovery.kind", "Recovery", "What wins back what pruning lost.", recovery),
+        field("recovery.layerwise.kind", "Layer-wise recovery", "Corrects each layer as it is cut.", recovery),
+        field("recovery.training.kind", "Training", "Trains the pruned model after the last round.", training),
         field("layout", "Layout", "uniform and padded load without code in the repository.", h("select", {}, ["per-layer", "uniform", "padded"].map((name) => h("option", {}, name)))),
         field("calibration.dataset", "Calibration text", "wikitext2, c4, a Hub data set or local:NAME; empty: the model's own text.", text()),
         field("evaluation.dataset", "Evaluation text", "Likewise; empty: held out of the calibration text.", text()),
@@ -58,7 +60,8 @@ export function submitView({ page, signal }) {
   get("/v1/methods", signal).then((known) => {
     methods = known.items;
     method.replaceChildren(...methods.map((item) => h("option", {}, item.name)));
-    recovery.append(...known.kinds.recovery.map((name) => h("option", {}, name)));
+    recovery.append(...known.kinds.layerwise_recovery.map((name) => h("option", {}, name)));
+    training.append(...known.kinds.training.map((name) => h("option", {}, name)));
     describe();
     preview();
   }).catch(showProblem);
@@ -68,7 +71,7 @@ export function submitView({ page, signal }) {
     if (!found) return;
     const gradients = found.needs_gradients ? "needs gradients" : "needs no gradients";
     methodHint.textContent = `${found.summary}. Costs ${found.passes}; ${gradients}.`;
-    inputs.rounds.placeholder = String(found.defaults.rounds);
+    inputs.rounds.placeholder = String(found.default_rounds);
   }
 
   /** The request that the form says; what is left empty is left out. */
