@@ -81,6 +81,11 @@ bench-load: .venv/.installed
 
 check: lint types contracts
 
+.PHONY: format
+format: .venv/.installed
+	$(BIN)/ruff check --quiet --fix .
+	$(BIN)/ruff format --quiet .
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -118,5 +123,15 @@ client: .venv/.installed
 openapi: .venv/.installed
 	$(BIN)/python -m scripts.openapi docs/openapi.json
 
+.PHONY: docs
+# The documentation site, in build/site. A link that leads nowhere is an error; with --quiet, --strict would not see it.
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.PHONY: dist
+# Source distribution and wheel, in build/dist. TAG=v1.2.3: only if package and changelog name this version.
+dist:
+	$(PYTHON) -m scripts.release
+
 clean:
-	rm -rf .venv .venv-4 .demo .secateur
+	rm -rf .venv .venv-4 .demo .secateur build

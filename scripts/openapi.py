@@ -21,4 +21,4 @@ def digest(text: str) -> str:
 if __name__ == "__main__":
     text = document()
     Path(sys.argv[1]).write_text(text)
-    print(f"{sys.argv[1]}: contract {digest(text)}; docs/changelog.md must name it")
+    print(f"{sys.argv[1]}: contract {digest(text)}; CHANGELOG.md must name it")

@@ -1,4 +1,4 @@
-"""Every command of README and docs/ is run, page by page, against a running service; those that cannot be are listed here."""
+"""Every command of the documentation is run, page by page, against a running service; those that cannot be are listed here."""
 
 import os
 import re
@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.main import get_group
 
+from scripts.docs_site import TOP_LEVEL, site_links
 from secateur.cli.main import cli
 from tests.engine.models import SIZES, make_tokenizer, save, train
 from tests.patience import PATIENCE
@@ -26,6 +29,9 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHOWN = {
     "make demo": "the README's first command; minutes",
     "make test": "this",
+    "make check": ".ci/run calls it",
+    ".venv/bin/pip install pre-commit": "changes the environment",
+    ".venv/bin/pre-commit install": "changes the checkout",
     "SECATEUR_DATA_DIR=.demo .venv/bin/secateur up": "the fixture's, with another folder",
     ". .venv/bin/activate": "the fixture's environment",
     "export SECATEUR_DATA_DIR=.demo SECATEUR_URL=ADDRESS SECATEUR_API_KEY=KEY": "the fixture's environment",
@@ -38,14 +44,18 @@ SHOWN = {
 """Commands in ``console`` blocks, and why they are not run here."""
 RUN = [ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("quickstart", "api", "client", "library", "recipes"))]
 MODEL = "smollm2-135m-instruct"
+FOLLOWED = ROOT / "CONTRIBUTING.md"
+"""tests/test_contributing.py runs what stands there."""
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
-    return [(kind, text) for kind, text in BLOCK.findall(page.read_text())]
+    """Kind and text of a page's blocks, without those that another test runs."""
+    elsewhere = ("sh", "python") if page == FOLLOWED else ()
+    return [(kind, text) for kind, text in BLOCK.findall(page.read_text()) if kind not in elsewhere]
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    return [*(ROOT / name for name in TOP_LEVEL), *sorted(DOCS.rglob("*.md"))]
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +126,41 @@ def test_what_is_named_is_there() -> None:
     commands = get_group(cli).commands.keys()
     for page in pages():
         text = page.read_text()
+        if page.name == "CHANGELOG.md":  # names what was renamed or removed, too
+            text = re.sub(r"`[^`\n]+`", "", text)
         for target in re.findall(r"[`\n]make ([a-z-]+)", text):
             assert target in targets, f"{page.name}: make {target}"
-        for command in re.findall(r"[`\n]secateur ([a-z-]+)", text):
+        for command in re.findall(r"[`\n]secateur ([a-z][a-z-]*)", text):
             assert command in commands, f"{page.name}: secateur {command}"
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    def listed(entries: list[Any]) -> Iterator[str]:
+        for entry in entries:
+            for value in entry.values() if isinstance(entry, dict) else [entry]:
+                yield from listed(value) if isinstance(value, list) else [value]
+
+    navigation = list(listed(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    in_docs = [str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")]
+    assert sorted(navigation) == sorted([*in_docs, *TOP_LEVEL.values()]), "see 'nav' in mkdocs.yml"
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "in_site"),
+    [
+        ("overview.md", "[quickstart](docs/quickstart.md#a)", "[quickstart](quickstart.md#a)"),
+        ("overview.md", "[`docs/`](docs/README.md)", "[`docs/`](README.md)"),
+        ("client.md", "[CHANGELOG.md](../CHANGELOG.md)", "[CHANGELOG.md](changelog.md)"),
+        ("decisions/README.md", "[CONTRIBUTING](../../CONTRIBUTING.md)", "[CONTRIBUTING](../contributing.md)"),
+        ("limits.md", "[benchmarks/](benchmarks/)", "[benchmarks/](benchmarks/README.md)"),
+        ("contributing.md", "[methods](secateur/catalog/methods.py)", "methods"),
+        ("concepts.md", "![units](pictures/units.svg)", "![units](pictures/units.svg)"),
+        ("concepts.md", "[here](#units), `[a](b.md)`, [away](https://example.org)", None),
+        ("concepts.md", "[nowhere](nowhere.md)", None),
+        ("concepts.md", "```text\n[a](../README.md)\n```\n", None),
+    ],
+)
+def test_links_work_in_the_site_too(page: str, link: str, in_site: str | None) -> None:
+    assert site_links(link, page) == (link if in_site is None else in_site)

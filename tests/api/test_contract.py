@@ -53,17 +53,15 @@ def document() -> dict[str, Any]:
 
 def test_the_stored_contract_is_the_services() -> None:
     stored = (DOCS / "openapi.json").read_text()
-    assert contract.document() == stored, (
-        "the contract has changed: 'make openapi', and say in docs/changelog.md what has"
-    )
+    assert contract.document() == stored, "the contract has changed: 'make openapi', and say in CHANGELOG.md what has"
 
 
 def test_the_changelog_names_the_contract() -> None:
-    changelog = (DOCS / "changelog.md").read_text()
+    changelog = (DOCS.parent / "CHANGELOG.md").read_text()
     newest = re.search(r"contract `([0-9a-f]{12})`", changelog)
     digest = contract.digest((DOCS / "openapi.json").read_text())
     assert newest and newest[1] == digest, (
-        f"the newest entry of docs/changelog.md must say what changed in contract `{digest}`"
+        f"the newest entry of CHANGELOG.md must say what changed in contract `{digest}`"
     )
 
 

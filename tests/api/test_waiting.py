@@ -283,7 +283,12 @@ class TestARevokedKey:
             await look(bell, seconds)
 
         monkeypatch.setattr(events.Bell, "wait", wait)
-        revoking = threading.Thread(target=lambda: waiting.wait(PATIENCE) and revoke())
+
+        def revoke_when_waiting() -> None:
+            if waiting.wait(PATIENCE):
+                revoke()
+
+        revoking = threading.Thread(target=revoke_when_waiting)
         revoking.start()
         assert api.get(f"/v1/jobs/{job_id}", headers={"Prefer": f"wait={10 * PATIENCE:.0f}"}).status_code == 401
         revoking.join()

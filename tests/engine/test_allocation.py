@@ -32,7 +32,7 @@ def context_of(shape: ModelShape, ratio: float, seed: int, **allocation: Any) ->
     ]
     return SimpleNamespace(
         decoder=SimpleNamespace(shape=shape, layers=[SimpleNamespace(shape=layer) for layer in shape.layers]),
-        spec=PruningSpec(target_ratio=ratio, method="random", allocation=allocation),
+        resolved=SimpleNamespace(spec=PruningSpec(target_ratio=ratio, method="random", allocation=allocation)),
         target_ratio=ratio,
         gates=gates,
         forward_statistics=ForwardStatistics(draw(len(shape.layers)).tanh().tolist(), {}),

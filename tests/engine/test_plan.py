@@ -41,9 +41,8 @@ def test_plans_compose() -> None:
     first = Plan((LayerPlan((0, 2), (1, 3, 5, 7)),))
     assert first.then(Plan((LayerPlan((1,), (0, 3)),))) == Plan((LayerPlan((2,), (1, 7)),))
     assert Plan.from_data(first.as_data()) == first
-    assert Plan((LayerPlan((0,), (0, 1, 2, 7, 9, 10)),)).as_data() == [
-        {"kv_groups": [0], "channels": [[0, 2], [7, 7], [9, 10]]}
-    ]
+    (layer,) = Plan((LayerPlan((0,), (0, 1, 2, 7, 9, 10)),)).as_data()
+    assert layer.model_dump(mode="json") == {"kv_groups": [0], "channels": [[0, 2], [7, 7], [9, 10]]}
 
 
 def test_whole_units_by_hand() -> None:

@@ -92,4 +92,4 @@ def test_several_targets_and_training_are_counted(monkeypatch: pytest.MonkeyPatc
             )
     clock.progress.done()
     shares = [event["share"] for event in clock.events]
-    assert shares == sorted(shares) and shares[-1] == 1.0 and clock.events[-1]["round"] == 4
+    assert shares == sorted(shares) and shares[-1] == 1.0 and clock.events[-1]["step"] == 4

@@ -64,7 +64,7 @@ def test_moments_are_sums_over_stored_activations(
     stream = LayerStream(decoder, TOKENS, 2, {"none": None, "itself": decoder, "another": whole}[reference])
     for index, layer in enumerate(stream.layers()):
         wanted = activations(whole, index)
-        targets = {"kv_groups": wanted["layer-in"] + wanted["heads-out"], "channels": wanted["layer-out"]}
+        targets = {"kv_groups": wanted["layer-in"] + wanted["kv_groups-out"], "channels": wanted["layer-out"]}
         for structure in STRUCTURES:
             (found,), now = stream.moments(structure), activations(decoder, index)
             inputs, entering = now[f"{structure}-in"], now[f"{structure}-entering-in"]
@@ -73,7 +73,7 @@ def test_moments_are_sums_over_stored_activations(
                 assert found.missing is None
             else:
                 weights = 1 / targets[structure].square().mean(1, keepdim=True)
-                left = now["layer-in"] + now["heads-out"] if structure == "kv_groups" else now["layer-out"]
+                left = now["layer-in"] + now["kv_groups-out"] if structure == "kv_groups" else now["layer-out"]
                 expected = (inputs * weights).T @ (targets[structure] - left)
                 assert found.missing is not None
                 if index == 0 and structure == "kv_groups":  # nothing is cut yet

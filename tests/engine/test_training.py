@@ -241,4 +241,4 @@ def test_a_loss_that_is_not_finite_is_reported(kind: Kind, tokenizer: PreTrained
     recovery = TrainingSettings(kind=kind, epochs=8, learning_rate=1.0, batch_size=4)
     with pytest.raises(PruningError) as caught:
         list(start(decoder, kind, recovery, noise(4), make_model("llama", seed=1).half()))
-    assert (caught.value.code, caught.value.field) == ("loss_not_finite", "recovery.learning_rate")
+    assert (caught.value.code, caught.value.field) == ("loss_not_finite", "recovery.training.learning_rate")

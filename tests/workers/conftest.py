@@ -146,7 +146,8 @@ def shorten_lease(job: JobHandle, worker: subprocess.Popen[bytes]) -> None:
     def left() -> dt.timedelta:
         job.session.rollback()
         query = select(Job.lease_expires_at - func.now()).where(Job.id == job.id)
-        return job.session.execute(query).scalar_one()
+        remaining: dt.timedelta = job.session.execute(query).scalar_one()  # type: ignore[assignment]
+        return remaining
 
     wait_for(lambda: left() < dt.timedelta(seconds=2 * SHORT_LEASE["lease_ttl"]))
     job.wait_for_renewal()  # the child is told of a lease after the database is, and before the next one

@@ -26,7 +26,19 @@ from secateur.catalog.architectures.phi3 import PHI3
 from secateur.catalog.architectures.qwen3_moe import QWEN3_MOE
 from secateur.contract.errors import ErrorCode, PruningError
 
-FAMILIES: tuple[Family, ...] = (LLAMA, CHATGLM6B, GEMMA, GLM, GLM4, GPT2, GPT_NEOX, MIXTRAL, OPT, PHI3, QWEN3_MOE)
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    CHATGLM6B,
+    GEMMA,
+    GLM,
+    GLM4,
+    GPT2,
+    GPT_NEOX,
+    MIXTRAL,
+    OPT,
+    PHI3,
+    QWEN3_MOE,
+)
 
 MODEL_TYPES: dict[str, Family] = {model_type: family for family in FAMILIES for model_type in family.model_types}
 

@@ -1,0 +1,75 @@
+"""``make dist``: the source distribution and the wheel of a release, in build/dist.
+
+``TAG=v1.2.3`` first checks that the package and CHANGELOG.md name the version of the tag. Needs the standard library alone.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OUTPUT = ROOT / "build" / "dist"
+TOOLS = ROOT / "build" / "tools"
+UNRELEASED = "unreleased"
+
+
+def version() -> str:
+    """The package's version."""
+    found = re.search(r'^__version__ = "(.+)"$', (ROOT / "secateur" / "__init__.py").read_text(), re.MULTILINE)
+    assert found, "secateur/__init__.py names no version"
+    return found[1]
+
+
+def newest_entry(changelog: str) -> tuple[str, str]:
+    """Version and date of the newest entry of CHANGELOG.md; the date is ``unreleased`` until a release is made."""
+    found = re.search(r"^## (\S+), (\S+)$", changelog, re.MULTILINE)
+    assert found, "CHANGELOG.md has no entry like '## 1.2.3, 2026-01-31'"
+    return found[1], found[2]
+
+
+def obstacle(tag: str, package: str, changelog: str) -> str | None:
+    """Why ``tag`` cannot be released, given the package's version and the text of CHANGELOG.md."""
+    newest, date = newest_entry(changelog)
+    if tag != f"v{package}":
+        return f"The tag is {tag}, and the package's version is {package}."
+    if newest != package:
+        return f"The newest entry of CHANGELOG.md is {newest}, and the package's version is {package}."
+    if date == UNRELEASED:
+        return f"The entry of {package} in CHANGELOG.md has no date yet."
+    return None
+
+
+def build() -> None:
+    """Build the source distribution, and the wheel from it."""
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", TOOLS], check=True)
+    python, constraints = TOOLS / "bin" / "python", ROOT / "constraints.txt"
+    pip: list[str | Path] = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--constraint",
+        constraints,
+    ]
+    subprocess.run([*pip, "build"], check=True)
+    constrained = os.environ | {"PIP_CONSTRAINT": str(constraints)}  # for setuptools, which `build` installs itself
+    subprocess.run([python, "-m", "build", "--outdir", OUTPUT, ROOT], check=True, env=constrained)
+
+
+def main() -> None:
+    """Check the tag that the environment names, if it names one, and build."""
+    tag = os.environ.get("TAG")
+    reason = obstacle(tag, version(), (ROOT / "CHANGELOG.md").read_text()) if tag else None
+    if reason is not None:
+        sys.exit(reason)
+    build()
+
+
+if __name__ == "__main__":
+    main()
