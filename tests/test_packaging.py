@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scripts.test_image import Stage, health_command, read_dockerfile
+from scripts.test_image import Stage, read_dockerfile
 from secateur.cli.service import PARTS
 from secateur.extras import EXTRAS, MissingExtra, require
 
@@ -134,7 +134,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def stages() -> tuple[Stage, Stage]:
-    return read_dockerfile(ROOT / "Dockerfile")
+    return read_dockerfile()
 
 
 def test_the_build_context_is_what_the_dockerfile_copies(stages: tuple[Stage, Stage]) -> None:
@@ -150,7 +150,7 @@ def test_the_image_holds_the_service(stages: tuple[Stage, Stage]) -> None:
     assert all(source == target for source, target in final.copied)
     assert final.one("WORKDIR") == final.variables["SECATEUR_HOME"]
     assert final.one("USER") == "secateur"
-    assert health_command(final)[-1] == "api"
+    assert final.health_command == ["python", "-m", "workers", "health", "api"]
 
 
 def test_nothing_in_the_image_floats(stages: tuple[Stage, Stage]) -> None:
