@@ -128,6 +128,11 @@ client: .venv/.installed
 openapi: .venv/.installed
 	$(BIN)/python -m scripts.openapi docs/openapi.json
 
+.PHONY: errors
+# The page of the error codes, from their enumeration; a test holds it complete.
+errors: .venv/.installed
+	$(BIN)/python -m scripts.errors_page
+
 .PHONY: docs
 # The documentation site, in build/site. A link that leads nowhere is an error; with --quiet, --strict would not see it.
 docs: .venv/.installed

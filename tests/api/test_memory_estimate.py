@@ -86,7 +86,7 @@ def test_advice() -> None:
     check_fits(resolved, memory, memory.total)
 
 
-def test_the_door(api: httpx2.Client, body: dict[str, Any], session: Session) -> None:
+def test_admission(api: httpx2.Client, body: dict[str, Any], session: Session) -> None:
     plan = api.post("/v1/jobs?validate_only=true", json=body).json()
     assert plan["memory_bytes"] > 4 * plan["shape"]["parameters"]
     assert api.post("/v1/jobs", json=body).status_code == 202, "no worker is known"

@@ -157,7 +157,7 @@ def _accumulate(
             raise PruningError(
                 ErrorCode.LOSS_NOT_FINITE,
                 "The loss became NaN or infinite while training; lower 'settings.learning_rate'.",
-                field="settings.learning_rate",
+                field="recovery.training.learning_rate",
             )
         losses.sum().backward()
         for name, parameter in trained.items():

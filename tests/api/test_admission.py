@@ -126,7 +126,7 @@ def test_names_for_the_folder_hub(settings: Settings, make_model: Callable[..., 
         ("org/a", {"bytes": 2.5e9}, "secateur/a-piem-2_5gb"),
     ]
     for model_id, ratio, name in cases:
-        target = {"target" if isinstance(ratio, dict) else "target_ratio": ratio}
+        target = {"goal" if isinstance(ratio, dict) else "target_ratio": ratio}
         request = JobRequest.model_validate({"model_id": model_id, "method": "piem"} | target)
         publish = admit(request, settings, None).publish
         assert publish is not None and publish.repo_id == name
