@@ -1,22 +1,40 @@
-# One image for every role; docker-compose.yml says which command makes it which.
-FROM python:3.11-slim
+# One image for every role of the service; docker-compose.yml names the command and the health check of each role.
+# `make test-image` builds the same layout without Docker: it reads the versions, extras, folders and variables from this file.
+ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 
-# Where torch comes from. PyPI's wheels bring CUDA; for a processor: https://download.pytorch.org/whl/cpu
-ARG TORCH_INDEX=https://pypi.org/simple
+FROM ${PYTHON_IMAGE} AS build
 
-ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 SECATEUR_DATA_DIR=/data HF_HOME=/data/huggingface
+# Package indexes, as pip names them. Empty: pip's default. For a CPU-only torch, name the index of its CPU wheels as the extra one.
+ARG PIP_INDEX_URL=
+ARG PIP_EXTRA_INDEX_URL=
+ARG EXTRAS=server,engine,eval
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=/build/constraints.txt
 
-WORKDIR /srv/secateur
+RUN python -m venv /opt/secateur
+WORKDIR /build
 COPY constraints.txt ./
-# torch first and alone: the largest layer, and the one that changes least.
-RUN pip install --constraint constraints.txt --extra-index-url ${TORCH_INDEX} torch
-COPY pyproject.toml README.md ./
+# torch is the largest package and changes least, so it has a layer of its own.
+RUN /opt/secateur/bin/pip install torch
+COPY pyproject.toml MANIFEST.in README.md LICENSE ./
+COPY secateur secateur
+RUN /opt/secateur/bin/pip wheel --no-deps --wheel-dir dist . \
+    && /opt/secateur/bin/pip install "$(echo dist/secateur-*.whl)[${EXTRAS}]"
+
+FROM ${PYTHON_IMAGE}
+
+ENV PATH=/opt/secateur/bin:$PATH PYTHONUNBUFFERED=1
+ENV SECATEUR_HOME=/srv/secateur SECATEUR_DATA_DIR=/data HF_HOME=/data/huggingface
+
+RUN useradd --create-home --uid 10001 secateur && install --directory --owner secateur /data
+COPY --from=build /opt/secateur /opt/secateur
+WORKDIR /srv/secateur
 COPY app app
 COPY workers workers
 COPY migrations migrations
-RUN pip install --constraint constraints.txt --extra-index-url ${TORCH_INDEX} .
+RUN python -m compileall -q .
 
-RUN useradd --create-home --uid 10001 secateur && install --directory --owner secateur /data
 USER secateur
-WORKDIR /home/secateur
 VOLUME /data
+EXPOSE 8000
+HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 CMD ["python", "-m", "workers", "health", "api"]
+CMD ["python", "-m", "uvicorn", "app.main:create_app", "--factory", "--host", "0.0.0.0", "--port", "8000", "--timeout-graceful-shutdown", "5"]

@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SUITE := --numprocesses 2 --dist loadscope
 
-.PHONY: demo test test-busy test-slow test-browser test-docs chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper bench-progress bench-dynamic check lint types contracts client openapi clean
+.PHONY: demo test test-busy test-slow test-browser test-docs test-wheel test-base test-image image chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper bench-progress bench-dynamic check lint types contracts client openapi clean
 
 demo: .venv/.model
 	$(BIN)/python -m demo
@@ -28,6 +28,24 @@ test-browser: .venv/.installed
 # The commands of README and docs/, page by page, against a running service.
 test-docs: .venv/.installed
 	$(BIN)/python -m pytest -m docs tests/test_docs.py
+
+# The wheel, built and used outside the checkout: with the extra `engine`, and without extras. Minutes; torch is installed anew.
+test-wheel:
+	$(PYTHON) -m scripts.test_wheel
+
+# The wheel without extras alone, by another interpreter: make test-base PYTHON=python3.12
+test-base:
+	@if $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then $(PYTHON) -m scripts.test_wheel --base; \
+	else echo "skipped: this machine has no interpreter '$(PYTHON)' with the module venv"; fi
+
+# The layout of the image, without Docker: the service and two jobs. Minutes; torch is installed anew.
+test-image:
+	$(PYTHON) -m scripts.test_image
+
+# The image itself, where there is Docker: it is built, and runs the service and a job.
+image:
+	docker build --tag secateur --build-arg PIP_INDEX_URL --build-arg PIP_EXTRA_INDEX_URL .
+	docker run --rm --init --volume '$(CURDIR)/scripts:/scripts:ro' secateur python /scripts/in_image.py dsgp
 
 # 200 faults against the whole service while it does 100 jobs: half an hour. OPTIONS: see --help.
 chaos: .venv/.installed

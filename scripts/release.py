@@ -6,21 +6,14 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from scripts import fresh
+from scripts.fresh import ROOT
+
 OUTPUT = ROOT / "build" / "dist"
 TOOLS = ROOT / "build" / "tools"
 UNRELEASED = "unreleased"
-
-
-def version() -> str:
-    """The package's version."""
-    found = re.search(r'^__version__ = "(.+)"$', (ROOT / "secateur" / "__init__.py").read_text(), re.MULTILINE)
-    assert found, "secateur/__init__.py names no version"
-    return found[1]
 
 
 def newest_entry(changelog: str) -> tuple[str, str]:
@@ -44,28 +37,16 @@ def obstacle(tag: str, package: str, changelog: str) -> str | None:
 
 def build() -> None:
     """Build the source distribution, and the wheel from it."""
-    shutil.rmtree(OUTPUT, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", "--clear", TOOLS], check=True)
-    python, constraints = TOOLS / "bin" / "python", ROOT / "constraints.txt"
-    pip: list[str | Path] = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--constraint",
-        constraints,
-    ]
-    subprocess.run([*pip, "build"], check=True)
-    constrained = os.environ | {"PIP_CONSTRAINT": str(constraints)}  # for setuptools, which `build` installs itself
-    subprocess.run([python, "-m", "build", "--outdir", OUTPUT, ROOT], check=True, env=constrained)
+    for folder in (OUTPUT, TOOLS):
+        shutil.rmtree(folder, ignore_errors=True)
+    OUTPUT.mkdir(parents=True)
+    fresh.build(ROOT, TOOLS, OUTPUT)
 
 
 def main() -> None:
     """Check the tag that the environment names, if it names one, and build."""
     tag = os.environ.get("TAG")
-    reason = obstacle(tag, version(), (ROOT / "CHANGELOG.md").read_text()) if tag else None
+    reason = obstacle(tag, fresh.version(), (ROOT / "CHANGELOG.md").read_text()) if tag else None
     if reason is not None:
         sys.exit(reason)
     build()

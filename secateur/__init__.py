@@ -42,4 +42,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'secateur' has no attribute '{name}'")
+    if _HOMES[name] == "secateur.library":
+        from secateur.extras import require
+
+        require("engine", "Pruning on this machine")
     return getattr(import_module(_HOMES[name]), name)

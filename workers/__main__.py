@@ -10,6 +10,8 @@ import typer
 
 from app.auth.commands import keys
 from secateur.cli.common import FAILED, REFUSED, UNREACHABLE, Json, stop, variable
+from secateur.extras import MissingExtra, require
+from workers.roles import Role
 
 WORKER_FLAGS = ("--without-gossip", "--without-mingle", "--without-heartbeat")
 
@@ -21,6 +23,9 @@ def main() -> None:
     """Run the command line. What is wrong with its surroundings is said in a line, without a traceback."""
     try:
         cli(prog_name="secateur")
+    except MissingExtra as error:
+        typer.echo(error.message, err=True)
+        sys.exit(REFUSED)
     except Exception as error:
         explained = _explain(error)
         if explained is None:
@@ -59,6 +64,7 @@ def up(
 
     All it keeps is in SECATEUR_DATA_DIR (.secateur); models are published to SECATEUR_HUB_DIR (its folder hub).
     """
+    require("engine", "'secateur up'")
     from app.config import get_settings
     from workers.embedded import EmbeddedError
     from workers.stack import Stack, StackError
@@ -96,6 +102,7 @@ def scheduler() -> None:
 @cli.command()
 def worker() -> None:
     """Run a worker, which does one job at a time; one a GPU (choose it by CUDA_VISIBLE_DEVICES)."""
+    require("engine", "A worker")
     from workers.celery_app import WORKER_NAME, app
 
     app.worker_main(["worker", "--loglevel", "INFO", "--hostname", f"secateur-{WORKER_NAME}", *WORKER_FLAGS])
@@ -118,6 +125,21 @@ def doctor(as_json: Json = False) -> None:
         typer.echo(json.dumps([finding.as_dict() for finding in findings]))
     if any(finding.verdict == "failed" for finding in findings):
         raise typer.Exit(FAILED)
+
+
+@cli.command()
+def health(
+    role: Annotated[Role, typer.Argument(help="The role of the process to check.")],
+    url: Annotated[str, typer.Option(help="Address of the API on this host.")] = "http://127.0.0.1:8000",
+) -> None:
+    """Check that the process of a role on this host does its work: exit code 1 if it does not. For containers."""
+    from app.config import get_settings
+    from workers.health import Unhealthy, check
+
+    try:
+        typer.echo(check(role, get_settings(), url))
+    except Unhealthy as error:
+        raise stop(str(error), FAILED) from None
 
 
 @cli.command()

@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 from app.config import Settings
 from app.db.migrate import newest_revision
 from app.fleet import repository as fleet
+from secateur.extras import missing
 from workers.devices import device_memory
 
 SECONDS = 3
@@ -162,8 +163,16 @@ def _secrets(settings: Settings) -> Finding:
 
 
 def _versions(settings: Settings) -> Finding:
-    found = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
-    verdict: Verdict = "ok" if platform.python_version_tuple() >= ("3", "11") else "failed"
-    return Finding(
-        "versions", verdict, f"Python {platform.python_version()}, {', '.join(found)}, {os.cpu_count()} CPUs"
-    )
+    packages = [f"{name} {_version(name)}" for name in PACKAGES]
+    found = f"Python {platform.python_version()}, {', '.join(packages)}, {os.cpu_count()} CPUs"
+    if lacking := missing("engine"):
+        advice = "a worker on this machine needs the engine: pip install 'secateur[engine]'"
+        return Finding("versions", "warning", f"{found}; not installed: {', '.join(lacking)}", advice)
+    return Finding("versions", "ok", found)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"

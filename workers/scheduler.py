@@ -1,7 +1,9 @@
 """The scheduler: a plain loop beside the workers. Any number may run; row locks keep them out of each other's way."""
 
 import logging
+import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 
@@ -27,6 +29,12 @@ FORGET_WORKERS_AFTER = 86_400.0
 
 def run(settings: Settings, sessions: sessionmaker[Session]) -> None:
     """Do all duties until SIGTERM or SIGINT, each in its own thread, so that a slow webhook delays no job."""
+    name = f"{socket.gethostname()}:{os.getpid()}"
+
+    def beat(session: Session, settings: Settings) -> None:
+        """Write the heartbeat that the health check of this scheduler reads."""
+        fleet.beat(session, name, "scheduler", {})
+
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
@@ -37,12 +45,18 @@ def run(settings: Settings, sessions: sessionmaker[Session]) -> None:
             (dispatch_due, settings.scheduler_interval),
             (deliver_webhooks, settings.scheduler_interval),
             (delete_leftovers, HOUSEKEEPING_SECONDS),
+            (beat, settings.heartbeat_interval),
         )
     ]
     for duty in duties:
         duty.start()
     for duty in duties:
         duty.join()
+    try:
+        with sessions() as session:
+            fleet.leave(session, name)
+    except Exception as error:
+        log.warning("could not sign off: %s", error)
 
 
 def _repeat(

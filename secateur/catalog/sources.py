@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from secateur.catalog.architectures import ModelShape, chatglm, check_config, family_of, shape_from_config
 from secateur.contract.errors import ErrorCode, PruningError
+from secateur.extras import require
 
 LOCAL_PREFIX = "local:"
 LOCAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -276,6 +277,7 @@ def check_weight_files(model_id: str, folder: Path) -> dict[str, Path]:
 
 def _gguf_config(path: Path) -> dict[str, Any]:
     """The sizes in a GGUF file's metadata, under config.json's names."""
+    require("engine", "Reading a GGUF file", "gguf", field="gguf_file")
     from gguf import GGUFReader
 
     try:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from secateur import __version__
 from secateur.cli import jobs, prune, service
 from secateur.cli.common import REFUSED, variable
+from secateur.extras import MissingExtra
 
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -34,9 +35,12 @@ service.add_to(cli)
 
 
 def main() -> None:
-    """Run the command line. A setting that is wrong is reported in a line, without a traceback."""
+    """Run the command line. A wrong setting and a missing extra are reported in a line, without a traceback."""
     try:
         cli()
+    except MissingExtra as error:
+        typer.echo(error.message, err=True)
+        sys.exit(REFUSED)
     except ValidationError as error:
         if error.title != "LibrarySettings":
             raise

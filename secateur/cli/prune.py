@@ -11,7 +11,7 @@ from secateur.catalog.recipe import Recipe, RecipeInvalid
 from secateur.cli.common import FAILED, INTERRUPTED, REFUSED, Json, stop
 from secateur.cli.options import takes_recipe
 from secateur.contract.errors import PruningError
-from secateur.extras import require
+from secateur.extras import MissingExtra, require
 
 if TYPE_CHECKING:
     from secateur.catalog.architectures import ModelShape
@@ -44,6 +44,8 @@ def inspect(
             allow_paths=True,
         )
         shape = _sizes(source)
+    except MissingExtra:
+        raise
     except PruningError as error:
         raise stop(_explained(error), FAILED) from None
     made, possible = sizes(shape, source.dtype), layouts(shape, source.config or {})

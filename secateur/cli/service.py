@@ -12,6 +12,7 @@ import typer
 
 from secateur import __version__
 from secateur.cli.common import REFUSED, stop
+from secateur.extras import require
 
 HOME = "SECATEUR_HOME"
 """The environment variable that names the folder which holds ``app/``, ``workers/`` and ``migrations/``."""
@@ -35,6 +36,7 @@ def add_to(cli: typer.Typer) -> None:
 
 def _start(context: typer.Context) -> None:
     home = find_home()
+    require("server", f"'secateur {context.info_name}'")
     path = os.pathsep.join(filter(None, (str(home), os.environ.get("PYTHONPATH"))))
     arguments = [sys.executable, "-m", "workers", str(context.info_name), *context.args]
     # The program takes the place of this process, so that signals, terminal and exit code are its own.

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from secateur.extras import require
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -183,6 +185,7 @@ def compare(reports: Sequence[Report]) -> "Figure":
 
 
 def _figure(draw: Callable[[Sequence[Any]], None], title: str, columns: int = 1) -> "Figure":
+    require("eval", "Drawing a report", "matplotlib")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * columns, 3.6), layout="constrained")

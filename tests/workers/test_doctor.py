@@ -82,3 +82,10 @@ def test_the_hub(token: str, verdict: str, settings: Settings, monkeypatch: pyte
 def test_the_exit_code(settings: Settings) -> None:
     told = run("doctor", "--json", environment={"SECATEUR_BROKER_URL": "redis://127.0.0.1:9/0"})
     assert told.returncode == 1 and '"verdict": "failed"' in told.stdout
+
+
+def test_without_the_engine(complete: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.extras.find_spec", lambda name: None if name == "torch" else object())
+    finding = found(complete)["versions"]
+    assert finding.verdict == "warning" and finding.found.endswith("not installed: torch")
+    assert "secateur[engine]" in finding.advice

@@ -19,6 +19,7 @@ from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.report import TaskScore
 from secateur.engine.dynamic.runtime import Runtime
 from secateur.engine.model.decoder import Decoder
+from secateur.extras import require
 
 BATCH = {"cuda": 16}
 BATCH_ELSEWHERE = 4
@@ -54,8 +55,9 @@ def zero_shot(
     :data:`CONTEXTS`. ``limit`` takes the first examples of each.
 
     Raises:
-        PruningError: ``task_not_found``, ``task_invalid``, ``hub_unavailable`` (retryable).
+        PruningError: ``task_not_found``, ``task_invalid``, ``hub_unavailable`` (retryable), ``dependency_missing``.
     """
+    require("eval", "Zero-shot evaluation", "lm_eval", field=FIELD)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -14,11 +14,16 @@ PICTURE = "widths.png"
 
 
 def model_card(
-    report: Report, extra: Mapping[str, Any], gguf_file: str | None = None, own_class: str | None = None
+    report: Report,
+    extra: Mapping[str, Any],
+    gguf_file: str | None = None,
+    own_class: str | None = None,
+    picture: bool = True,
 ) -> str:
     """README.md of the published repository, from the report; ``extra`` is the manifest's (job id, repo_id).
 
-    ``own_class``: the file with the model's class, where that is not in transformers.
+    ``own_class``: the file with the model's class, where that is not in transformers. ``picture``: whether the repository has
+    the picture of the widths.
     """
     spec, ratio, source = report.spec, report.ratio, report.source
     method = METHODS[spec["method"]]
@@ -56,9 +61,7 @@ Perplexity on {report.evaluation.tokens:,} tokens ({report.evaluation.source}){"
 - Calibration: {report.calibration.windows} × {report.calibration.sequence_length} tokens, {report.calibration.source}
 - Source: `{source.model_id}`{f" at `{source.revision}`" if source.revision else ""}
 
-![Heads and feed-forward channels by layer, before and after]({PICTURE})
-
-| layer | KV groups | heads | feed-forward channels |
+{f"![Heads and feed-forward channels by layer, before and after]({PICTURE}){chr(10) * 2}" if picture else ""}| layer | KV groups | heads | feed-forward channels |
 |---|---|---|---|
 {_widths(report)}
 

@@ -25,6 +25,7 @@ from secateur.engine.export.card import PICTURE, model_card
 from secateur.engine.export.picture import draw_widths
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.plan import Plan, widths_of
+from secateur.extras import missing
 
 TEMPLATE = Path(__file__).with_name("modeling_pruned.py.tmpl")
 COPIED = (
@@ -93,11 +94,17 @@ def write_model(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path,
 
 
 def write_manifest(decoder: Decoder, plan: Plan, folder: Path, report: Report, extra: Mapping[str, Any]) -> None:
-    """Write what tells of the model in ``folder``: the card, and the manifest of plan and hashes, with ``extra`` beside them."""
-    draw_widths(report.widths, folder / PICTURE)
+    """Write what tells of the model in ``folder``: the card, and the manifest of plan and hashes, with ``extra`` beside them.
+
+    Without matplotlib the card has no picture of the widths.
+    """
+    picture = "matplotlib" not in missing("eval")
+    if picture:
+        draw_widths(report.widths, folder / PICTURE)
     gguf_file = next((file.name for file in folder.glob("*.gguf")), None)
     own_class = _own_class(decoder)
-    (folder / "README.md").write_text(model_card(report, extra, gguf_file, own_class.name if own_class else None))
+    card = model_card(report, extra, gguf_file, own_class.name if own_class else None, picture=picture)
+    (folder / "README.md").write_text(card)
     files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
     kept = [layer.model_dump(mode="json") for layer in plan.as_data()]
     manifest = {**extra, "plan": kept, "report": report.as_dict(), "files": files}

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from secateur.contract.report import WidthChange
 
 PANELS = {"heads": "attention heads", "channels": "feed-forward channels"}
@@ -11,7 +9,9 @@ GONE, LEFT = "#d9d9d9", "#2f7d4f"
 
 
 def draw_widths(widths: WidthChange, path: Path) -> None:
-    """Write a PNG of heads and feed-forward channels by layer, before and after."""
+    """Write a PNG of heads and feed-forward channels by layer, before and after. It needs matplotlib, of the extra ``eval``."""
+    from matplotlib.figure import Figure
+
     layers = [layer.layer for layer in widths.before]
     figure = Figure(figsize=(9, 4), layout="constrained")
     for panel, (key, title) in zip(figure.subplots(2, 1, sharex=True), PANELS.items(), strict=True):
