@@ -23,4 +23,4 @@ def test_every_code_is_raised_somewhere() -> None:
 
 def test_retryable_belongs_to_the_code() -> None:
     assert ErrorCode.HUB_UNAVAILABLE.retryable and not ErrorCode.MODEL_GATED.retryable
-    assert ErrorCode("disk_full") is ErrorCode.DISK_FULL and str(ErrorCode.DISK_FULL) == "disk_full"
+    assert ErrorCode.__members__["DISK_FULL"] is ErrorCode.DISK_FULL and str(ErrorCode.DISK_FULL) == "disk_full"

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import secateur
+import workers
 from scripts import release
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,7 @@ def test_hooks_call_targets() -> None:
 
 def test_the_changelog_names_the_version() -> None:
     newest, date = release.newest_entry((ROOT / "CHANGELOG.md").read_text())
-    assert newest == secateur.__version__ == release.version()
+    assert newest == secateur.__version__ and f"secateur {newest}" == workers.SERVICE_OF
     assert date == release.UNRELEASED or re.fullmatch(r"\d{4}-\d\d-\d\d", date)
 
 
