@@ -88,7 +88,8 @@ class Recipe:
 
     def dump(self) -> str:
         """The recipe as YAML."""
-        return yaml.safe_dump(dict(self.fields), sort_keys=False, allow_unicode=True)
+        text: str = yaml.safe_dump(dict(self.fields), sort_keys=False, allow_unicode=True)
+        return text
 
     @classmethod
     def of_request(cls, request: Mapping[str, Any]) -> Self:

@@ -26,7 +26,7 @@ from secateur.engine.recovery import Segment, train
 from secateur.engine.run import tensor_files
 from secateur.engine.run.pruner import Inputs, Pruned
 from secateur.engine.run.rounds import prune_round
-from secateur.engine.run.state import RunState, TargetState, TrainingState
+from secateur.engine.run.state import RunState, TargetState, TensorReference, TrainingState
 from secateur.engine.run.workspace import Paused
 from secateur.engine.scoring import Context
 
@@ -209,7 +209,7 @@ class StaticPruner:
         if self._inputs.listener.should_stop():
             raise Paused(self.state.as_dict())
 
-    def _keep(self, index: int, tensors: dict[str, Tensor]) -> tensor_files.TensorReference:
+    def _keep(self, index: int, tensors: dict[str, Tensor]) -> TensorReference:
         return tensor_files.write(self._scratch, f"target-{index}", tensors)
 
     def _complete(self, index: int, step: Step, **changes: Any) -> None:
