@@ -165,8 +165,7 @@ class _Seen:
 
 @contextmanager
 def _seen(layer: Layer, structure: Structure) -> Iterator[_Seen]:
-    """Stop a layer's forward in this context at the structure's output projection, and record its inputs and
-    outputs."""
+    """Stop a layer's forward at the structure's output projection in this context, and record its tensors."""
     empty = torch.empty(0)
     seen = _Seen(empty, empty, empty, empty)
 

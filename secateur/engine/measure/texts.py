@@ -201,7 +201,7 @@ def _stream(
 ) -> Tensor | None:
     """Return the tokens of the source in one row, or ``None`` when the source names no text.
 
-    A data set is read until it gives at least ``enough`` tokens or ends.
+    The row has at least about ``enough`` tokens if the source has as many.
     """
     if source.texts is not None:
         texts = list(source.texts)
@@ -263,7 +263,7 @@ def _read_file(name: str, purpose: str, texts_dir: Path | None) -> str:
 
 
 def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> list[str]:
-    """Read rows of a Hub data set until they hold about ``enough`` tokens, at up to six characters each."""
+    """Read rows of a Hub data set until they hold six characters for each of ``enough`` tokens of about four characters."""
     import datasets
 
     hub_id, _, configuration = name.partition(":")

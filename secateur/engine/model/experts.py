@@ -1,5 +1,4 @@
-"""A mixture of experts as three linear projections, which scoring and recovery treat like a gated feed-forward
-block."""
+"""A mixture of experts as three linear projections, scored and recovered like a gated feed-forward block."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Support for Llama-like models without an adapter: their structure is found from their modules and then verified.
+"""Support for Llama-like models without an adapter: their projections are found by name and then verified.
 
 All decoder layers must be alike. A layer needs query, key, value and output projections with one of the usual names,
 and a gated or plain feed-forward block. Everything else in a layer must be a norm that does not span heads or channels.
@@ -23,10 +23,10 @@ QUERY, KEY, VALUE = (
     for name, long in zip("qkv", ("query", "key", "value"), strict=True)
 )
 OUTPUT = {"o_proj", "out_proj", "dense", "wo", "o", "c_proj", "output"}
-"""Usual names of attention output projections; a name is the last part of a module's path."""
+"""Usual names of the four attention projections; a name is the last part of a module's path."""
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
-"""Attributes in which attention modules keep their numbers of KV heads."""
+"""Attributes in which attention modules keep their numbers of heads and of KV heads."""
 TOKENS = 24
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest allowed difference of logits, relative to the largest logit."""
@@ -141,7 +141,7 @@ def _refuse(config: Mapping[str, Any], reason: str) -> NoReturn:
 
 @torch.no_grad()
 def verify(decoder: Decoder) -> None:
-    """Verify the structure that was found for a model without an adapter.
+    """Verify a model without an adapter, whose projections were found by name.
 
     In the first, a middle and the last layer, cutting units must give the same output as setting them to zero. The
     logits must be computed from the output of the last layer.

@@ -186,7 +186,7 @@ def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel
         model, info = (ChatGLM6BForCausalLM if own else AutoModelForCausalLM).from_pretrained(
             source.path,
             gguf_file=source.gguf_file,
-            # Without dequantize, transformers may keep weights packed for its kernels; packed weights cannot be cut.
+            # Without dequantize, transformers may keep weights packed, which can be neither scored nor cut.
             quantization_config=GgufConfig(dequantize=True) if source.gguf_file else None,
             dtype=torch_dtype,
             use_safetensors=None if source.gguf_file else True,
