@@ -155,9 +155,8 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
             model_type, causal = shape.family.twins[shape.model_type]
             config = model.config.to_dict() | config  # keys that config.json omits have this type's defaults
             config |= {"model_type": model_type, "architectures": [causal], "sliding_window": None}
-            config["transformers_version"] = versions()[
-                "transformers"
-            ]  # transformers warns of Mistral models from older versions
+            # transformers warns of Mistral models from older versions
+            config["transformers_version"] = versions()["transformers"]
         if own_class is not None:
             config["auto_map"] = _auto_map(own_class.stem, _classes(decoder))
     else:
@@ -292,9 +291,8 @@ def _write_tokenizer(decoder: Decoder, source: ModelSource, folder: Path) -> Non
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
     changed = {key: value for key, value in config.items() if key != "auto_map"}
-    if (
-        changed.get("tokenizer_class") == "TokenizersBackend"
-    ):  # transformers 4 does not know this name of transformers 5
+    # transformers 4 does not know this name of transformers 5
+    if changed.get("tokenizer_class") == "TokenizersBackend":
         changed["tokenizer_class"] = "PreTrainedTokenizerFast"
     if changed != config:
         path.write_text(json.dumps(changed, indent=2) + "\n")

@@ -116,9 +116,8 @@ def write_gguf(decoder: Decoder, source: ModelSource, path: Path, kind: GgufKind
     wide = path.with_name(f".{path.name}.wide")
     try:
         _write_wide(decoder, source, wide, "F16")
-        check_gguf(
-            decoder, wide, "F16"
-        )  # a mistake must be found before quantisation, whose rounding changes logits as much
+        # A mistake must be found before quantisation, whose rounding changes logits as much as a mistake does.
+        check_gguf(decoder, wide, "F16")
         _run(QUANTIZE, str(wide), str(path), str(FILE_TYPES[kind].value), str(torch.get_num_threads()))
     finally:
         wide.unlink(missing_ok=True)
@@ -343,10 +342,8 @@ def _projections(layer: Layer, architecture: str, kind: str) -> dict[str, Tensor
     roles |= {family.attention_output: "attn_output", family.channel_output: "ffn_down"}
     found = {role: getattr(layer[name], kind) for name, role in roles.items()}
     tensors = {role: tensor for role, tensor in found.items() if tensor is not None}
-    if architecture in (
-        "llama",
-        "deci",
-    ):  # llama.cpp rotates neighbouring features, transformers the two halves of a head
+    if architecture in ("llama", "deci"):
+        # llama.cpp rotates neighbouring features, transformers the two halves of a head
         for role in {"attn_q", "attn_k"} & tensors.keys():
             tensors[role] = tensors[role].unflatten(0, (-1, 2, layer.head_dim // 2)).transpose(1, 2).flatten(0, 2)
     if (mixture := layer.mixture) is not None and kind == "weight":

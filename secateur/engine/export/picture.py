@@ -24,6 +24,5 @@ def draw_widths(widths: WidthChange, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panel.set_xlabel("layer")
     figure.legend(*panel.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
-    figure.savefig(
-        path, dpi=120, metadata={"Software": None}
-    )  # without the software's name, equal reports give equal bytes
+    # without the software's name, equal reports give equal bytes
+    figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -33,8 +33,8 @@ def read_data(data: Any, tokenizer: PreTrainedTokenizerBase | None, field: str) 
     ``tokenizer`` applies its chat template to chats. ``field`` is the argument's name, which errors report.
 
     Raises:
-        PruningError: ``invalid_request`` when the type is not allowed or there is no data; ``text_invalid`` when a file, a
-            data set or a chat cannot be read as text.
+        PruningError: ``invalid_request`` when the type is not allowed or there is no data; ``text_invalid`` when a
+            file, a data set or a chat cannot be read as text.
     """
     if isinstance(data, Path) or (isinstance(data, str) and Path(data).is_file()):
         return {"texts": _pieces([_read_file(Path(data), field)])}

@@ -263,7 +263,10 @@ def _read_file(name: str, purpose: str, texts_dir: Path | None) -> str:
 
 
 def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> list[str]:
-    """Read rows of a Hub data set until they hold six characters for each of ``enough`` tokens of about four characters."""
+    """Read rows of a Hub data set until they hold about ``enough`` tokens, with a margin: six characters per token.
+
+    A token has about four characters.
+    """
     import datasets
 
     hub_id, _, configuration = name.partition(":")

@@ -15,8 +15,8 @@ WHOLE = "evaluating whole"
 UNLIKE = (Stage.DOWNLOADING, Stage.LOADING, Stage.CALIBRATING, Stage.EXPORTING, Stage.CHECKING)
 """Stages whose durations do not predict the durations of other stages: they read and write files, or start a
 process."""
-# Rough cost of each stage in forward passes over the calibration text. The costs shape the progress bar, and they give the
-# remaining time of a stage until a stage of the same kind is over.
+# Rough cost of each stage in forward passes over the calibration text. The costs shape the progress bar. They also give
+# the remaining time of a stage until a stage of the same kind is over.
 STAGE_COST: dict[str, float] = {
     Stage.DOWNLOADING: 1.0,
     Stage.LOADING: 1.0,
@@ -60,9 +60,8 @@ class Progress:
         self._steps = chosen.steps
         self._costs = {**STAGE_COST, Stage.TRAINING: _training_cost(spec, chosen)}
         self._total = sum(self._costs[kind] for kind in self._kinds)
-        self._checks = (
-            2 if chosen.dynamic else 1
-        )  # a dynamic checkpoint is loaded as the plain and as the dynamic model
+        # a dynamic checkpoint is loaded as the plain and as the dynamic model
+        self._checks = 2 if chosen.dynamic else 1
         self._index, self._done = -1, 0.0
         self._amount: float | None = None
         self._unit: RateUnit | None = None
