@@ -1,1 +1,4 @@
-"""``dsgp``: a published model that prunes itself for each prompt. What it needs is found out here; it runs without us."""
+"""``dsgp``, dynamic pruning: a published model that prunes itself for each prompt.
+
+This package calibrates and writes the model, which then runs without this project.
+"""

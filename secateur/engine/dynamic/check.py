@@ -1,4 +1,4 @@
-"""Before a dynamic checkpoint is called done: fresh processes load it both ways, and agree."""
+"""The check of a dynamic checkpoint: fresh processes load it as the plain and as the dynamic model."""
 
 from pathlib import Path
 
@@ -34,10 +34,10 @@ assert written.shape[1] == read + new, f"generate wrote {written.shape[1] - read
 
 
 def check_dynamic(runtime: Runtime, folder: Path) -> None:
-    """Load ``folder`` as the plain model, then with its own code, and compare what both give.
+    """Load ``folder`` as the plain model and then with its own code, and compare both with the model in memory.
 
     Raises:
-        PruningError: ``export_invalid``; nothing may be published then.
+        PruningError: ``export_invalid``; the files must not be published then. ``out_of_memory``.
     """
     check_checkpoint(runtime, folder, own_code=False)
     tokens = probe_tokens(runtime)

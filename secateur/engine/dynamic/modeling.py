@@ -1,4 +1,7 @@
-"""The modeling file of a dynamic checkpoint: the template, with the names and sizes of its family."""
+"""The modeling file of a dynamic checkpoint.
+
+It is a template that is filled with the names and sizes of the model's family.
+"""
 
 import json
 from pathlib import Path
@@ -11,16 +14,18 @@ TEMPLATE = Path(__file__).with_name("modeling_dynamic.py.tmpl")
 MODELING_FILE = "modeling_dynamic.py"
 PRIORS = "dynamic_priors.safetensors"
 DAMPING = 0.03
-"""Of the compensation, as a share of the mean second moment: in trials between 0.01 and 0.1 made no difference."""
+"""Damping of the compensation, as a share of the mean second moment. In trials, values from 0.01 to 0.1 made no
+difference."""
 SKETCH = 128
-"""Rows that a prompt's activations are added up to: in trials 64 gave two thirds of what all 256 tokens of a prompt gave, 128 more."""
+"""Number of rows to which a prompt's activations are summed. In trials, 64 rows gave two thirds of the gain of all 256
+tokens of a prompt, and 128 rows gave more."""
 
 Blocks = list[tuple[str, int]]
-"""A structure, and how many rows or columns of the module each of its units has."""
+"""Structures in order, each with the number of rows or columns of the module that belong to one unit."""
 
 
 def modeling_file(decoder: Decoder) -> str:
-    """Its text, for the model's class."""
+    """Return the text of the modeling file for the model's class."""
     model, shape = decoder.model, decoder.shape
     return TEMPLATE.read_text().format(
         causal=type(model).__name__,
@@ -41,7 +46,7 @@ def modeling_file(decoder: Decoder) -> str:
 
 
 def _modules(shape: ModelShape) -> dict[str, tuple[Blocks, Blocks]]:
-    """By module: the blocks of its outputs, in their order, and of its inputs."""
+    """Return, by module, the blocks of its outputs and the blocks of its inputs, in their order."""
     family, layer = shape.family, shape.layers[0]
     group = layer.heads_per_group * layer.head_dim
     outputs: dict[str, tuple[str, int]] = {
@@ -58,14 +63,14 @@ def _modules(shape: ModelShape) -> dict[str, tuple[Blocks, Blocks]]:
             continue
         parts = [f"{name}.{part}" for part in family.fused[name]] if name in family.fused else [projection]
         blocks = [outputs[part] for part in parts if part in outputs]
-        if name in family.interleaved:  # one head's rows of each structure, then the next head's
+        if name in family.interleaved:  # the module has one head's rows of all parts, then the next head's
             blocks = [("kv_groups", sum(width for _, width in blocks))]
         modules[name] = (blocks, [inputs[part] for part in parts if part in inputs])
     return modules
 
 
 def _sizes(shape: ModelShape) -> dict[str, int]:
-    """Attributes that hold a width, and how much of it each KV group makes."""
+    """Return the attributes that hold a width, each with the share of the width that one KV group has."""
     layer = shape.layers[0]
     of_group: dict[str, Any] = {
         "kv_groups": 1,

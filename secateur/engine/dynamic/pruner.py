@@ -1,4 +1,7 @@
-"""Dynamic pruning: one checkpoint for each ratio, of weights that all share; every target is one round."""
+"""Dynamic pruning: one checkpoint for each ratio.
+
+All checkpoints have the same weights, and every target is one round.
+"""
 
 import json
 import os
@@ -31,7 +34,10 @@ from secateur.engine.scoring.base import Context
 
 
 class DynamicPruned:
-    """A dynamic checkpoint, loaded from the files that it was written to; see :class:`secateur.engine.run.pruner.Pruned`."""
+    """A dynamic checkpoint that was loaded from its files.
+
+    It implements :class:`secateur.engine.run.pruner.Pruned`.
+    """
 
     def __init__(self, runtime: Runtime, files: Path, plan: Plan, target: TargetState) -> None:
         self.decoder: Decoder = runtime
@@ -48,17 +54,20 @@ class DynamicPruned:
 
 
 class DynamicPruner:
-    """Makes a dynamic checkpoint for each ratio; see :class:`secateur.engine.run.pruner.Pruner`."""
+    """Makes a dynamic checkpoint for each ratio.
+
+    It implements :class:`secateur.engine.run.pruner.Pruner`.
+    """
 
     def __init__(self, inputs: Inputs, source: ModelSource, files: Path, state: RunState) -> None:
-        """``files`` is a folder in which checkpoints are written to be measured."""
+        """Keep the inputs; ``files`` is a folder into which checkpoints are written to be measured."""
         self.state = state
         self._inputs, self._source, self._files = inputs, source, files
 
     def prune(self, index: int) -> Pruned:
-        """Write the checkpoint of target ``index`` and measure how it runs from its files.
+        """Write the checkpoint of target ``index``, load it from its files, and measure it.
 
-        A resumed run writes the same files anew, and measures only what is not measured yet.
+        A resumed run writes the same files again, and measures only a target that is not measured yet.
         """
         inputs, began = self._inputs, time.monotonic()
         if inputs.listener.should_stop():
@@ -101,7 +110,7 @@ class DynamicPruner:
         return DynamicPruned(runtime, folder, plan, measured)
 
     def _calibrate(self, decoder: Decoder, ratio: float, *, silent: bool) -> tuple[list[list[int]], dict[str, Tensor]]:
-        """How many units of each layer generate, and the tensors that a checkpoint knows of the calibration text."""
+        """Return how many units of each layer generate, and the checkpoint's tensors from the calibration text."""
         inputs = self._inputs
 
         def share(done: float) -> None:
@@ -126,7 +135,11 @@ class DynamicPruner:
 def write_dynamic(
     decoder: Decoder, source: ModelSource, folder: Path, known: dict[str, Tensor], settings: dict[str, Any]
 ) -> None:
-    """Write the whole model's files, the modeling file, the tensors ``known`` from calibration, and the config with ``settings``."""
+    """Write the files of a dynamic checkpoint into ``folder``.
+
+    The files are those of the whole model, the modeling file, the tensors ``known`` from calibration, and the config
+    with ``settings``.
+    """
     write_model(decoder, source, Plan.full(decoder.shape.layers), folder, stock=True)
     save_file(known, folder / PRIORS)
     (folder / MODELING_FILE).write_text(modeling_file(decoder))
@@ -145,5 +158,5 @@ def _configure(decoder: Decoder, folder: Path, settings: dict[str, Any]) -> None
 def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # the folder is on another file system, or the file system has no links
         shutil.copy2(source, target)

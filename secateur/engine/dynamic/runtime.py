@@ -1,4 +1,4 @@
-"""A dynamic checkpoint as it runs: loaded by transformers from its folder, measured like any other model."""
+"""A dynamic checkpoint at runtime: transformers loads it from its folder, and it is measured like any other model."""
 
 from pathlib import Path
 
@@ -14,10 +14,18 @@ TRIED_WINDOWS = 8
 
 
 class Runtime(Decoder):
-    """The model of a dynamic checkpoint. It is not taken apart: its layers cannot be pruned, and their widths are those that write."""
+    """The model of a dynamic checkpoint.
+
+    Its modules are not split into projections, so its layers cannot be pruned. Its widths are those of the units that
+    generate.
+    """
 
     def __init__(self, decoder: Decoder, folder: Path, kept: list[list[int]]) -> None:
-        """``decoder`` is the same model, plain; ``kept`` the KV groups and channels of each layer that write."""
+        """Load the dynamic model from ``folder``.
+
+        ``decoder`` is the same model without dynamic pruning; ``kept`` holds the numbers of KV groups and channels of
+        each layer that generate.
+        """
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=decoder.model.dtype)
         self.model = model.to(decoder.device).eval().requires_grad_(False)
         self.tokenizer, self.shape, self.opening = decoder.tokenizer, decoder.shape, decoder.opening
@@ -34,7 +42,10 @@ class Runtime(Decoder):
 
     @torch.no_grad()
     def window_losses(self, tokens: Tensor) -> Tensor:
-        """As the base class has it, each window with units of its own."""
+        """Return the next-token losses ``[windows, predicted]`` of the windows ``tokens`` ``[windows, length]``.
+
+        Tokens that are read first (see ``read_share``) have no loss. Each window has its own choice of units.
+        """
         read = self.read_tokens(tokens)
         return torch.cat([self._continued(window, read) for window in tokens.split(1)])
 
@@ -43,7 +54,10 @@ class Runtime(Decoder):
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, read: int) -> Tensor:
-        """``[batch, length, vocabulary]``, by all of the model for the first ``read`` tokens, and by what writes for the rest."""
+        """Return the logits ``[batch, length, vocabulary]`` of ``tokens`` ``[batch, length]``.
+
+        The whole model computes the first ``read`` positions; the units that generate compute the rest.
+        """
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         prompt = self.model(tokens[:, :read], use_cache=True)
         cache = prompt.past_key_values
@@ -52,7 +66,10 @@ class Runtime(Decoder):
         return torch.cat([prompt.logits, rest.logits], 1)
 
     def choose_prior_weight(self, tokens: Tensor) -> float:
-        """Of :data:`PRIOR_WEIGHTS` the one that loses least on the first of ``tokens`` ``[windows, length]``; it is set, too."""
+        """Set and return the prior weight of :data:`PRIOR_WEIGHTS` that has the lowest loss.
+
+        The loss is measured on the first of the windows ``tokens`` ``[windows, length]``.
+        """
         losses = {}
         for weight in PRIOR_WEIGHTS:
             self.model.config.dynamic_pruning["prior_weight"] = weight

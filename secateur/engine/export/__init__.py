@@ -1,4 +1,4 @@
-"""What is published: a checkpoint that loads without this project, its card and its manifest."""
+"""Export: a checkpoint that loads without this project, its model card, and its manifest."""
 
 from secateur.engine.export.check import check_checkpoint, run_check
 from secateur.engine.export.checkpoint import check_room, staged, versions, write_manifest, write_model

@@ -1,4 +1,4 @@
-"""The model card: what a person wants to know before loading the model."""
+"""The model card, which describes a pruned model to its users."""
 
 import json
 from collections.abc import Mapping
@@ -20,10 +20,11 @@ def model_card(
     own_class: str | None = None,
     picture: bool = True,
 ) -> str:
-    """README.md of the published repository, from the report; ``extra`` is the manifest's (job id, repo_id).
+    """Return the text of README.md of the published repository.
 
-    ``own_class``: the file with the model's class, where that is not in transformers. ``picture``: whether the repository has
-    the picture of the widths.
+    ``report`` is the run's report; ``extra`` holds the manifest's additional entries (job id, repo_id). ``own_class``
+    is the file with the model's class, if transformers has no class for the model. ``picture`` says whether the
+    repository has the picture of the widths.
     """
     spec, ratio, source = report.spec, report.ratio, report.source
     method = METHODS[spec["method"]]
@@ -119,7 +120,7 @@ tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
 inputs = tokenizer("The river", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
 ```"""
-    if own_class is None and not dynamic:  # which knows no weights that change
+    if own_class is None and not dynamic:  # vLLM cannot run weights that change
         text += f"""
 
 vLLM{", through its Transformers backend" if code else ""}:
@@ -139,7 +140,7 @@ llama-cli -m {gguf_file} -p "The river"
 
 
 def _description(method: Method, components: ComponentNames, layout: str) -> str:
-    """What the paper's method is; nothing where the request replaced a component."""
+    """Describe the method of the paper, or say that the request replaced a component."""
     equal = layout == "uniform"
     own = ComponentNames(
         scorer=method.scorer,

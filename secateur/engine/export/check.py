@@ -1,4 +1,7 @@
-"""Before a checkpoint is called done: a fresh process that has never seen this project must load it and agree."""
+"""The check of a written checkpoint.
+
+A fresh process that does not use this project must load the checkpoint and compute the same results.
+"""
 
 import sys
 import tempfile
@@ -44,17 +47,19 @@ assert short <= 2 * allowed, f"generate with a cache writes other tokens than wi
 """
 NEW_TOKENS = 12
 REROUTED = 0.15
-"""Share of tokens that a mixture of experts in half precision may send elsewhere."""
+"""Share of tokens that a mixture of experts in half precision may send to other experts than the model in memory
+does."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
 
 def check_checkpoint(decoder: Decoder, folder: Path, own_code: bool) -> None:
-    """Load ``folder`` with plain transformers in a new process and compare logits with the model in memory.
+    """Load ``folder`` with plain transformers in a new process and compare the logits with the model in memory.
 
-    With ``own_code`` by the code that it comes with, all of which is ours. There it also writes greedily with a cache: every token must be what the whole text so far gives without one.
+    With ``own_code``, the model is loaded with the checkpoint's code, all of which is ours. The process also generates
+    greedily with a cache: every token must be the one that the whole text so far gives without a cache.
 
     Raises:
-        PruningError: ``export_invalid``; nothing may be published then.
+        PruningError: ``export_invalid``; the files must not be published then. ``out_of_memory``.
     """
     tokens = probe_tokens(decoder)
     with torch.no_grad(), decoder.routed():
@@ -66,11 +71,13 @@ def check_checkpoint(decoder: Decoder, folder: Path, own_code: bool) -> None:
 
 
 def run_check(script: str, decoder: Decoder, folder: Path, expected: dict[str, Tensor], *arguments: str) -> None:
-    """Run ``script`` in a new process with the folder, a file of the tensors ``expected`` and ``tolerance``, the number of
+    """Run ``script`` in a new process.
+
+    The arguments of the script are the folder, a file of the tensors ``expected`` and ``tolerance``, the number of
     threads, and ``arguments``.
 
     Raises:
-        PruningError: ``export_invalid`` with the last line of what it said, ``out_of_memory``.
+        PruningError: ``export_invalid`` with the last line of the script's error output, or ``out_of_memory``.
     """
     with tempfile.TemporaryDirectory() as scratch:
         probe = Path(scratch, "probe.safetensors")
@@ -88,7 +95,10 @@ def run_check(script: str, decoder: Decoder, folder: Path, expected: dict[str, T
 
 
 def probe_tokens(decoder: Decoder, length: int = 48) -> torch.Tensor:
-    """Fixed random tokens ``[2, length]`` that a written checkpoint is checked with, after the model's opening."""
+    """Return fixed random tokens ``[2, length]`` by which a written checkpoint is checked.
+
+    The tokens begin with the model's opening.
+    """
     generator = torch.Generator().manual_seed(0)
     length = max(min(length, decoder.shape.max_positions - NEW_TOKENS), 1)
     tokens = torch.randint(decoder.shape.vocab_size, (2, length), generator=generator)

@@ -1,4 +1,4 @@
-"""The repository's files: config, modeling file, weights, tokenizer, card, manifest."""
+"""The files of a published repository: config, modeling file, weights, tokenizer, card and manifest."""
 
 import hashlib
 import importlib.metadata
@@ -45,16 +45,19 @@ LICENCES = ("LICENSE*", "MODEL_LICENSE*", "NOTICE*", "USE_POLICY*")
 MODELING_FILE = "modeling_pruned.py"
 MANIFEST = "secateur.json"
 WIDTHS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_groups", "intermediate_size": "channels"}
-"""What a config calls the widths of a layer that a plan speaks of."""
+"""The config's names of a layer's widths, each with the plan's name of the width."""
 SHARD_SIZE = "5GB"
 ROOM = 64 * 2**20
-"""Bytes to spare on the disk beyond the weights themselves."""
+"""Bytes of disk that must be free beyond the size of the weights."""
 PACKAGES = ("secateur", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "peft")
 
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A new folder beside ``folder`` that takes its place when the context ends well, and goes when it does not."""
+    """Yield a new folder beside ``folder``, which replaces ``folder`` when the context ends without an error.
+
+    After an error, the new folder is deleted.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     staging.chmod(0o755)
@@ -66,12 +69,12 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def check_room(decoder: Decoder, folder: Path, formats: Sequence[str]) -> None:
-    """Whether the disk has room for the pruned model in all its formats.
+    """Check that the disk has room for the pruned model in all its formats.
 
     Raises:
         PruningError: ``disk_full`` (retryable).
     """
-    # A GGUF file's weights are float32 at most, and one that is quantised has one in float16 beside it for a while.
+    # A GGUF file has at most float32 weights; a quantised file temporarily has a float16 file beside it.
     gguf = 4 * decoder.parameters if "gguf" in formats else 0
     need, free = weight_bytes(decoder) + gguf + ROOM, shutil.disk_usage(folder).free
     if free < need:
@@ -79,24 +82,24 @@ def check_room(decoder: Decoder, folder: Path, formats: Sequence[str]) -> None:
 
 
 def write_model(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path, stock: bool = False) -> None:
-    """Write config, weights and tokenizer into ``folder``, and the modeling file where the model needs one.
+    """Write config, weights and tokenizer into ``folder``, and the modeling file if the model needs one.
 
-    ``stock``: as one of the stock class, all of whose layers have the widths of the first.
+    With ``stock``, the checkpoint is one of the stock class; all layers must have the widths of the first layer.
     """
     _write_config(decoder, source, plan, folder, stock)
-    # By the source's names: transformers 5 calls a few weights otherwise, and 4 and vLLM do not.
+    # The source's names are restored, because transformers 5 renames a few weights, and 4 and vLLM do not.
     state = revert_weight_conversion(decoder.model, _without_ties(decoder.model.state_dict()))
     whole = {name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in state.items()}
     save_torch_state_dict(whole, folder, max_shard_size=SHARD_SIZE)
     for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes for the owner alone
+        file.chmod(0o644)  # safetensors makes files that only their owner can read
     _write_tokenizer(decoder, source, folder)
 
 
 def write_manifest(decoder: Decoder, plan: Plan, folder: Path, report: Report, extra: Mapping[str, Any]) -> None:
-    """Write what tells of the model in ``folder``: the card, and the manifest of plan and hashes, with ``extra`` beside them.
+    """Write the model card and the manifest into ``folder``; the manifest holds the plan, file hashes, and ``extra``.
 
-    Without matplotlib the card has no picture of the widths.
+    Without matplotlib, the card has no picture of the widths.
     """
     picture = "matplotlib" not in missing("eval")
     if picture:
@@ -112,25 +115,31 @@ def write_manifest(decoder: Decoder, plan: Plan, folder: Path, report: Report, e
 
 
 def _without_ties(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of tied tensors the first alone, the embedding: the base model has no head to take it from."""
+    """Keep only the first of tied tensors, which is the embedding.
+
+    The base model has no head that could provide the embedding.
+    """
     first = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
     return {name: state[name] for name in state if first[state[name].data_ptr()] == name}
 
 
 def _is_part(tensor: torch.Tensor) -> bool:
-    """Of a larger one's memory, as one expert's weights are: a file takes whole tensors alone."""
+    """Return whether ``tensor`` is a part of a larger tensor's memory, as the weights of one expert are.
+
+    A file can hold only whole tensors.
+    """
     return tensor.nbytes < tensor.untyped_storage().nbytes()
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
+    """Return the versions of the packages on which the result depends."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path, stock: bool) -> None:
     shape, model = decoder.shape, decoder.model
     config = dict(source.config or {}) if source.gguf_file is None else _plain_config(decoder)
-    config.pop("auto_map", None)  # the source's: it names code, which nobody here has looked at
+    config.pop("auto_map", None)  # the source's auto_map names code that was not reviewed
     _add_legacy_rope(config)
     config.update(dict.fromkeys(shape.family.experts, shape.layers[0].experts))
     config["head_dim"] = shape.layers[0].head_dim
@@ -144,9 +153,10 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
         config.update(_config_widths(shape.family, widths_of([layer])[0]), architectures=[type(model).__name__])
         if shape.hidden_size % layer.heads and shape.model_type in shape.family.twins:
             model_type, causal = shape.family.twins[shape.model_type]
-            config = model.config.to_dict() | config  # with what this type assumes where config.json is silent
+            config = model.config.to_dict() | config  # keys that config.json omits have this type's defaults
             config |= {"model_type": model_type, "architectures": [causal], "sliding_window": None}
-            config["transformers_version"] = versions()["transformers"]  # older ones' Mistrals are warned of
+            # transformers warns of Mistral models from older versions
+            config["transformers_version"] = versions()["transformers"]
         if own_class is not None:
             config["auto_map"] = _auto_map(own_class.stem, _classes(decoder))
     else:
@@ -163,12 +173,12 @@ def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Pat
 
 
 def _config_widths(family: Family, layer: LayerWidths) -> dict[str, int]:
-    """A layer's widths by the config's names."""
+    """Return a layer's widths under the config's names."""
     return {family.name_of(size): getattr(layer, width) for size, width in WIDTHS.items()}
 
 
 def _classes(decoder: Decoder) -> dict[str, str]:
-    """Names of the stock classes."""
+    """Return the names of the stock classes."""
     model = decoder.model
     classes = {"config": model.config, "base": model.base_model, "causal": model}
     return {kind: type(instance).__name__ for kind, instance in classes.items()}
@@ -180,15 +190,18 @@ def _auto_map(module: str, classes: dict[str, str]) -> dict[str, str]:
 
 
 def _own_class(decoder: Decoder) -> Path | None:
-    """The file of the model's class where it is ours, which goes along with every checkpoint; transformers has the others."""
+    """Return the file of the model's class if the class is ours, else ``None``.
+
+    Every checkpoint of such a model contains the file; transformers has all other classes.
+    """
     module = type(decoder.model).__module__
     return Path(inspect.getfile(type(decoder.model))) if module.startswith("secateur.") else None
 
 
 def _modeling_file(decoder: Decoder, classes: dict[str, str]) -> str:
-    """The template with the classes that it derives from, and with the sizes that follow from a layer's widths.
+    """Return the template filled with its base classes, and with the sizes that follow from a layer's widths.
 
-    A size is a sum, written as how many times each width is in it: ``{"num_attention_heads": 64}``.
+    A size is a sum of widths; it is written as the factor of each width: ``{"num_attention_heads": 64}``.
     """
     family, head_dim = decoder.shape.family, decoder.shape.layers[0].head_dim
     heads, kv_heads, channels = (family.name_of(size) for size in WIDTHS)
@@ -220,7 +233,10 @@ def _modeling_file(decoder: Decoder, classes: dict[str, str]) -> str:
 
 
 def _added_biases(decoder: Decoder, config: dict[str, Any]) -> set[str]:
-    """Projections that have a bias now and had none; in one layer is in all, for the modeling file's sake."""
+    """Return the projections that have a bias now and had none in the source.
+
+    A bias in one layer means a bias in all layers, because the modeling file makes all layers alike.
+    """
     family = decoder.shape.family
     stock = family.biased(config)
     return {
@@ -231,7 +247,7 @@ def _added_biases(decoder: Decoder, config: dict[str, Any]) -> set[str]:
 
 
 def _plain_config(decoder: Decoder) -> dict[str, Any]:
-    """A GGUF file has no config.json: the one its model would have had."""
+    """Return the config of a model from a GGUF file, which has no config.json."""
     config: dict[str, Any] = decoder.model.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "transformers_version", "dtype"):
         config.pop(key, None)
@@ -239,7 +255,10 @@ def _plain_config(decoder: Decoder) -> dict[str, Any]:
 
 
 def _add_legacy_rope(config: dict[str, Any]) -> None:
-    """transformers 5 writes ``rope_parameters``, which 4 ignores: say it in 4's words too, which 5 reads as well."""
+    """Add the rotary settings under the names of transformers 4.
+
+    transformers 5 writes ``rope_parameters``, which 4 ignores; both versions read the names of 4.
+    """
     by_layer_type = config.get("rope_parameters") or {}
     local, rope = by_layer_type.get("sliding_attention"), dict(by_layer_type.get("full_attention") or by_layer_type)
     neox = config["model_type"] == "gpt_neox"
@@ -252,7 +271,7 @@ def _add_legacy_rope(config: dict[str, Any]) -> None:
     if local and "rope_theta" in local:
         config.setdefault("rope_local_base_freq", local["rope_theta"])
     if rope.get("rope_type", "default") != "default":
-        if config["model_type"] == "phi3":  # 4 takes these three alone
+        if config["model_type"] == "phi3":  # transformers 4 accepts only these three keys
             rope = {"type": rope["rope_type"], **{key: rope[key] for key in ("short_factor", "long_factor")}}
         config.setdefault("rope_scaling", rope)
 
@@ -272,7 +291,8 @@ def _write_tokenizer(decoder: Decoder, source: ModelSource, folder: Path) -> Non
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
     changed = {key: value for key, value in config.items() if key != "auto_map"}
-    if changed.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name for it, unknown to 4
+    # transformers 4 does not know this name of transformers 5
+    if changed.get("tokenizer_class") == "TokenizersBackend":
         changed["tokenizer_class"] = "PreTrainedTokenizerFast"
     if changed != config:
         path.write_text(json.dumps(changed, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The pruned model as one GGUF file for llama.cpp, and the proof that llama.cpp runs it."""
+"""Export of the pruned model as one GGUF file for llama.cpp, and the check that llama.cpp runs the file."""
 
 import importlib.util
 import json
@@ -31,20 +31,23 @@ FILE_TYPES: dict[GgufKind, LlamaFileType] = {
     "Q4_K_M": LlamaFileType.MOSTLY_Q4_K_M,
 }
 LOGITS = {"F32": 1e-3, "F16": 5e-2}
-"""How far logits may be from the model's in memory, as a share of how much they vary: the median over positions."""
+"""Largest allowed difference between llama.cpp's logits and those of the model in memory, as a share of the logits'
+standard deviation; the median over positions counts."""
 ROUNDING = {"Q8_0": 0.05, "Q4_K_M": 0.25}
-"""How far a quantised tensor may be from the model's, as a share of its norm."""
+"""Largest allowed difference between a quantised tensor and the model's tensor, as a share of its norm."""
 ROUTER = "ffn_gate_inp"
 FAR = 8
-"""Root mean squares: further off are single logits by mistake alone."""
+"""Number of root mean squares of the logits' differences beyond which a single logit differs by a mistake, not by
+rounding."""
 PROBE, CONTINUATION = 24, 8
-"""Tokens that llama.cpp reads at once, and that it then reads one by one."""
+"""Numbers of tokens that llama.cpp reads at once, and that it then reads one by one."""
 TEXTS = (
     "The river rose in March; by 1987 it hadn't fallen, they'd say, below 12.5 m.",
     "def area(r):\n    return 3.14159 * r**2  # circle\n\n\n",
     "Café, naïve, Straße; Москва, 東京.",
 )
-"""None begins with a space: before it llama.cpp puts another, as SentencePiece does, and transformers does not."""
+"""Texts on which tokenizers are compared. No text begins with a space, because llama.cpp puts another space before it,
+as SentencePiece does, and transformers does not."""
 
 QUANTIZE = """
 import sys, llama_cpp
@@ -78,7 +81,7 @@ np.save(f"{probe}.logits.npy", model.scores[:len(tokens)])
 
 
 def check_ready(decoder: Decoder, source: ModelSource) -> None:
-    """Before any work: llama.cpp is here, and takes text apart as the model's own tokenizer does.
+    """Check before any work that llama.cpp is installed and tokenizes text as the model's own tokenizer does.
 
     Raises:
         PruningError: ``gguf_unavailable`` or ``gguf_unsupported``.
@@ -102,10 +105,10 @@ def check_ready(decoder: Decoder, source: ModelSource) -> None:
 
 
 def write_gguf(decoder: Decoder, source: ModelSource, path: Path, kind: GgufKind) -> None:
-    """Write the model in memory to ``path``; for a quantised kind there is an F16 file beside it for a while.
+    """Write the model in memory to ``path``; a quantised kind needs a temporary F16 file beside ``path``.
 
     Raises:
-        PruningError: ``gguf_unsupported``, or ``export_invalid`` where what is to be quantised is wrong.
+        PruningError: ``gguf_unsupported``, or ``export_invalid`` when the file that is to be quantised is wrong.
     """
     if kind in LOGITS:
         _write_wide(decoder, source, path, kind)
@@ -113,19 +116,21 @@ def write_gguf(decoder: Decoder, source: ModelSource, path: Path, kind: GgufKind
     wide = path.with_name(f".{path.name}.wide")
     try:
         _write_wide(decoder, source, wide, "F16")
-        check_gguf(decoder, wide, "F16")  # rounding changes logits as much as a mistake does: it must be found before
+        # A mistake must be found before quantisation, whose rounding changes logits as much as a mistake does.
+        check_gguf(decoder, wide, "F16")
         _run(QUANTIZE, str(wide), str(path), str(FILE_TYPES[kind].value), str(torch.get_num_threads()))
     finally:
         wide.unlink(missing_ok=True)
 
 
 def check_gguf(decoder: Decoder, path: Path, kind: GgufKind) -> None:
-    """Run ``path`` with llama.cpp in a new process, over random tokens at once and then over the model's own greedy
-    continuation token by token. Logits are those of the model in memory, and so are greedy tokens; of a quantised file,
-    weights are.
+    """Run ``path`` with llama.cpp in a new process and compare the result with the model in memory.
+
+    llama.cpp reads random tokens at once, and then the model's own greedy continuation token by token. The logits and
+    the greedy tokens must be those of the model; for a quantised file, the weights are compared instead.
 
     Raises:
-        PruningError: ``export_invalid``; nothing may be published then.
+        PruningError: ``export_invalid``; the files must not be published then.
     """
     length = min(PROBE, _context(decoder.model.config) - CONTINUATION)
     tokens = torch.randint(decoder.shape.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
@@ -149,8 +154,11 @@ def check_gguf(decoder: Decoder, path: Path, kind: GgufKind) -> None:
 
 
 def compare(expected: Tensor, found: Tensor, length: int, tolerance: float) -> None:
-    """Logits ``[tokens, vocabulary]`` of the model and of llama.cpp, which both read the model's greedy tokens after
-    ``length`` others. Tokens are the same unless one is ahead by no more than logits are off there anyway.
+    """Compare the logits ``[tokens, vocabulary]`` of the model and of llama.cpp.
+
+    Both read ``length`` tokens and then the model's greedy tokens. The greedy tokens must be equal, except where the
+    model's logits of the two tokens differ by no more than :data:`FAR` root mean squares of the logits' differences at
+    that position.
 
     Raises:
         PruningError: ``export_invalid``.
@@ -184,7 +192,13 @@ def _check_weights(decoder: Decoder, path: Path, tolerance: float) -> None:
 
 
 def _run(script: str, *arguments: str) -> str:
-    """Standard output of a script in a process of its own, for llama.cpp ends the process where it is at a loss."""
+    """Run a script in a new process and return its standard output.
+
+    llama.cpp may end its process when it fails, so it does not run in this process.
+
+    Raises:
+        PruningError: ``out_of_memory`` or ``export_invalid``.
+    """
     command = [sys.executable, "-I", "-c", script, *arguments]
     done = run(command)
     if done.returncode == -signal.SIGKILL:
@@ -198,9 +212,10 @@ def _run(script: str, *arguments: str) -> str:
 
 
 def _write(writer: GGUFWriter, tensors: Callable[[], Iterable[tuple[str, Tensor]]], matrices: torch.dtype) -> None:
-    """One file of what the writer was told and of what ``tensors()`` gives each time, one in memory at a time.
+    """Write one file from the writer's metadata and from the tensors that ``tensors()`` yields.
 
-    Matrices are stored as ``matrices``, the rest and routers as float32.
+    ``tensors()`` is called twice and yields one tensor at a time, so only one is in memory. Matrices are stored as
+    ``matrices``; routers and all other tensors are stored as float32.
     """
 
     def dtype(name: str, tensor: Tensor) -> torch.dtype:
@@ -220,7 +235,7 @@ def _write(writer: GGUFWriter, tensors: Callable[[], Iterable[tuple[str, Tensor]
 
 
 def _write_wide(decoder: Decoder, source: ModelSource, path: Path, kind: GgufKind) -> None:
-    """:func:`write_gguf` for kinds that are not quantised."""
+    """Write a GGUF file of a kind that is not quantised, as :func:`write_gguf` does."""
     shape, config = decoder.shape, decoder.model.config
     uniform = len({layer.shape for layer in decoder.layers}) == 1
     if obstacle := gguf_obstacle(
@@ -248,7 +263,10 @@ def _has_added_biases(decoder: Decoder) -> bool:
 
 
 def _context(config: Any) -> int:
-    """Positions up to which llama.cpp computes what the model does: it has Gemma's sliding windows alone."""
+    """Return the number of positions up to which llama.cpp computes what the model computes.
+
+    llama.cpp supports sliding windows only for Gemma; other models are limited to the size of their window.
+    """
     window = getattr(config, "sliding_window", None)
     positions = int(config.max_position_embeddings)
     return positions if window is None or config.model_type.startswith("gemma") else min(positions, int(window))
@@ -297,13 +315,13 @@ def _add_gemma(writer: GGUFWriter, config: Any) -> None:
 
 
 def _tensors(decoder: Decoder, architecture: str) -> Iterator[tuple[str, Tensor]]:
-    """All of the model's tensors by llama.cpp's names, as it wants them."""
+    """Yield all tensors of the model under llama.cpp's names and in llama.cpp's form."""
     family = decoder.shape.family
     names = gguf.get_tensor_name_map(ARCHITECTURES[architecture], len(decoder.layers))
     cut = {f"{family.layers}.{index}.{name}" for index in range(len(decoder.layers)) for name in family.projections}
     for name, parameter in decoder.model.named_parameters():
         if name.rpartition(".")[0] not in cut:
-            # Gemma's norms multiply by one more than their weight.
+            # Gemma's norms multiply by 1 + weight; llama.cpp stores the sum.
             shift = 1 if architecture.startswith("gemma") and name.endswith("norm.weight") else 0
             named = names.get_name(name, (".weight", ".bias"))
             assert named is not None
@@ -317,14 +335,15 @@ def _tensors(decoder: Decoder, architecture: str) -> Iterator[tuple[str, Tensor]
 
 
 def _projections(layer: Layer, architecture: str, kind: str) -> dict[str, Tensor]:
-    """Weights or biases of a layer's projections, by llama.cpp's names."""
+    """Return the weights or biases of a layer's projections under llama.cpp's names."""
     family = layer.family
     roles = dict(zip(family.attention_inputs, ("attn_q", "attn_k", "attn_v"), strict=True))
     roles |= dict(zip(family.channel_inputs, ("ffn_gate", "ffn_up"), strict=True))
     roles |= {family.attention_output: "attn_output", family.channel_output: "ffn_down"}
     found = {role: getattr(layer[name], kind) for name, role in roles.items()}
     tensors = {role: tensor for role, tensor in found.items() if tensor is not None}
-    if architecture in ("llama", "deci"):  # they rotate neighbours, transformers the two halves of a head
+    if architecture in ("llama", "deci"):
+        # llama.cpp rotates neighbouring features, transformers the two halves of a head
         for role in {"attn_q", "attn_k"} & tensors.keys():
             tensors[role] = tensors[role].unflatten(0, (-1, 2, layer.head_dim // 2)).transpose(1, 2).flatten(0, 2)
     if (mixture := layer.mixture) is not None and kind == "weight":
@@ -337,7 +356,7 @@ def _projections(layer: Layer, architecture: str, kind: str) -> dict[str, Tensor
 
 
 def _rope_factors(decoder: Decoder) -> Tensor | None:
-    """By how much each of the rotations is slowed down, ``[head_dim / 2]``; none where none is."""
+    """Return the factor by which each rotation is slowed down, ``[head_dim / 2]``, or ``None`` without scaling."""
     rope, frequencies = decoder.model.config.rope_parameters, decoder.model.base_model.rotary_emb.inv_freq.cpu()
     if rope.get("rope_type", "default") == "default":
         return None

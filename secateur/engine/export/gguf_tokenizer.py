@@ -1,4 +1,4 @@
-"""A model's tokenizer as GGUF metadata."""
+"""Conversion of a model's tokenizer to GGUF metadata."""
 
 import json
 from collections.abc import Iterator
@@ -31,18 +31,20 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((LLAMA3.replace("{1,3}", ""),), False): "qwen2",
     ((TEKKEN,), True): "tekken",
 }
-"""llama.cpp's name for each way to take words apart before merges, and whether a word in the vocabulary skips the merges
-(``llm_tokenizer_bpe`` and ``load`` in ``llama-vocab.cpp``)."""
+"""llama.cpp's name of a pre-tokenizer. The key holds the splits of the text before merges, and whether a word of the
+vocabulary skips the merges (``llm_tokenizer_bpe`` and ``load`` in ``llama-vocab.cpp``)."""
 FILLER_SCORE, ADDED_SCORE = -10000.0, -1000.0
 
 
 def write_tokenizer(
     writer: GGUFWriter, source: ModelSource, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> None:
-    """Add what llama.cpp needs to turn text into this model's tokens and back; a GGUF source's fields are copied.
+    """Add the metadata with which llama.cpp converts text to this model's tokens and back.
+
+    The fields of a GGUF source are copied.
 
     Raises:
-        PruningError: ``gguf_unsupported``, where the tokenizer is of a kind that it does not know.
+        PruningError: ``gguf_unsupported`` when llama.cpp does not know the tokenizer's kind.
     """
     assert source.path is not None
     if source.gguf_file is not None:
@@ -71,18 +73,21 @@ def write_tokenizer(
 
 
 Token = tuple[int, tuple[str, float, TokenType]]
-"""Its number; its text, score and kind."""
+"""The number of a token, with its text, score and kind."""
 
 
 def _fill(known: dict[int, tuple[str, float, TokenType]], vocab_size: int) -> tuple[list[str], list[float], list[int]]:
-    """Texts, scores and kinds of the embedding's rows, which may be more than the tokenizer's tokens, or fewer."""
+    """Return texts, scores and kinds of all rows of the embedding.
+
+    The embedding may have more or fewer rows than the tokenizer has tokens.
+    """
     rows = [known.get(index, (f"[PAD{index}]", FILLER_SCORE, TokenType.UNUSED)) for index in range(vocab_size)]
     texts, scores, kinds = zip(*rows, strict=True)
     return list(texts), list(scores), list(kinds)
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> dict[int, tuple[str, TokenType]]:
-    """Tokens that are found in text before anything else, as llama.cpp wants them: with plain spaces."""
+    """Return the tokens that are searched for in a text first; as llama.cpp expects, they have plain spaces."""
     return {
         index: (token.content.replace("▁", " "), TokenType.CONTROL if token.special else TokenType.USER_DEFINED)
         for index, token in tokenizer.added_tokens_decoder.items()

@@ -1,4 +1,4 @@
-"""A picture of what is left of each layer, for the model card."""
+"""A picture of the units that each layer keeps, for the model card."""
 
 from pathlib import Path
 
@@ -9,7 +9,10 @@ GONE, LEFT = "#d9d9d9", "#2f7d4f"
 
 
 def draw_widths(widths: WidthChange, path: Path) -> None:
-    """Write a PNG of heads and feed-forward channels by layer, before and after. It needs matplotlib, of the extra ``eval``."""
+    """Write a PNG of each layer's heads and feed-forward channels, before and after pruning.
+
+    The function needs matplotlib, of the extra ``eval``.
+    """
     from matplotlib.figure import Figure
 
     layers = [layer.layer for layer in widths.before]
@@ -21,4 +24,5 @@ def draw_widths(widths: WidthChange, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panel.set_xlabel("layer")
     figure.legend(*panel.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
-    figure.savefig(path, dpi=120, metadata={"Software": None})  # the same report gives the same bytes
+    # without the software's name, equal reports give equal bytes
+    figure.savefig(path, dpi=120, metadata={"Software": None})

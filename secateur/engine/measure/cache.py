@@ -1,4 +1,7 @@
-"""What is known of an unpruned model on given tokens, kept for other targets of the job and for later jobs."""
+"""A cache of statistics of an unpruned model on given tokens.
+
+The cache serves the other targets of the same job and later jobs.
+"""
 
 import hashlib
 import json
@@ -19,15 +22,15 @@ from secateur.files import TEMPORARY, write_whole
 log = logging.getLogger(__name__)
 
 MOST_FILES = 256
-"""In the folder; the least recently used go."""
+"""Number of files that the folder may hold; the least recently used files are deleted."""
 ABANDONED_AFTER = 3600.0
-"""Seconds after which a file that is half written has nobody who writes it."""
+"""Age in seconds after which an incomplete file is deleted, because no process still writes it."""
 
 
 class Statistics:
-    """Lists of tensors by name, in memory and, with a ``folder``, on disk as far as it can be written and read.
+    """Lists of tensors by name, kept in memory and, with a ``folder``, on disk.
 
-    ``key`` is all that they depend on.
+    ``key`` holds everything on which the tensors depend. Files that cannot be written or read are left out.
     """
 
     def __init__(self, folder: Path | None, key: dict[str, Any]) -> None:
@@ -36,7 +39,10 @@ class Statistics:
         self._known: dict[str, list[Tensor]] = {}
 
     def get(self, name: str, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """What was kept under ``name``, or what ``compute`` finds now. On the CPU."""
+        """Return the tensors that were kept under ``name``, or else the result of ``compute``, which is kept.
+
+        Tensors that are read from disk are on the CPU.
+        """
         if name not in self._known:
             path = None if self._folder is None else self._folder / f"{self._digest}-{name}.safetensors"
             self._known[name] = (path and _read(path)) or compute()
@@ -65,12 +71,12 @@ def _keep(path: Path, tensors: list[Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, save(content))
         _delete_old_files(path.parent)
-    except OSError as error:  # the disk is full, say: the job can do without
+    except OSError as error:  # for example, the disk is full; the job does not need the file
         log.warning("the statistics %s are not kept: %s", path.name, error)
 
 
 def _delete_old_files(folder: Path) -> None:
-    """Other jobs may write and remove files there at the same time."""
+    """Delete abandoned and old files of a folder in which other jobs may write and delete at the same time."""
     used: dict[Path, float] = {}
     for file in folder.iterdir():
         with suppress(FileNotFoundError):

@@ -1,4 +1,7 @@
-"""What the library takes as calibration and evaluation data: texts, names, files, chats, data sets, loaders of token ids."""
+"""Reading of the library's calibration and evaluation data.
+
+The data may be texts, names, files, chats, data sets, or loaders of token ids.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -13,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from secateur.contract.errors import ErrorCode, PruningError
 
 LONGEST_TEXT = 1_000_000
-"""Characters of one text of a request."""
+"""Largest number of characters in one text of a request."""
 MOST_WINDOWS = 65_536
 ALLOWED = (
     "a list of texts, the name of a data set, the path of a UTF-8 text file, a list of chats (each a list of messages with 'role' and "
@@ -25,12 +28,13 @@ Given = Mapping[str, Any] | Tensor
 
 
 def read_data(data: Any, tokenizer: PreTrainedTokenizerBase | None, field: str) -> Given:
-    """``data`` as a request's text source takes it, or as token ids.
+    """Convert ``data`` to the fields of a request's text source, or to token ids.
 
-    ``tokenizer`` applies its chat template to chats. ``field`` is the argument's name, for errors.
+    ``tokenizer`` applies its chat template to chats. ``field`` is the argument's name, which errors report.
 
     Raises:
-        PruningError: ``invalid_request``: the type is not one of those that are allowed; ``text_invalid``.
+        PruningError: ``invalid_request`` when the type is not allowed or there is no data; ``text_invalid`` when a
+            file, a data set or a chat cannot be read as text.
     """
     if isinstance(data, Path) or (isinstance(data, str) and Path(data).is_file()):
         return {"texts": _pieces([_read_file(Path(data), field)])}
@@ -89,7 +93,10 @@ def _chat_texts(chats: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None,
 
 
 def _pieces(texts: Iterable[str]) -> list[str]:
-    """The texts, joined by blank lines and split again where they are many or long, as a request may hold them."""
+    """Join the texts by blank lines and split the result into texts that a request may hold.
+
+    Null characters and empty texts are removed.
+    """
     pieces: list[str] = []
     size = LONGEST_TEXT
     for text in texts:
@@ -105,7 +112,7 @@ def _pieces(texts: Iterable[str]) -> list[str]:
 
 
 def _token_windows(loader: "DataLoader[Any]", field: str) -> Tensor:
-    """All windows of a loader, cut to the length of the shortest."""
+    """Return all windows of a loader, cut to the length of the shortest window: ``[windows, length]``."""
     windows: list[Tensor] = []
     for batch in loader:
         ids = (

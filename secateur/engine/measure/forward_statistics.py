@@ -1,4 +1,7 @@
-"""One forward over the calibration tokens: how each layer turns hidden states, and how its units' outputs vary."""
+"""Forward statistics: how each layer changes hidden states, and how the outputs of its units vary.
+
+One forward pass over the calibration tokens computes them.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,16 +14,16 @@ from secateur.engine.model.decoder import STRUCTURES, Decoder, Structure
 
 @dataclass(frozen=True)
 class ForwardStatistics:
-    """By layer, float64 on the CPU."""
+    """Forward statistics by layer, in float64 on the CPU."""
 
     cosines: list[float]
-    """Mean over tokens of the cosine between what enters a layer and what leaves it."""
+    """Mean over tokens of the cosine between the input and the output of each layer."""
     variances: dict[Structure, list[Tensor]]
-    """Of the inputs of the output projections over tokens, ``[in]``."""
+    """Variance over tokens of the inputs of the output projections, ``[in]`` for each layer."""
 
     @classmethod
     def of(cls, tensors: list[Tensor]) -> "ForwardStatistics":
-        """From what :func:`forward_statistics` returns."""
+        """Build the statistics from the tensors that :func:`forward_statistics` returns."""
         cosines, *variances = tensors
         layers = len(cosines)
         return cls(cosines.tolist(), {"kv_groups": variances[:layers], "channels": variances[layers:]})
@@ -30,7 +33,10 @@ class ForwardStatistics:
 def forward_statistics(
     decoder: Decoder, tokens: Tensor, batch_windows: int, progress: Callable[[float], None]
 ) -> list[Tensor]:
-    """Take moments of ``tokens`` ``[windows, length]`` in one forward; :meth:`ForwardStatistics.of` reads them."""
+    """Compute the forward statistics of ``tokens`` ``[windows, length]`` in one forward pass.
+
+    :meth:`ForwardStatistics.of` reads the returned tensors.
+    """
     cosines = [0.0] * len(decoder.layers)
     sums: dict[Structure, list[Tensor]] = {
         structure: [torch.zeros(2, 1, dtype=torch.float64)] * len(cosines) for structure in STRUCTURES

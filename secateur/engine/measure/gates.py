@@ -1,6 +1,7 @@
-"""What the loss does when a unit's gate closes: gradients of every gate in one pass, exact shielding one by one.
+"""The effect on the loss of closing the gate of a unit.
 
-PIEM + LSPS (Wang), section 3.2: ΔL(u) and ∂L/∂u, with u taken as the unit's gate m at m = 1.
+The gradients of all gates are computed in one pass; exact shielding closes the gates one by one. Source: PIEM + LSPS
+(Wang), section 3.2: ΔL(u) and ∂L/∂u, where u is the unit's gate m at m = 1.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,9 +17,10 @@ Progress = Callable[[float], None]
 
 @dataclass(frozen=True)
 class GateStatistics:
-    """Of one layer's gates, in nats of the mean token loss, float64 on the CPU: ``[kv_groups]`` and ``[channels]``.
+    """Statistics of the gates of one layer: ``[kv_groups]`` and ``[channels]``, float64 on the CPU.
 
-    ``gradient`` is ∂L/∂m, ``curvature`` the empirical Fisher estimate of ∂²L/∂m².
+    ``gradient`` is ∂L/∂m and ``curvature`` the empirical Fisher estimate of ∂²L/∂m², where the loss L is the mean token
+    loss in nats.
     """
 
     kv_group_gradient: Tensor
@@ -28,27 +30,30 @@ class GateStatistics:
 
     @property
     def kv_group_loss_change(self) -> Tensor:
+        """Estimated change of the loss when a KV group is removed, ``[kv_groups]``, in nats."""
         return estimated_loss_change(self.kv_group_gradient, self.kv_group_curvature)
 
     @property
     def channel_loss_change(self) -> Tensor:
+        """Estimated change of the loss when a channel is removed, ``[channels]``, in nats."""
         return estimated_loss_change(self.channel_gradient, self.channel_curvature)
 
 
 def estimated_loss_change(gradient: Tensor, curvature: Tensor) -> Tensor:
-    """ΔL(u) ≈ −g + ½·h: the loss's second-order Taylor expansion from gate 1 to gate 0."""
+    """Return ΔL(u) ≈ −g + ½·h, the second-order Taylor expansion of the loss from gate 1 to gate 0."""
     return -gradient + curvature / 2
 
 
 def gate_statistics(decoder: Decoder, tokens: Tensor, batch_windows: int, progress: Progress) -> list[GateStatistics]:
-    """Gradient and curvature of every gate over ``tokens`` ``[windows, length]``: two forwards and one backward.
+    """Compute the gradient and the curvature of every gate over ``tokens`` ``[windows, length]``.
 
-    Each window has gates of its own, so one backward gives per-window gradients. The loss is summed over tokens, which
-    keeps gradients of order one: they survive float16. Curvature is E over tokens of g², each window's summed gradient
-    standing for its tokens' independent ones.
+    The computation takes two forward passes and one backward pass. Each window has gates of its own, so one backward
+    pass gives the gradients of each window. The loss is summed over tokens, which keeps gradients near 1, so that
+    float16 can represent them. The curvature is the mean over tokens of g²; the summed gradient of a window stands for
+    the independent gradients of its tokens.
 
-    The backward goes layer by layer, each run once more from the hidden states that entered it: peak memory is one
-    layer's activations, not all layers'.
+    The backward pass goes layer by layer and runs each layer again on the hidden states that entered the layer. Peak
+    memory is therefore the activations of one layer, not of all layers.
 
     Raises:
         PruningError: ``loss_not_finite`` when a gradient is NaN or infinite.
@@ -74,7 +79,10 @@ def gate_statistics(decoder: Decoder, tokens: Tensor, batch_windows: int, progre
 
 
 def _gradients_from_the_end(decoder: Decoder, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Per window, the summed loss's gradient by the gates of each layer, last layer first: ``[windows, units]``."""
+    """Yield the gradients of each layer's gates, last layer first: ``[windows, units]`` for both structures.
+
+    The gradient of a window is that of the window's summed loss.
+    """
     captured = decoder.capture(batch)
     upstream: Tensor | None = None
     for index in reversed(range(len(decoder.layers))):
@@ -93,10 +101,10 @@ def _gradients_from_the_end(decoder: Decoder, batch: Tensor) -> Iterator[tuple[T
 
 @torch.no_grad()
 def shielded_loss_change(decoder: Decoder, tokens: Tensor, batch_windows: int, progress: Progress) -> list[Tensor]:
-    """ΔL of every KV group exactly: the mean token loss with its gate closed, less the loss with all gates open.
+    """Compute the exact ΔL of every KV group, ``[kv_groups]`` for each layer, in nats, float64 on the CPU.
 
-    One forward a group, from its layer on: what entered the layer is kept from one full forward. Returns ``[kv_groups]``
-    a layer, float64 on the CPU, in nats.
+    ΔL is the mean token loss with the group's gate closed, less the loss with all gates open. Each group takes one
+    forward pass from its layer on; the hidden states that enter the layer are kept from one full forward pass.
     """
     changes = [torch.zeros(layer.kv_groups, dtype=torch.float64) for layer in decoder.layers]
     count = decoder.predicted(tokens)

@@ -1,7 +1,8 @@
-"""Hidden states streaming layer by layer through the model as it is being cut, and beside it through the model it was.
+"""The layer stream: hidden states pass layer by layer through a model while the model is cut.
 
-A layer is scored on, and fitted to, what the layers cut before it send on, so an error meets every layer after it. Kept
-are one layer's second moments and three rows of hidden states, never the activations of all layers.
+Beside it, the hidden states of the reference model pass through the same layers. Each layer is scored and recovered on
+the output of the layers that were cut before, so an error reaches every later layer. The stream keeps the second
+moments of one layer and three sets of hidden states, never the activations of all layers.
 """
 
 from collections.abc import Iterator
@@ -16,10 +17,11 @@ from secateur.engine.model.decoder import Decoder, Layer, Structure
 
 @dataclass
 class Moments:
-    """Sums over tokens of the inputs x that one expert gives an output projection, in float32 on the model's device.
+    """Sums over tokens of the inputs x of an output projection, for one expert, in float32 on the model's device.
 
-    But for a mixture's channels there is one expert, which has all inputs. Where there is a reference, tokens are weighted by the inverse mean square of its hidden states, which is what the next
-    norm divides by; else every weight is 1.
+    Structures other than the channels of a mixture have one expert, which has all inputs. With a reference, each token
+    has the weight w, the inverse mean square of the reference's hidden states, by which the next norm divides. Without
+    a reference, every weight is 1.
     """
 
     weight: float
@@ -29,43 +31,45 @@ class Moments:
     gram: Tensor
     """Σ w·x·xᵀ, ``[in, in]``."""
     entering: Tensor
-    """Σ w·z² of what enters the structure's input projections, ``[hidden]``, over the tokens that are sent to the expert."""
+    """Σ w·z² of the inputs z of the structure's input projections, ``[hidden]``, over the tokens that are sent to the
+    expert."""
     missing: Tensor | None
-    """Σ w·x·eᵀ, ``[in, hidden]``: e is what hidden states lack of the reference's when this part is left as it is, in equal
-    parts for all experts that the token is sent to."""
+    """Σ w·x·eᵀ, ``[in, hidden]``, or ``None`` without a reference. The error e is the reference's hidden states less
+    the model's hidden states when this structure is left as it is; all experts to which the token is sent have equal
+    shares of e."""
 
     @property
     def mean(self) -> Tensor:
-        """``[in]``."""
+        """Weighted mean of the inputs, ``[in]``."""
         return self.inputs / self.weight
 
     @property
     def covariance(self) -> Tensor:
-        """``[in, in]``."""
+        """Weighted covariance of the inputs, ``[in, in]``."""
         return self.gram / self.weight - torch.outer(self.mean, self.mean)
 
 
 class LayerStream:
-    """``tokens`` ``[windows, length]`` on their way through the layers of ``decoder``.
+    """A pass of ``tokens`` ``[windows, length]`` through the layers of ``decoder``.
 
-    ``reference`` is a model that nothing was cut from, or ``decoder`` itself: its layers are run on the reference's hidden
-    states before they are cut.
+    ``reference`` is a model that nothing was cut from, or ``decoder`` itself, whose layers are then run on the
+    reference's hidden states before the layers are cut.
     """
 
     def __init__(self, decoder: Decoder, tokens: Tensor, batch_windows: int, reference: Decoder | None) -> None:
-        # Unless outputs are added as they are, what the hidden states lack is no target of a projection.
+        # A projection can be fitted to missing hidden states only if its output is added to them without a norm.
         self._decoder, self._reference = decoder, reference if decoder.shape.family.additive else None
         self._entered = [decoder.enter(batch) for batch in tokens.split(batch_windows)]
         self.hidden = [entered.hidden for entered in self._entered]
-        """What enters the next layer, by batch: ``[windows, length, hidden]``."""
+        """The hidden states that enter the next layer, by batch: ``[windows, length, hidden]``."""
         self._targets = {"kv_groups": self.hidden, "channels": self.hidden}
         self._index = -1
 
     @torch.no_grad()
     def layers(self, cut: bool = True) -> Iterator[Layer]:
-        """Each layer in turn, to be cut; then the hidden states pass through what is left of it.
+        """Yield each layer to be cut, and then run the hidden states through the rest of the layer.
 
-        Without ``cut`` the layers stay as they are, and the hidden states those of the reference.
+        With ``cut`` false, the layers are not cut, and the hidden states are those of the reference.
         """
         for index, layer in enumerate(self._decoder.layers):
             self._index = index
@@ -79,8 +83,10 @@ class LayerStream:
 
     @torch.no_grad()
     def moments(self, structure: Structure) -> list[Moments]:
-        """Of this layer's ``structure``, expert by expert, as the layer is now: heads that were cut before channels are asked for
-        are gone."""
+        """Return the moments of this layer's ``structure`` for each expert, for the layer as it is now.
+
+        KV groups that were cut earlier do not count when the moments of the channels are computed.
+        """
         layer = self._decoder.layers[self._index]
         experts, weight = layer.experts(structure), layer.output(structure).weight
         size, hidden_size = weight.shape[1] // experts, weight.shape[0]
@@ -125,7 +131,7 @@ class LayerStream:
         return decoder.run_layer(self._entered[batch], self._index, hidden)
 
     def _run_reference(self, reference: Decoder) -> None:
-        """Targets of this layer: what its attention leaves in the residual stream, and what leaves the layer."""
+        """Run this layer of the reference and keep its hidden states after attention and after the layer."""
         layer, entering = reference.layers[self._index], self._targets["channels"]
         attended: list[Tensor] = []
         hook = layer.attention_output.register_forward_hook(lambda _, args, output: attended.append(output))
@@ -140,24 +146,26 @@ class LayerStream:
 
 
 class _Enough(Exception):
-    """What was wanted of a layer is seen: the rest need not run."""
+    """Raised to stop a layer's forward when all wanted tensors were seen."""
 
 
 @dataclass
 class _Seen:
+    """The tensors that :func:`_seen` records in a layer's forward."""
+
     inputs: Tensor
-    """Of the structure's output projection: ``[windows, length, in]``."""
+    """Inputs of the structure's output projection: ``[windows, length, in]``."""
     output: Tensor
-    """What that makes of them: ``[windows, length, hidden]``."""
+    """Output of the structure's output projection: ``[windows, length, hidden]``."""
     entering: Tensor
-    """The structure's input projections: ``[windows, length, hidden]``."""
+    """Inputs of the structure's input projections: ``[windows, length, hidden]``."""
     attended: Tensor
-    """What attention adds to the residual stream (channels alone): ``[windows, length, hidden]``."""
+    """Output of attention that is added to the hidden states, ``[windows, length, hidden]``; only for channels."""
 
 
 @contextmanager
 def _seen(layer: Layer, structure: Structure) -> Iterator[_Seen]:
-    """Run a layer within this context no further than the structure's output projection, and see what passes it."""
+    """Stop a layer's forward at the structure's output projection in this context, and record its tensors."""
     empty = torch.empty(0)
     seen = _Seen(empty, empty, empty, empty)
 

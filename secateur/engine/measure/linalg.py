@@ -1,4 +1,4 @@
-"""Linear algebra that scorers and fits share."""
+"""Linear algebra that scoring and layer-wise recovery share."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,15 @@ from secateur.contract.errors import ErrorCode, PruningError
 
 
 def damped(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Cholesky factor of gram + λ·mean(diag)·I, and the λ·mean(diag) that it took: more where rounding asks for it.
+    """Return the Cholesky factor of gram + λ·mean(diag)·I, and the added λ·mean(diag).
+
+    λ is ``damping``, or more when rounding errors make the factorization fail.
 
     Raises:
         PruningError: ``loss_not_finite`` when ``gram`` is not finite.
     """
     size = gram.diagonal().mean().clamp_min(1e-12)
-    if not size.isfinite():  # a Gram matrix overflows on its diagonal first; no damping would ever do
+    if not size.isfinite():  # a Gram matrix overflows on its diagonal first; no damping could repair it
         raise PruningError(
             ErrorCode.LOSS_NOT_FINITE,
             "Hidden states overflow in this dtype. Try dtype 'bfloat16' or 'float32'.",

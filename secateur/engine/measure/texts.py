@@ -1,4 +1,4 @@
-"""Text in, windows of tokens out: for calibration and for evaluation."""
+"""Conversion of texts to windows of tokens, for calibration and for evaluation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,28 +28,28 @@ DATASETS: dict[str, tuple[str, str | None, str, str, str]] = {
     "c4": ("allenai/c4", "en", "text", "train", "validation"),
 }
 REVISIONS = {"ptb": "refs/convert/parquet"}
-"""Of data sets whose main branch is a loading script, which ``datasets`` runs no more."""
+"""Revisions of data sets whose main branch is a loading script, which ``datasets`` no longer runs."""
 WHOLE = 65_536
-"""Windows, where no limit is set."""
+"""Number of windows of a text when the request sets no limit."""
 SAMPLED = "sampled from the model"
 TOO_SHORT = {"calibration": ErrorCode.CALIBRATION_TOO_SHORT, "evaluation": ErrorCode.EVALUATION_TOO_SHORT}
 
 
 @dataclass(frozen=True)
 class Windows:
-    """``tokens`` ``[windows, length]`` on the model's device, and where they come from, for the report."""
+    """``tokens`` ``[windows, length]`` on the model's device, and their source, for the report."""
 
     tokens: Tensor
     source: str
 
     def describe(self) -> Text:
-        """For the report."""
+        """Return the report's description of the windows."""
         windows, length = self.tokens.shape
         return Text(source=self.source, windows=windows, sequence_length=length, tokens=windows * length)
 
 
 def batch_windows(tokens: Tensor) -> int:
-    """Windows of ``tokens`` ``[windows, length]`` in one forward or backward pass."""
+    """Return the number of windows of ``tokens`` ``[windows, length]`` in one forward or backward pass."""
     return max(1, BATCH_TOKENS // tokens.shape[1])
 
 
@@ -64,15 +64,17 @@ def read_windows(
     allow_paths: bool = False,
     given: Tensor | None = None,
 ) -> tuple[Windows, Windows]:
-    """Calibration and evaluation windows, disjoint unless the request itself names one text for both.
+    """Read the calibration and evaluation windows, which are disjoint unless the request names one text for both.
 
-    ``given`` are calibration tokens ``[windows, length]`` of the caller's own, in place of a text; they are used as they are.
+    ``given`` are the caller's own calibration tokens ``[windows, length]``, which are used unchanged in place of a
+    text.
 
-    Every window begins with the model's opening (:attr:`Decoder.opening`); the rest of it is text.
+    Every window begins with the model's opening (:attr:`Decoder.opening`), followed by text.
 
-    Calibration takes windows spread at random (by ``seed``) over its text, evaluation its text's first ones. With no text
-    for evaluation, the last fifth of the calibration text is held out for it, if that makes a window. With no text at all,
-    both are sampled from the model (self-generated calibration data, Ji et al. 2024, "Beware of Calibration Data").
+    Calibration uses windows at random places of its text (by ``seed``); evaluation uses the first windows of its text.
+    Without an evaluation text, the last fifth of the calibration text is held out for evaluation if it is long enough
+    for one window. Without any text, the windows of both are sampled from the model (self-generated calibration data,
+    Ji et al. 2024, "Beware of Calibration Data").
 
     Raises:
         PruningError: ``calibration_too_short``, ``evaluation_too_short``, ``text_not_found``, ``text_invalid``,
@@ -130,7 +132,10 @@ def _given_windows(
     progress: Callable[[float], None],
     allow_paths: bool,
 ) -> tuple[Windows, Windows]:
-    """As :func:`read_windows`, with calibration tokens of the caller's own; the last fifth of them is held out where no evaluation text is named."""
+    """Read the windows as :func:`read_windows` does, with the caller's own calibration tokens.
+
+    Without an evaluation text, the last fifth of the tokens is held out for evaluation.
+    """
     tokens = given[:, : decoder.shape.max_positions].to(decoder.device)
     _check_ids(decoder, int(tokens.max()))
     source = f"{len(tokens)} windows of the caller"
@@ -158,12 +163,14 @@ def _given_windows(
 def read_texts(
     decoder: Decoder, evaluation: Evaluation, texts_dir: Path | None, token: str | None, allow_paths: bool = False
 ) -> dict[str, Tensor]:
-    """Of each text of ``evaluation.perplexity`` its windows ``[windows, length]``, one after the other: all, or ``limit``.
+    """Return the windows ``[windows, length]`` of each text of ``evaluation.perplexity``.
 
-    LLM-Pruner's protocol (Ma et al. 2023), which SlimLLM follows: the rows joined by blank lines, windows of 128 tokens.
+    The windows follow one after the other; there are ``limit`` of them, or all without a limit. The protocol is
+    LLM-Pruner's (Ma et al. 2023), which SlimLLM follows: the rows are joined by blank lines and cut into windows of 128
+    tokens.
 
     Raises:
-        PruningError: as :func:`read_windows`.
+        PruningError: the errors of :func:`read_windows`.
     """
     length = min(evaluation.perplexity_length, decoder.shape.max_positions)
     found = {}
@@ -177,7 +184,7 @@ def read_texts(
 
 
 def describe(source: TextSource) -> str:
-    """Where text comes from, for the report and the model card."""
+    """Return a description of the text source for the report and the model card."""
     if source.dataset is not None:
         return Path(source.dataset).name if Path(source.dataset).is_file() else source.dataset
     return f"{len(source.texts)} texts of the request" if source.texts is not None else SAMPLED
@@ -192,7 +199,10 @@ def _stream(
     token: str | None,
     allow_paths: bool,
 ) -> Tensor | None:
-    """The source's tokens in one row, at least ``enough`` where it has them; ``None`` when there is no text."""
+    """Return the tokens of the source in one row, or ``None`` when the source names no text.
+
+    The row has at least about ``enough`` tokens if the source has as many.
+    """
     if source.texts is not None:
         texts = list(source.texts)
     elif source.dataset is None:
@@ -217,7 +227,7 @@ def _check_ids(decoder: Decoder, largest: int) -> None:
 
 
 def _cut(decoder: Decoder, stream: Tensor, length: int, purpose: str) -> Tensor:
-    """Windows ``[windows, length]``, one after the other; each begins with the model's opening."""
+    """Cut ``stream`` into windows ``[windows, length]``, each of which begins with the model's opening."""
     own = length - len(decoder.opening)
     count = len(stream) // own
     if count == 0:
@@ -253,7 +263,10 @@ def _read_file(name: str, purpose: str, texts_dir: Path | None) -> str:
 
 
 def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> list[str]:
-    """Rows of a Hub data set, streamed until there are about ``enough`` tokens (four characters each)."""
+    """Read rows of a Hub data set until they hold about ``enough`` tokens, with a margin: six characters per token.
+
+    A token has about four characters.
+    """
     import datasets
 
     hub_id, _, configuration = name.partition(":")
@@ -262,7 +275,7 @@ def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> li
     )
     if Path(path).suffix == ".txt" or path.startswith(("/", ".")):
         raise PruningError(ErrorCode.TEXT_NOT_FOUND, f"There is no file '{name}'.", field=f"{purpose}.dataset")
-    if Path(path).exists():  # load_dataset would take a folder of that name instead
+    if Path(path).exists():  # load_dataset would read a local folder of that name
         raise PruningError(ErrorCode.TEXT_INVALID, f"'{name}' is no data set on the Hub.", field=f"{purpose}.dataset")
     split = calibration_split if purpose == "calibration" else evaluation_split
     try:
@@ -301,7 +314,10 @@ def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> li
 
 @contextmanager
 def plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """``generate`` fills what its config leaves open (a repetition penalty, say) from the model's own: leave it nothing."""
+    """Give the model an empty generation config while the context lasts.
+
+    ``generate`` fills unset options (for example a repetition penalty) from the model's own generation config.
+    """
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -311,9 +327,9 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def sample_windows(decoder: Decoder, windows: int, length: int, seed: int, progress: Callable[[float], None]) -> Tensor:
-    """Text that the model itself writes, from its first token on, at temperature 1: ``[windows, length]``.
+    """Sample texts ``[windows, length]`` from the model itself, from the first token on, at temperature 1.
 
-    Seeded and apart from the caller's random state. Calibrating on it needs no data at all.
+    Sampling is seeded and leaves the caller's random state unchanged. Calibration on these texts needs no data.
     """
     model, tokenizer = decoder.model, decoder.tokenizer
     start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)

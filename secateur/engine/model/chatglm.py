@@ -1,8 +1,9 @@
-"""ChatGLM from the files of its own repositories; none of their code runs.
+"""ChatGLM models, loaded from the files of their own repositories without running the repositories' code.
 
-The first is our ``chatglm6b``, by the same names. ChatGLM2, ChatGLM3 and GLM-4 are transformers' ``glm``, where weights have
-other names, and query, key and value are one tensor. The tokenizer is a SentencePiece model whose control tokens only that
-code knows, and of the first its signs for white space.
+The first ChatGLM-6B is loaded as our class ``chatglm6b``, whose tensors have the published names. ChatGLM2, ChatGLM3
+and GLM-4 are loaded as transformers' ``glm``; their files give the weights other names and store query, key and value
+as one tensor. The tokenizer is a SentencePiece model. Only the repositories' code knows its control tokens and, for the
+first ChatGLM, its signs for white space, so this module defines both.
 """
 
 import json
@@ -35,7 +36,7 @@ QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 LAYERS, SOURCE_LAYERS = "model.layers.", "transformer.encoder.layers."
 FIRST_LAYERS = "transformer.layers."
 COMPUTED = "rotary_emb.inv_freq"
-"""A tensor of the files that the config says as well."""
+"""Ending of the name of a tensor in the files whose values also follow from the config."""
 
 CONTROL_TOKENS = (
     "[MASK]",
@@ -48,8 +49,9 @@ CONTROL_TOKENS = (
     "<|assistant|>",
     "<|observation|>",
 )
-"""Ids from the SentencePiece vocabulary's end on. ChatGLM's code writes "sop" and "eop": as those, ordinary words would
-hold them ("philosophy"). ChatGLM2 has the first five, and embeddings for all."""
+"""Control tokens whose ids follow the SentencePiece vocabulary. ChatGLM's code writes "sop" and "eop" without brackets;
+as tokens, these strings would match inside ordinary words ("philosophy"). ChatGLM2 has only the first five tokens, but
+has embeddings for all of them."""
 
 FIRST_FILE = "ice_text.model"
 FIRST_CONTROL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
@@ -58,7 +60,7 @@ SIGNS = {
     "\t": "<|tab|>",
     **{" " * count: f"<|blank_{count}|>" for count in range(80, 1, -1)},
 }
-"""What the first ChatGLM writes for white space, in the order in which it looks for it."""
+"""Signs by which the first ChatGLM replaces white space, in the order in which ChatGLM's code replaces it."""
 
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
 """Kinds of SentencePiece pieces."""
@@ -72,10 +74,10 @@ PIECES_A_PROBE = 256
 
 
 def load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
-    """The model, its weights read one tensor of the file at a time.
+    """Load the model; only one tensor of the files is read at a time.
 
     Raises:
-        PruningError: ``weights_missing`` or ``config_invalid``, with the file's name of the tensor.
+        PruningError: ``weights_missing`` or ``config_invalid``; the message has the tensor's name in the file.
     """
     assert source.path is not None and source.config is not None
     first = source.config["model_type"] == ChatGLM6BConfig.model_type
@@ -109,7 +111,7 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _glm_source_name(name: str) -> str:
-    """What the file calls the tensor that ``glm``'s ``name`` is, or is in."""
+    """Return the file's name of the tensor that holds the parameter ``name`` of ``glm``."""
     module, _, kind = name.rpartition(".")
     if not module.startswith(LAYERS):
         return f"{NAMES[module]}.{kind}"
@@ -119,7 +121,11 @@ def _glm_source_name(name: str) -> str:
 
 
 def _fill(parts: list[Tensor], tensor: Tensor, name: str, model_id: str) -> None:
-    """Copy the rows of ``tensor`` into ``parts``, one after the other."""
+    """Copy the rows of ``tensor`` into ``parts``, one part after the other.
+
+    Raises:
+        PruningError: ``config_invalid`` when the shape of ``tensor`` is not the one that the parts need.
+    """
     rows = [len(part) for part in parts]
     wanted = [sum(rows), *parts[0].shape[1:]]
     if list(tensor.shape) != wanted:
@@ -133,11 +139,13 @@ def _fill(parts: list[Tensor], tensor: Tensor, name: str, model_id: str) -> None
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
-    """The tokenizer of ``tokenizer.json``, else one that is built of the SentencePiece model and checked against it.
+    """Load the tokenizer from ``tokenizer.json``, or else build it from the SentencePiece model.
+
+    A tokenizer that is built is checked against the SentencePiece model.
 
     Raises:
-        ValueError: there is neither, the SentencePiece model does something that ``tokenizers`` does not, or its tokens are
-            not the config's.
+        ValueError: both files are missing, the SentencePiece model does something that ``tokenizers`` cannot do, or its
+            tokens differ from the config's.
     """
     assert source.path is not None and source.config is not None
     folder, first = source.path, source.config["model_type"] == ChatGLM6BConfig.model_type
@@ -147,7 +155,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
         kept = ("bos_token", "eos_token", "pad_token", "unk_token", "padding_side", "chat_template")
         named = {key: written[key] for key in kept if isinstance(written.get(key), str)}
         return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **named)
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # the class is created at import
     name = FIRST_FILE if first else "tokenizer.model"
     try:
         proto.ParseFromString((folder / name).read_bytes())
@@ -188,8 +196,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
 
 
 def _add_first_pieces(proto: Any) -> None:
-    """What the first ChatGLM's code adds to its SentencePiece model: control tokens, signs for white space, bytes."""
-    _, tab, *blanks = SIGNS.values()  # the model itself has the first, a line's end
+    """Add the pieces that the first ChatGLM's code adds: control tokens, signs for white space, and bytes."""
+    _, tab, *blanks = SIGNS.values()  # the model already has a piece for the first sign, a line break
     of_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
     added = {CONTROL: FIRST_CONTROL_TOKENS, USER_DEFINED: (tab, *reversed(blanks)), BYTE: of_bytes}
     for kind, pieces in added.items():
@@ -199,7 +207,7 @@ def _add_first_pieces(proto: Any) -> None:
 
 
 def _signed(text: str) -> str:
-    """``text`` as the first ChatGLM gives it to its SentencePiece model."""
+    """Return ``text`` with white space replaced by the signs that the first ChatGLM's SentencePiece model expects."""
     for space, sign in SIGNS.items():
         text = text.replace(space, sign)
     return text
@@ -216,7 +224,7 @@ def _from_sentencepiece(proto: Any, first: bool) -> Tokenizer:
                 unk_token=trained.unk_piece,
                 fuse_unk=True,
                 byte_fallback=trained.byte_fallback,
-                ignore_merges=first,  # signs are pieces that no merge makes
+                ignore_merges=first,  # no merge produces the signs
             )
         )
     else:
@@ -225,7 +233,7 @@ def _from_sentencepiece(proto: Any, first: bool) -> Tokenizer:
     signs = SIGNS if first else {}
     steps: list[normalizers.Normalizer] = [normalizers.Replace(space, sign) for space, sign in signs.items()]
     if normalizer.precompiled_charsmap:
-        # Precompiled takes "\r\n" for one character, which no map has; maps make the same of both.
+        # Precompiled treats "\r\n" as one character, which no map contains; the maps treat "\r" and "\n" alike.
         steps += [normalizers.Replace("\r\n", "\n\n"), normalizers.Precompiled(normalizer.precompiled_charsmap)]
     if normalizer.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -242,14 +250,14 @@ def _from_sentencepiece(proto: Any, first: bool) -> Tokenizer:
         ]
     )
     taken = [piece for piece in proto.pieces if piece.type in (CONTROL, USER_DEFINED)]
-    if first:  # signs come out of the normalizer, which is after tokens are looked for in the text
+    if first:  # the normalizer makes the signs, after added tokens were searched for in the text
         user_defined = "|".join(re.escape(piece.piece) for piece in taken if piece.type == USER_DEFINED)
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(user_defined), "isolated")
         taken = [piece for piece in taken if piece.type == CONTROL]
     tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=piece.type == CONTROL) for piece in taken])
     control, end = (FIRST_CONTROL_TOKENS, "<eop>") if first else (CONTROL_TOKENS, trained.eos_piece)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    # The first ChatGLM reads a text as the context of what it is to write.
+    # The first ChatGLM reads a text as the context of the answer, so the special tokens follow the text.
     single, pair = ("$A [gMASK] <sop>", "$A [gMASK] <sop> $B") if first else ("[gMASK] <sop> $A", "[gMASK] <sop> $A $B")
     tokenizer.post_processor = processors.TemplateProcessing(
         single=single,
@@ -260,7 +268,7 @@ def _from_sentencepiece(proto: Any, first: bool) -> Tokenizer:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Pairs of pieces that make a third, best score first."""
+    """Return the pairs of pieces that together make a third piece, best score first."""
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
     found = [
         (score, piece[:cut], piece[cut:])
@@ -272,7 +280,11 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
 
 
 def _check(tokenizer: Tokenizer, processor: SentencePieceProcessor, proto: Any, first: bool) -> None:
-    """Hold the tokenizer against the SentencePiece model, on text of many kinds and on every piece."""
+    """Check that the tokenizer and the SentencePiece model agree on probe texts of many kinds and on every piece.
+
+    Raises:
+        ValueError: the tokenizer and the SentencePiece model differ.
+    """
     if tokenizer.get_vocab_size() != len(proto.pieces) + (0 if first else len(CONTROL_TOKENS)):
         raise ValueError(
             "the SentencePiece model has a piece of a control token's name: put a tokenizer.json beside it"

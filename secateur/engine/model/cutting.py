@@ -1,4 +1,4 @@
-"""Real removal: a plan becomes smaller tensors. No mask is left behind."""
+"""Tensor cutting: a plan is applied by making the weight tensors smaller; no mask remains in the model."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,14 +11,17 @@ from secateur.engine.model.plan import Plan
 
 
 def apply_plan(decoder: Decoder, plan: Plan) -> None:
-    """Cut every layer in place to the units that ``plan`` keeps, by their index in the model *as it is now*."""
+    """Cut every layer in place to the units that ``plan`` keeps.
+
+    The indices in ``plan`` count the units of the model *as it is now*.
+    """
     for layer, kept in zip(decoder.layers, plan.layers, strict=True):
         cut(layer, "kv_groups", kept.kv_groups)
         cut(layer, "channels", kept.channels)
 
 
 def cut(layer: Layer, structure: Structure, kept: Sequence[int]) -> None:
-    """Cut one structure of a layer in place to the units ``kept``, ascending."""
+    """Cut one structure of a layer in place to the units ``kept``; their indices are ascending."""
     if len(kept) == layer.units(structure):
         return
     output, units = layer.output(structure), layer.units(structure)
@@ -31,9 +34,10 @@ def cut(layer: Layer, structure: Structure, kept: Sequence[int]) -> None:
 
 @contextmanager
 def padded(decoder: Decoder, *, enabled: bool = True) -> Iterator[None]:
-    """Give every layer the widths of the widest one while the context lasts, by units of zeros: the output stays the same.
+    """Pad every layer with zero units to the widths of the widest layer while the context lasts.
 
-    KV groups are filled up further where the stock class does not allow their number. With ``enabled`` false nothing changes.
+    The model's output does not change. KV groups are padded further when the stock class does not allow their number.
+    With ``enabled`` false, nothing changes.
     """
     if not enabled:
         yield
@@ -65,12 +69,12 @@ def _pad(decoder: Decoder) -> None:
 
 
 def expand(units: Tensor, width: int) -> Tensor:
-    """Indices of the rows of blocks of ``width``: ``[units * width]``."""
+    """Return the row indices ``[units * width]`` of the given units, each of which is a block of ``width`` rows."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
 def _fill_up(layer: Layer, structure: Structure, units: int) -> None:
-    """Append units of zeros to those of each expert, until it has ``units``."""
+    """Append zero units to each expert until the expert has ``units`` units of the structure."""
     experts, output = layer.experts(structure), layer.output(structure)
     now = layer.units(structure) // experts
 

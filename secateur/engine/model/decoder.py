@@ -1,4 +1,4 @@
-"""A loaded model seen as a stack of prunable decoder layers, whatever its family."""
+"""A loaded model of any family, presented as a stack of prunable decoder layers."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,10 +21,11 @@ STRUCTURES: tuple[Structure, Structure] = ("kv_groups", "channels")
 
 
 class Layer:
-    """One decoder layer: its module, the projections that pruning cuts, and its widths now.
+    """One decoder layer: its module, the projections that pruning cuts, and its current widths.
 
-    Its two parts, heads and channels, have the same make: input projections with rows for each unit, and an output
-    projection with columns for it. A mixture's channels are those of its experts, one after the other.
+    Both structures, ``kv_groups`` and ``channels``, have the same form: input projections with rows for each unit, and
+    an output projection with columns for each unit. In a mixture of experts, the channels of all experts stand one
+    after the other.
     """
 
     def __init__(self, module: nn.Module, family: Family, head_dim: int, heads_per_group: int) -> None:
@@ -33,10 +34,14 @@ class Layer:
         self.head_dim = head_dim
         self.heads_per_group = heads_per_group
         self.mixture: Experts | None = None
-        """Its experts, where it has any."""
+        """The layer's experts, or ``None`` in a layer without a mixture of experts."""
 
     def take_apart(self, shape: LayerShape, hidden_size: int) -> None:
-        """Make of the module's fused projections one for each part, and its config its own where it keeps widths there."""
+        """Replace each fused module by one projection per part, and copy the module's config where it holds widths.
+
+        ``shape`` has the layer's widths; ``hidden_size`` is the model's. The copied config lets the layer have widths
+        of its own.
+        """
         rows = {self.family.query: shape.attention_width}
         rows |= dict.fromkeys((self.family.key, self.family.value), shape.kv_groups * shape.head_dim)
         rows |= dict.fromkeys(self.family.channel_inputs, shape.channels_per_expert)
@@ -57,7 +62,7 @@ class Layer:
                 holder.config = copy.copy(holder.config)
 
     def tell_sizes(self) -> None:
-        """Set the attributes from which the module's forward takes its widths."""
+        """Set the attributes from which the module's forward reads its widths."""
         for path, size in self.family.sizes.items():
             owner, _, attribute = path.rpartition(".")
             setattr(attrgetter(owner)(self.module), attribute, getattr(self.shape, size))
@@ -69,17 +74,17 @@ class Layer:
 
     @property
     def attention_output(self) -> nn.Linear:
-        """Its input is the heads' outputs side by side: ``[..., heads * head_dim]``."""
+        """Attention output projection; its input ``[..., heads * head_dim]`` holds the heads' outputs side by side."""
         return self[self.family.attention_output]
 
     @property
     def channel_output(self) -> nn.Linear:
-        """Its input is the channels' activations: ``[..., channels]``."""
+        """The channels' output projection; its input ``[..., channels]`` holds the channels' activations."""
         return self[self.family.channel_output]
 
     @property
     def group_width(self) -> int:
-        """Inputs of the attention output projection that belong to one KV group."""
+        """Number of inputs of the attention output projection that belong to one KV group."""
         return self.heads_per_group * self.head_dim
 
     @property
@@ -91,20 +96,20 @@ class Layer:
         return self.channel_output.in_features
 
     def experts(self, structure: Structure) -> int:
-        """Of so many experts are the part's units, an equal share of each."""
+        """Return the number of experts that share this structure's units; each expert holds the same number."""
         return self.mixture.count if structure == "channels" and self.mixture is not None else 1
 
     def inputs(self, structure: Structure) -> list[nn.Linear]:
-        """The structure's input projections: query, key and value, or those of the channels."""
+        """Return the structure's input projections: query, key and value, or the channels' input projections."""
         names = self.family.attention_inputs if structure == "kv_groups" else self.family.channel_inputs
         return [self[name] for name in names]
 
     def output(self, structure: Structure) -> nn.Linear:
-        """The structure's output projection."""
+        """Return the structure's output projection."""
         return self.attention_output if structure == "kv_groups" else self.channel_output
 
     def width(self, structure: Structure) -> int:
-        """Inputs of the output projection that belong to one unit."""
+        """Return the number of inputs of the structure's output projection that belong to one unit."""
         return self.group_width if structure == "kv_groups" else 1
 
     def units(self, structure: Structure) -> int:
@@ -118,9 +123,10 @@ class Layer:
 
 
 class Decoder:
-    """The model, its tokenizer and its layers. ``shape`` is that of the *source*; layers tell their widths now.
+    """A model, its tokenizer and its decoder layers.
 
-    Modules of the model that compute several projections are replaced by :class:`secateur.engine.model.fused.Fused` and
+    ``shape`` holds the sizes of the *source* model; the layers hold their current widths. Modules of the model that
+    compute several projections are replaced by :class:`secateur.engine.model.fused.Fused` and
     :class:`secateur.engine.model.experts.Experts`.
     """
 
@@ -130,9 +136,11 @@ class Decoder:
         self.shape = shape
         opening = tokenizer("")["input_ids"] if shape.family.opened else []
         self.opening = torch.tensor(opening, dtype=torch.long)
-        """Ids ``[opening]`` that every window begins with: what the tokenizer puts before a text, where the family needs it."""
+        """Token ids ``[opening]`` with which every window begins: the special tokens that the tokenizer puts before a
+        text. They are empty unless the model's family needs them."""
         self.read_share = 0.0
-        """Of a window that is measured, the share that is read first, and not predicted: a dynamic model's prompt."""
+        """Share of every measured window that a dynamic model reads first as its prompt; these tokens are not
+        predicted."""
         modules = model.get_submodule(shape.family.layers)
         assert isinstance(modules, nn.ModuleList)
         first = shape.layers[0]
@@ -146,17 +154,17 @@ class Decoder:
 
     @property
     def widths(self) -> list[LayerShape]:
-        """Of all layers, now."""
+        """The current widths of all layers."""
         return [layer.shape for layer in self.layers]
 
     @property
     def prunable_parameters(self) -> int:
-        """Parameters in the projections of all layers, by their widths now."""
+        """Number of parameters in the projections of all layers, computed from their current widths."""
         return sum(self.shape.layer_parameters(widths) for widths in self.widths)
 
     @property
     def projection_parameters(self) -> int:
-        """Counted in the projections themselves: biases that a recovery added are among them."""
+        """Number of parameters in the projections' tensors; biases that a recovery added are included."""
         return sum(
             parameter.numel()
             for layer in self.layers
@@ -166,7 +174,10 @@ class Decoder:
 
     @contextmanager
     def routed(self) -> Iterator[None]:
-        """While the context lasts experts run on the tokens sent to them alone, which costs what the published model costs."""
+        """Run each expert only on the tokens that the router sends to it, while the context lasts.
+
+        The computation then costs as much as that of the published model.
+        """
         mixtures = [layer.mixture for layer in self.layers if layer.mixture is not None]
         for mixture in mixtures:
             mixture.routed = True
@@ -178,17 +189,17 @@ class Decoder:
 
     @property
     def reached_ratio(self) -> float:
-        """Share of the source's prunable parameters that is gone."""
+        """Share of the source's prunable parameters that was removed."""
         return 1 - self.prunable_parameters / self.shape.prunable_parameters
 
     @property
     def parameters(self) -> int:
-        """All parameters; tied ones count once."""
+        """Number of all parameters of the model; tied parameters count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @torch.no_grad()
     def capture(self, tokens: Tensor) -> "Captured":
-        """Run ``tokens`` ``[windows, length]`` and keep what entered each layer."""
+        """Run ``tokens`` ``[windows, length]`` and return the inputs of every layer."""
         captured = Captured([], [])
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -206,7 +217,10 @@ class Decoder:
 
     @torch.no_grad()
     def enter(self, tokens: Tensor) -> "Entered":
-        """What enters the first layer for ``tokens`` ``[windows, length]``, and the arguments of every layer. Runs no layer."""
+        """Return what enters the first layer for ``tokens`` ``[windows, length]``, and every layer's other arguments.
+
+        No layer is run.
+        """
         entered = Entered(torch.empty(0), [])
 
         def record(hidden: Tensor, arguments: Arguments) -> Tensor:
@@ -219,13 +233,13 @@ class Decoder:
         return entered
 
     def run_layer(self, captured: "Captured | Entered", index: int, hidden: Tensor) -> Tensor:
-        """What leaves layer ``index`` when ``hidden`` ``[windows, length, hidden]`` enters it."""
+        """Return the output of layer ``index`` for the hidden states ``hidden`` ``[windows, length, hidden]``."""
         arguments = captured.arguments[index]
         output = self.layers[index].module(hidden, *arguments.others, **arguments.named)
         return output[0] if isinstance(output, tuple) else output
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits ``[windows, length, vocabulary]`` that the model makes of what leaves the last layer."""
+        """Return the logits ``[windows, length, vocabulary]`` for ``hidden``, the output of the last layer."""
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with self._layers_replaced(lambda entering, arguments: hidden):
             logits: Tensor = self.model(tokens, use_cache=False).logits
@@ -245,28 +259,31 @@ class Decoder:
                 layers[index] = layer
 
     def losses(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """Next-token losses ``[windows, predicted]`` of windows ``tokens`` ``[windows, length]``, as :func:`token_losses`.
+        """Return the next-token losses ``[windows, predicted]`` of the windows ``tokens`` ``[windows, length]``.
 
-        Of their opening no token is predicted.
+        :func:`token_losses` computes the losses. The tokens of a window's opening are not predicted.
         """
         start = max(len(self.opening) - 1, 0)
         return token_losses(logits[:, start:], tokens[:, start:])
 
     def window_losses(self, tokens: Tensor) -> Tensor:
-        """Next-token losses ``[windows, predicted]`` of windows ``tokens`` ``[windows, length]``, of what is not read first."""
+        """Return the next-token losses ``[windows, predicted]`` of the windows ``tokens`` ``[windows, length]``.
+
+        Tokens that are read first (see ``read_share``) have no loss.
+        """
         losses = self.losses(self.model(tokens, use_cache=False).logits, tokens)
         return losses[:, -(tokens.shape[1] - self.read_tokens(tokens)) :] if self.read_share else losses
 
     def read_tokens(self, tokens: Tensor) -> int:
-        """How many tokens of each of the windows ``[windows, length]`` are read first."""
+        """Return how many tokens of each window in ``tokens`` ``[windows, length]`` are read first."""
         return max(int(tokens.shape[1] * self.read_share), len(self.opening), 1)
 
     def predicted(self, tokens: Tensor) -> int:
-        """How many losses the windows ``tokens`` ``[windows, length]`` have."""
+        """Return how many losses the windows ``tokens`` ``[windows, length]`` have together."""
         return len(tokens) * (tokens.shape[1] - max(len(self.opening), 1))
 
     def resume(self, captured: "Captured", start: int, hidden: Tensor) -> Tensor:
-        """Logits ``[windows, length, vocabulary]`` from ``hidden`` entering layer ``start``."""
+        """Return the logits ``[windows, length, vocabulary]`` when ``hidden`` enters layer ``start``."""
         for index in range(start, len(self.layers)):
             hidden = self.run_layer(captured, index, hidden)
         return self.head(hidden)
@@ -274,7 +291,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a layer is called with beside the hidden states, by place and by name: masks, rotary embeddings."""
+    """The arguments of a layer beside the hidden states, by position and by name: masks, rotary embeddings."""
 
     others: tuple[Any, ...]
     named: dict[str, Any]
@@ -282,7 +299,7 @@ class Arguments:
 
 @dataclass
 class Entered:
-    """Hidden states ``[windows, length, hidden]`` entering the first layer, and every layer's other arguments."""
+    """Hidden states ``[windows, length, hidden]`` that enter the first layer, and every layer's other arguments."""
 
     hidden: Tensor
     arguments: list[Arguments]
@@ -290,14 +307,14 @@ class Entered:
 
 @dataclass
 class Captured:
-    """Hidden states ``[windows, length, hidden]`` entering each layer, and its other arguments."""
+    """Hidden states ``[windows, length, hidden]`` that enter each layer, and every layer's other arguments."""
 
     inputs: list[Tensor]
     arguments: list[Arguments]
 
 
 class _StandIn(nn.Module):
-    """In a layer's place: what leaves it is told by ``replaced``, given what it is called with."""
+    """A module in place of a layer, which calls ``replaced`` with the layer's arguments and returns the result."""
 
     def __init__(self, layer: nn.Module, replaced: Callable[[Tensor, Arguments], Tensor]) -> None:
         super().__init__()
@@ -307,7 +324,7 @@ class _StandIn(nn.Module):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # models ask their layers what kind they are
+        except AttributeError:  # models read attributes of their layers, such as the attention type
             return getattr(super().__getattr__("layer"), name)
 
     def forward(self, hidden_states: Tensor, *others: Any, **named: Any) -> Tensor:
@@ -316,10 +333,11 @@ class _StandIn(nn.Module):
 
 @contextmanager
 def gated(layer: Layer, kv_groups: Tensor | None = None, channels: Tensor | None = None) -> Iterator[None]:
-    """Multiply each unit's output by its gate while the context lasts.
+    """Multiply the output of each unit by its gate while the context lasts.
 
-    ``kv_groups`` is ``[windows, kv_groups]``, ``channels`` ``[windows, channels]``; one row for all windows broadcasts.
-    Gate 1 leaves a unit alone, gate 0 shields it, and the loss's gradient with respect to a gate is PIEM's ∂L/∂u.
+    ``kv_groups`` is ``[windows, kv_groups]`` and ``channels`` is ``[windows, channels]``; a single row is broadcast to
+    all windows. Gate 1 leaves a unit unchanged and gate 0 sets it to zero. The gradient of the loss with respect to a
+    gate is ∂L/∂u of PIEM.
     """
     gates: Mapping[nn.Linear, Tensor | None] = {
         layer.attention_output: None if kv_groups is None else kv_groups.repeat_interleave(layer.group_width, dim=1),
@@ -338,23 +356,28 @@ def gated(layer: Layer, kv_groups: Tensor | None = None, channels: Tensor | None
 
 
 def _times(inputs: Tensor, gate: Tensor) -> Tensor:
-    """``gate`` ``[windows, in]`` or ``[1, in]`` times ``inputs`` ``[windows, length, in]``, also where a layer calls its
-    projections with ``[windows * length, in]``."""
+    """Multiply ``inputs`` ``[windows, length, in]`` by ``gate`` ``[windows, in]`` or ``[1, in]``.
+
+    ``inputs`` may also be ``[windows * length, in]``, as some layers call their projections.
+    """
     return (inputs.reshape(len(gate), -1, gate.shape[1]) * gate[:, None]).view_as(inputs)
 
 
 def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Next-token cross-entropy in nats, ``[windows, length - 1]``, in float32 or better whatever the model's dtype."""
+    """Return the next-token cross-entropy ``[windows, length - 1]`` in nats.
+
+    The computation is in float32 or better, whatever the model's dtype.
+    """
     precise = logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     flat = nn.functional.cross_entropy(precise, tokens[:, 1:].flatten(), reduction="none")
     return flat.view(tokens.shape[0], -1)
 
 
 def check_gradients(gradients: Iterable[Tensor]) -> None:
-    """Refuse what no score can be made of.
+    """Check that all gradients are finite, because no score can be computed from others.
 
     Raises:
-        PruningError: ``loss_not_finite`` when one is NaN or infinite.
+        PruningError: ``loss_not_finite`` when a gradient is NaN or infinite.
     """
     if not all(torch.isfinite(gradient).all() for gradient in gradients):
         raise PruningError(

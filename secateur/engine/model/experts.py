@@ -1,4 +1,4 @@
-"""A mixture's experts as three projections, so that what scores and mends a gated feed-forward part does so with them."""
+"""A mixture of experts as three linear projections, scored and recovered like a gated feed-forward block."""
 
 from typing import Any
 
@@ -7,15 +7,18 @@ from torch import Tensor, nn
 
 
 class Experts(nn.Module):
-    """A stock module of experts as linear maps on which all experts lie side by side: ``gate``, ``up`` and ``down``.
+    """A module of experts as the linear maps ``gate``, ``up`` and ``down``, in which all experts stand side by side.
 
-    What the experts give a token, Σ_e r_e·W_e·a_e, is linear in the inputs r_e·a_e put one after the other: zero where the
-    router sends the token elsewhere. In a state dict it is the module that it was.
+    The output of the experts for a token, Σ_e r_e·W_e·a_e, is linear in the concatenated inputs r_e·a_e. These inputs
+    are zero for the experts to which the router does not send the token. The state dict is that of the stock module.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """``module``: with ``gate_up_proj`` ``[experts, 2 * channels, hidden]``, ``down_proj`` ``[experts, hidden, channels]``
-        and ``act_fn``."""
+        """Take the projections from the stock ``module``.
+
+        ``module`` has ``gate_up_proj`` ``[experts, 2 * channels, hidden]``, ``down_proj`` ``[experts, hidden,
+        channels]`` and ``act_fn``.
+        """
         super().__init__()
         gate_up, down = module.gate_up_proj, module.down_proj
         assert isinstance(gate_up, Tensor) and isinstance(down, Tensor) and isinstance(module.act_fn, nn.Module)
@@ -25,11 +28,16 @@ class Experts(nn.Module):
         self.gate, self.up = _linear(gate, gate_up.requires_grad), _linear(up, gate_up.requires_grad)
         self.down = _linear(down.detach().transpose(0, 1).flatten(1), down.requires_grad)
         self.routed = False
-        """Whether an expert runs on the tokens sent to it alone, its projections not called as modules: what they see or add
-        is left out then."""
+        """Whether each expert runs only on the tokens that the router sends to it. The projections are then not
+        called as modules, so hooks on the projections do not run, and nothing that hooks or wrapping modules add
+        takes effect."""
 
     def forward(self, hidden: Tensor, sent_to: Tensor, weights: Tensor) -> Tensor:
-        """``hidden`` ``[tokens, hidden]``; the experts that each token is sent to, and what they count: ``[tokens, k]``."""
+        """Return the weighted sum of the experts' outputs ``[tokens, hidden]``.
+
+        ``hidden`` is ``[tokens, hidden]``; ``sent_to`` ``[tokens, k]`` holds the experts to which each token is sent,
+        and ``weights`` ``[tokens, k]`` their weights.
+        """
         if self.routed:
             return self._on_own_tokens(hidden, sent_to, weights)
         routing = hidden.new_zeros(len(hidden), self.count).scatter(1, sent_to, weights.to(hidden.dtype))
@@ -49,7 +57,7 @@ class Experts(nn.Module):
         return given
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """As ``nn.Module`` has it, of the module that this one stands for."""
+        """Return the state dict of the stock module that this module replaces; arguments as in ``nn.Module``."""
         found = {} if destination is None else destination
         gate, up, down = (weight if keep_vars else weight.detach() for weight in self.stacked())
         found[f"{prefix}gate_up_proj"] = torch.cat([gate, up], 1)
@@ -57,7 +65,7 @@ class Experts(nn.Module):
         return found
 
     def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate and up ``[experts, channels, hidden]``, down ``[experts, hidden, channels]``."""
+        """Return gate and up ``[experts, channels, hidden]``, and down ``[experts, hidden, channels]``."""
         gate, up = (linear.weight.unflatten(0, (self.count, -1)) for linear in (self.gate, self.up))
         return gate, up, self.down.weight.unflatten(1, (self.count, -1)).transpose(0, 1)
 

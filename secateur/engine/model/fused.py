@@ -1,4 +1,4 @@
-"""One module of a stock layer as the projections that it computes side by side, so that each can be cut by itself."""
+"""A module of a stock layer that computes several projections, split so that each projection can be cut alone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,15 +9,17 @@ from transformers.pytorch_utils import Conv1D
 
 
 class Fused(nn.Module):
-    """A linear module taken apart by rows: an ``nn.Linear`` for each of ``rows``, their outputs side by side again.
+    """A linear module that is split by rows into one ``nn.Linear`` for each entry of ``rows``.
 
-    In a state dict it is the one module that it was.
+    The outputs are joined in the original order, and the state dict is that of the original module.
     """
 
     def __init__(self, module: nn.Linear | Conv1D, rows: Mapping[str, int], block: int | None = None) -> None:
-        """``rows``: output features by name, in the module's order; together they are all it has.
+        """Split ``module`` into parts.
 
-        With ``block`` the parts take turns: so many rows of each, then as many more.
+        ``rows`` maps the name of each part to its number of output features, in the module's order; together the parts
+        have all output features of ``module``. With ``block``, the parts alternate: ``block`` rows of each part, then
+        the next ``block`` rows of each.
         """
         super().__init__()
         self._block = block
@@ -36,7 +38,7 @@ class Fused(nn.Module):
         return self._join([part(hidden) for part in self.children()], hidden.dim() - 1)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """As ``nn.Module`` has it, of the module that this one stands for."""
+        """Return the state dict of the stock module that this module replaces; arguments as in ``nn.Module``."""
         found = {} if destination is None else destination
         for kind in ("weight", "bias"):
             tensors = [tensor for part in self.children() if (tensor := getattr(part, kind)) is not None]
@@ -46,14 +48,14 @@ class Fused(nn.Module):
         return found
 
     def _split(self, tensor: Tensor, sizes: list[int]) -> list[Tensor]:
-        """The parts' own rows of a weight or bias."""
+        """Split a weight or bias into the rows of each part."""
         if self._block is None:
             return [part.clone(memory_format=torch.contiguous_format) for part in tensor.split(sizes)]
         turns = tensor.unflatten(0, (-1, len(sizes), self._block))
         return [turns[:, index].flatten(0, 1) for index in range(len(sizes))]
 
     def _join(self, tensors: Sequence[Tensor], dim: int) -> Tensor:
-        """The parts' rows along ``dim`` as the module has them."""
+        """Join the rows of the parts along ``dim`` in the order of the original module."""
         if self._block is None:
             return torch.cat(tuple(tensors), dim)
         blocks = [tensor.unflatten(dim, (-1, self._block)) for tensor in tensors]

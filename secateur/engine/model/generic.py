@@ -1,7 +1,7 @@
-"""Models of a family that nobody wrote an adapter for, but built like Llama: found out from their modules, then verified.
+"""Support for Llama-like models without an adapter: their projections are found by name and then verified.
 
-Needed are decoder layers that are all alike, query, key, value and output projections by one of their usual names, and a
-gated or plain feed-forward part; everything else in a layer must be a norm that does not span heads or channels.
+All decoder layers must be alike. A layer needs query, key, value and output projections with one of the usual names,
+and a gated or plain feed-forward block. Everything else in a layer must be a norm that does not span heads or channels.
 """
 
 from collections.abc import Mapping
@@ -23,20 +23,20 @@ QUERY, KEY, VALUE = (
     for name, long in zip("qkv", ("query", "key", "value"), strict=True)
 )
 OUTPUT = {"o_proj", "out_proj", "dense", "wo", "o", "c_proj", "output"}
-"""Names of modules, the last part of them."""
+"""Usual names of the four attention projections; a name is the last part of a module's path."""
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
-"""Attributes in which attention modules keep their numbers of heads."""
+"""Attributes in which attention modules keep their numbers of heads and of KV heads."""
 TOKENS = 24
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Of logits, relative to the largest."""
+"""Largest allowed difference of logits, relative to the largest logit."""
 
 
 def sizes_of(source: ModelSource) -> ModelShape:
-    """Sizes of a model on this machine: by its family's adapter, or by what its modules are.
+    """Return the sizes of a local model, from its family's adapter or else from its modules.
 
     Raises:
-        PruningError: ``unsupported_architecture`` with the reason, ``config_invalid``.
+        PruningError: ``unsupported_architecture`` with the reason, or ``config_invalid``.
     """
     assert source.config is not None
     return read_shape(source) if family_of(source.config) else _discover(source.config)
@@ -47,7 +47,7 @@ def _discover(config: Mapping[str, Any]) -> ModelShape:
         loaded = AutoConfig.for_model(**config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(loaded)
-    except Exception as error:  # whatever their constructors raise
+    except Exception as error:  # the constructors may raise any exception
         _refuse(
             config,
             f"transformers cannot build it ({str(error).strip().splitlines()[0][:200] if str(error) else error!r})",
@@ -85,7 +85,7 @@ def _discover(config: Mapping[str, Any]) -> ModelShape:
         sizes=sizes,
         stock_heads=lambda config: "divisors",
     )
-    # What config.json does not say is what the config's class assumes.
+    # Keys that are missing in config.json have the defaults of the config's class.
     shape = shape_of(
         family, {**loaded.to_dict(), **config, "head_dim": head_dim, "tie_word_embeddings": loaded.tie_word_embeddings}
     )
@@ -118,7 +118,13 @@ def _named(linears: Mapping[str, nn.Linear], names: set[str], config: Mapping[st
 
 
 def _check_rest(layer: nn.Module, linears: Mapping[str, nn.Linear], sizes: set[int], config: Mapping[str, Any]) -> None:
-    """Beside projections there may be vectors over hidden states or over one head: they stay whole."""
+    """Check that all other parameters of the layer are vectors over hidden states or over one head.
+
+    Pruning leaves such vectors whole.
+
+    Raises:
+        PruningError: ``unsupported_architecture`` when a parameter has another shape.
+    """
     for path, parameter in layer.named_parameters():
         if path.rpartition(".")[0] not in linears and (parameter.dim() > 1 or parameter.numel() not in sizes):
             _refuse(config, f"its layers have a tensor {path} of shape {list(parameter.shape)}")
@@ -135,8 +141,10 @@ def _refuse(config: Mapping[str, Any], reason: str) -> NoReturn:
 
 @torch.no_grad()
 def verify(decoder: Decoder) -> None:
-    """Hold a model against what was found out: in the first, a middle and the last layer, cutting units must give what
-    shielding them does, and what leaves the last layer must give the logits.
+    """Verify a model without an adapter, whose projections were found by name.
+
+    In the first, a middle and the last layer, cutting units must give the same output as setting them to zero. The
+    logits must be computed from the output of the last layer.
 
     Raises:
         PruningError: ``unsupported_architecture``.
@@ -159,7 +167,7 @@ def verify(decoder: Decoder) -> None:
         ValueError,
         IndexError,
         AttributeError,
-    ) as error:  # what a wrong cut makes of a forward
+    ) as error:  # a forward after a wrong cut may raise any of these
         if isinstance(error, torch.OutOfMemoryError):
             raise
         _refuse(config, f"it does not run when it is cut ({str(error).strip().splitlines()[0][:200]})")

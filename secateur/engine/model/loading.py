@@ -1,4 +1,4 @@
-"""From a located model to one in memory that is known to be sound."""
+"""Downloading, loading and checking of models: from a located source to a sound model in memory."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.generic import sizes_of, verify
 from secateur.engine.model.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM
 
-# Not every *.safetensors: some repositories hold the model a second time under other names.
+# The pattern is not *.safetensors, because some repositories hold a second copy of the model under other names.
 HUB_FILES = [
     "model*.safetensors",
     "*.json",
@@ -42,9 +42,10 @@ HUB_FILES = [
 def download(
     source: ModelSource, token: str | None, endpoint: str | None, told: Callable[[int, int], None]
 ) -> ModelSource:
-    """The source with its files on this machine (the Hub cache keeps what was downloaded before).
+    """Download the files of a source and return the source with its local path.
 
-    ``told`` gets the bytes that are here, and those of all files that are known so far.
+    The Hub cache keeps files that were downloaded before. ``told`` is called with the number of bytes that are on this
+    machine, and with the number of bytes of all files that are known so far.
 
     Raises:
         PruningError: ``hub_unavailable`` (retryable), ``weights_missing``, ``weights_corrupt``, ``config_invalid``.
@@ -71,7 +72,7 @@ def download(
 
 
 def _bar(told: Callable[[int, int], None]) -> type[tqdm]:
-    """The progress bar that ``snapshot_download`` counts bytes with: it shows nothing, and tells what it knows."""
+    """Return a progress bar class for ``snapshot_download`` that shows nothing and reports bytes to ``told``."""
 
     class Bar(tqdm):
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -91,11 +92,11 @@ def _bar(told: Callable[[int, int], None]) -> type[tqdm]:
 def load(source: ModelSource, dtype: str, device: torch.device, max_parameters: int | None = None) -> Decoder:
     """Load a downloaded model, frozen and in evaluation mode.
 
-    ``dtype`` ``auto`` is :attr:`ModelSource.dtype`.
+    With ``dtype`` ``auto``, the model has the dtype :attr:`ModelSource.dtype`.
 
     Raises:
-        PruningError: ``model_too_large``, ``unsupported_architecture``, ``config_invalid``, ``weights_missing``, ``weights_corrupt``,
-            ``weights_not_finite``, ``tokenizer_missing``.
+        PruningError: ``model_too_large``, ``unsupported_architecture``, ``config_invalid``, ``weights_missing``,
+            ``weights_corrupt``, ``weights_not_finite``, ``tokenizer_missing``.
     """
     assert source.path is not None
     transformers_logging.disable_progress_bar()
@@ -111,11 +112,14 @@ def load(source: ModelSource, dtype: str, device: torch.device, max_parameters: 
 def describe_loaded(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, with_weights: bool
 ) -> ModelSource:
-    """Write what files a loaded model would have had into ``folder``: config and tokenizer, and weights if it is loaded again later.
+    """Write the files of a loaded model into ``folder`` and return them as a source.
+
+    The files are the config and the tokenizer and, ``with_weights``, the weights, which are needed to load the model
+    again.
 
     Raises:
-        PruningError: ``unsupported_architecture``, ``weights_quantized``, ``config_invalid``, ``weights_missing`` for weights that
-            are not in memory.
+        PruningError: ``unsupported_architecture``, ``weights_quantized``, ``config_invalid``; ``weights_missing`` when
+            weights are not in memory.
     """
     name = str(model.config.name_or_path or type(model).__name__)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -142,7 +146,7 @@ def describe_loaded(
 
 
 def adopt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> Decoder:
-    """A loaded model as it is pruned, in place: frozen, and in evaluation mode.
+    """Return a decoder over a loaded model, which is frozen, set to evaluation mode and pruned in place.
 
     Raises:
         PruningError: ``unsupported_architecture``, ``config_invalid``, ``weights_not_finite``.
@@ -162,7 +166,7 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.path, gguf_file=source.gguf_file, trust_remote_code=False
         )
-    except Exception as error:  # the loaders raise whatever their parsers raise
+    except Exception as error:  # the loaders pass on any exception of their parsers
         raise PruningError(
             ErrorCode.TOKENIZER_MISSING,
             f"The tokenizer of {source.model_id} cannot be loaded: {error}",
@@ -177,22 +181,22 @@ def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel
         if source.chatglm:
             return chatglm.load_model(source, torch_dtype)
         assert source.config is not None
-        # Ours is not registered with AutoModel, which would then take it for the pruned models' own as well.
+        # Our class is not registered with AutoModel, which would then also load pruned models with it.
         own = source.config["model_type"] == ChatGLM6BConfig.model_type
         model, info = (ChatGLM6BForCausalLM if own else AutoModelForCausalLM).from_pretrained(
             source.path,
             gguf_file=source.gguf_file,
-            # Where transformers has kernels for them, weights would stay packed: they could not be scored or cut.
+            # Without dequantize, transformers may keep weights packed, which can be neither scored nor cut.
             quantization_config=GgufConfig(dequantize=True) if source.gguf_file else None,
             dtype=torch_dtype,
             use_safetensors=None if source.gguf_file else True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # reported below by name, where transformers would only print a table
+            ignore_mismatched_sizes=True,  # reported below by name; transformers would only print a table
             output_loading_info=True,
         )
     except (MemoryError, PruningError):
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # the loaders pass on any exception of their parsers
         if isinstance(error, torch.OutOfMemoryError):
             raise
         corrupt = isinstance(error, SafetensorError | OSError)
@@ -226,7 +230,13 @@ def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel
 
 
 def _check_experts(source: ModelSource, count: int) -> None:
-    """Name the tensor that is wrong, where loading would tell of those that experts are put together in."""
+    """Check the stored tensors of all experts, so that an error names the tensor in the file.
+
+    Loading would name only the tensors into which the experts' tensors are joined.
+
+    Raises:
+        PruningError: ``weights_missing`` or ``config_invalid``.
+    """
     assert source.path is not None
     stored: dict[tuple[str, str], dict[int, list[int]]] = defaultdict(dict)
     for file in sorted(set(check_weight_files(source.model_id, source.path).values())):

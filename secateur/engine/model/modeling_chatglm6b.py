@@ -1,11 +1,14 @@
-"""ChatGLM-6B for today's transformers, batch first and with its caches; the weights have the names they were published under.
+"""ChatGLM-6B for current transformers, batch first and with caches; the weights have their published names.
 
-Needs transformers alone, 4.57 or 5. Source: "GLM: General Language Model Pretraining with Autoregressive Blank Infilling"
-(Du et al. 2022), section 2, and the modeling file of zai-org/chatglm-6b, of whose last revision this is the function.
+The file needs only transformers, 4.57 or 5. Source: "GLM: General Language Model Pretraining with Autoregressive Blank
+Infilling" (Du et al. 2022), section 2, and the modeling file of zai-org/chatglm-6b; this file computes the same
+function as the last revision of that file.
 
-A text is a context, read in both directions, then the beginning-of-sequence token and what follows it, read from left to
-right. Each token has two positions: one in the context, where all that follows stands at the mask that it fills in; and one
-within what follows, 0 in the context.
+A text consists of a context, the beginning-of-sequence token, and an answer. Tokens of the context see each other in
+both directions; the beginning-of-sequence token and the answer are read from left to right. Each token has two
+positions. The first is the position in the context; for all tokens after the context it is the position of the mask
+that the answer fills in. The second counts the tokens from the beginning-of-sequence token on; for tokens of the
+context it is 0.
 """
 
 from typing import Any
@@ -17,12 +20,16 @@ from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig,
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 DEPTH = 28
-"""What residual connections are scaled by: the published code never tells its layers another depth."""
+"""Number of layers from which the scale of residual connections follows. The published code never gives its layers
+another number."""
 ROPE_BASE = 10000
 
 
 class ChatGLM6BConfig(PretrainedConfig):
-    """A head has a multiple of 4 features: each half of a head has a rotation of its own, in pairs."""
+    """Configuration of ChatGLM-6B.
+
+    The number of features of a head is a multiple of 4, because each half of a head is rotated by itself, in pairs.
+    """
 
     model_type = "chatglm6b"
     keys_to_ignore_at_inference = ["past_key_values"]
@@ -33,7 +40,7 @@ class ChatGLM6BConfig(PretrainedConfig):
     num_hidden_layers: int = 28
     num_attention_heads: int = 32
     head_dim: int | None = None
-    """``hidden_size / num_attention_heads`` where none is given."""
+    """Features of a head; ``None`` means ``hidden_size / num_attention_heads``."""
     max_position_embeddings: int = 2048
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
@@ -47,14 +54,15 @@ class ChatGLM6BConfig(PretrainedConfig):
 
 
 def width_of_a_head(config: ChatGLM6BConfig) -> int:
+    """Return the number of features of an attention head."""
     return config.head_dim or config.hidden_size // config.num_attention_heads
 
 
 def two_positions(input_ids: Tensor, attention_mask: Tensor | None, config: ChatGLM6BConfig) -> Tensor:
-    """``[batch, 2, length]``: where each token of ``input_ids`` ``[batch, length]`` stands, in the context and after it.
+    """Return the two positions ``[batch, 2, length]`` of each token: in the context, and after the context.
 
-    ``attention_mask`` ``[batch, length]`` is 0 where there is only padding. A text without a beginning-of-sequence token is
-    taken for what follows one.
+    ``input_ids`` and ``attention_mask`` are ``[batch, length]``; ``attention_mask`` is 0 for padding. A text without a
+    beginning-of-sequence token is treated as text that follows such a token.
     """
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     rank = (real.cumsum(1) - 1).clamp(min=0)
@@ -71,9 +79,10 @@ def two_positions(input_ids: Tensor, attention_mask: Tensor | None, config: Chat
 
 
 def rotations(position_ids: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[batch, length, 1, 2, head_dim / 2]``, for a head's halves by one of its positions each.
+    """Return the cosines and sines ``[batch, length, 1, 2, head_dim / 2]`` of the rotation angles.
 
-    Frequencies are float16's, as the model was trained with; in half precision so are the angles.
+    The first half of a head is rotated by the first of a token's positions, the second half by the second. The
+    frequencies are rounded to float16, as in training; for half-precision dtypes the angles are float16 too.
     """
     half = head_dim // 2
     exponents = torch.arange(0, half, 2, dtype=torch.float32, device=position_ids.device) / half
@@ -85,14 +94,17 @@ def rotations(position_ids: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[
 
 
 def rotate(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """``states`` ``[batch, length, heads, head_dim]``, turned."""
+    """Return ``states`` ``[batch, length, heads, head_dim]`` rotated by the given cosines and sines."""
     halves = states.unflatten(-1, (2, -1))
     first, second = halves.chunk(2, -1)
     return (halves * cosines + torch.cat([-second, first], -1) * sines).flatten(-2)
 
 
 def visible(position_ids: Tensor, attention_mask: Tensor | None, past: int, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores, ``[batch, 1, length, past + length]``: much below zero where a token may not look."""
+    """Return the mask ``[batch, 1, length, past + length]`` that is added to the attention scores.
+
+    The mask is 0 where a token may attend, and the smallest value of ``dtype`` where a token may not.
+    """
     device, seen = position_ids.device, past + position_ids.shape[-1]
     keys = torch.arange(seen, device=device)
     allowed = (keys <= keys[past:, None]).repeat(len(position_ids), 1, 1, 1)
@@ -103,6 +115,8 @@ def visible(position_ids: Tensor, attention_mask: Tensor | None, past: int, dtyp
 
 
 class ChatGLM6BAttention(nn.Module):
+    """Self-attention with rotary positions; query, key and value are one projection."""
+
     def __init__(self, config: ChatGLM6BConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx, self.head_dim = layer_idx, width_of_a_head(config)
@@ -124,7 +138,7 @@ class ChatGLM6BAttention(nn.Module):
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
-            seen = attention_mask.shape[-1]  # a static cache gives back the room for what is yet to come too
+            seen = attention_mask.shape[-1]  # a static cache also returns the slots of tokens that are not computed yet
             key, value = key[:, :, :seen], value[:, :, :seen]
         attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         output: Tensor = self.dense(attended.transpose(1, 2).flatten(2))
@@ -132,6 +146,8 @@ class ChatGLM6BAttention(nn.Module):
 
 
 class ChatGLM6BMLP(nn.Module):
+    """The plain feed-forward block, with biases and the tanh approximation of GELU."""
+
     def __init__(self, config: ChatGLM6BConfig) -> None:
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -143,6 +159,8 @@ class ChatGLM6BMLP(nn.Module):
 
 
 class ChatGLM6BLayer(nn.Module):
+    """A decoder layer; its residual connections start at the normed input and are scaled by sqrt(2 * DEPTH)."""
+
     def __init__(self, config: ChatGLM6BConfig, layer_idx: int) -> None:
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -159,6 +177,8 @@ class ChatGLM6BLayer(nn.Module):
 
 
 class ChatGLM6BPreTrainedModel(PreTrainedModel):
+    """Base class of the ChatGLM-6B models."""
+
     config_class = ChatGLM6BConfig
     base_model_prefix = "transformer"
     _no_split_modules = ["ChatGLM6BLayer"]
@@ -167,6 +187,8 @@ class ChatGLM6BPreTrainedModel(PreTrainedModel):
 
 
 class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
+    """ChatGLM-6B without its output projection."""
+
     def __init__(self, config: ChatGLM6BConfig) -> None:
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -190,9 +212,10 @@ class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """``position_ids`` ``[batch, 2, length]`` are :func:`two_positions` of all the text so far.
+        """Return the hidden states after the final norm, and the cache.
 
-        They need not be given as long as that is ``input_ids`` itself.
+        ``position_ids`` ``[batch, 2, length]`` are the result of :func:`two_positions` on the whole text so far. They
+        may be omitted when ``input_ids`` is the whole text.
         """
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
@@ -216,6 +239,8 @@ class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
 
 
 class ChatGLM6BForCausalLM(ChatGLM6BPreTrainedModel, GenerationMixin):
+    """ChatGLM-6B with its output projection, for generation."""
+
     def __init__(self, config: ChatGLM6BConfig) -> None:
         super().__init__(config)
         self.transformer = ChatGLM6BModel(config)

@@ -1,4 +1,4 @@
-"""A pruning plan as plain data: which units of the source model each layer keeps."""
+"""A pruning plan as plain data: the units of the source model that each layer keeps."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from secateur.contract.report import LayerWidths
 
 
 class LayerUnits(BaseModel):
-    """The JSON form of what a layer keeps: KV groups one by one, channels as ranges ``[first, last]``."""
+    """JSON form of the units that a layer keeps: single KV groups, and channels as ranges ``[first, last]``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -20,7 +20,7 @@ class LayerUnits(BaseModel):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Units kept, by their index in the source model, ascending."""
+    """The units that a layer keeps, as ascending indices in the source model."""
 
     kv_groups: tuple[int, ...]
     channels: tuple[int, ...]
@@ -28,17 +28,20 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What every layer keeps. Slicing is a pure function of the source weights and a plan."""
+    """The units that every layer keeps. Cutting depends only on the source weights and on a plan."""
 
     layers: tuple[LayerPlan, ...]
 
     @classmethod
     def full(cls, layers: tuple[LayerShape, ...]) -> "Plan":
-        """The plan that keeps everything."""
+        """Return the plan that keeps every unit."""
         return cls(tuple(LayerPlan(tuple(range(s.kv_groups)), tuple(range(s.channels))) for s in layers))
 
     def then(self, later: "Plan") -> "Plan":
-        """This plan followed by ``later``, a plan made on its result, as one plan over the source."""
+        """Return one plan over the source that equals this plan followed by ``later``.
+
+        The indices of ``later`` count the units that this plan keeps.
+        """
         return Plan(
             tuple(
                 LayerPlan(
@@ -50,7 +53,7 @@ class Plan:
         )
 
     def widths(self, shape: ModelShape) -> list[LayerWidths]:
-        """How many units each layer keeps; ``shape`` is the source's."""
+        """Return the number of units that each layer keeps; ``shape`` is the source's shape."""
         source = shape.layers[0]
         return [
             LayerWidths(
@@ -63,7 +66,7 @@ class Plan:
         ]
 
     def parameters(self, shape: ModelShape) -> int:
-        """Prunable parameters that are left; ``shape`` is the source's."""
+        """Return the number of prunable parameters that the plan keeps; ``shape`` is the source's shape."""
         cost, experts = shape.cost, shape.layers[0].experts
         return sum(
             len(layer.kv_groups) * cost.kv_group + len(layer.channels) // experts * cost.channel + cost.fixed
@@ -71,12 +74,12 @@ class Plan:
         )
 
     def as_data(self) -> tuple[LayerUnits, ...]:
-        """The JSON form."""
+        """Return the JSON form of the plan."""
         return tuple(LayerUnits(kv_groups=layer.kv_groups, channels=_ranges(layer.channels)) for layer in self.layers)
 
     @classmethod
     def from_data(cls, layers: Iterable[LayerUnits]) -> "Plan":
-        """The plan of a JSON form."""
+        """Return the plan of a JSON form."""
         return cls(
             tuple(
                 LayerPlan(
@@ -89,7 +92,7 @@ class Plan:
 
 
 def widths_of(layers: Sequence[LayerShape]) -> list[LayerWidths]:
-    """The widths of layers of these shapes."""
+    """Return the widths of layers with the given shapes."""
     return [
         LayerWidths(layer=index, kv_groups=layer.kv_groups, heads=layer.heads, channels=layer.channels_per_expert)
         for index, layer in enumerate(layers)

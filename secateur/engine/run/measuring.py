@@ -1,4 +1,8 @@
-"""What is measured of a model: perplexity and sizes after every step, the whole suite at the beginning and at a target's end."""
+"""Measurement of models during a run.
+
+Perplexity and sizes are measured after every step. The whole suite is measured for the unpruned model and at the end of
+each target.
+"""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +21,7 @@ FLOPS_TOKENS = 256
 
 @dataclass(frozen=True)
 class Measurer:
-    """Measures models on one evaluation text and by one suite."""
+    """Measures models on one evaluation text and with one suite."""
 
     evaluation: Windows
     suite: Suite
@@ -25,10 +29,10 @@ class Measurer:
     listener: Listener
 
     def measure(self, decoder: Decoder, *, whole: bool = True) -> Measurement:
-        """Measure a model; ``whole``: by the suite too.
+        """Measure a model; with ``whole``, measure the suite too.
 
         Raises:
-            PruningError: see :func:`secateur.engine.evaluation.perplexity` and :meth:`Suite.measure`.
+            PruningError: the errors of :func:`secateur.engine.evaluation.perplexity` and :meth:`Suite.measure`.
         """
         tokens, lengthy = self.evaluation.tokens, whole and self.suite.lengthy
         self.progress.stage(Stage.EVALUATING, tokens=None if lengthy else tokens.numel())

@@ -1,4 +1,4 @@
-"""How far a pruning is, how fast it goes, and how long it will still take."""
+"""Progress of a pruning run: the share that is done, the rate, and the remaining time."""
 
 import time
 
@@ -11,11 +11,12 @@ from secateur.engine.run.workspace import Listener
 
 INTERVAL = 0.5
 WHOLE = "evaluating whole"
-"""Evaluating by the whole suite, which only the unpruned model and the last step of a target are."""
+"""Evaluation with the whole suite, which only the unpruned model and the last step of a target have."""
 UNLIKE = (Stage.DOWNLOADING, Stage.LOADING, Stage.CALIBRATING, Stage.EXPORTING, Stage.CHECKING)
-"""Stages whose duration says nothing of the others' duration: they read and write files, or start a process."""
-# Rough cost of each stage in forward passes over the calibration text: only the shape of the bar depends on them, and the
-# time left until a stage of the same kind has been seen.
+"""Stages whose durations do not predict the durations of other stages: they read and write files, or start a
+process."""
+# Rough cost of each stage in forward passes over the calibration text. The costs shape the progress bar. They also give
+# the remaining time of a stage until a stage of the same kind is over.
 STAGE_COST: dict[str, float] = {
     Stage.DOWNLOADING: 1.0,
     Stage.LOADING: 1.0,
@@ -27,18 +28,19 @@ STAGE_COST: dict[str, float] = {
     Stage.CHECKING: 1.0,
 }
 TRAINING_PASSES = 3.0
-"""Of an epoch: a forward, and a backward of twice its work."""
+"""Cost of an epoch in forward passes: one forward pass, and a backward pass of twice its work."""
 CHECK_SECONDS = 5.0
-"""To check a checkpoint, a process imports torch and transformers, whatever the model's size; after that it reads what exporting wrote."""
+"""Seconds in which the process that checks a checkpoint imports torch and transformers. The time does not depend on the
+model's size; the process then reads the exported files."""
 WRITTEN_PER_SECOND = 5e8
-"""Bytes of weights, before an export has been seen: a common disk's."""
+"""Bytes of weights written per second, as on a common disk; used until an export was measured."""
 
 
 class Progress:
-    """Turns stages and shares of a stage into progress events, at most two a second.
+    """Converts stages and shares of a stage to progress events, at most two per second.
 
-    The time left is, for each stage to come, the duration of a stage of the same kind that is over, or its cost relative to what
-    is over. Evaluating has two kinds, see :data:`WHOLE`.
+    The remaining time is a sum over the stages to come. A stage counts the mean duration of earlier stages of the same
+    kind, or else its cost relative to the stages that are over. Evaluation has two kinds, see :data:`WHOLE`.
     """
 
     def __init__(self, listener: Listener, spec: PruningSpec, chosen: Components) -> None:
@@ -58,7 +60,8 @@ class Progress:
         self._steps = chosen.steps
         self._costs = {**STAGE_COST, Stage.TRAINING: _training_cost(spec, chosen)}
         self._total = sum(self._costs[kind] for kind in self._kinds)
-        self._checks = 2 if chosen.dynamic else 1  # a dynamic checkpoint is loaded both ways
+        # a dynamic checkpoint is loaded as the plain and as the dynamic model
+        self._checks = 2 if chosen.dynamic else 1
         self._index, self._done = -1, 0.0
         self._amount: float | None = None
         self._unit: RateUnit | None = None
@@ -68,9 +71,10 @@ class Progress:
         self._sent = 0.0
 
     def stage(self, stage: Stage, step: int | None = None, tokens: int | None = None) -> None:
-        """The next stage of this kind begins.
+        """Begin the next stage of this kind.
 
-        ``step`` is the step that it belongs to, where a resumed run skips some; ``tokens`` is how many tokens it processes.
+        ``step`` is the step to which the stage belongs, which is needed when a resumed run skips steps. ``tokens`` is
+        the number of tokens that the stage processes.
         """
         now = time.monotonic()
         if self._index >= 0:
@@ -85,17 +89,20 @@ class Progress:
         self._send(0.0)
 
     def weights(self, size: int) -> None:
-        """The model has so many bytes of weights, which tells how long writing them takes."""
+        """Set the size of the model's weights in bytes, from which the duration of an export is estimated."""
         self._weight_bytes = size
 
     def share(self, done: float) -> None:
-        """``done`` of 1 of this stage is done; of the several passes that a stage may make, the furthest counts."""
+        """Report that the share ``done``, from 0 to 1, of this stage is done.
+
+        A stage may make several passes; the largest reported share counts.
+        """
         self._done = max(self._done, done)
         if time.monotonic() - self._sent >= INTERVAL:
             self._send(self._done)
 
     def bytes(self, done: int, total: int) -> None:
-        """So many bytes of this stage are done."""
+        """Report that ``done`` of ``total`` bytes of this stage are done."""
         self._count(total, "bytes/s")
         self.share(min(done / total, 1.0) if total else 0.0)
 
@@ -103,7 +110,7 @@ class Progress:
         self._amount, self._unit = amount, None if amount is None else unit
 
     def done(self) -> None:
-        """The run is over."""
+        """Report that the run is over."""
         self._index += 1
         self._done = 1.0
         self._count(None, "tokens/s")
@@ -150,13 +157,16 @@ class Progress:
             return self._costs[kind] * rate
 
         here = elapsed * (1 - done) / done if done > 0.2 else 0.0
-        if done <= 0.2 or kind in self._seconds:  # what is counted may be over long before the stage is
+        if done <= 0.2 or kind in self._seconds:  # the counted work may end long before the stage ends
             here = max(here, expected(kind) - elapsed)
         return round(here + sum(expected(name) for name in self._kinds[self._index + 1 :]), 1)
 
 
 def _training_cost(spec: PruningSpec, chosen: Components) -> float:
-    """Forward passes over the calibration text that the training costs; distillation runs the unpruned model too."""
+    """Return the cost of the training in forward passes over the calibration text.
+
+    Distillation also runs the unpruned model.
+    """
     settings = spec.recovery.training
     if settings is None or chosen.training is None:
         return 0.0

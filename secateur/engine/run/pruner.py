@@ -1,4 +1,4 @@
-"""What static and dynamic pruning have in common: one protocol for whoever prunes a model, one for what comes of it."""
+"""The protocols that static and dynamic pruning share: a pruner and a pruned model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,32 +19,36 @@ from secateur.engine.run.workspace import Listener
 
 
 class UnprunedModel:
-    """The unpruned model of a run: its first user takes it and may change it, later users get it loaded anew."""
+    """The unpruned model of a run.
+
+    The first call of :meth:`take` returns the loaded model, which the caller may change; later calls load the model
+    again.
+    """
 
     def __init__(self, decoder: Decoder, load: Callable[[], Decoder]) -> None:
-        """``load`` loads the model once more."""
+        """Keep ``decoder``; ``load`` loads the same model once more."""
         self.load = load
         self._first: Decoder | None = decoder
 
     @property
     def taken(self) -> bool:
-        """Whether the next :meth:`take` has to load the model."""
+        """Whether the next call of :meth:`take` has to load the model."""
         return self._first is None
 
     def peek(self) -> Decoder:
-        """The model, to be read and not changed; it must not be taken yet."""
+        """Return the model for reading only; :meth:`take` must not have been called yet."""
         assert self._first is not None
         return self._first
 
     def take(self) -> Decoder:
-        """The model, to be changed; this object keeps no reference to it."""
+        """Return the model, which the caller may change; this object keeps no reference to the model."""
         decoder, self._first = self._first or self.load(), None
         return decoder
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every pruner is given."""
+    """The inputs of every pruner."""
 
     resolved: Resolved
     unpruned: UnprunedModel
@@ -57,21 +61,21 @@ class Inputs:
 
 
 class Pruned(Protocol):
-    """A pruned model in memory, and how its files are written and checked."""
+    """A pruned model in memory, which can write and check its files."""
 
     decoder: Decoder
     plan: Plan
     target: TargetState
 
     def write(self, folder: Path, layout: Layout, formats: Sequence[Format]) -> Published:
-        """Write the model's files into ``folder``, without the manifest; returns their size.
+        """Write the model's files into ``folder``, without the manifest, and return their size.
 
         Raises:
             PruningError: ``disk_full``, ``gguf_unsupported``, ``gguf_unavailable``, ``export_invalid``.
         """
 
     def check(self, folder: Path, layout: Layout) -> None:
-        """Load the files of this ``layout`` in fresh processes, and compare what they compute with the model in memory.
+        """Load the files of this ``layout`` in fresh processes and compare their results with the model in memory.
 
         Raises:
             PruningError: ``export_invalid``, ``out_of_memory``.
@@ -82,14 +86,14 @@ class Pruner(Protocol):
     """Prunes a model to the ratios of a request, one target after the other."""
 
     state: RunState
-    """Changes only when a step is complete."""
+    """The state of the run; it changes only when a step is complete."""
 
     def prune(self, index: int) -> Pruned:
-        """Bring target ``index`` from where the state has it to its end.
+        """Prune target ``index`` from its recorded state to its end.
 
-        The caller must drop the result before the next target is pruned, or two models are in memory.
+        The caller must release the result before the next target is pruned; otherwise two models are in memory.
 
         Raises:
             Paused: :meth:`Listener.should_stop` returned true between two steps.
-            PruningError: see :func:`secateur.engine.run.run.open_run`.
+            PruningError: the errors of :func:`secateur.engine.run.run.open_run`.
         """

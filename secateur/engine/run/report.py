@@ -32,7 +32,7 @@ def build_report(
     calibration: Windows,
     evaluation: Windows,
 ) -> Report:
-    """What became of ``target``, whose steps are complete; ``decoder`` is the pruned model."""
+    """Build the report of ``target``, whose steps are complete; ``decoder`` is the pruned model."""
     shape, last = decoder.shape, target.steps[-1]
     assert baseline.benchmarks is not None and last.benchmarks is not None, "both were measured by the whole suite"
     assert baseline.parameters and last.parameters and baseline.flops and last.flops and last.widths is not None
@@ -84,7 +84,7 @@ def build_report(
 
 
 def _units(widths: list[LayerWidths], shape: ModelShape) -> int:
-    """KV groups and channels, those of every expert, of all layers."""
+    """Return the number of KV groups and channels of all layers; the channels of every expert count."""
     return sum(layer.kv_groups + layer.channels * shape.layers[0].experts for layer in widths)
 
 

@@ -1,4 +1,8 @@
-"""One pruning round on a model in memory: score, allocate, then layer by layer choose, cut and correct."""
+"""One pruning round on a model in memory.
+
+A round scores the units, allocates the removal to layers, and then chooses and cuts units and recovers the output,
+layer by layer.
+"""
 
 from collections.abc import Iterable
 
@@ -18,7 +22,7 @@ from secateur.engine.scoring import LAYERWISE_SCORERS, MODEL_SCORERS, Context, U
 def prune_round(context: Context, goal: RoundGoal) -> Plan:
     """Cut the model in place until ``goal`` of the *source* is removed, and apply the layer-wise recovery.
 
-    Returns the plan over the model as it was when the round began.
+    The returned plan counts the units of the model at the beginning of the round.
     """
     scorer = context.resolved.components.scorer
     if not scorer.layerwise:
@@ -38,7 +42,7 @@ def prune_round(context: Context, goal: RoundGoal) -> Plan:
 
 
 def unit_counts(context: Context, goal: RoundGoal) -> list[UnitCounts]:
-    """How many units every layer loses, so that as much of the source is removed as ``goal`` says."""
+    """Return how many units each layer loses so that ``goal`` of the source is removed."""
     width_multiple = context.resolved.width_multiple
     decoder, cost = context.decoder, context.decoder.shape.cost
     source, widths = decoder.shape.layers, [layer.shape for layer in decoder.layers]
@@ -56,7 +60,7 @@ def unit_counts(context: Context, goal: RoundGoal) -> list[UnitCounts]:
 
 
 def _layer_stream(context: Context) -> LayerStream | None:
-    """The stream of hidden states, where scores or the layer-wise recovery need one."""
+    """Return the layer stream if scores or the layer-wise recovery need one, else ``None``."""
     if context.scores is not None and not context.resolved.components.recovers_layerwise:
         return None
     return LayerStream(context.decoder, context.tokens, context.batch_windows, context.reference)
@@ -65,9 +69,9 @@ def _layer_stream(context: Context) -> LayerStream | None:
 def _cut_structure(
     context: Context, stream: LayerStream | None, layer: Layer, index: int, structure: Structure, removed: int
 ) -> tuple[int, ...]:
-    """Choose, cut and correct one structure, ``removed`` units of every expert; returns the units that stay.
+    """Choose, cut and recover one structure, ``removed`` units of every expert; return the units that stay.
 
-    A structure that loses no unit may still be corrected for what earlier layers lost.
+    A structure that loses no unit may still be recovered, because earlier layers lost units.
     """
     chosen, output = context.resolved.components, layer.output(structure)
     recover = LAYERWISE_RECOVERIES.get(chosen.layerwise.name)
@@ -95,7 +99,7 @@ def _cut_structure(
         inputs = expand(torch.tensor(own, device=weight.device), width)
         recovered.append(recover(Cut(weight, bias, moment, inputs, chosen.damping)))
     cut(layer, structure, all_kept)
-    # A mixture has no place for a bias, and no recovery that adds one: see catalog.resolve.
+    # A mixture of experts cannot hold a bias; catalog.resolve allows no recovery that would add one.
     new_weight, new_bias = torch.cat([weight for weight, _ in recovered], 1), recovered[0][1]
     output.weight = nn.Parameter(new_weight.to(output.weight.dtype), requires_grad=False)
     output.register_parameter(

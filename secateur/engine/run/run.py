@@ -1,7 +1,7 @@
-"""One pruning run: open it on a model, prune its targets one after the other, and write each to a folder.
+"""One pruning run: open the run on a model, prune its targets one after the other, and write each result to a folder.
 
-:func:`open_run` loads, reads the texts and measures the unpruned model; :meth:`Run.prune` brings a target to its end;
-:func:`prune_to_folder` does all of it and leaves checked files, as the service and the command line want them.
+:func:`open_run` loads the model, reads the texts and measures the unpruned model. :meth:`Run.prune` prunes one target.
+:func:`prune_to_folder` does all of this and writes checked files; the service and the command line call it.
 """
 
 import hashlib
@@ -43,12 +43,13 @@ from secateur.engine.run.static import StaticPruner
 from secateur.engine.run.workspace import Listener, Workspace
 
 READ_SHARE = 0.5
-"""Share of every window that a dynamic model reads as a prompt when it is measured; the rest is what it would have generated."""
+"""Share of every measured window that a dynamic model reads as a prompt; the rest stands for the text that it would
+generate."""
 
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model by its name: a Hub id, ``local:NAME``, or, where the workspace allows paths, a folder or a GGUF file."""
+    """A model by its name: a Hub id, ``local:NAME``, or, if the workspace allows paths, a folder or a GGUF file."""
 
     model_id: str
     revision: str | None = None
@@ -57,7 +58,10 @@ class NamedModel:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory and its tokenizer. Where the run needs the unpruned model once only, this very model is pruned."""
+    """A model in memory and its tokenizer.
+
+    If the run needs the unpruned model only once, this model itself is pruned.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -65,7 +69,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Run:
-    """A run whose inputs are read and whose unpruned model is measured; made by :func:`open_run`."""
+    """A run that has read its inputs and measured the unpruned model; :func:`open_run` creates it."""
 
     source: ModelSource
     resolved: Resolved
@@ -74,21 +78,23 @@ class Run:
     progress: Progress
     pruner: Pruner
     began: float
-    """When the run began, on the monotonic clock."""
+    """Time on the monotonic clock at which the run began."""
 
     def prune(self, index: int) -> Pruned:
-        """The model pruned to target ``index``; drop the result before the next target is pruned, see :meth:`Pruner.prune`.
+        """Prune the model to target ``index``.
+
+        The caller must release the result before the next target is pruned, see :meth:`Pruner.prune`.
 
         Raises:
             Paused: the listener stopped the run between two steps.
-            PruningError: see :func:`open_run`; ``loss_not_finite``, ``ratio_missed``, ``checkpoint_damaged``.
+            PruningError: the errors of :func:`open_run`; ``loss_not_finite``, ``ratio_missed``, ``checkpoint_damaged``.
         """
         pruned = self.pruner.prune(index)
         _check_reached(pruned.decoder, self.resolved.ratios[index], self.resolved)
         return pruned
 
     def report(self, pruned: Pruned, published: Published | None = None) -> Report:
-        """The report of a pruned model, with the size of its files where they are written."""
+        """Build the report of a pruned model; ``published`` is the size of its files if they are written."""
         report = build_report(
             pruned.decoder,
             self.source,
@@ -112,14 +118,15 @@ def open_run(
     resume: Mapping[str, Any] | None = None,
     scratch_beside: Path | None = None,
 ) -> Iterator[Run]:
-    """Load a model, read the texts, measure the unpruned model, and get ready to prune.
+    """Load a model, read the texts, measure the unpruned model, and prepare the pruning.
 
-    ``tokens`` ``[windows, length]`` are calibration tokens in place of the text that ``spec`` names. ``resume`` is the state of a
-    :class:`StepEvent`, after which the run goes on. Temporary files are in the workspace's scratch folder, else in a folder in
-    ``scratch_beside``, which is deleted when the context ends.
+    ``tokens`` ``[windows, length]`` are calibration tokens in place of the text that ``spec`` names. ``resume`` is the
+    state of a :class:`StepEvent`, from which the run continues. Temporary files are in the workspace's scratch folder,
+    or else in a folder in ``scratch_beside``, which is deleted when the context ends.
 
     Raises:
-        PruningError: the model, the texts or the request do not allow it; the error names the field and what is allowed.
+        PruningError: the model, the texts or the request cannot be used; the error names the field and the allowed
+            values.
     """
     began, chosen = time.monotonic(), components(spec)
     progress = Progress(listener, spec, chosen)
@@ -168,13 +175,15 @@ def prune_to_folder(
     resume: Mapping[str, Any] | None = None,
     provenance: Callable[[int], Mapping[str, Any]] = lambda index: {},
 ) -> list[Report]:
-    """Prune a model to every target of ``spec`` and write the results to ``output_dir``, checked to load without this project.
+    """Prune a model to every target of ``spec`` and write the results to ``output_dir``.
 
-    With a list of ratios each target has a folder ``ratio-R``. ``provenance`` returns, for a target's index, what the manifest
-    says of its origin. ``output_dir`` is created when everything is written and checked, or not at all.
+    The results are checked to load without this project. With a list of ratios, each target has a folder ``ratio-R``.
+    ``provenance`` returns, for a target's index, the manifest's entries on the origin of the result. ``output_dir`` is
+    created only when all files are written and checked.
 
     Raises:
-        PruningError: see :func:`open_run` and :meth:`Run.prune`; ``output_exists``, ``disk_full``, ``export_invalid``.
+        PruningError: the errors of :func:`open_run` and :meth:`Run.prune`; ``output_exists``, ``disk_full``,
+            ``export_invalid``.
         Paused: the listener stopped the run between two steps.
     """
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
@@ -195,7 +204,10 @@ def prune_to_folder(
 
 
 def _prune_and_save(run: Run, index: int, folder: Path, provenance: Mapping[str, Any]) -> Report:
-    """Prune to one target and save it. The model is released with this frame, before the next target's is loaded."""
+    """Prune one target and save it.
+
+    The model is released when this function returns, before the next target's model is loaded.
+    """
     pruned, spec = run.prune(index), run.resolved.spec
     return save(run, pruned, folder, spec.layout, spec.formats, provenance, enter=run.progress.stage)
 
@@ -211,15 +223,16 @@ def save(
 ) -> Report:
     """Write a pruned model's files into an empty ``folder`` and check that fresh processes compute the same with them.
 
-    ``enter`` is called when exporting and checking begin.
+    ``enter`` is called when exporting and when checking begin.
 
     Raises:
-        PruningError: ``disk_full``, ``export_invalid``, ``gguf_unsupported``, ``gguf_unavailable``; the files are not to be used then.
+        PruningError: ``disk_full``, ``export_invalid``, ``gguf_unsupported``, ``gguf_unavailable``; the files must not
+            be used then.
     """
     enter(Stage.EXPORTING)
     published = pruned.write(folder, layout, formats)
     report = run.report(pruned, published)
-    # The library may save a model in another layout or format than its request names.
+    # The library may save a model in a layout or format that the request does not name.
     report = report.model_copy(update={"spec": {**report.spec, "layout": layout, "formats": list(formats)}})
     write_manifest(pruned.decoder, pruned.plan, folder, report, provenance)
     enter(Stage.CHECKING)
@@ -252,7 +265,7 @@ def _load(
                 field="dtype",
             )
         device = model.model.device
-        if chosen.targets > 1:  # each target is loaded from the files, and the caller's model stays as it is
+        if chosen.targets > 1:  # each target is loaded from the files, and the caller's model does not change
             decoder = load(source, "auto", device, workspace.max_parameters)
         else:
             decoder = adopt(model.model, model.tokenizer, source)
@@ -266,7 +279,7 @@ def _load(
         endpoint=workspace.endpoint,
         allow_paths=workspace.allow_paths,
     )
-    if source.sizes_known:  # else they are known when the files are here
+    if source.sizes_known:  # otherwise the sizes are known only after the download
         resolve(spec, read_shape(source), config=source.config or {}, source_dtype=source.dtype)
     source = download(source, workspace.token, workspace.endpoint, progress.bytes)
     progress.stage(Stage.LOADING)
@@ -294,7 +307,7 @@ def _read_inputs(
 
 
 def _statistics_key(source: ModelSource, resolved: Resolved, calibration: Windows, decoder: Decoder) -> dict[str, Any]:
-    """All that statistics of the source depend on beside their name."""
+    """Return everything on which the statistics of the source depend, beside their name."""
     return {
         "fingerprint": source.fingerprint(),
         "source": [source.name, source.gguf_file],
@@ -307,7 +320,11 @@ def _statistics_key(source: ModelSource, resolved: Resolved, calibration: Window
 
 
 def _check_reached(decoder: Decoder, ratio: float, resolved: Resolved) -> None:
-    """Check the promise against what was cut: the ratio is met to within one block of channels."""
+    """Check that the reached ratio differs from the requested ratio by at most one block of channels.
+
+    Raises:
+        PruningError: ``ratio_missed``.
+    """
     shape, reached = decoder.shape, decoder.reached_ratio
     block = shape.block(resolved.width_multiple, resolved.uniform)
     if abs(reached - ratio) * shape.prunable_parameters > block:
@@ -329,7 +346,7 @@ def _check_resumable(state: RunState, source: ModelSource, spec: PruningSpec) ->
 
 
 def _shortfalls(spec: PruningSpec, calibration: Windows, evaluation: Windows, given: bool) -> list[str]:
-    """How the text differs from the request, in sentences."""
+    """Return sentences that say how the texts differ from the request."""
     messages = []
     checked = (("calibration", calibration, spec.calibration), ("evaluation", evaluation, spec.evaluation))
     for name, windows, requested in checked[given:]:

@@ -1,4 +1,7 @@
-"""The state of a run: frozen data that is replaced when a step is complete, written as JSON, and read again to resume."""
+"""The state of a run, from which the run can be resumed.
+
+The state is frozen data, which is replaced and written as JSON when a step is complete.
+"""
 
 from typing import Any, Literal, Self
 
@@ -16,21 +19,24 @@ class _State(BaseModel):
 
 
 class TensorReference(_State):
-    """A file of tensors in the scratch folder."""
+    """A reference to a file of tensors in the scratch folder."""
 
     file: str
     sha256: str
 
 
 class TrainingState(TrainingCurve):
-    """A training that is not complete: its curve, its duration so far, and its tensors."""
+    """The state of a training that is not complete: its curve, its duration so far, and its tensors."""
 
     seconds: float
     tensors: TensorReference
 
 
 class TargetState(_State):
-    """One target of a run: the ratio, the units kept so far, the complete steps, and the tensors that a recovery changed."""
+    """The state of one target of a run.
+
+    It holds the ratio, the units kept so far, the complete steps, and the tensors that a recovery changed.
+    """
 
     ratio: float
     plan: tuple[LayerUnits, ...] | None = None
@@ -40,7 +46,7 @@ class TargetState(_State):
 
 
 class RunState(_State):
-    """What is known after a step: all that resuming needs beside the source."""
+    """The state of a run after a step: everything that resuming needs, except the source."""
 
     version: Literal[2] = VERSION
     fingerprint: str
@@ -49,14 +55,14 @@ class RunState(_State):
     baseline: Step
     targets: tuple[TargetState, ...] = ()
     step: int = 0
-    """Number of the last step that is complete or, in mid-training, recorded."""
+    """Number of the last complete step; during a training, number of the last recorded step."""
 
     @classmethod
     def load(cls, data: dict[str, Any]) -> Self:
         """Read a state from JSON-able data.
 
         Raises:
-            PruningError: ``state_invalid``: it was written by another version, or is damaged.
+            PruningError: ``state_invalid`` when another version wrote the state, or when the state is damaged.
         """
         if data.get("version") != VERSION:
             raise PruningError(
@@ -71,10 +77,10 @@ class RunState(_State):
             ) from None
 
     def as_dict(self) -> dict[str, Any]:
-        """The state as JSON-able data."""
+        """Return the state as JSON-able data."""
         return self.model_dump(mode="json", exclude_unset=True) | {"version": self.version}
 
     def references(self) -> list[TensorReference]:
-        """All files of tensors that the state needs."""
+        """Return references to all files of tensors that the state needs."""
         holders = [holder for target in self.targets for holder in (target, target.training) if holder is not None]
         return [holder.tensors for holder in holders if holder.tensors is not None]

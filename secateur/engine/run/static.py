@@ -1,4 +1,7 @@
-"""Static pruning: rounds that cut, then training where it was requested; every step can be resumed from."""
+"""Static pruning: rounds that cut the model, and then training if it was requested.
+
+A run can be resumed from every step.
+"""
 
 import gc
 import time
@@ -32,7 +35,7 @@ from secateur.engine.scoring import Context
 
 
 class StaticPruned:
-    """A model whose tensors were cut; see :class:`Pruned`."""
+    """A model whose tensors were cut; it implements :class:`Pruned`."""
 
     def __init__(self, decoder: Decoder, source: ModelSource, target: TargetState, quantization: GgufKind) -> None:
         assert target.plan is not None
@@ -59,17 +62,21 @@ class StaticPruned:
 
 
 class StaticPruner:
-    """Prunes one model to several ratios; see :class:`Pruner`."""
+    """Prunes one model to several ratios; it implements :class:`Pruner`."""
 
     def __init__(
         self, inputs: Inputs, source: ModelSource, statistics: Statistics, scratch: Path, state: RunState
     ) -> None:
-        """``statistics`` are those of the unpruned model; ``scratch`` keeps the tensors that the state refers to."""
+        """Keep the inputs of the run.
+
+        ``statistics`` are those of the unpruned model; ``scratch`` holds the tensors to which the state refers.
+        """
         self.state = state
         self._inputs, self._source, self._statistics, self._scratch = inputs, source, statistics, scratch
         self._resolved, self._chosen = inputs.resolved, inputs.resolved.components
         self._reference: Decoder | None = None
-        """The unpruned model beside the one being pruned: from a target's second round on, or in training."""
+        """The unpruned model, in memory beside the model that is pruned: from a target's second round on, or during
+        training."""
 
     def prune(self, index: int) -> Pruned:
         if index == len(self.state.targets):
@@ -86,9 +93,9 @@ class StaticPruner:
         return StaticPruned(decoder, self._source, self.state.targets[index], self._resolved.spec.gguf_quantization)
 
     def _resume(self, index: int) -> Decoder:
-        """The model as the state of target ``index`` has it."""
+        """Return the model in the recorded state of target ``index``."""
         target = self.state.targets[index]
-        gc.collect()  # the last target's model holds reference cycles
+        gc.collect()  # the previous target's model is in reference cycles
         if self._inputs.unpruned.taken:
             self._inputs.progress.stage(Stage.LOADING)
         decoder = self._inputs.unpruned.take()
@@ -126,7 +133,7 @@ class StaticPruner:
         plan = Plan.full(decoder.shape.layers) if target.plan is None else Plan.from_data(target.plan)
         plan = plan.then(prune_round(context, goals[number - 1]))
         if number == chosen.rounds:
-            self._reference = context.reference = None  # else it would be measured as the pruned model's memory
+            self._reference = context.reference = None  # otherwise it would count as the pruned model's memory
         measured = inputs.measurer.measure(decoder, whole=number == chosen.steps_per_target)
         step = Step(
             number=self.state.step + 1,
@@ -142,7 +149,10 @@ class StaticPruner:
         self._complete(index, step, plan=plan.as_data(), tensors=changed)
 
     def _train(self, decoder: Decoder, index: int) -> None:
-        """Train from the state's last stretch on; every stretch but the last is a step that can be resumed from."""
+        """Train the model, from the last recorded segment on.
+
+        Every segment except the last is a step that can be resumed from.
+        """
         inputs, spec, target = self._inputs, self._resolved.spec, self.state.targets[index]
         settings, training = spec.recovery.training, self._chosen.training
         assert settings is not None and training is not None and target.plan is not None
@@ -179,7 +189,7 @@ class StaticPruner:
                 )
                 self._record(index, step, training=stretch)
                 self._pause_if_asked()
-        self._reference = None  # else it would be measured as the pruned model's memory
+        self._reference = None  # otherwise it would count as the pruned model's memory
         measured = inputs.measurer.measure(decoder)
         step = Step(
             number=self.state.step + 1,
@@ -196,13 +206,13 @@ class StaticPruner:
         self._complete(index, step, training=None, tensors=self._keep(index, trained))
 
     def _teach(self, windows: Tensor) -> Tensor:
-        """The unpruned model's logits ``[windows, length, vocabulary]``."""
+        """Return the unpruned model's logits ``[windows, length, vocabulary]``."""
         assert self._reference is not None
         logits: Tensor = self._reference.model(windows, use_cache=False).logits
         return logits
 
     def _step_number(self, index: int, number: int) -> int:
-        """Step ``number`` of target ``index``, counted over all targets."""
+        """Return the number of step ``number`` of target ``index``, counted over all targets."""
         return index * self._chosen.steps_per_target + number
 
     def _pause_if_asked(self) -> None:
@@ -213,11 +223,11 @@ class StaticPruner:
         return tensor_files.write(self._scratch, f"target-{index}", tensors)
 
     def _complete(self, index: int, step: Step, **changes: Any) -> None:
-        """A round of target ``index``, or its training, is complete."""
+        """Record the complete step of target ``index``: a round, or the training."""
         self._record(index, step, steps=(*self.state.targets[index].steps, step), **changes)
 
     def _record(self, index: int, step: Step, **changes: Any) -> None:
-        """Move the state of target ``index`` on, and report the step."""
+        """Replace the state of target ``index``, and report the step."""
         before, targets = self.state, list(self.state.targets)
         targets[index] = targets[index].model_copy(update=changes)
         self.state = before.model_copy(update={"targets": tuple(targets), "step": step.number})
@@ -226,7 +236,10 @@ class StaticPruner:
 
 
 def recovered_tensors(decoder: Decoder) -> dict[str, Tensor]:
-    """The output projections of all layers, by name: a layer-wise recovery changes no others."""
+    """Return the tensors of the output projections of all layers, by name.
+
+    A layer-wise recovery changes no other tensors.
+    """
     names = {decoder.shape.family.attention_output, decoder.shape.family.channel_output}
     return {
         f"{decoder.shape.family.layers}.{index}.{name}.{kind}": tensor
@@ -237,7 +250,10 @@ def recovered_tensors(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def put(decoder: Decoder, tensors: dict[str, Tensor]) -> None:
-    """Set the model's parameters to these values, by name; a bias is created where there was none."""
+    """Set the model's parameters to ``tensors``, by name.
+
+    A bias is created in projections that have none.
+    """
     for name, tensor in tensors.items():
         owner, _, kind = name.rpartition(".")
         module = decoder.model.get_submodule(owner)

@@ -1,4 +1,7 @@
-"""Tensors that a state refers to: written whole or not at all, read only if they are what was written."""
+"""Files of the tensors to which a state refers.
+
+A file is written completely or not at all, and its hash is checked when it is read.
+"""
 
 import hashlib
 import tempfile
@@ -16,7 +19,10 @@ from secateur.files import write_whole
 
 @contextmanager
 def folder(given: Path | None, beside: Path | None) -> Iterator[Path]:
-    """The folder ``given``, or a temporary one in ``beside`` (else in the system's) that is deleted when the context ends."""
+    """Yield the folder ``given``, or else a temporary folder that is deleted when the context ends.
+
+    The temporary folder is in ``beside``, or else in the system's folder for temporary files.
+    """
     if given is not None:
         given.mkdir(parents=True, exist_ok=True)
         yield given
@@ -26,7 +32,7 @@ def folder(given: Path | None, beside: Path | None) -> Iterator[Path]:
 
 
 def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> TensorReference:
-    """Write ``step-NAME-HASH.safetensors``; returns the reference that :func:`read` takes."""
+    """Write ``step-NAME-HASH.safetensors`` and return the reference that :func:`read` takes."""
     content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
     digest = hashlib.sha256(content).hexdigest()
     path = folder / f"step-{name}-{digest[:12]}.safetensors"
@@ -35,7 +41,7 @@ def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> TensorReferenc
 
 
 def delete_all_but(folder: Path, references: Iterable[TensorReference]) -> None:
-    """Delete the files that :func:`write` has put into ``folder``, except those of ``references``."""
+    """Delete the files that :func:`write` wrote into ``folder``, except the files of ``references``."""
     kept = {reference.file for reference in references}
     for path in folder.glob("step-*.safetensors"):
         if path.name not in kept:
@@ -43,10 +49,10 @@ def delete_all_but(folder: Path, references: Iterable[TensorReference]) -> None:
 
 
 def read(folder: Path, reference: TensorReference) -> dict[str, Tensor]:
-    """The tensors, on the CPU.
+    """Read the tensors of a reference; they are on the CPU.
 
     Raises:
-        PruningError: ``checkpoint_damaged`` when the file is missing or not what was written.
+        PruningError: ``checkpoint_damaged`` when the file is missing or differs from the written file.
     """
     try:
         content = (folder / reference.file).read_bytes()

@@ -1,4 +1,4 @@
-"""Where a run finds its inputs and keeps its files, and who listens to it."""
+"""The folders and limits of a run, and the listener that receives its events."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,32 +9,34 @@ from secateur.contract.events import Event
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where a run finds models and texts, and where it keeps what it needs between its steps."""
+    """The folders in which a run finds models and texts and keeps its files, and the run's limits."""
 
     models_dir: Path | None = None
-    """Holds the models that ``local:NAME`` names."""
+    """Folder of the models that ``local:NAME`` names."""
     texts_dir: Path | None = None
-    """Holds the texts that ``local:NAME`` names."""
+    """Folder of the texts that ``local:NAME`` names."""
     tasks_dir: Path | None = None
-    """Holds zero-shot tasks as ``NAME.jsonl``."""
+    """Folder of the zero-shot tasks, as ``NAME.jsonl``."""
     scratch: Path | None = None
-    """Keeps the weights that a recovery changed, which resuming needs; unset: a temporary folder that is deleted at the end."""
+    """Folder of the weights that a recovery changed, which resuming needs. If it is unset, a temporary folder is used
+    and deleted at the end."""
     statistics_dir: Path | None = None
-    """Keeps statistics of unpruned models for later runs; unset: they are kept in memory for this run alone."""
+    """Folder of the statistics of unpruned models for later runs. If it is unset, the statistics are kept in memory for
+    this run only."""
     token: str | None = None
-    """Reads models and data sets of the Hub."""
+    """Hub token that reads models and data sets."""
     endpoint: str | None = None
-    """URL of the Hub; unset: the public one."""
+    """URL of the Hub; if it is unset, the public Hub is used."""
     allow_paths: bool = True
-    """Whether models and texts may be named by a path, as the library and the command line allow and the service does not."""
+    """Whether a path may name a model or a text. The library and the command line allow paths; the service does not."""
     max_parameters: int | None = None
-    """The most parameters that a model may have."""
+    """Largest number of parameters that a model may have."""
     device: str | None = None
-    """The device to compute on, as torch names it; unset: CUDA where there is one, else the CPU."""
+    """The torch name of the device to compute on; if it is unset, CUDA is used if available, else the CPU."""
 
 
 def _ignore(event: Event) -> None:
-    """Nobody listens."""
+    """Do nothing with the event."""
 
 
 def _never() -> bool:
@@ -43,16 +45,16 @@ def _never() -> bool:
 
 @dataclass(frozen=True)
 class Listener:
-    """Who listens to a run, and may stop it."""
+    """The functions by which a caller receives a run's events and stops the run."""
 
     on_event: Callable[[Event], None] = _ignore
-    """Receives every event. A step counts as recorded when the call with its :class:`StepEvent` returns."""
+    """Called with every event. A step counts as recorded when the call with its :class:`StepEvent` returns."""
     should_stop: Callable[[], bool] = _never
-    """Asked between two steps; when it returns true, the run raises :class:`Paused`."""
+    """Called between two steps; if it returns true, the run raises :class:`Paused`."""
 
 
 class Paused(Exception):
-    """A run was stopped between two steps. ``state`` is what resuming needs, as JSON-able data."""
+    """Raised when a run was stopped between two steps; ``state`` is the JSON-able data that resuming needs."""
 
     def __init__(self, state: dict[str, object]) -> None:
         super().__init__("The run was stopped between two steps; its state is in 'state'.")
