@@ -93,8 +93,8 @@ class Settings(LibrarySettings):
     """Folder, laid out like a Hub cache, to which models are published instead of a Hugging Face Hub."""
 
     secret_keys: Annotated[SecretStr, AfterValidator(_fernet_keys)] | None = None
-    """Fernet keys that encrypt the Hub tokens of API keys and jobs: each is 32 random bytes in URL-safe base64, the newest
-    comes first, and commas separate them. If this is unset, the service refuses requests that bring a token."""
+    """Fernet keys that encrypt the Hub tokens of API keys and jobs: each is 32 random bytes in URL-safe base64, the
+    newest comes first, and commas separate them. If this is unset, the service refuses requests that bring a token."""
 
     lease_ttl: float = 60.0
     heartbeat_interval: float = 10.0
@@ -121,8 +121,8 @@ class Settings(LibrarySettings):
     """Time after a job's end at which its artifacts and checkpoints are deleted; ``None`` keeps them until the job is
     deleted."""
     webhook_secret: Annotated[SecretStr, AfterValidator(_signing_secret)] | None = None
-    """Secret that signs webhooks: ``whsec_`` and 24 to 64 bytes in base64 (Standard Webhooks). If this is unset, the service
-    refuses requests that name a ``webhook_url``."""
+    """Secret that signs webhooks: ``whsec_`` and 24 to 64 bytes in base64 (Standard Webhooks). If this is unset, the
+    service refuses requests that name a ``webhook_url``."""
     webhook_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_listed)] = ()
     """Networks that webhooks may be sent to although they are not public, such as ``10.0.0.0/8,fd00::/8``."""
     max_body_bytes: int = Field(64 * 2**20, ge=1)

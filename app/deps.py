@@ -41,9 +41,9 @@ def get_session() -> Iterator[Session]:
 class KeyedRoute(APIRoute):
     """A route that checks the API key before it reads the body; FastAPI's own route reads and parses the body first.
 
-    ``reading`` and ``writing`` are the scopes that the route's methods need. ``query`` finds the API key and, in the same
-    round trip, any other data that the route always reads; :meth:`parameters` supplies the parameters of the query. The
-    resulting row is in the request's ``state.found``.
+    ``reading`` and ``writing`` are the scopes that the route's methods need. ``query`` finds the API key and, in the
+    same round trip, any other data that the route always reads; :meth:`parameters` supplies the parameters of the
+    query. The resulting row is in the request's ``state.found``.
     """
 
     reading = Scope.READ
@@ -67,8 +67,8 @@ class KeyedRoute(APIRoute):
         """Store the caller, the row that was found and the rate-limit headers in the request's state.
 
         Raises:
-            Problem: 401, 403, 422 or 429: the API key is invalid, its scope is missing, a query parameter is unknown, or
-                the rate limit is reached.
+            Problem: 401, 403, 422 or 429: the API key is invalid, its scope is missing, a query parameter is unknown,
+                or the rate limit is reached.
         """
         state, parameters = request.state, self.parameters(request)
         with reading() as session:

@@ -92,7 +92,7 @@ def _field_error(request: Request, item: dict[str, Any]) -> FieldError:
 
 
 def _known_fields(request: Request, path: list[str | int]) -> str | None:
-    """Return the field names of the model that contains the last part of ``path``, or ``None`` if the model is unknown."""
+    """Return the field names of the model to which the last part of ``path`` was sent, or ``None`` if it is unknown."""
     body = getattr(request.scope.get("route"), "body_field", None)
     model = body.field_info.annotation if body is not None else None
     for part in path[:-1]:

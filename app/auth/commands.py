@@ -77,7 +77,7 @@ def keys_rotate(
 
 @keys.command("hub-token")
 def keys_hub_token(key_id: Annotated[uuid.UUID, typer.Argument(help="From 'secateur keys list'.")]) -> None:
-    """Store a Hub token, read from standard input, for the jobs of an API key. An empty line removes the stored token."""
+    """Store a Hub token, read from standard input, for the jobs of an API key. An empty line removes the token."""
     from pydantic import SecretStr
 
     from app.auth import service, vault

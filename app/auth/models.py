@@ -10,7 +10,8 @@ from app.db.base import Base, new_id
 
 
 class ApiKey(Base):
-    """An API key that may call ``/v1``. A job belongs to the key that created it. The table never stores a secret itself.
+    """An API key, which may call ``/v1``; a job belongs to the key that created it. Secrets themselves are never
+    stored.
 
     After a rotation, the service also accepts the key's previous secret until ``previous_expires_at``.
     """

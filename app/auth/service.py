@@ -78,7 +78,7 @@ def rotate(session: Session, key_id: uuid.UUID, grace: float) -> tuple[ApiKey, s
 
 
 def keep_hub_token(session: Session, settings: Settings, key_id: uuid.UUID, token: SecretStr | None) -> ApiKey | None:
-    """Store the Hub token that the API key's jobs use when they bring none; a ``token`` of ``None`` removes it. Commits.
+    """Store the Hub token for those jobs of the API key that bring none; a ``token`` of ``None`` removes it. Commits.
 
     Return the API key, or ``None`` if it does not exist.
 
@@ -102,8 +102,8 @@ def authenticate(
 ) -> tuple[Caller, Row[Any]] | None:
     """Return the live API key that has ``secret``, and the row of ``query`` (see :func:`app.auth.repository.find`).
 
-    Return ``None`` if no live key has the secret. A plain hash is enough, because the secret has 256 random bits: nobody
-    can guess it or look its hash up in a table.
+    Return ``None`` if no live key has the secret. A plain hash is enough, because the secret has 256 random bits:
+    nobody can guess it or look its hash up in a table.
     """
     digest = _hash(secret)
     key = repository.find(session, digest, query, **parameters)

@@ -1,7 +1,7 @@
 """Encryption at rest for secrets that must be read again (Hub tokens), with Fernet of the ``cryptography`` package.
 
-The first key of ``SECATEUR_SECRET_KEYS`` encrypts and every key decrypts; an operator puts a new key in front of the old
-ones.
+The first key of ``SECATEUR_SECRET_KEYS`` encrypts and every key decrypts; an operator puts a new key in front of the
+old ones.
 """
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
