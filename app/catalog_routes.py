@@ -51,7 +51,7 @@ def _view(method: Method) -> MethodView:
 
 @router.post("/models/inspect", response_model=Inspection, responses=documented(400, 413))
 def inspect(body: ModelRef, owner: Owner, session: SessionDep, settings: SettingsDep) -> Inspection:
-    """Return a model's architecture and which parts of it can be pruned. No job is created."""
+    """Return a model's architecture and the structures that can be pruned. No job is created."""
     token = tokens.for_request(session, settings, owner.id, body.hub_token)
     session.rollback()  # returns the connection to the pool before the request to the Hub
     try:

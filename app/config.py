@@ -99,7 +99,7 @@ class Settings(LibrarySettings):
     lease_ttl: float = 60.0
     heartbeat_interval: float = 10.0
     lease_margin: float = 15.0
-    """Number of seconds before the end of its lease at which the runner is stopped at the latest."""
+    """Number of seconds before the end of a lease by which its runner is stopped."""
     scheduler_interval: float = 1.0
     redispatch_after: float = 60.0
     max_failures: int = 3

@@ -10,8 +10,9 @@ from app.db.base import Base, new_id
 
 
 class ApiKey(Base):
-    """An API key, which may call ``/v1``; a job belongs to the key that created it. Secrets themselves are never
-    stored.
+    """An API key, which may call ``/v1``; a job belongs to the key that created it.
+
+    The table never stores the secrets themselves.
 
     After a rotation, the service also accepts the key's previous secret until ``previous_expires_at``.
     """

@@ -63,7 +63,7 @@ def revoke(session: Session, key_id: uuid.UUID) -> ApiKey | None:
 
 
 def rotate(session: Session, key_id: uuid.UUID, grace: float) -> tuple[ApiKey, str] | None:
-    """Give an API key a new secret and return both; the previous secret stays valid for ``grace`` seconds; commits.
+    """Give an API key a new secret and return key and secret; the old secret is valid for ``grace`` seconds; commits.
 
     The key keeps its jobs. Return ``None`` if the key does not exist or is revoked.
     """

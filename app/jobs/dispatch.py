@@ -19,7 +19,7 @@ TRANSPORT_OPTIONS = {"socket_timeout": 5, "socket_connect_timeout": 1, "retry_on
 #4296, kombu #1463)."""
 
 ONCE = {"max_retries": 1, "interval_start": 0}
-"""Retry limits of the broker connection; without them, a broker that refuses connections is asked for six seconds."""
+"""Retry limits of the broker connection; without them, a broker that refuses connections is retried for six seconds."""
 
 
 @lru_cache
