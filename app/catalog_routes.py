@@ -1,4 +1,4 @@
-"""``/v1/methods`` and ``/v1/models/inspect``: what this service can do, before a job is made."""
+"""``/v1/methods`` and ``/v1/models/inspect``: the service's methods and a model's prunable structure, without a job."""
 
 from fastapi import APIRouter
 
@@ -15,7 +15,7 @@ from secateur.contract.keys import Scope
 
 
 class CatalogRoute(KeyedRoute):
-    """Its ``POST`` makes nothing."""
+    """A route of the catalog; its ``POST`` creates nothing and therefore needs the scope ``read`` only."""
 
     writing = Scope.READ
 
@@ -31,7 +31,7 @@ router = APIRouter(
 
 @router.get("/methods", response_model=MethodList)
 def methods() -> MethodList:
-    """Each method: its paper, what it scores, what it needs."""
+    """List the pruning methods: for each method its paper, what it scores and what it needs."""
     kinds = Kinds(
         scorer=list(SCORERS),
         allocator=list(ALLOCATORS),
@@ -51,9 +51,9 @@ def _view(method: Method) -> MethodView:
 
 @router.post("/models/inspect", response_model=Inspection, responses=documented(400, 413))
 def inspect(body: ModelRef, owner: Owner, session: SessionDep, settings: SettingsDep) -> Inspection:
-    """A model's architecture and what can be pruned of it, before a job is made."""
+    """Return a model's architecture and the structures that can be pruned. No job is created."""
     token = tokens.for_request(session, settings, owner.id, body.hub_token)
-    session.rollback()  # hands the connection back while the Hub is asked
+    session.rollback()  # returns the connection to the pool before the request to the Hub
     try:
         source, shape = admission.look(body, settings, token)
     except PruningError as error:

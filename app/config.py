@@ -1,4 +1,4 @@
-"""The service's settings: the one place that reads the environment (prefix ``SECATEUR_``)."""
+"""The service's settings: this module alone reads the service's environment variables (prefix ``SECATEUR_``)."""
 
 import os
 from base64 import b64decode, urlsafe_b64decode
@@ -16,17 +16,20 @@ from sqlalchemy.exc import ArgumentError
 from secateur.settings import LibrarySettings
 
 SECRETS_DIR = "SECATEUR_SECRETS_DIR"
-"""Names a folder of files that are named like the variables, as Docker's and Kubernetes' secrets are; variables go first."""
+"""Environment variable that names a folder of secret files, such as those of Docker and Kubernetes.
+
+Each file has the name of the variable that it sets. An environment variable takes precedence over its file.
+"""
 DATABASE_URL_FILE = "database-url"
-"""In the data folder: the URL of the database that ``secateur up`` runs there."""
+"""Name of the file in the data folder that holds the URL of the database that ``secateur up`` runs there."""
 MISSED_BEATS = 3
 
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^/\s@]+)$")]
-"""As browsers send it (RFC 6454): scheme, host and port, with no slash at the end; or ``*``."""
+"""An origin as browsers send it (RFC 6454): scheme, host and port without a slash at the end; or ``*``."""
 
 
 def _listed(value: Any) -> Any:
-    """A list as the environment has it: ``a,b``."""
+    """Split an environment variable's comma-separated text (``a,b``) into a list."""
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
@@ -71,7 +74,7 @@ def _postgres_url(url: str) -> str:
 
 
 class Settings(LibrarySettings):
-    """Everything an operator can set. Durations are seconds, paths are created on first use."""
+    """Everything that an operator can set. Durations are in seconds. Folders are created on first use."""
 
     model_config = SettingsConfigDict(
         env_prefix="SECATEUR_",
@@ -84,57 +87,60 @@ class Settings(LibrarySettings):
         "postgresql+psycopg://secateur:secateur@localhost:5432/secateur"
     )
     broker_url: str = "redis://localhost:6379/0"
-    # data_dir also holds ``jobs/`` (step checkpoints, artifacts), ``statistics/`` (of earlier jobs' models) and, under
-    # ``secateur up``, the servers' files and ``database-url``.
+    # data_dir also holds ``jobs/`` (step checkpoints and artifacts), ``statistics/`` (statistics of earlier jobs'
+    # models) and, under ``secateur up``, the servers' files and ``database-url``.
     hub_dir: Path | None = None
-    """Publish into this folder, laid out like a Hub cache, instead of to a Hugging Face Hub."""
+    """Folder, laid out like a Hub cache, to which models are published instead of a Hugging Face Hub."""
 
     secret_keys: Annotated[SecretStr, AfterValidator(_fernet_keys)] | None = None
-    """Encrypt the Hub tokens of keys and jobs: Fernet keys, 32 random bytes in URL-safe base64 each, the newest first, with
-    commas between. Unset: requests that bring a token are refused."""
+    """Fernet keys that encrypt the Hub tokens of API keys and jobs: each is 32 random bytes in URL-safe base64, the
+    newest comes first, and commas separate them. If this is unset, the service refuses requests that bring a token."""
 
     lease_ttl: float = 60.0
     heartbeat_interval: float = 10.0
     lease_margin: float = 15.0
-    """The runner is dead this long before its lease ends."""
+    """Number of seconds before the end of a lease by which its runner is stopped."""
     scheduler_interval: float = 1.0
     redispatch_after: float = 60.0
     max_failures: int = 3
     retry_backoff: float = 5.0
-    """Wait before attempt n+1 of a failed job: this, doubled with every failure."""
+    """Wait before the second attempt at a failed job; every further failure doubles the wait."""
     stall_timeout: float = 1800.0
-    """A runner that reports nothing for this long is taken for hung."""
+    """Time without a report after which a runner counts as hung."""
     idempotency_ttl: float = 86_400.0
     rate_limit: Annotated[str, AfterValidator(_rate)] = "6000/minute"
-    """Of requests, for each API key; ``N/second``, ``N/minute``, ``N/hour`` or ``N/day``. Empty: no limit."""
+    """Limit on requests for each API key: ``N/second``, ``N/minute``, ``N/hour`` or ``N/day``; empty means no limit."""
     max_open_jobs: int | None = Field(1000, ge=1)
-    """Of each API key, jobs that have not ended."""
+    """Largest number of jobs of one API key that have not ended."""
     max_running_jobs: int | None = Field(None, ge=1)
-    """Of each API key, jobs that workers work on at the same time."""
+    """Largest number of jobs of one API key that workers run at the same time."""
     max_runtime_seconds: float | None = Field(None, gt=0)
-    """Of one run of a job, whatever the request allows."""
+    """Longest duration of one run of a job, even if the request allows a longer one."""
     max_model_parameters: int | None = Field(None, ge=1)
     retention: float | None = Field(None, gt=0)
-    """Artifacts and checkpoints of a job go this long after it has ended. None: when the job is deleted."""
+    """Time after a job's end at which its artifacts and checkpoints are deleted; ``None`` keeps them until the job is
+    deleted."""
     webhook_secret: Annotated[SecretStr, AfterValidator(_signing_secret)] | None = None
-    """``whsec_`` and 24 to 64 bytes in base64 (Standard Webhooks); unset: requests that name a ``webhook_url`` are refused."""
+    """Secret that signs webhooks: ``whsec_`` and 24 to 64 bytes in base64 (Standard Webhooks). If this is unset, the
+    service refuses requests that name a ``webhook_url``."""
     webhook_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_listed)] = ()
-    """Networks that webhooks may go to although they are not public, as in ``10.0.0.0/8,fd00::/8``."""
+    """Networks that webhooks may be sent to although they are not public, such as ``10.0.0.0/8,fd00::/8``."""
     max_body_bytes: int = Field(64 * 2**20, ge=1)
-    """Of a request. Calibration and evaluation texts are what makes one large."""
+    """Largest size of a request's body; calibration and evaluation texts make requests large."""
     cors_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_listed)] = ()
-    """Origins whose pages may call the API, as in ``https://tools.example.org,https://ml.example.org``; ``*``: all."""
+    """Origins whose pages may call the API, such as ``https://tools.example.org,https://ml.example.org``; ``*`` allows
+    all origins."""
     docs: bool = True
-    """Serve ``/docs``, ``/redoc`` and ``/openapi.json``."""
+    """Whether to serve ``/docs``, ``/redoc`` and ``/openapi.json``."""
     dashboard: bool = True
-    """Serve the web page at ``/``."""
+    """Whether to serve the web page at ``/``."""
     log_format: Literal["text", "json"] = "text"
     torch_threads: int | None = None
-    """Threads a runner gives torch; unset: one for every core of the machine."""
+    """Number of threads that torch uses in a runner; if unset, torch uses one thread for each core of the machine."""
 
     @property
     def worker_silence(self) -> float:
-        """Seconds without a heartbeat after which a worker counts as gone."""
+        """The number of seconds without a heartbeat after which a worker counts as lost."""
         return MISSED_BEATS * self.heartbeat_interval
 
     @property
@@ -142,18 +148,22 @@ class Settings(LibrarySettings):
         return self.data_dir / "jobs"
 
     def nearest_database_url(self) -> str:
-        """``database_url`` where it is set; else that of the ``secateur up`` on this data folder, if there was one."""
+        """Return ``database_url`` if it is set.
+
+        Otherwise return the URL of the database that ``secateur up`` runs on this data folder, if the folder's
+        ``database-url`` file exists; if it does not, return the default of ``database_url``.
+        """
         file = self.data_dir / DATABASE_URL_FILE
         if "database_url" in self.model_fields_set or not file.is_file():
             return self.database_url
         return file.read_text().strip()
 
     def job_dir(self, job_id: object) -> Path:
-        """Round checkpoints and artifacts of one job; shared between workers and the API."""
+        """Return the folder of one job's step checkpoints and artifacts, which workers and the API share."""
         return self.jobs_dir / str(job_id)
 
 
 @lru_cache
 def get_settings() -> Settings:
-    """The process's settings, read once."""
+    """Return the process's settings; the environment is read once."""
     return Settings()

@@ -1,6 +1,6 @@
-"""What routes ask for: settings, a session, who is calling.
+"""Dependencies of routes: the settings, a database session and the caller's API key.
 
-What does not wait is ``async``: FastAPI would hand it to a thread otherwise.
+Dependencies that do not block are ``async``, because FastAPI runs the others in a thread.
 """
 
 import re
@@ -33,16 +33,17 @@ bearer = HTTPBearer(
 
 
 def get_session() -> Iterator[Session]:
-    """A session until the route returns: for routes that answer at once, not for those that wait."""
+    """Yield a database session until the route returns; routes that wait must not use this dependency."""
     with session_factory()() as session:
         yield session
 
 
 class KeyedRoute(APIRoute):
-    """A route that looks at the API key before it reads a body: FastAPI's own holds and parses those of strangers too.
+    """A route that checks the API key before it reads the body; FastAPI's own route reads and parses the body first.
 
-    ``reading`` and ``writing`` are the scopes that its methods need. ``query`` finds the key and, in the same round trip,
-    whatever else the route is sure to read, with what ``parameters`` gives; the row is in the request's ``state.found``.
+    ``reading`` and ``writing`` are the scopes that the route's methods need. ``query`` finds the API key and, in the
+    same round trip, any other data that the route always reads; :meth:`parameters` supplies the parameters of the
+    query. The resulting row is in the request's ``state.found``.
     """
 
     reading = Scope.READ
@@ -50,7 +51,7 @@ class KeyedRoute(APIRoute):
     query: Executable = FIND
 
     def parameters(self, request: Request) -> dict[str, Any]:
-        """Of :attr:`query`, beside the key's."""
+        """Return the parameters of :attr:`query` other than those that identify the API key."""
         return {}
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -63,10 +64,11 @@ class KeyedRoute(APIRoute):
         return keyed
 
     def _admit(self, request: Request, credentials: HTTPAuthorizationCredentials | None) -> None:
-        """Put the caller, what was found, and the headers that tell how often it may still ask, into the request's state.
+        """Store the caller, the row that was found and the rate-limit headers in the request's state.
 
         Raises:
-            Problem: 401, 403, 422, 429.
+            Problem: 401, 403, 422 or 429: the API key is invalid, its scope is missing, a query parameter is unknown,
+                or the rate limit is reached.
         """
         state, parameters = request.state, self.parameters(request)
         with reading() as session:
@@ -84,24 +86,24 @@ class KeyedRoute(APIRoute):
 
 
 async def get_owner(request: Request) -> Caller:
-    """The API key of the caller of a :class:`KeyedRoute`."""
+    """Return the API key of the caller of a :class:`KeyedRoute`."""
     owner: Caller = request.state.owner
     return owner
 
 
 def unauthorized() -> Problem:
-    """401, and how to do better."""
+    """Return a 401 problem that explains how to send a valid API key."""
     detail = "Send a valid API key: 'Authorization: Bearer sk-secateur-…'. 'secateur keys create' makes one."
     return Problem(401, ErrorCode.UNAUTHORIZED, detail, headers={"WWW-Authenticate": 'Bearer realm="secateur"'})
 
 
 def _refuse_unknown_parameters(request: Request) -> None:
-    """Nothing in the query but the route's own parameters: a misspelt ``validate_only`` is not to make a job.
+    """Refuse query parameters that the route does not have, so that a misspelt ``validate_only`` creates no job.
 
-    Names that only ``openapi_extra`` can tell, as ``label.KEY``, stand there.
+    A route lists parameters that have no fixed name, such as ``label.KEY``, in ``openapi_extra``.
 
     Raises:
-        Problem: 422.
+        Problem: 422 if the query has a parameter that the route does not have.
     """
     if not request.query_params:
         return
@@ -113,16 +115,16 @@ def _refuse_unknown_parameters(request: Request) -> None:
             raise invalid(name, "unknown parameter", allowed=", ".join(sorted(known)) or "no parameters")
 
 
-# FastAPI's default scope would keep the connection until the last byte of the response is sent.
+# FastAPI's default scope would hold the database connection until the last byte of the response is sent.
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
 Owner = Annotated[Caller, Depends(get_owner)]
 SettingsDep = Annotated[Settings, Depends(get_settings)]
 EVERY_V1_ROUTE = [Depends(bearer)]
-"""Of a :class:`KeyedRoute`; ``bearer`` is what the OpenAPI document knows of the key."""
+"""Dependencies of every :class:`KeyedRoute`; ``bearer`` describes the API key in the OpenAPI document."""
 
 
 async def get_feed(request: Request) -> Feed:
-    """The process's feed of job changes."""
+    """Return the process's feed of job changes."""
     feed: Feed = request.app.state.feed
     return feed
 

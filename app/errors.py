@@ -1,4 +1,4 @@
-"""What every exception becomes: a problem document."""
+"""Exception handlers of the application: each exception becomes a problem document."""
 
 import logging
 from typing import Any
@@ -32,7 +32,7 @@ BOUNDS = {
 
 
 def install(app: FastAPI) -> None:
-    """Register the handlers."""
+    """Register the exception handlers on the application."""
 
     @app.exception_handler(Problem)
     def problem(request: Request, error: Problem) -> JSONResponse:
@@ -79,7 +79,7 @@ def install(app: FastAPI) -> None:
 
 
 def _field_error(request: Request, item: dict[str, Any]) -> FieldError:
-    """Pydantic's error, with the path as a client writes it and what is allowed there."""
+    """Return Pydantic's error as a field error: the field's path as a client writes it and the values allowed there."""
     where, *path = item["loc"]
     field = ".".join(str(part) for part in path) or str(where)
     message = item["msg"].removeprefix("Value error, ")
@@ -92,7 +92,7 @@ def _field_error(request: Request, item: dict[str, Any]) -> FieldError:
 
 
 def _known_fields(request: Request, path: list[str | int]) -> str | None:
-    """The names of the model that ``path``'s last part is not a field of."""
+    """Return the field names of the model to which the last part of ``path`` was sent, or ``None`` if it is unknown."""
     body = getattr(request.scope.get("route"), "body_field", None)
     model = body.field_info.annotation if body is not None else None
     for part in path[:-1]:

@@ -1,4 +1,4 @@
-"""Liveness, readiness, metrics: for orchestrators and Prometheus; no API key."""
+"""Routes for liveness, readiness and metrics, which orchestrators and Prometheus call without an API key."""
 
 from collections.abc import Callable
 
@@ -20,13 +20,13 @@ BROKER_TIMEOUT = 1.0
 
 
 class Health(BaseModel):
-    """The process answers."""
+    """The answer of a running process."""
 
     status: str = "ok"
 
 
 class Readiness(BaseModel):
-    """Each part's verdict: ``ok``, or what is wrong with it."""
+    """The status of each dependency: ``ok``, or a description of the failure."""
 
     ready: bool
     database: str = Field(examples=["ok"])
@@ -36,13 +36,13 @@ class Readiness(BaseModel):
 
 @router.get("/healthz")
 async def healthz() -> Health:
-    """Whether this process answers; says nothing of what it depends on."""
+    """Report whether this process answers. The answer says nothing about the services that the process depends on."""
     return Health()
 
 
 @router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
 def readyz(response: Response, settings: SettingsDep) -> Readiness:
-    """Whether a job would be run: the database, the broker and at least one worker are there."""
+    """Report whether a job could run: the database and the broker answer and at least one worker is live."""
     verdicts = {
         "database": _verdict(lambda: _ask_database()),
         "broker": _verdict(lambda: _ask_broker(settings)),
@@ -54,11 +54,11 @@ def readyz(response: Response, settings: SettingsDep) -> Readiness:
 
 
 class Unready(Exception):
-    """Why a part is not ready."""
+    """A dependency is not ready; the message gives the reason."""
 
 
 def _verdict(ask: Callable[[], None]) -> str:
-    """Only kinds of failure are told, never addresses or credentials."""
+    """Return ``ok``, or the kind of failure; the answer never contains addresses or credentials."""
     try:
         ask()
     except Unready as error:
@@ -87,6 +87,6 @@ def _count_workers(settings: Settings) -> None:
 
 @router.get("/metrics", response_class=Response)
 def metrics(request: Request) -> Response:
-    """Prometheus text format."""
+    """Return the service's metrics in the Prometheus text format."""
     registry: CollectorRegistry = request.app.state.registry
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

@@ -39,7 +39,7 @@ CORS_RESPONSE_HEADERS = (
 
 
 def create_app() -> FastAPI:
-    """The application, on the settings of this process."""
+    """Return the application, configured with the settings of this process."""
     settings = get_settings()
     logs.configure(settings)
     feed, registry = Feed(), CollectorRegistry()
@@ -79,7 +79,7 @@ def create_app() -> FastAPI:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document, with problem details where it has its own error schema."""
+    """Return FastAPI's OpenAPI document with problem details in place of FastAPI's own error schema."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         schemas = document["components"]["schemas"]

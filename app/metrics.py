@@ -1,4 +1,7 @@
-"""What Prometheus is told of jobs, workers and webhooks: read from the database when it asks, so every API replica says the same."""
+"""Prometheus metrics of jobs, workers and webhooks.
+
+They are read from the database when Prometheus scrapes the service, so every API replica reports the same values.
+"""
 
 from collections.abc import Iterator
 
@@ -20,7 +23,8 @@ WORKER_NUMBERS = {
 
 
 class ServiceCollector(Collector):
-    """Is it stuck (queue, workers, retries), is it slow (steps), is it full (memory, disk)."""
+    """A Prometheus collector that shows whether the service is stuck (queue, workers, retries), slow (steps) or full
+    (memory, disk)."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

@@ -1,4 +1,4 @@
-"""``secateur keys``: API keys, from the command line of whoever runs the service."""
+"""``secateur keys``: the commands with which an operator of the service manages API keys."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def keys_create(
     scope: Annotated[list[str] | None, typer.Option(help="read, submit, admin; several may be given.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make an API key; its secret is shown this once. Without --scope it may read and submit."""
+    """Create an API key and show its secret once. Without --scope, the key may read and submit."""
     from app.auth import service
 
     try:
@@ -65,7 +65,7 @@ def keys_rotate(
     grace: Annotated[float, typer.Option(min=0, help="Seconds for which the secret it has serves on.")] = 86_400,
     as_json: Json = False,
 ) -> None:
-    """Give an API key another secret, shown this once; its jobs stay its own."""
+    """Give an API key a new secret and show it once. The key keeps its jobs."""
     from app.auth import service
 
     with _database() as session:
@@ -77,7 +77,7 @@ def keys_rotate(
 
 @keys.command("hub-token")
 def keys_hub_token(key_id: Annotated[uuid.UUID, typer.Argument(help="From 'secateur keys list'.")]) -> None:
-    """Keep a Hub token, read from standard input, for the jobs of an API key; an empty one takes it away."""
+    """Store a Hub token, read from standard input, for the jobs of an API key. An empty line removes the token."""
     from pydantic import SecretStr
 
     from app.auth import service, vault
@@ -96,7 +96,7 @@ def keys_hub_token(key_id: Annotated[uuid.UUID, typer.Argument(help="From 'secat
 
 @keys.command("list")
 def keys_list(as_json: Json = False) -> None:
-    """All API keys, without their secrets."""
+    """List all API keys without their secrets."""
     from app.auth import service
 
     with _database() as session:
@@ -121,7 +121,7 @@ def keys_list(as_json: Json = False) -> None:
 
 @keys.command("revoke")
 def keys_revoke(key_id: Annotated[uuid.UUID, typer.Argument(help="From 'secateur keys list'.")]) -> None:
-    """Revoke an API key for good; its jobs go on."""
+    """Revoke an API key permanently. The key's jobs continue to run."""
     from app.auth import service
 
     with _database() as session:

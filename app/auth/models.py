@@ -10,9 +10,11 @@ from app.db.base import Base, new_id
 
 
 class ApiKey(Base):
-    """Who may call ``/v1``; a job belongs to the key that made it. The secrets themselves are never stored.
+    """An API key, which may call ``/v1``; a job belongs to the key that created it.
 
-    A key that was rotated takes its previous secret too, until ``previous_expires_at``.
+    The table never stores the secrets themselves.
+
+    After a rotation, the service also accepts the key's previous secret until ``previous_expires_at``.
     """
 
     __tablename__ = "api_keys"
@@ -24,8 +26,8 @@ class ApiKey(Base):
     previous_sha256: Mapped[str | None] = mapped_column(unique=True)
     previous_expires_at: Mapped[dt.datetime | None]
     hub_token: Mapped[bytes | None] = mapped_column(deferred=True)
-    """For all its jobs; encrypted, see :mod:`app.auth.vault`."""
+    """Hub token for the jobs of this key that bring no token of their own; encrypted, see :mod:`app.auth.vault`."""
     created_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     revoked_at: Mapped[dt.datetime | None]
     last_used_at: Mapped[dt.datetime | None]
-    """Right to the minute."""
+    """Time of the last use, accurate to the minute."""

@@ -1,4 +1,4 @@
-"""Queries on the table of API keys. All times are the database's clock."""
+"""Queries on the table of API keys. The database's clock sets all times."""
 
 import datetime as dt
 import uuid
@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.auth.models import ApiKey
 
-# Built once, as every request asks it: making a statement takes longer than the database's answer.
+# This statement is built once, because every request uses it and building it takes longer than the database's answer.
 FIND = select(
     ApiKey.id.label("key_id"),
     ApiKey.scopes,
@@ -27,7 +27,7 @@ FIND = select(
 
 
 def add(session: Session, name: str, scopes: Sequence[str], secret_sha256: str) -> ApiKey:
-    """A new key; the caller commits."""
+    """Add and return a new API key; the caller commits."""
     key = ApiKey(name=name, scopes=list(scopes), secret_sha256=secret_sha256)
     session.add(key)
     session.flush()
@@ -35,33 +35,37 @@ def add(session: Session, name: str, scopes: Sequence[str], secret_sha256: str) 
 
 
 def find(session: Session, secret_sha256: str, query: Executable, **parameters: Any) -> Row[Any] | None:
-    """The row of ``query``, :data:`FIND` or more, of the key with this hash; or that had it and still takes it. Revoked or not."""
-    past_the_orm = session.connection()  # plain columns: it would only take its time
+    """Return the row of ``query`` for the API key with this secret hash, or ``None``.
+
+    ``query`` is :data:`FIND`, with further columns if the caller needs them. A key also matches by its previous secret
+    until that secret expires. The key may be revoked.
+    """
+    past_the_orm = session.connection()  # the query returns plain columns, so the ORM would only cost time
     return past_the_orm.execute(query, {"digest": secret_sha256} | parameters).one_or_none()
 
 
 def is_live(session: Session, key_id: uuid.UUID) -> bool:
-    """Whether the key is there and not revoked."""
+    """Return whether the API key exists and is not revoked."""
     return session.scalar(select(ApiKey.id).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None))) is not None
 
 
 def every(session: Session) -> Sequence[ApiKey]:
-    """All keys, oldest first."""
+    """Return all API keys, oldest first."""
     return session.scalars(select(ApiKey).order_by(ApiKey.id)).all()
 
 
 def lock(session: Session, key_id: uuid.UUID) -> ApiKey | None:
-    """The key, locked until the transaction ends."""
+    """Return the API key, locked until the transaction ends, or ``None`` if it does not exist."""
     return session.get(ApiKey, key_id, with_for_update=True, populate_existing=True)
 
 
 def revoke(session: Session, key: ApiKey) -> None:
-    """Revoke the locked key, once and for all; the caller commits."""
+    """Revoke the locked API key permanently; the caller commits."""
     key.revoked_at = key.revoked_at or dt.datetime.now(dt.UTC)
 
 
 def rotate(session: Session, key: ApiKey, secret_sha256: str, grace: float) -> None:
-    """Give the locked key another secret; the one it had serves for ``grace`` seconds more. The caller commits."""
+    """Give the locked API key a new secret; the previous one stays valid for ``grace`` seconds. The caller commits."""
     key.previous_sha256, key.secret_sha256 = key.secret_sha256, secret_sha256
     session.flush()
     session.execute(
@@ -74,7 +78,7 @@ def rotate(session: Session, key: ApiKey, secret_sha256: str, grace: float) -> N
 
 
 def touch(session: Session, key_id: uuid.UUID, every_seconds: float) -> None:
-    """Note that the key is used, at most once in ``every_seconds``; commits."""
+    """Record that the API key is used, at most once in ``every_seconds``; commits."""
     before = func.now() - dt.timedelta(seconds=every_seconds)
     session.execute(
         update(ApiKey)

@@ -1,4 +1,7 @@
-"""``/v1/keys``: API keys, for keys of scope ``admin``. A secret is in the answer that makes it, and nowhere else."""
+"""``/v1/keys``: manages API keys, for callers with the scope ``admin``.
+
+A secret appears only in the answer to the request that created it.
+"""
 
 import uuid
 
@@ -14,7 +17,7 @@ from secateur.contract.keys import HubToken, KeyList, KeyView, KeyWithSecret, Ne
 
 
 class AdminRoute(KeyedRoute):
-    """For keys of scope ``admin``."""
+    """A route that only API keys with the scope ``admin`` may call."""
 
     reading = writing = Scope.ADMIN
 
@@ -39,13 +42,13 @@ def _no_key(key_id: uuid.UUID) -> Problem:
 
 @router.get("", response_model=KeyList)
 def every(session: SessionDep) -> KeyList:
-    """All keys, revoked ones too."""
+    """List all API keys, including revoked ones."""
     return KeyList(items=[KeyView.model_validate(key) for key in service.every(session)])
 
 
 @router.post("", status_code=201, response_model=KeyWithSecret, responses=documented(400, 413))
 def create(body: NewKey, session: SessionDep) -> KeyWithSecret:
-    """Make a key."""
+    """Create an API key. The answer contains the secret, which is never shown again."""
     try:
         return _with_secret(service.create(session, body.name, body.scopes))
     except ValueError as error:
@@ -54,7 +57,7 @@ def create(body: NewKey, session: SessionDep) -> KeyWithSecret:
 
 @router.post("/{key_id}/rotate", response_model=KeyWithSecret, responses=documented(400, 404, 413))
 def rotate(key_id: uuid.UUID, body: Rotation, session: SessionDep) -> KeyWithSecret:
-    """Another secret for the same key."""
+    """Give an API key a new secret."""
     made = service.rotate(session, key_id, body.grace_seconds)
     if made is None:
         raise _no_key(key_id)
@@ -63,7 +66,7 @@ def rotate(key_id: uuid.UUID, body: Rotation, session: SessionDep) -> KeyWithSec
 
 @router.put("/{key_id}/hub-token", status_code=204, responses=documented(400, 404, 413))
 def hub_token(key_id: uuid.UUID, body: HubToken, session: SessionDep, settings: SettingsDep) -> None:
-    """The Hub token of the key's jobs; it is encrypted, and never shown again."""
+    """Store the Hub token for the jobs of an API key. The token is encrypted and never shown again."""
     try:
         key = service.keep_hub_token(session, settings, key_id, body.hub_token)
     except VaultError as error:
@@ -74,6 +77,6 @@ def hub_token(key_id: uuid.UUID, body: HubToken, session: SessionDep, settings: 
 
 @router.delete("/{key_id}", status_code=204, responses=documented(404))
 def revoke(key_id: uuid.UUID, session: SessionDep) -> None:
-    """Revoke a key for good, at once; idempotent. Its jobs go on."""
+    """Revoke an API key permanently and immediately; idempotent. The key's jobs continue to run."""
     if service.revoke(session, key_id) is None:
         raise _no_key(key_id)

@@ -1,4 +1,4 @@
-"""API keys: the secret shown once and stored as a hash, rotated, revoked for good."""
+"""API keys: the service shows a secret once and stores its hash; keys can be rotated, or revoked permanently."""
 
 import datetime as dt
 import hashlib
@@ -19,21 +19,21 @@ from secateur.contract.keys import USER, Scope
 
 PREFIX = "sk-secateur-"
 TOUCH_EVERY = 60.0
-"""Seconds between two updates of ``last_used_at``."""
+"""Number of seconds between two updates of ``last_used_at``."""
 
 
 class Caller(NamedTuple):
-    """The API key of a request, as far as the request's answer depends on it."""
+    """The API key of a request: its id and its scopes, on which the answer depends."""
 
     id: uuid.UUID
     scopes: Sequence[str]
 
 
 def create(session: Session, name: str, scopes: Sequence[Scope] = USER) -> tuple[ApiKey, str]:
-    """A new key and its secret, which cannot be had again; commits.
+    """Create and return an API key and its secret; the secret cannot be retrieved again. Commits.
 
     Raises:
-        ValueError: the name is none to show in a list, or there is no scope.
+        ValueError: the name is blank or has unprintable characters, or there is no scope.
     """
     if not name.strip() or not name.isprintable():
         raise ValueError("a key's name has printable characters alone, and at least one that is no space")
@@ -46,12 +46,15 @@ def create(session: Session, name: str, scopes: Sequence[Scope] = USER) -> tuple
 
 
 def every(session: Session) -> Sequence[ApiKey]:
-    """All keys, oldest first."""
+    """Return all API keys, oldest first."""
     return repository.every(session)
 
 
 def revoke(session: Session, key_id: uuid.UUID) -> ApiKey | None:
-    """Revoke a key, idempotently; ``None`` if there is no such key; commits. Its jobs go on."""
+    """Revoke an API key, idempotently, and return it, or ``None`` if the key does not exist; commits.
+
+    The key's jobs continue to run.
+    """
     key = repository.lock(session, key_id)
     if key is not None:
         repository.revoke(session, key)
@@ -60,9 +63,9 @@ def revoke(session: Session, key_id: uuid.UUID) -> ApiKey | None:
 
 
 def rotate(session: Session, key_id: uuid.UUID, grace: float) -> tuple[ApiKey, str] | None:
-    """Another secret for the key, whose jobs stay its own; the one it had serves for ``grace`` seconds more; commits.
+    """Give an API key a new secret and return key and secret; the old secret is valid for ``grace`` seconds; commits.
 
-    ``None`` if there is no such key, or it is revoked.
+    The key keeps its jobs. Return ``None`` if the key does not exist or is revoked.
     """
     key = repository.lock(session, key_id)
     if key is None or key.revoked_at is not None:
@@ -75,10 +78,12 @@ def rotate(session: Session, key_id: uuid.UUID, grace: float) -> tuple[ApiKey, s
 
 
 def keep_hub_token(session: Session, settings: Settings, key_id: uuid.UUID, token: SecretStr | None) -> ApiKey | None:
-    """The Hub token of all jobs of the key that bring none; ``None`` takes it away. ``None`` if there is no such key; commits.
+    """Store the Hub token for those jobs of the API key that bring none; a ``token`` of ``None`` removes it. Commits.
+
+    Return the API key, or ``None`` if it does not exist.
 
     Raises:
-        VaultError: the service has no key to encrypt it with.
+        VaultError: the service has no key with which to encrypt the token.
     """
     key = repository.lock(session, key_id)
     if key is not None:
@@ -88,16 +93,17 @@ def keep_hub_token(session: Session, settings: Settings, key_id: uuid.UUID, toke
 
 
 def is_live(session: Session, key_id: uuid.UUID) -> bool:
-    """Whether a key that was authenticated earlier still is one."""
+    """Return whether an API key that was authenticated earlier still exists and is not revoked."""
     return repository.is_live(session, key_id)
 
 
 def authenticate(
     session: Session, secret: str, query: Executable = repository.FIND, **parameters: Any
 ) -> tuple[Caller, Row[Any]] | None:
-    """The live key that ``secret`` belongs to, and the row of ``query`` (see :func:`app.auth.repository.find`).
+    """Return the live API key that has ``secret``, and the row of ``query`` (see :func:`app.auth.repository.find`).
 
-    A plain hash is enough: the secret has 256 random bits, so there is nothing to guess or to look up in a table.
+    Return ``None`` if no live key has the secret. A plain hash is enough, because the secret has 256 random bits:
+    nobody can guess it or look its hash up in a table.
     """
     digest = _hash(secret)
     key = repository.find(session, digest, query, **parameters)

@@ -1,6 +1,7 @@
-"""Secrets that must be read again (Hub tokens), encrypted at rest: Fernet of the ``cryptography`` package.
+"""Encryption at rest for secrets that must be read again (Hub tokens), with Fernet of the ``cryptography`` package.
 
-The first of ``SECATEUR_SECRET_KEYS`` encrypts, each of them decrypts: a new one is put in front of the old.
+The first key of ``SECATEUR_SECRET_KEYS`` encrypts and every key decrypts; an operator puts a new key in front of the
+old ones.
 """
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
@@ -10,23 +11,23 @@ from app.config import Settings
 
 
 class VaultError(Exception):
-    """There is no key, or none that this was encrypted with; the message says what to do."""
+    """The service has no encryption key, or not the key that a secret was encrypted with; the message says which."""
 
 
 def encrypt(settings: Settings, secret: SecretStr) -> bytes:
-    """What may be stored of ``secret``.
+    """Return ``secret`` in encrypted form, which may be stored.
 
     Raises:
-        VaultError: the service has no key.
+        VaultError: the service has no encryption key.
     """
     return _cipher(settings).encrypt(secret.get_secret_value().encode())
 
 
 def decrypt(settings: Settings, stored: bytes) -> SecretStr:
-    """The secret that was stored.
+    """Return the secret whose encrypted form is ``stored``.
 
     Raises:
-        VaultError: the service does not have the key that it was encrypted with.
+        VaultError: the service does not have the key that the secret was encrypted with.
     """
     try:
         return SecretStr(_cipher(settings).decrypt(stored).decode())

@@ -1,4 +1,7 @@
-"""The web page at ``/``: one HTML file and its modules, served as they are. All data come from ``/v1``, with the reader's key."""
+"""The web page at ``/``: one HTML file and its JavaScript modules, served unchanged.
+
+The page loads all data from ``/v1`` with the reader's API key.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from starlette.staticfiles import StaticFiles
 FOLDER = Path(__file__).parent / "static"
 ASSETS = "/assets"
 REVALIDATE = {"Cache-Control": "no-cache"}
-"""The files of one release belong together: a browser asks whether it still has them."""
+"""Headers that make browsers revalidate the files, because the files of one release belong together."""
 
 
 class _Assets(StaticFiles):
@@ -22,7 +25,7 @@ class _Assets(StaticFiles):
 
 
 def install(app: FastAPI) -> None:
-    """Serve the page and its files."""
+    """Add the routes of the page and its files to the application."""
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

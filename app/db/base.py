@@ -1,4 +1,4 @@
-"""The declarative base and the column types every table shares."""
+"""The declarative base and the column types that all tables share."""
 
 import datetime as dt
 import uuid
@@ -11,7 +11,7 @@ from sqlalchemy.orm import DeclarativeBase
 
 
 class Base(DeclarativeBase):
-    """Names of constraints are fixed so that migrations can drop them."""
+    """The declarative base of all tables; it fixes the names of constraints so that migrations can drop them."""
 
     metadata = MetaData(
         naming_convention={
@@ -31,5 +31,5 @@ class Base(DeclarativeBase):
 
 
 def new_id() -> uuid.UUID:
-    """A UUIDv7 (RFC 9562): ordered by time of making, so it serves as the keyset of a page."""
+    """Return a UUIDv7 (RFC 9562); UUIDv7 are ordered by creation time and therefore serve as the keyset of a page."""
     return uuid_utils.compat.uuid7()

@@ -1,4 +1,5 @@
-"""Engine and session factory: one code path (sync SQLAlchemy, psycopg 3) for API, scheduler and workers."""
+"""Database engine and session factory: the API, the scheduler and the workers share one code path (sync SQLAlchemy,
+psycopg 3)."""
 
 import select
 from collections.abc import Iterator
@@ -14,15 +15,15 @@ from app.config import get_settings
 
 
 def make_engine(database_url: str) -> Engine:
-    """An engine whose calls end: a lost database is an error within seconds, never a hang.
+    """Return an engine whose calls always end: a lost database causes an error within seconds and never a hang.
 
-    ``tcp_user_timeout`` (ms) bounds a dead peer, ``statement_timeout`` (ms) a slow query; see the libpq manual,
-    "Database Connection Control Functions".
-    ``idle_in_transaction_session_timeout`` (ms) frees the rows that a process which froze or vanished had locked.
+    ``tcp_user_timeout`` (ms) limits the wait for a dead peer, and ``statement_timeout`` (ms) limits a slow query; see
+    the libpq manual, "Database Connection Control Functions". ``idle_in_transaction_session_timeout`` (ms) frees the
+    rows that a frozen or vanished process had locked.
     """
     engine = create_engine(
         database_url,
-        pool_size=40,  # as many as uvicorn has threads: one beyond would be made anew for every request
+        pool_size=40,  # one connection per thread of uvicorn; a further one would be opened anew for every request
         max_overflow=0,
         connect_args={
             "connect_timeout": 3,
@@ -38,22 +39,23 @@ def make_engine(database_url: str) -> Engine:
 
 
 def _refuse_lost(connection: Any, *_: object) -> None:
-    """Have the pool connect anew when the server closed the connection; asks the socket, which costs no round trip."""
+    """Make the pool reconnect if the server closed the connection; the check polls the socket, without a round trip."""
     socket = select.poll()
     socket.register(connection.fileno(), select.POLLIN)
-    if socket.poll(0):  # an idle connection has nothing to say but that it ends
+    if socket.poll(0):  # an idle connection becomes readable only when the server closes it
         raise InvalidatePoolError()
 
 
 @lru_cache
 def session_factory() -> sessionmaker[Session]:
-    """The process's session factory. Never call before a fork: connections do not survive one."""
+    """Return the process's session factory. Never call this before a fork: connections do not survive a fork."""
     return sessionmaker(make_engine(get_settings().database_url), expire_on_commit=False)
 
 
 @contextmanager
 def reading() -> Iterator[Session]:
-    """A session without a transaction: every query sees what is committed, and BEGIN and ROLLBACK cost no round trips."""
+    """Yield a session without a transaction: every query sees all committed data, and no round trips for BEGIN and
+    ROLLBACK are needed."""
     with session_factory()() as session:
         session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
         yield session

@@ -1,4 +1,4 @@
-"""Every table of the service, in one metadata."""
+"""All tables of the service, in one metadata object."""
 
 from app.auth.models import ApiKey
 from app.db.base import Base

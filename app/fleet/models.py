@@ -1,4 +1,4 @@
-"""The table of live processes."""
+"""The database table of the processes that report heartbeats."""
 
 import datetime as dt
 from typing import Any
@@ -10,7 +10,7 @@ from app.db.base import Base
 
 
 class Worker(Base):
-    """A process that beats: ``kind`` says what it is, ``info`` what it runs on."""
+    """A process that sends heartbeats; ``kind`` is its role, and ``info`` describes the hardware it runs on."""
 
     __tablename__ = "workers"
 

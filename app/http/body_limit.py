@@ -1,4 +1,4 @@
-"""No request body larger than the operator wants to hold in memory."""
+"""A limit on request bodies: the service holds no body in memory that is larger than the operator allows."""
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -10,9 +10,10 @@ from secateur.contract.errors import ErrorCode
 
 
 class BodyLimit:
-    """ASGI middleware: 413 (RFC 9110, section 15.5.14) for a body of more than ``largest`` bytes.
+    """ASGI middleware that answers 413 (RFC 9110, section 15.5.14) to a body of more than ``largest`` bytes.
 
-    By its ``Content-Length`` before anything is read; without one, as soon as that much has come.
+    It checks the ``Content-Length`` before it reads the body; without that header, it answers as soon as more than
+    ``largest`` bytes have arrived.
     """
 
     def __init__(self, app: ASGIApp, largest: int) -> None:
@@ -34,7 +35,7 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.largest:
-                raise HTTPException(413, too_large)  # the one kind that FastAPI lets through where it reads a body
+                raise HTTPException(413, too_large)  # the only exception that FastAPI passes on while it reads a body
             return message
 
         return await self.app(scope, bounded, send)

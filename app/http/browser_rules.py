@@ -1,4 +1,4 @@
-"""What every response tells a browser, should one ever show it (OWASP's HTTP headers for REST)."""
+"""Response headers that restrict what browsers do with a response (OWASP's HTTP headers for REST)."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 ALWAYS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
 NOTHING = "default-src 'none'; frame-ancestors 'none'"
 DOCS = "frame-ancestors 'none'"
-"""FastAPI's pages for people have scripts of their own and of a CDN."""
+"""Policy of FastAPI's documentation pages, which load their own scripts and scripts from a CDN."""
 DASHBOARD = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -17,10 +17,12 @@ ONE_YEAR = "max-age=31536000"
 
 
 class BrowserRules:
-    """ASGI middleware: nothing is sniffed, framed, run or, below ``private``, stored, unless a route says otherwise; ``pages`` have a Content-Security-Policy of their own.
+    """ASGI middleware that forbids browsers to sniff, frame or run responses and to store responses below ``private``.
 
-    ``Strict-Transport-Security`` comes with what was asked for by https, as RFC 6797 (section 7.2) wants it: behind a
-    proxy that is so where uvicorn trusts its ``X-Forwarded-Proto`` (``FORWARDED_ALLOW_IPS``).
+    A route may override each header. The paths in ``pages`` have their own Content-Security-Policy.
+
+    ``Strict-Transport-Security`` is sent only in answers to requests by https, as RFC 6797 (section 7.2) requires.
+    Behind a proxy, uvicorn must trust the proxy's ``X-Forwarded-Proto`` for this (``FORWARDED_ALLOW_IPS``).
     """
 
     def __init__(self, app: ASGIApp, private: str, pages: Mapping[str, str]) -> None:

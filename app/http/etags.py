@@ -2,11 +2,11 @@
 
 
 def etag(version: int) -> str:
-    """The tag of a version."""
+    """Return the entity tag of a version."""
     return f'"{version}"'
 
 
 def matches(if_none_match: str, tag: str) -> bool:
-    """Whether ``If-None-Match`` names the tag; comparison is weak, as section 13.1.2 asks."""
+    """Return whether ``If-None-Match`` names the tag; the comparison is weak, as RFC 9110 (section 13.1.2) requires."""
     names = [name.strip().removeprefix("W/") for name in if_none_match.split(",")]
     return "*" in names or tag in names

@@ -1,6 +1,7 @@
-"""``Idempotency-Key``: the same key with the same body makes one thing, however often and at once it is sent.
+"""``Idempotency-Key``: requests with the same key and the same body create one job, however often they are sent.
 
-After draft-ietf-httpapi-idempotency-key-header. Keys are scoped by API key.
+This follows draft-ietf-httpapi-idempotency-key-header. The requests may also arrive at the same time. Keys are scoped
+by API key.
 """
 
 import datetime as dt
@@ -18,7 +19,7 @@ from app.db.base import Base
 
 
 class IdempotencyKey(Base):
-    """A key that was used; ``job_id`` is null once its job was deleted."""
+    """An idempotency key that was used; ``job_id`` becomes null when the key's job is deleted."""
 
     __tablename__ = "idempotency_keys"
     __table_args__ = (Index("ix_idempotency_keys_created_at", "created_at"),)
@@ -31,12 +32,12 @@ class IdempotencyKey(Base):
 
 
 def fingerprint(body: dict[str, Any]) -> str:
-    """The hash by which two bodies are the same: order of fields and spacing do not count."""
+    """Return a hash of the body; bodies that differ only in field order or spacing have the same hash."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def recall(session: Session, owner_id: uuid.UUID, key: str, ttl: float) -> IdempotencyKey | None:
-    """The row of a key used within the last ``ttl`` seconds."""
+    """Return the row of an idempotency key that was used within the last ``ttl`` seconds, or ``None``."""
     since = func.now() - dt.timedelta(seconds=ttl)
     return session.scalars(
         select(IdempotencyKey).where(
@@ -48,9 +49,10 @@ def recall(session: Session, owner_id: uuid.UUID, key: str, ttl: float) -> Idemp
 def remember(
     session: Session, owner_id: uuid.UUID, key: str, request_sha256: str, job_id: uuid.UUID, ttl: float
 ) -> bool:
-    """Take the key for ``job_id`` within the caller's transaction; false if another request has it.
+    """Take the idempotency key for ``job_id`` within the caller's transaction and return whether this succeeded.
 
-    Waits for a concurrent transaction that is taking the same key. A key older than ``ttl`` seconds is taken over.
+    Return false if another request has the key. Wait for a concurrent transaction that is taking the same key. Replace
+    a key older than ``ttl`` seconds.
     """
     row = {"request_sha256": request_sha256, "job_id": job_id, "created_at": func.now()}
     taken = session.execute(
@@ -67,6 +69,6 @@ def remember(
 
 
 def delete_expired(session: Session, ttl: float) -> None:
-    """Drop the keys older than ``ttl`` seconds; commits."""
+    """Delete the idempotency keys older than ``ttl`` seconds; commits."""
     session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at <= func.now() - dt.timedelta(seconds=ttl)))
     session.commit()

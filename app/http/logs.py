@@ -1,4 +1,4 @@
-"""Log lines that say which request, which job and which attempt they are about: as text, or as JSON, one object a line."""
+"""Log lines that name their request, job and attempt. The lines are text, or JSON with one object per line."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -12,12 +12,12 @@ from app.config import Settings
 
 NAMES = ("request_id", "job_id", "attempt")
 TEXT = "%(asctime)s %(levelname)s %(name)s%(about)s: %(message)s"
-_about: ContextVar[dict[str, object]] = ContextVar("about", default={})  # noqa: B039  # never changed, only replaced
+_about: ContextVar[dict[str, object]] = ContextVar("about", default={})  # noqa: B039  # never mutated; each change sets a new dict
 
 
 @contextmanager
 def about(**what: object) -> Iterator[None]:
-    """While the context lasts, lines of this thread or task carry these of :data:`NAMES`."""
+    """Attach the given values (names from :data:`NAMES`) to the log lines of this thread or task within the context."""
     token = _about.set({**_about.get(), **{name: value for name, value in what.items() if value is not None}})
     try:
         yield
@@ -26,20 +26,20 @@ def about(**what: object) -> Iterator[None]:
 
 
 def request_id() -> str | None:
-    """Of the HTTP request that is being answered."""
+    """Return the id of the HTTP request that is being answered, or ``None`` outside a request."""
     known = _about.get().get("request_id")
     return None if known is None else str(known)
 
 
 def configure(settings: Settings) -> None:
-    """Have this process log to standard error in the format that is set; what others have set up stays where it goes."""
+    """Make this process log to standard error in the configured format; existing handlers keep their destinations."""
     logging.basicConfig(level=logging.INFO)
     for name in ("", "uvicorn", "uvicorn.access"):
         adopt(logging.getLogger(name).handlers, settings)
 
 
 def adopt(handlers: Iterable[logging.Handler], settings: Settings) -> None:
-    """Have these handlers write as :func:`configure` says."""
+    """Make these handlers write in the format of :func:`configure`."""
     for handler in handlers:
         handler.addFilter(_tell)
         handler.setFormatter(_formatter(settings))

@@ -1,4 +1,4 @@
-"""The outermost layer of every request: its id, its duration, and the answer when code fails."""
+"""The outermost middleware of every request: the request's id, its duration and the answer when code fails."""
 
 import logging
 import re
@@ -21,10 +21,11 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Observe:
-    """ASGI middleware.
+    """ASGI middleware that gives each request an id, measures its duration and handles uncaught exceptions.
 
-    Every response carries ``X-Request-Id``: the client's, if it is sane, else a new one; and what the state's ``headers`` hold. An exception that nobody
-    handled is logged with that id and answered with 500, which tells nothing of the inside.
+    Every response carries ``X-Request-Id`` (the client's id if it matches :data:`SANE_ID`, else a new id) and the
+    headers in the request state's ``headers``. An uncaught exception is logged with that id and answered with 500; the
+    answer reveals no internals.
     """
 
     def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:

@@ -1,4 +1,4 @@
-"""Keyset pages: an opaque ``page_token`` names the last item that was seen."""
+"""Keyset pagination: an opaque ``page_token`` names the last item of the previous page."""
 
 import base64
 import binascii
@@ -24,15 +24,15 @@ Cursor = TypeVar("Cursor")
 
 
 def encode(cursor: object) -> str:
-    """The token that means "after ``cursor``"."""
+    """Return the page token that means "after ``cursor``"."""
     return base64.urlsafe_b64encode(str(cursor).encode()).decode().rstrip("=")
 
 
 def read_id(text: str) -> int:
-    """A ``bigint`` id, for :func:`decode`.
+    """Return the ``bigint`` id that ``text`` contains, for use with :func:`decode`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: ``text`` is not an id.
     """
     if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > LARGEST_ID:
         raise ValueError(f"no id: {text}")
@@ -40,10 +40,10 @@ def read_id(text: str) -> int:
 
 
 def decode(token: str | None, read: Callable[[str], Cursor]) -> Cursor | None:
-    """The cursor in a token, read by ``read``.
+    """Return the cursor in a page token, converted by ``read``, or ``None`` without a token.
 
     Raises:
-        Problem: 422 on a token this service did not make.
+        Problem: 422 if this service did not create the token.
     """
     if token is None:
         return None

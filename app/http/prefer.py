@@ -1,4 +1,4 @@
-"""``Prefer: wait=n`` (RFC 7240, section 4.3): how long a client would like the server to hold its answer."""
+"""``Prefer: wait=n`` (RFC 7240, section 4.3): the time for which a client wants the server to hold its answer."""
 
 import re
 from typing import Annotated
@@ -14,7 +14,7 @@ async def wait_seconds(
         list[str] | None, Header(description="`wait=n`, 1 to 60: hold the answer for up to n seconds.")
     ] = None,
 ) -> int | None:
-    """The wait asked for, clamped to 1–60 s, if there is one. What cannot be read is ignored, as the RFC asks."""
+    """Return the requested wait, clamped to 1–60 s, or ``None``; unreadable preferences are ignored (RFC 7240)."""
     found = _WAIT.search(",".join(prefer or ()))
     return min(max(int(found[1]), 1), LONGEST) if found else None
 

@@ -1,4 +1,4 @@
-"""Problem details: every error of the API is one of these (RFC 9457), with a stable ``code``."""
+"""Problem details (RFC 9457): every error of the API is a problem document with a stable ``code``."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -15,7 +15,7 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class ProblemDetails(BaseModel):
-    """RFC 9457. `code` is stable and meant for programs, `detail` is meant for people."""
+    """A problem document (RFC 9457). `code` is stable and meant for programs; `detail` is meant for people."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -52,7 +52,7 @@ class ProblemDetails(BaseModel):
 
 
 class Problem(Exception):
-    """An answer other than what was asked for."""
+    """An error answer to a request, with its status, code and detail."""
 
     def __init__(
         self,
@@ -76,12 +76,12 @@ class Problem(Exception):
 def invalid(
     field: str, message: str, *, code: ErrorCode = ErrorCode.INVALID_REQUEST, allowed: str | None = None
 ) -> Problem:
-    """422 for one field."""
+    """Return a 422 problem about one field."""
     return Problem(422, code, f"{field}: {message}", errors=[FieldError(field=field, message=message, allowed=allowed)])
 
 
 def respond(request: Request, problem: Problem) -> JSONResponse:
-    """The problem as a response."""
+    """Return the problem as an HTTP response."""
     details = ProblemDetails(
         title=HTTPStatus(problem.status).phrase,
         status=problem.status,
@@ -100,7 +100,7 @@ def respond(request: Request, problem: Problem) -> JSONResponse:
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The ``responses=`` of a route that may answer with these problems."""
+    """Return the ``responses=`` argument of a route that may answer with problems of these statuses."""
     return {
         status: {
             "description": HTTPStatus(status).phrase,

@@ -1,6 +1,6 @@
-"""How often an API key may ask: windows of fixed length, counted in the broker for all replicas of the API (library ``limits``).
+"""Rate limits of API keys: the broker counts requests in windows of fixed length for all replicas of the API.
 
-The answer's headers are those of draft-ietf-httpapi-ratelimit-headers-10.
+The counting uses the library ``limits``. The answer's headers follow draft-ietf-httpapi-ratelimit-headers-10.
 """
 
 import logging
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 BROKER_SECONDS = 1.0
 SHARES = 100
-"""A process takes this part of a limit at a time, so that few requests cost a round trip. What it does not use is lost to the
-other replicas until the window ends."""
+"""Number of shares into which a limit is divided; a process reserves one share at a time, so that few requests cost a
+round trip to the broker. Other replicas cannot use the unused rest of a share until the window ends."""
 
 
 @lru_cache
@@ -34,7 +34,10 @@ def _counters(broker_url: str) -> RedisStorage:
 
 
 class _Taken:
-    """What this process has taken of the limits in one window, and not used yet: for each key this, and what all have taken."""
+    """The requests that this process has reserved in one window and not yet used.
+
+    ``shares`` maps each API key to the number of unused requests and the number that all replicas have reserved.
+    """
 
     def __init__(self, window: float) -> None:
         self.window = window
@@ -46,7 +49,10 @@ _taken = _Taken(0.0)
 
 
 def _use_own(window: float, key_id: uuid.UUID) -> tuple[int, int] | None:
-    """Use one of what was taken for this key; what is left of it, and what all replicas have taken. ``None``: nothing was left."""
+    """Use one of the requests that this process has reserved for the API key, or return ``None`` if there is none.
+
+    Return the number of reserved requests left and the number that all replicas have reserved.
+    """
     global _taken
     with _lock:
         if _taken.window != window:
@@ -66,10 +72,12 @@ def _keep(window: float, key_id: uuid.UUID, own: int, used: int) -> None:
 
 
 def count(settings: Settings, key_id: uuid.UUID) -> dict[str, str]:
-    """Count a request of this key; the headers that tell what is left. None while the broker is away: it limits nobody then.
+    """Count a request of this API key and return the headers that tell how many requests are left.
+
+    Return no headers if no limit is set or the broker does not answer; then no request is limited.
 
     Raises:
-        Problem: 429 with ``Retry-After``, when there is nothing left.
+        Problem: 429 with ``Retry-After`` if no request is left in the window.
     """
     if not settings.rate_limit:
         return {}

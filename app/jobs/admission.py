@@ -1,6 +1,6 @@
-"""What is checked before a job is accepted: the model, the ratio, where the result may go.
+"""Admission of jobs: checks the model, the ratio and the repository to publish to, before a job is accepted.
 
-What cannot be checked now (the Hub does not answer) is let in; the worker finds out.
+A job that cannot be checked now, because the Hub does not answer, is accepted; the worker checks it later.
 """
 
 import httpx2
@@ -26,11 +26,15 @@ UNAUTHORIZED = (401, 403)
 
 
 def look(model: ModelRef, settings: Settings, token: SecretStr | None) -> tuple[ModelSource, ModelShape | None]:
-    """The model and its sizes, which are unknown (``None``) before a GGUF file on the Hub, or a model of a family without an
-    adapter, is loaded.
+    """Return the model's source and its sizes.
+
+    The sizes are ``None`` for a GGUF file on the Hub and for a model of a family without an adapter, whose sizes are
+    known only after the model is loaded.
 
     Raises:
-        PruningError: see :func:`secateur.catalog.sources.locate` and :func:`secateur.catalog.sources.read_shape`.
+        PruningError: the model cannot be located or its sizes cannot be read (see
+            :func:`secateur.catalog.sources.locate` and :func:`secateur.catalog.sources.read_shape`), or the model has
+            more parameters than the service allows.
     """
     source = locate(
         model.model_id,
@@ -48,10 +52,10 @@ def look(model: ModelRef, settings: Settings, token: SecretStr | None) -> tuple[
 def dry_run(
     request: JobRequest, settings: Settings, token: SecretStr | None, largest: tuple[int, str] | None
 ) -> DryRun:
-    """What the job would do; ``largest`` is the memory of the largest worker in bytes, and its device.
+    """Return the plan of the job; ``largest`` is the memory of the largest worker, in bytes, and that worker's device.
 
     Raises:
-        PruningError: the model is not there or cannot be pruned like that; retryable if the Hub does not answer.
+        PruningError: the model does not exist or cannot be pruned as requested; retryable if the Hub does not answer.
     """
     source, shape = look(request, settings, token)
     resolved = needed = None
@@ -71,7 +75,7 @@ def dry_run(
 
 
 def _targets(request: JobRequest, resolved: Resolved | None, shape: ModelShape | None) -> list[PlannedTarget]:
-    """What each target comes to on this model."""
+    """Return, for each requested ratio, the nearest ratio that this model allows and the name of the repository."""
     found: list[tuple[float | None, float | None]]
     if resolved is None or shape is None:
         found = [(ratio, None) for ratio in request.requested_ratios]
@@ -86,7 +90,11 @@ def _targets(request: JobRequest, resolved: Resolved | None, shape: ModelShape |
 
 
 def _memory(resolved: Resolved, source: ModelSource, shape: ModelShape, largest: tuple[int, str] | None) -> int:
-    """Bytes that the job takes at least."""
+    """Return the least number of bytes of memory that the job needs; check that ``largest`` suffices if it is known.
+
+    Raises:
+        PruningError: ``out_of_memory`` if the largest worker has too little memory.
+    """
     mapped = largest is not None and largest[1] == "cpu" and resolved.dtype == source.dtype and source.gguf_file is None
     needed = memory.estimate(resolved, shape, mapped)
     if largest is not None:
@@ -95,10 +103,12 @@ def _memory(resolved: Resolved, source: ModelSource, shape: ModelShape, largest:
 
 
 def admit(request: JobRequest, settings: Settings, token: SecretStr | None) -> JobRequest:
-    """The request with a place to publish to, if this service can serve it.
+    """Check that this service can serve the request and return it with a default repository name if it has none.
+
+    The request gets a default repository name only if the service publishes into a folder.
 
     Raises:
-        Problem: 422.
+        Problem: 422 if this service cannot serve the request.
     """
     if request.webhook_url is not None and settings.webhook_secret is None:
         raise invalid(
@@ -138,7 +148,13 @@ def admit(request: JobRequest, settings: Settings, token: SecretStr | None) -> J
 
 
 def _check_dataset(field: str, dataset: str, settings: Settings) -> None:
-    """A text of the texts folder that is there, or what may be a data set of the Hub; never a path."""
+    """Check that ``dataset`` names an existing text of the texts folder, or may name a data set on the Hub.
+
+    ``dataset`` is never a path.
+
+    Raises:
+        Problem: 422 if the text does not exist or the name is not that of a data set.
+    """
     if dataset.startswith(LOCAL_PREFIX):
         name = dataset.removeprefix(LOCAL_PREFIX)
         if not LOCAL_NAME.fullmatch(name) or not (settings.texts_dir / name).is_file():
@@ -156,7 +172,14 @@ def _check_dataset(field: str, dataset: str, settings: Settings) -> None:
 
 
 def _check_may_write(repo_id: str, settings: Settings, token: SecretStr | None) -> None:
-    """The namespace alone decides, so this goes for the names made from ``repo_id`` too."""
+    """Check that the Hub token may write to the namespace of ``repo_id``.
+
+    Only the namespace decides, so the check also covers the names that are made from ``repo_id``. If the Hub does not
+    answer or fails otherwise, the check passes.
+
+    Raises:
+        Problem: 422 if there is no token, or if the Hub refuses the token or its rights do not suffice.
+    """
     if token is None:
         message = "there is no Hub token: neither 'hub_token' nor the API key's nor the service's (SECATEUR_HF_TOKEN)"
         raise invalid("publish.repo_id", message, code=ErrorCode.HUB_FORBIDDEN)

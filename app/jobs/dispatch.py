@@ -1,4 +1,5 @@
-"""The doorbell: a Celery message that says "look at this job". Losing one loses nothing: the scheduler rings again."""
+"""Dispatch of jobs: a Celery message tells a worker to look at a job. A lost message loses no job: the scheduler sends
+it again."""
 
 import logging
 import uuid
@@ -14,10 +15,11 @@ log = logging.getLogger(__name__)
 
 TASK = "secateur.ring"
 TRANSPORT_OPTIONS = {"socket_timeout": 5, "socket_connect_timeout": 1, "retry_on_timeout": False}
-"""Without these a broker that hangs blocks the caller for half a minute (celery #4296, kombu #1463)."""
+"""Timeouts of the broker connection; without them, a broker that hangs blocks the caller for half a minute (celery
+#4296, kombu #1463)."""
 
 ONCE = {"max_retries": 1, "interval_start": 0}
-"""Without these a broker that refuses is asked again for six seconds."""
+"""Retry limits of the broker connection; without them, a broker that refuses connections is retried for six seconds."""
 
 
 @lru_cache
@@ -30,7 +32,7 @@ def _client(broker_url: str) -> Celery:
 
 
 def wake_worker(job_id: uuid.UUID) -> None:
-    """Ring once. Never raises: a failure is logged, and the scheduler makes up for it."""
+    """Send one dispatch message for the job. This never raises: a failure is logged, and the scheduler sends again."""
     try:
         _client(get_settings().broker_url).send_task(TASK, args=[str(job_id)], ignore_result=True)
     except (KombuError, RedisError, OSError) as error:

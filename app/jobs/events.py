@@ -1,4 +1,4 @@
-"""Waiting for a job to change: one Postgres listener a process wakes everybody who waits, and nobody holds a thread."""
+"""Waiting for a job to change: one Postgres listener per process wakes all waiters, and no waiter holds a thread."""
 
 import asyncio
 import logging
@@ -14,12 +14,13 @@ log = logging.getLogger(__name__)
 
 CHANNEL = "secateur_jobs"
 POLL = 5.0
-"""Seconds after which a waiter looks for itself: a notification may be lost while the listener reconnects."""
+"""Number of seconds after which a waiter reads the job itself, because a notification may be lost while the listener
+reconnects."""
 RECONNECT = 1.0
 
 
 class Bell:
-    """Rings when a job may have changed."""
+    """A wake-up signal for one waiter, set when a job may have changed."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
@@ -28,21 +29,21 @@ class Bell:
         self._event.set()
 
     async def wait(self, seconds: float) -> None:
-        """Until it rings, ``seconds`` have passed, or it is time to look anyway."""
+        """Wait until the signal is set, ``seconds`` have passed or ``POLL`` seconds have passed."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._event.wait(), min(seconds, POLL))
         self._event.clear()
 
 
 class Feed:
-    """Fans notifications out to the bells of this process. All of it runs on one event loop."""
+    """The distributor of notifications to the waiters of this process; it runs entirely on one event loop."""
 
     def __init__(self) -> None:
         self._bells: defaultdict[uuid.UUID, set[Bell]] = defaultdict(set)
 
     @contextmanager
     def bell(self, job_id: uuid.UUID) -> Iterator[Bell]:
-        """A bell for ``job_id``. Take it before reading the job, so that no change falls between the two."""
+        """Yield a signal for ``job_id``; take the signal before reading the job, so that no change is missed."""
         bell = Bell()
         self._bells[job_id].add(bell)
         try:
@@ -54,7 +55,7 @@ class Feed:
 
     @asynccontextmanager
     async def listening(self, database_url: str) -> AsyncIterator[None]:
-        """Listen while the context is open."""
+        """Listen to the database's notifications while the context is open."""
         task = asyncio.create_task(self._listen(database_url))
         try:
             yield
@@ -89,7 +90,7 @@ class Feed:
                 bell.ring()
 
     def _ring_all(self) -> None:
-        """What happened while nobody listened is unknown."""
+        """Wake every waiter, because changes during an interruption of the listener are unknown."""
         for bells in self._bells.values():
             for bell in bells:
                 bell.ring()

@@ -1,6 +1,6 @@
-"""Ownership of a job: claim, renew, release, reap. Every write a worker makes is fenced by its ``attempt``.
+"""Leases: claim, renew, release and reap jobs. Every write of a worker is fenced by its ``attempt``.
 
-All times are the database's clock, so that a worker whose clock jumps cannot keep or steal a lease.
+The database's clock sets all times, so that a worker whose clock jumps can neither keep nor steal a lease.
 """
 
 import datetime as dt
@@ -24,23 +24,23 @@ LIVE = (State.RUNNING, State.PUBLISHING, State.CANCELLING)
 
 
 class LeaseLost(Exception):
-    """Another attempt owns the job now, or the lease ran out: stop working and write nothing more."""
+    """The attempt no longer owns the job, or its lease ran out; its worker must stop and write nothing more."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a worker needs to know of the job it owns."""
+    """The data that a worker needs about the job that it owns."""
 
     job_id: uuid.UUID
     attempt: int
     request: dict[str, Any]
     request_id: str | None = None
-    """Of the HTTP request that made the job."""
+    """Id of the HTTP request that created the job."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """The answer to a heartbeat, and to a report: what the owner of the job was asked meanwhile."""
+    """The answer to a heartbeat or a report: whether a user requested cancelling or pausing the job meanwhile."""
 
     cancel: bool
     pause: bool
@@ -51,16 +51,18 @@ def _in(seconds: float) -> Any:
 
 
 def claim(session: Session, job_id: uuid.UUID, worker: str, ttl: float, most: int | None = None) -> Claim | None:
-    """Take a queued job; ``None`` when there is nothing to take (done, taken, deleted, or not due yet).
+    """Claim a queued job for ``worker`` with a lease of ``ttl`` seconds, and return the claim.
 
-    Nor is there when workers own ``most`` jobs of its API key already; :func:`due` finds it when they do not.
+    Return ``None`` when the job cannot be claimed because it has ended, is owned, was deleted or is not yet due. Also
+    return ``None`` when workers already own ``most`` jobs of the job's API key; :func:`due` returns the job as soon as
+    they own fewer.
     """
     query = select(Job).where(Job.id == job_id, Job.state == State.QUEUED).with_for_update(skip_locked=True)
     job = session.scalars(query.where((Job.not_before.is_(None)) | (Job.not_before <= func.now()))).one_or_none()
     if job is None:
         return None
     if most is not None:
-        keys.lock(session, job.owner_id)  # or two workers might count at the same time
+        keys.lock(session, job.owner_id)  # otherwise two workers might count at the same time
         if _owned_count(session, job.owner_id) >= most:
             job.dispatched_at = None
             session.commit()
@@ -84,10 +86,10 @@ def _owned_count(session: Session, owner_id: uuid.UUID) -> int:
 
 
 def owned(session: Session, job_id: uuid.UUID, attempt: int) -> Job:
-    """The job's row, locked, if ``attempt`` still owns it and its lease is live.
+    """Return the job's row, locked, if ``attempt`` still owns the job and its lease is live.
 
     Raises:
-        LeaseLost: it does not.
+        LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
     """
     query = select(Job).where(
         Job.id == job_id, Job.attempt == attempt, Job.state.in_(LIVE), Job.lease_expires_at > func.clock_timestamp()
@@ -99,10 +101,10 @@ def owned(session: Session, job_id: uuid.UUID, attempt: int) -> Job:
 
 
 def renew(session: Session, job_id: uuid.UUID, attempt: int, ttl: float) -> Beat:
-    """Heartbeat: extend the lease by ``ttl`` seconds from now.
+    """Renew the lease: extend it to ``ttl`` seconds from now. This is the heartbeat of an attempt.
 
     Raises:
-        LeaseLost: see :func:`owned`.
+        LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
     """
     job = owned(session, job_id, attempt)
     job.lease_expires_at = _in(ttl)
@@ -118,7 +120,11 @@ def _commit(session: Session, job: Job) -> Beat:
 def report_progress(
     session: Session, job_id: uuid.UUID, attempt: int, progress: dict[str, Any], event: dict[str, Any] | None = None
 ) -> Beat:
-    """Fenced: show ``progress`` on the job and, with ``event`` {type, data}, append to what happened."""
+    """Store ``progress`` on the job and, if ``event`` {type, data} is given, append the event. This write is fenced.
+
+    Raises:
+        LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
+    """
     job = owned(session, job_id, attempt)
     job.progress = progress
     job.version += 1
@@ -132,10 +138,14 @@ def report_progress(
 def record_step(
     session: Session, job_id: uuid.UUID, attempt: int, number: int, path: str, sha256: str, data: dict[str, Any]
 ) -> Beat:
-    """Fenced: the step is complete and its checkpoint is on disk. From this row, and no listing, a later attempt resumes.
+    """Record that a step is complete and its checkpoint is on disk. This write is fenced.
 
-    A step clears the count of failures: ``max_failures`` is for attempts that get nowhere. Recording a step
-    twice (the answer to the first was lost) changes nothing.
+    A later attempt resumes from this row, not from a listing of files. A completed step (except step 0) resets the
+    count of failures, because ``max_failures`` limits attempts that make no progress. Recording the same step twice,
+    because the first answer was lost, changes nothing.
+
+    Raises:
+        LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
     """
     job = owned(session, job_id, attempt)
     known = session.get(JobStep, (job_id, number))
@@ -154,11 +164,12 @@ def record_step(
 
 
 def move(session: Session, job_id: uuid.UUID, attempt: int, trigger: Trigger, **values: Any) -> State:
-    """Fenced state change by the job's owner; returns the new state.
+    """Apply ``trigger`` to the job for the attempt that owns it, and return the new state. This write is fenced.
 
     Raises:
-        LeaseLost: see :func:`owned`.
-        TransitionRefused: the table has no such move (a job that is being cancelled cannot start publishing).
+        LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
+        TransitionRefused: the transition table has no such transition; for example, a job that is being cancelled
+            cannot start publishing.
     """
     job = transitions.apply(session, owned(session, job_id, attempt), trigger, **values)
     state = State(job.state)
@@ -167,14 +178,25 @@ def move(session: Session, job_id: uuid.UUID, attempt: int, trigger: Trigger, **
 
 
 def release(session: Session, job_id: uuid.UUID, attempt: int) -> State:
-    """Fenced: give the job back without counting a failure: shutdown, deploy, or a pause at a step's end."""
+    """Requeue the job without counting a failure, at a shutdown, a deploy or a pause at a step's end; fenced.
+
+    Raises:
+        LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
+    """
     return move(session, job_id, attempt, Trigger.REQUEUE)
 
 
 def fail(
     session: Session, job_id: uuid.UUID, attempt: int, error: dict[str, Any], max_failures: int, backoff: float
 ) -> State:
-    """Fenced: the attempt failed with ``error`` {code, message, retryable}; requeue while that may help, else fail the job."""
+    """Record that the attempt failed with ``error`` {code, message, retryable}, and return the new state; fenced.
+
+    Requeue the job if the error is retryable and the job has failed fewer than ``max_failures`` times; otherwise fail
+    it. The wait before the next attempt is ``backoff`` seconds, doubled with every failure.
+
+    Raises:
+        LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
+    """
     state = _fail(session, owned(session, job_id, attempt), error, max_failures, backoff)
     session.commit()
     return state
@@ -194,12 +216,15 @@ def _fail(session: Session, job: Job, error: dict[str, Any], max_failures: int, 
 
 
 def owned_ids(session: Session) -> Sequence[uuid.UUID]:
-    """The jobs that a worker owns, or did until its lease ran out a moment ago."""
+    """Return the ids of the jobs that a worker owns, or owned until its lease ran out a moment ago."""
     return session.scalars(select(Job.id).where(Job.state.in_(LIVE))).all()
 
 
 def reap(session: Session, max_failures: int, backoff: float, limit: int = 100) -> list[uuid.UUID]:
-    """Requeue (or, at ``max_failures``, fail) the jobs whose lease ran out; returns their ids. Any number of callers."""
+    """Requeue the jobs whose lease ran out, or fail them at ``max_failures``, and return their ids.
+
+    Several callers may run this at the same time. At most ``limit`` jobs are reaped in one call.
+    """
     query = (
         select(Job)
         .where(Job.state.in_(LIVE), Job.lease_expires_at <= func.now())
@@ -220,9 +245,10 @@ def reap(session: Session, max_failures: int, backoff: float, limit: int = 100) 
 
 
 def due(session: Session, redispatch_after: float, limit: int = 100, most: int | None = None) -> list[uuid.UUID]:
-    """Mark and return queued jobs whose doorbell never rang, or rang too long ago (``FOR UPDATE SKIP LOCKED``).
+    """Mark and return the ids of queued jobs that were never dispatched, or were last dispatched too long ago.
 
-    None of an API key of which workers own ``most`` jobs already.
+    A dispatch is too old after ``redispatch_after`` seconds. The query locks with ``FOR UPDATE SKIP LOCKED``. Jobs of
+    an API key of which workers already own ``most`` jobs are left out. At most ``limit`` jobs are returned.
     """
     owners = select(Job.owner_id).where(Job.state.in_(LIVE)).group_by(Job.owner_id)
     stale = func.now() - text(f"interval '{float(redispatch_after)} seconds'")

@@ -1,4 +1,4 @@
-"""The tables of a job: the row of record, what happened to it, its completed steps."""
+"""The tables of a job: the job itself, its events and its completed steps."""
 
 import datetime as dt
 import uuid
@@ -12,10 +12,10 @@ from app.db.base import Base, new_id
 
 
 class Job(Base):
-    """One accepted request. ``state`` is changed by :mod:`app.jobs.transitions` alone.
+    """One accepted request. Only :mod:`app.jobs.transitions` changes ``state``.
 
-    ``attempt`` is the fencing token: it grows by one with every claim, and every write of a worker names its own.
-    ``lease_expires_at`` is set while a worker owns the job. ``version`` grows with every visible change (ETag).
+    ``attempt`` is the fencing token: every claim increases it by one, and every write of a worker names the worker's
+    attempt. ``lease_expires_at`` is set while a worker owns the job. Every visible change increases ``version`` (ETag).
     """
 
     __tablename__ = "jobs"
@@ -40,7 +40,7 @@ class Job(Base):
     method: Mapped[str]
     labels: Mapped[dict[str, str]] = mapped_column(default=dict)
     request_id: Mapped[str | None]
-    """Of the HTTP request that made it, as its log lines have it."""
+    """Id of the HTTP request that created the job; the request's log lines carry the same id."""
 
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)
@@ -50,10 +50,10 @@ class Job(Base):
     not_before: Mapped[dt.datetime | None]
     pause_requested: Mapped[bool] = mapped_column(default=False)
     may_be_published: Mapped[bool] = mapped_column(default=False)
-    """Publishing began in some attempt: a commit of this job's may be on the Hub."""
+    """Whether some attempt began to publish; a commit of the job may be on the Hub."""
 
     hub_token: Mapped[bytes | None] = mapped_column(deferred=True)
-    """The request's, encrypted (see :mod:`app.auth.vault`); gone when the job has succeeded."""
+    """The request's Hub token, encrypted (see :mod:`app.auth.vault`); removed when the job has succeeded."""
 
     progress: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]
@@ -67,7 +67,7 @@ class Job(Base):
 
 
 class JobEvent(Base):
-    """Something that happened; ``id`` is the cursor of the event stream."""
+    """One event of a job; ``id`` is the cursor of the event stream."""
 
     __tablename__ = "job_events"
     __table_args__ = (
@@ -84,7 +84,10 @@ class JobEvent(Base):
 
 
 class JobStep(Base):
-    """A completed step: the checkpoint that a later attempt resumes from. Step 0 is the baseline, the unpruned model measured."""
+    """A completed step of a job and its checkpoint, from which a later attempt resumes.
+
+    Step 0 is the baseline: the measurement of the unpruned model.
+    """
 
     __tablename__ = "job_steps"
     __table_args__ = (Index("ix_job_steps_created_at", "created_at"),)
@@ -93,7 +96,7 @@ class JobStep(Base):
     number: Mapped[int] = mapped_column(primary_key=True)
     attempt: Mapped[int]
     path: Mapped[str]
-    """Checkpoint file, relative to the job's folder."""
+    """Path of the checkpoint file, relative to the job's folder."""
     sha256: Mapped[str]
     data: Mapped[dict[str, Any]]
     created_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())

@@ -1,4 +1,4 @@
-"""The names of the repositories that a job publishes to."""
+"""Names of the Hub repositories to which a job publishes."""
 
 import re
 
@@ -10,12 +10,20 @@ BYTES = ("b", "kb", "mb", "gb", "tb")
 
 
 def repo_ids(repo_id: str, spec: PruningSpec) -> list[str]:
-    """One name a target, in their order; where a list was asked for, by the percentage that goes: ``org/name-12_5``."""
+    """Return one repository name for each ratio, in the order of the ratios.
+
+    If the request has a list of ratios, even of one, each name ends with the percentage that is removed:
+    ``org/name-12_5``.
+    """
     return [f"{repo_id}-{_percent(ratio)}" if spec.several else repo_id for ratio in spec.requested_ratios]
 
 
 def default_repo_id(request: JobRequest) -> str:
-    """``secateur/<model>-<method>`` as a Hub takes it; with ``-20`` (%), ``-110m`` or ``-500mb`` if there is one target."""
+    """Return ``secateur/<model>-<method>`` in a form that a Hub accepts.
+
+    A request with a single ratio adds that ratio in percent (``-20``); a request with a goal adds the goal (``-110m``,
+    ``-500mb``).
+    """
     model = re.sub(r"[^A-Za-z0-9]+", "-", request.model_id.removeprefix("local:").split("/")[-1]).strip("-")
     name = f"secateur/{model[:60].rstrip('-')}-{request.method}"
     if request.goal is not None:
@@ -24,12 +32,12 @@ def default_repo_id(request: JobRequest) -> str:
 
 
 def _percent(ratio: float | None) -> str:
-    assert ratio is not None  # or it would be named by its size
-    return f"{float(f'{ratio:g}') * 100:g}".replace(".", "_")  # of the six digits by which ratios differ
+    assert ratio is not None  # a goal is named by its size instead
+    return f"{float(f'{ratio:g}') * 100:g}".replace(".", "_")  # six digits distinguish the ratios
 
 
 def _size(goal: Goal) -> str:
-    """Three digits and a unit, a thousand of each in the next."""
+    """Format the goal's size with three significant digits and a unit; the units are powers of one thousand."""
     size, units = (goal.parameters, COUNTS) if goal.parameters is not None else (goal.bytes or 0.0, BYTES)
     rounded = f"{size:.2e}"
     power = min(max(int(rounded.partition("e")[2]) // 3, 0), len(units) - 1)

@@ -1,4 +1,4 @@
-"""Queries on jobs for those who ask about them; who works on them uses :mod:`app.jobs.leases`."""
+"""Queries on jobs for the API and the metrics; workers use :mod:`app.jobs.leases`."""
 
 import datetime as dt
 import uuid
@@ -14,7 +14,7 @@ from app.jobs.models import Job, JobEvent, JobStep
 from app.jobs.transitions import lock, record_event
 from secateur.contract.states import TERMINAL, State
 
-# Built once, as pollers ask them again and again: making a statement takes longer than the database's answer.
+# These statements are built once: pollers use them often, and building one takes longer than the database's answer.
 SUMMARY = (
     Job.id, Job.state, Job.version, Job.model_id, Job.method, Job.labels, Job.attempt, Job.failures, Job.pause_requested,
     Job.progress, Job.error, Job.result, Job.created_at, Job.started_at, Job.finished_at,
@@ -24,12 +24,15 @@ VIEW = VIEW_BARE.add_columns(Job.request)
 VIEW_WITH_KEY = FIND.add_columns(*SUMMARY, Job.request).outerjoin(
     Job, (Job.id == bindparam("job_id")) & (Job.owner_id == ApiKey.id)
 )
-"""One query in the place of two, for what is asked most often."""
+"""One query that finds the API key and the job; the most frequent request uses it in place of two queries."""
 FINISHED_WITHIN = dt.timedelta(hours=1)
 
 
 class QueueNumbers(NamedTuple):
-    """Jobs by state (ended ones: those of the last hour), and how long (seconds) the oldest queued one has been there."""
+    """The number of jobs by state and the age in seconds of the oldest queued job.
+
+    Ended jobs are counted only if they ended within the last hour.
+    """
 
     by_state: Mapping[str, int]
     oldest_seconds: float
@@ -43,26 +46,29 @@ def add(session: Session, job: Job) -> None:
 
 
 def get(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, locked: bool = False) -> Job | None:
-    """The owner's job; ``locked`` until the transaction ends. The report is read when it is asked for."""
+    """Return the owner's job, or ``None``; with ``locked``, its row is locked until the transaction ends.
+
+    Without ``locked``, the report is read from the database only when it is accessed.
+    """
     job = lock(session, job_id) if locked else session.get(Job, job_id, options=[defer(Job.report)])
     return job if job is not None and job.owner_id == owner_id else None
 
 
 def view(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, bare: bool = False) -> Row[Any] | None:
-    """What is shown of the owner's job, as plain values.
+    """Return the public columns of the owner's job as plain values, or ``None``.
 
-    ``bare`` is for those who look again and again: the request, which may have megabytes of texts, is left out.
+    ``bare`` leaves out the request, which may contain megabytes of texts; callers that read the job repeatedly use it.
     """
     return session.execute(VIEW_BARE if bare else VIEW, {"job_id": job_id, "owner_id": owner_id}).one_or_none()
 
 
 def open_count(session: Session, owner_id: uuid.UUID) -> int:
-    """How many of the owner's jobs have not ended."""
+    """Return the number of the owner's jobs that have not ended."""
     return session.scalar(select(func.count()).where(Job.owner_id == owner_id, Job.state.not_in(TERMINAL))) or 0
 
 
 def ended_before(session: Session, seconds: float, among: Sequence[uuid.UUID]) -> Sequence[uuid.UUID]:
-    """Those ``among`` jobs that ended longer ago than ``seconds``."""
+    """Return the ids of those jobs in ``among`` that ended more than ``seconds`` ago."""
     since = func.now() - dt.timedelta(seconds=seconds)
     ended = Job.state.in_(TERMINAL), Job.finished_at < since
     return session.scalars(select(Job.id).where(Job.id == func.any(list(among)), *ended)).all()
@@ -79,7 +85,10 @@ def newest(
     before: uuid.UUID | None,
     limit: int,
 ) -> Sequence[Job]:
-    """The owner's jobs, newest first, from the one made just before ``before``; without the long columns."""
+    """Return up to ``limit`` of the owner's jobs that match the filters, newest first, without request and report.
+
+    If ``before`` is given, the list starts with the newest job that was created before job ``before``.
+    """
     columns = defer(Job.request, raiseload=True), defer(Job.report, raiseload=True)
     query = select(Job).options(*columns).where(Job.owner_id == owner_id).order_by(Job.id.desc()).limit(limit)
     if states:
@@ -96,21 +105,22 @@ def newest(
 
 
 def events(session: Session, job_id: uuid.UUID, after: int, limit: int) -> Sequence[JobEvent]:
-    """Events with an id above ``after``, oldest first.
+    """Return up to ``limit`` events of the job with an id above ``after``, oldest first.
 
-    A job's events are in the order of their commits, as its row is locked to write one: none appears below a seen id.
+    The ids of a job's events follow the order of their commits, because writing an event needs the lock on the job's
+    row. A later event therefore never has an id below one that was seen.
     """
     query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after)
     return session.scalars(query.order_by(JobEvent.id).limit(limit)).all()
 
 
 def steps(session: Session, job_id: uuid.UUID) -> Sequence[JobStep]:
-    """The completed steps, in order."""
+    """Return the job's completed steps, in order."""
     return session.scalars(select(JobStep).where(JobStep.job_id == job_id).order_by(JobStep.number)).all()
 
 
 def queue_numbers(session: Session) -> QueueNumbers:
-    """What the metrics show."""
+    """Return the numbers of the queue that the metrics show."""
     recent = or_(Job.finished_at.is_(None), Job.finished_at > func.now() - FINISHED_WITHIN)
     age = func.extract("epoch", func.now() - func.min(Job.created_at))
     rows = session.execute(select(Job.state, func.count(), age).where(recent).group_by(Job.state)).all()
@@ -119,13 +129,13 @@ def queue_numbers(session: Session) -> QueueNumbers:
 
 
 def running_by_worker(session: Session) -> dict[str, float]:
-    """How many jobs each worker owns."""
+    """Return the number of jobs that each worker owns, by worker."""
     query = select(Job.worker, func.count()).where(Job.lease_expires_at.is_not(None)).group_by(Job.worker)
     return {str(worker): count for worker, count in session.execute(query)}
 
 
 def recent_retries(session: Session) -> dict[str, float]:
-    """Attempts of the last hour that failed and were queued again, by the error's code."""
+    """Return the number of attempts of the last hour that failed and were queued again, by the error's code."""
     code = JobEvent.data["error"]["code"].astext
     since = JobEvent.created_at > func.now() - FINISHED_WITHIN
     query = select(code, func.count()).where(JobEvent.type == "retry", since).group_by(code)
@@ -133,7 +143,7 @@ def recent_retries(session: Session) -> dict[str, float]:
 
 
 def recent_steps(session: Session) -> dict[str, float]:
-    """Mean seconds of the steps of the last hour, by method."""
+    """Return the mean duration in seconds of the steps of the last hour, by method; step 0 does not count."""
     seconds = func.avg(cast(JobStep.data["seconds"].astext, Float))
     since = JobStep.created_at > func.now() - FINISHED_WITHIN
     query = select(Job.method, seconds).join(Job, Job.id == JobStep.job_id).where(since, JobStep.number > 0)

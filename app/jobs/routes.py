@@ -1,7 +1,7 @@
-"""``/v1/jobs``: HTTP to and from :mod:`app.jobs.service`.
+"""``/v1/jobs``: the HTTP interface of :mod:`app.jobs.service`.
 
 Routes that may wait are ``async`` and reach the database in short calls on the thread pool, so that a thousand waiting
-clients hold neither a thread nor a connection.
+clients hold neither a thread nor a database connection.
 """
 
 import time
@@ -49,7 +49,7 @@ from secateur.contract.jobs import (
 from secateur.contract.states import TERMINAL, State
 
 POLL_AFTER = 2
-"""Seconds after which asking again makes sense (``Retry-After``)."""
+"""Number of seconds after which a client should poll again (``Retry-After``)."""
 STREAM_BATCH = 100
 
 RANGE_PROBLEMS = {400: ErrorCode.RANGE_MALFORMED, 416: ErrorCode.RANGE_NOT_SATISFIABLE}
@@ -93,7 +93,11 @@ def _read(owner_id: uuid.UUID, job_id: uuid.UUID) -> Any:
 
 
 def _look(owner_id: uuid.UUID, job_id: uuid.UUID) -> Any:
-    """The job without its request; the key may have been revoked since the last look."""
+    """Return the job without its request, if the API key is still valid.
+
+    Raises:
+        Problem: 401 when the API key was revoked since the last read, 404 when the job does not exist.
+    """
     with reading() as session:
         if not auth.is_live(session, owner_id):
             raise unauthorized()
@@ -103,10 +107,10 @@ def _look(owner_id: uuid.UUID, job_id: uuid.UUID) -> Any:
 async def _wait(
     feed: FeedDep, owner_id: uuid.UUID, job_id: uuid.UUID, seconds: int, done: Callable[[Any], bool]
 ) -> Any:
-    """The job, as soon as it is ``done`` or ``seconds`` have passed.
+    """Return the job as soon as it is ``done`` or ``seconds`` have passed.
 
     Raises:
-        Problem: 401 when the key is revoked meanwhile, 404 when the job is deleted.
+        Problem: 401 when the API key is revoked meanwhile, 404 when the job is deleted.
     """
     deadline = time.monotonic() + seconds
     with feed.bell(job_id) as bell:
@@ -132,7 +136,7 @@ async def create(
     idempotency_key: IdempotencyKey = None,
     validate_only: Annotated[bool, Query(description="Check and plan, make nothing; answers 200.")] = False,
 ) -> Any:
-    """Make a job. `Prefer: wait=n` holds the answer until the job ends or n seconds have passed."""
+    """Create a job. `Prefer: wait=n` delays the answer until the job ends or n seconds have passed."""
     if validate_only:
 
         def look() -> DryRun:
@@ -168,7 +172,7 @@ def newest(
     page_size: PageSize = 50,
     page_token: PageToken = None,
 ) -> JobPage:
-    """Jobs of this API key, newest first, narrowed by what is given."""
+    """List the jobs of this API key, newest first. The query parameters restrict the list."""
     wanted = JobFilter(state=state, method=method, model_id=model_id)
     before = pages.decode(page_token, uuid.UUID)
     jobs, cursor = service.page(session, owner.id, wanted, _labels(request), before, page_size)
@@ -186,7 +190,7 @@ def _labels(request: Request) -> dict[str, str]:
 
 
 class PolledRoute(KeyedRoute):
-    """Of one job: what is asked far more often than all else."""
+    """The route of one job, which clients request far more often than any other route."""
 
     query = repository.VIEW_WITH_KEY
 
@@ -194,7 +198,7 @@ class PolledRoute(KeyedRoute):
         try:
             return {"job_id": JobId.validate_python(request.path_params["job_id"])}
         except ValidationError:
-            return {"job_id": None}  # FastAPI refuses it, after the key
+            return {"job_id": None}  # FastAPI refuses the id after the API key is checked
 
 
 async def get(
@@ -206,7 +210,11 @@ async def get(
     wait: Wait,
     if_none_match: IfNoneMatch = None,
 ) -> Any:
-    """A job. `Prefer: wait=n` holds the answer until the job changes from `If-None-Match`, or from what it is now."""
+    """Return a job.
+
+    `Prefer: wait=n` delays the answer until the job differs from the version that `If-None-Match` names or, without
+    that header, from its current version; the answer comes after n seconds at the latest.
+    """
     job = request.state.found
     if job.id is None:
         raise service.no_job(job_id)
@@ -233,12 +241,12 @@ router.add_api_route(
 
 @router.delete("/{job_id}", status_code=204, responses=documented(404, 409))
 def delete(job_id: uuid.UUID, owner: Owner, session: SessionDep, settings: SettingsDep) -> None:
-    """Delete a job that has ended, with its artifacts. What was published stays."""
+    """Delete a job that has ended, together with its artifacts. Published models remain."""
     service.delete(session, settings, owner.id, job_id)
 
 
 def _ask(trigger: Trigger, summary: str) -> None:
-    """A route that asks the job for something."""
+    """Add a route that sends a trigger to a job."""
 
     def ask(
         job_id: uuid.UUID, response: Response, background: BackgroundTasks, owner: Owner, session: SessionDep
@@ -267,7 +275,7 @@ def events(
     page_size: PageSize = 50,
     page_token: PageToken = None,
 ) -> EventPage:
-    """What happened, oldest first."""
+    """List the events of a job, oldest first."""
     after = pages.decode(page_token, pages.read_id) or 0
     _, found = service.events(session, owner.id, job_id, after, page_size + 1)
     items = [EventView.model_validate(event) for event in found[:page_size]]
@@ -288,11 +296,11 @@ def _must_exist(job_id: uuid.UUID, owner: Owner) -> None:
 async def stream(
     job_id: uuid.UUID, owner: Owner, feed: FeedDep, last_event_id: LastEventId = 0
 ) -> AsyncIterator[ServerSentEvent]:
-    """What happened and happens, as Server-Sent Events.
+    """Send the job's past and new events as Server-Sent Events.
 
-    Events carry their id, from which `Last-Event-ID` resumes. `progress` frames have none: they show the job's
-    `progress` as it changes. The last frame is `end`, with the job's final state: a client closes then. It comes before
-    that, with the code `unauthorized`, when the API key is revoked.
+    Every event carries its id, from which `Last-Event-ID` resumes the stream. `progress` frames have no id; they show
+    the job's `progress` as it changes. The last frame is `end` and carries the job's final state; a client then closes
+    the stream. If the API key is revoked, the `end` frame comes earlier and carries the code `unauthorized`.
     """
     after, shown = last_event_id, None
 
@@ -325,19 +333,22 @@ async def stream(
 
 @router.get("/{job_id}/steps", response_model=StepList, responses=documented(404))
 def steps(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> StepList:
-    """The completed steps: ratio, widths by layer, perplexity, loss curve, time, memory."""
+    """List the completed steps: for each step its ratio, widths by layer, perplexity, loss curve, time and memory."""
     found = service.steps(session, owner.id, job_id)
     return StepList(items=[StepView.model_validate(item) for item in found])
 
 
 @router.get("/{job_id}/recipe", response_model=dict[str, Any], responses=documented(404))
 def recipe(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> dict[str, Any]:
-    """The fields of the job's request that differ from their defaults, texts included: a job created with them makes the same model."""
+    """Return the fields of the job's request that differ from their defaults, including texts.
+
+    A job created with these fields produces the same model.
+    """
     return dict(Recipe.of_request(service.get(session, owner.id, job_id).request).fields)
 
 
 class ReportRoute(KeyedRoute):
-    """A person's browser, which sends no key by itself, is sent to the web page instead."""
+    """A route that redirects browsers, which send no API key by themselves, to the web page."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         keyed = super().get_route_handler()
@@ -352,7 +363,7 @@ class ReportRoute(KeyedRoute):
 
 
 def report(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> dict[str, Any]:
-    """The whole result of a job that has succeeded; its web page for `Accept: text/html`."""
+    """Return the complete result of a job that has succeeded. `Accept: text/html` redirects to the job's web page."""
     return service.report(session, owner.id, job_id)
 
 
@@ -367,7 +378,7 @@ router.add_api_route(
 
 @router.get("/{job_id}/artifacts", response_model=ArtifactList, responses=documented(404))
 def artifacts(job_id: uuid.UUID, owner: Owner, session: SessionDep, settings: SettingsDep) -> ArtifactList:
-    """The files of the pruned model; empty until the job has succeeded."""
+    """List the files of the pruned model. The list is empty until the job has succeeded."""
     found = service.artifacts(session, settings, owner.id, job_id)
     prefix = f"/v1/jobs/{job_id}/artifacts"
     return ArtifactList(
@@ -379,7 +390,7 @@ def artifacts(job_id: uuid.UUID, owner: Owner, session: SessionDep, settings: Se
 
 
 class ArtifactResponse(FileResponse):
-    """A file, with problem details for the ranges that cannot be served."""
+    """A file response that answers with problem details when a requested range cannot be served."""
 
     async def __call__(self, scope: asgi.Scope, receive: Receive, send: Send) -> None:
         async def checked(message: Message) -> None:
@@ -405,7 +416,7 @@ class ArtifactResponse(FileResponse):
     },
 )
 def artifact(job_id: uuid.UUID, name: str, owner: Owner, session: SessionDep, settings: SettingsDep) -> FileResponse:
-    """One file; `Range` requests are served."""
+    """Return one file of the pruned model. `Range` requests are supported."""
     found = service.artifacts(session, settings, owner.id, job_id).get(name)
     if found is None:
         raise Problem(404, ErrorCode.NOT_FOUND, f"Job {job_id} has no artifact '{name}'.")

@@ -1,4 +1,4 @@
-"""What a list of jobs can be narrowed by."""
+"""The filters of a list of jobs."""
 
 from pydantic import BaseModel
 
@@ -6,7 +6,7 @@ from secateur.contract.states import State
 
 
 class JobFilter(BaseModel):
-    """What a list of jobs can be narrowed by."""
+    """The filters of a list of jobs."""
 
     state: list[State]
     method: str | None

@@ -1,4 +1,4 @@
-"""The rules of jobs, between HTTP and the tables."""
+"""The rules of jobs: the layer between the HTTP routes and the database tables."""
 
 import os
 import shutil
@@ -27,30 +27,33 @@ from secateur.contract.jobs import DryRun
 from secateur.contract.states import TERMINAL, State
 
 TRASH = ".deleted"
-"""The end of the name of a deleted job's folder."""
+"""Suffix of the name of a deleted job's folder."""
 ROOM_AFTER = 60
-"""Seconds after which there may be room for one more job (``Retry-After``)."""
+"""Number of seconds after which the API key may have room for one more job (``Retry-After``)."""
 LEFTOVERS = ("attempt-*", ".attempt-*", "step-*.tmp")
-"""What workers that were killed leave in a job's folder."""
+"""Patterns of the files and folders that killed workers leave in a job's folder."""
 
 
 def dry_run(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest) -> DryRun:
-    """What the job would do; nothing is made.
+    """Return the plan of the job without creating a job.
 
     Raises:
-        Problem, PruningError: the request cannot be served; retryable if the Hub does not answer.
+        Problem: the service cannot serve the request.
+        PruningError: the model cannot be pruned as requested; retryable if the Hub does not answer.
     """
     token = tokens.for_request(session, settings, owner_id, request.hub_token)
     largest = fleet.largest(session, settings.worker_silence)
-    session.rollback()  # hands the connection back while the Hub is asked
+    session.rollback()  # returns the connection to the pool before the request to the Hub
     return admission.dry_run(admission.admit(request, settings, token), settings, token, largest)
 
 
 def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job:
-    """Make a job, or find the one that the same idempotency key made; commits.
+    """Create a job, or return the job that the same idempotency key created; commits.
 
     Raises:
-        Problem, PruningError: the request cannot be served, or the key was used for another.
+        Problem: the service cannot serve the request, the API key has too many open jobs, or the idempotency key was
+            used for another request or for a job that was deleted.
+        PruningError: the model cannot be pruned as requested.
     """
     digest = idempotency.fingerprint(request.model_dump(mode="json", exclude={"hub_token"}))
     if key is not None and (earlier := _replay(session, settings, owner_id, key, digest)):
@@ -58,7 +61,7 @@ def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: J
     kept = tokens.keep(settings, request.hub_token)
     token = tokens.for_request(session, settings, owner_id, request.hub_token)
     largest = fleet.largest(session, settings.worker_silence)
-    session.rollback()  # as above
+    session.rollback()  # returns the connection to the pool before the requests to the Hub
     admitted = admission.admit(request, settings, token)
     try:
         revision = admission.dry_run(admitted, settings, token, largest).revision or request.revision
@@ -87,7 +90,11 @@ def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: J
 
 
 def _check_room(session: Session, settings: Settings, owner_id: uuid.UUID) -> None:
-    """Whether the key may have one more job; others of its requests wait here until this one is committed."""
+    """Check that the API key may have one more job; other requests of the key wait here until this one is committed.
+
+    Raises:
+        Problem: 429 if the key has as many open jobs as it may have.
+    """
     if settings.max_open_jobs is None:
         return
     keys.lock(session, owner_id)
@@ -109,10 +116,10 @@ def _replay(session: Session, settings: Settings, owner_id: uuid.UUID, key: str,
 
 
 def view(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, bare: bool = False) -> Row[Any]:
-    """See :func:`app.jobs.repository.view`.
+    """Return the public columns of the owner's job as plain values; see :func:`app.jobs.repository.view`.
 
     Raises:
-        Problem: 404, for another owner's too.
+        Problem: 404 if the job does not exist or belongs to another owner.
     """
     job = repository.view(session, owner_id, job_id, bare=bare)
     if job is None:
@@ -121,10 +128,10 @@ def view(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, bare: bool
 
 
 def get(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, locked: bool = False) -> Job:
-    """The owner's job; see :func:`app.jobs.repository.get`.
+    """Return the owner's job; see :func:`app.jobs.repository.get`.
 
     Raises:
-        Problem: 404, for another owner's too.
+        Problem: 404 if the job does not exist or belongs to another owner.
     """
     job = repository.get(session, owner_id, job_id, locked=locked)
     if job is None:
@@ -133,7 +140,7 @@ def get(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, locked: boo
 
 
 def no_job(job_id: uuid.UUID) -> Problem:
-    """404, for another owner's too."""
+    """Return a 404 problem, which is the same for a missing job and a job of another owner."""
     return Problem(404, ErrorCode.NOT_FOUND, f"There is no job {job_id}.")
 
 
@@ -145,7 +152,7 @@ def page(
     before: uuid.UUID | None,
     size: int,
 ) -> tuple[Sequence[Job], uuid.UUID | None]:
-    """Up to ``size`` of the owner's jobs, newest first, and the cursor of the next page if there is one."""
+    """Return up to ``size`` of the owner's jobs, newest first, and the cursor of the next page if there is one."""
     jobs = repository.newest(
         session,
         owner_id,
@@ -160,11 +167,11 @@ def page(
 
 
 def ask(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, trigger: Trigger) -> Job:
-    """Cancel, pause, resume or retry; idempotent; commits.
+    """Cancel, pause, resume or retry a job; idempotent; commits.
 
     Raises:
-        Problem: 404.
-        TransitionRefused: it makes no sense in the job's state.
+        Problem: 404 if the job does not exist or belongs to another owner.
+        TransitionRefused: the job's state does not allow ``trigger``.
     """
     job = get(session, owner_id, job_id, locked=True)
     afresh: dict[str, Any] = {}
@@ -176,10 +183,12 @@ def ask(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, trigger: Trigg
 
 
 def delete(session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Delete a finished job, commit, and remove its folder; what a kill leaves of that, :func:`delete_trash` removes.
+    """Delete a finished job, commit, and remove its folder.
+
+    If the process is killed while it removes the folder, :func:`delete_trash` removes the rest.
 
     Raises:
-        Problem: 404, or 409 on a job that has not ended.
+        Problem: 404 if the job does not exist or belongs to another owner, 409 if the job has not ended.
     """
     job = get(session, owner_id, job_id, locked=True)
     if job.state not in TERMINAL:
@@ -191,15 +200,15 @@ def delete(session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uu
     folder = settings.job_dir(job_id)
     trash = folder.with_name(folder.name + TRASH)
     with suppress(FileNotFoundError):
-        folder.rename(trash)  # in one step: nobody lists half of it
+        folder.rename(trash)  # the rename is atomic, so no request lists a half-deleted folder
     shutil.rmtree(trash, ignore_errors=True)
 
 
 def delete_abandoned_attempts(session: Session, settings: Settings) -> None:
-    """Remove what killed workers left of attempts at jobs that nobody works on any more."""
+    """Remove the files that killed workers left of attempts at jobs that no worker owns any more."""
     leftovers = [path for pattern in LEFTOVERS for path in settings.jobs_dir.glob(f"*/{pattern}")]
     owned = {str(job_id) for job_id in leases.owned_ids(session)}
-    for leftover in leftovers:  # found first: one that is younger than the list of jobs may be a new attempt's
+    for leftover in leftovers:  # listed before the owned jobs: a later file may belong to a new attempt
         if leftover.parent.name in owned:
             continue
         if leftover.is_dir():
@@ -209,7 +218,7 @@ def delete_abandoned_attempts(session: Session, settings: Settings) -> None:
 
 
 def delete_expired_files(session: Session, settings: Settings) -> None:
-    """Remove the files of jobs that ended longer ago than they are kept; the jobs themselves stay."""
+    """Remove the files of jobs that ended longer ago than the retention time; the jobs themselves stay."""
     if settings.retention is None or not settings.jobs_dir.is_dir():
         return
     kept = []
@@ -221,7 +230,7 @@ def delete_expired_files(session: Session, settings: Settings) -> None:
 
 
 def delete_trash(settings: Settings) -> None:
-    """Remove the folders of deleted jobs that were not removed to their end."""
+    """Remove the folders of deleted jobs whose removal was interrupted."""
     for trash in settings.jobs_dir.glob(f"*{TRASH}"):
         shutil.rmtree(trash, ignore_errors=True)
 
@@ -229,29 +238,31 @@ def delete_trash(settings: Settings) -> None:
 def events(
     session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, after: int, limit: int
 ) -> tuple[Row[Any], Sequence[JobEvent]]:
-    """The job, and what happened to it after event ``after``. If the job has ended, its last event is there to be read.
+    """Return the job and up to ``limit`` of its events after event ``after``.
+
+    If the job has ended, its last event is already stored.
 
     Raises:
-        Problem: 404.
+        Problem: 404 if the job does not exist or belongs to another owner.
     """
     job = view(session, owner_id, job_id, bare=True)
     return job, repository.events(session, job_id, after, limit)
 
 
 def steps(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID) -> Sequence[JobStep]:
-    """The completed steps.
+    """Return the completed steps of the job.
 
     Raises:
-        Problem: 404.
+        Problem: 404 if the job does not exist or belongs to another owner.
     """
     return repository.steps(session, get(session, owner_id, job_id).id)
 
 
 def report(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID) -> dict[str, Any]:
-    """The whole result.
+    """Return the complete result of the job.
 
     Raises:
-        Problem: 404, or 409 on a job that has not succeeded.
+        Problem: 404 if the job does not exist or belongs to another owner, 409 if the job has no report.
     """
     job = get(session, owner_id, job_id)
     if job.report is None:
@@ -262,10 +273,13 @@ def report(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID) -> dict[str
 def artifacts(
     session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uuid.UUID
 ) -> dict[str, tuple[Path, os.stat_result]]:
-    """The files of the pruned model, by name (their path, with ``/``); none before the job has succeeded.
+    """Return the files of the pruned model by name, with the status of each file.
+
+    A name is the file's path below the artifacts folder, with ``/``.
+    Return no files until the job has succeeded.
 
     Raises:
-        Problem: 404.
+        Problem: 404 if the job does not exist or belongs to another owner.
     """
     job = get(session, owner_id, job_id)
     folder = settings.job_dir(job_id) / "artifacts"
@@ -273,6 +287,6 @@ def artifacts(
         return {}
     try:
         found = {path.relative_to(folder).as_posix(): (path, path.lstat()) for path in sorted(folder.rglob("*"))}
-    except FileNotFoundError:  # the job was deleted meanwhile
+    except FileNotFoundError:  # the job was deleted during the listing
         raise no_job(job_id) from None
     return {name: (path, status) for name, (path, status) in found.items() if stat.S_ISREG(status.st_mode)}

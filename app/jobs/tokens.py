@@ -1,4 +1,4 @@
-"""The Hub token that a job reads its model and publishes with: its own, else its key's, else the service's."""
+"""The Hub token with which a job reads its model and publishes: its own, else its API key's, else the service's."""
 
 import uuid
 
@@ -15,10 +15,10 @@ from secateur.contract.errors import ErrorCode
 
 
 def keep(settings: Settings, own: SecretStr | None) -> bytes | None:
-    """What may be stored of the token that a request brings.
+    """Return the token that a request brings in encrypted form, or ``None`` if the request brings none.
 
     Raises:
-        Problem: 422, this service cannot keep tokens.
+        Problem: 422 if this service cannot store tokens.
     """
     try:
         return None if own is None else vault.encrypt(settings, own)
@@ -27,10 +27,10 @@ def keep(settings: Settings, own: SecretStr | None) -> bytes | None:
 
 
 def for_request(session: Session, settings: Settings, owner_id: uuid.UUID, own: SecretStr | None) -> SecretStr | None:
-    """The token that a request of this key is served with.
+    """Return the Hub token with which a request of this API key is served.
 
     Raises:
-        VaultError: the key's cannot be read.
+        VaultError: the API key's stored token cannot be read.
     """
     if own is not None:
         return own
@@ -39,10 +39,10 @@ def for_request(session: Session, settings: Settings, owner_id: uuid.UUID, own: 
 
 
 def of_job(session: Session, settings: Settings, job_id: uuid.UUID) -> SecretStr | None:
-    """The token that a worker does the job with.
+    """Return the Hub token with which a worker runs the job.
 
     Raises:
-        VaultError: it cannot be read.
+        VaultError: the stored token of the job or of its API key cannot be read.
     """
     query = select(Job.hub_token, Job.owner_id).where(Job.id == job_id)
     stored, owner_id = session.execute(query).one()

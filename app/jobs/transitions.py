@@ -1,4 +1,4 @@
-"""The job's life as a table, and the only function that changes a job's state.
+"""The table of a job's state transitions, and the only function that changes a job's state.
 
 queued ──claim──▶ running ──publish──▶ publishing ──succeed──▶ succeeded
   │ ▲               │  │
@@ -31,11 +31,11 @@ class Trigger(StrEnum):
     FAIL = "fail"
 
 
-# A pair that is missing makes no sense and changes nothing; a pair that maps a state to itself is idempotent.
+# A missing pair is refused and changes nothing; a pair that maps a state to itself is idempotent.
 TABLE: dict[tuple[State, Trigger], State] = {
     (State.QUEUED, Trigger.CLAIM): State.RUNNING,
     (State.QUEUED, Trigger.PAUSE): State.PAUSED,
-    (State.RUNNING, Trigger.PAUSE): State.RUNNING,  # a request; takes effect at the step's end
+    (State.RUNNING, Trigger.PAUSE): State.RUNNING,  # a pause request, which takes effect at the step's end
     (State.PAUSED, Trigger.PAUSE): State.PAUSED,
     (State.PAUSED, Trigger.RESUME): State.QUEUED,
     (State.QUEUED, Trigger.RESUME): State.QUEUED,
@@ -54,7 +54,7 @@ TABLE: dict[tuple[State, Trigger], State] = {
     (State.PUBLISHING, Trigger.SUCCEED): State.SUCCEEDED,
     (State.RUNNING, Trigger.REQUEUE): State.QUEUED,
     (State.PUBLISHING, Trigger.REQUEUE): State.QUEUED,
-    (State.CANCELLING, Trigger.REQUEUE): State.CANCELLED,  # its worker is gone: nothing is left to stop
+    (State.CANCELLING, Trigger.REQUEUE): State.CANCELLED,  # the worker is lost, so nothing is left to stop
     (State.RUNNING, Trigger.FAIL): State.FAILED,
     (State.PUBLISHING, Trigger.FAIL): State.FAILED,
     (State.CANCELLING, Trigger.FAIL): State.CANCELLED,
@@ -62,7 +62,7 @@ TABLE: dict[tuple[State, Trigger], State] = {
 
 
 class TransitionRefused(Exception):
-    """The trigger makes no sense in the job's current state."""
+    """The job's current state does not allow the trigger."""
 
     def __init__(self, state: State, trigger: Trigger, reason: str = "") -> None:
         super().__init__(f"a job that is {state} cannot take '{trigger}'{reason}")
@@ -71,23 +71,25 @@ class TransitionRefused(Exception):
 
 
 def record_event(session: Session, job: Job, type: str, data: dict[str, Any]) -> None:
-    """Append an event and wake whoever waits on the job."""
+    """Append an event to the job and wake the waiters of the job."""
     session.add(JobEvent(job_id=job.id, attempt=job.attempt, type=type, data=data))
     wake(session, job)
 
 
 def wake(session: Session, job: Job) -> None:
-    """Tell whoever waits on the job that it changed (``NOTIFY secateur_jobs``, delivered at commit)."""
+    """Notify the waiters of the job that it changed (``NOTIFY secateur_jobs``, delivered at commit)."""
     session.execute(select(func.pg_notify("secateur_jobs", str(job.id))))
 
 
 def apply(session: Session, job: Job, trigger: Trigger, **values: Any) -> Job:
-    """Move a row-locked ``job`` along the table and set ``values`` with it; the caller commits.
+    """Apply ``trigger`` to the row-locked ``job`` by the table and set ``values``; the caller commits.
 
-    A job that was asked to pause is not requeued but paused. One that began to publish can only be completed.
+    A job for which a pause was requested is paused instead of requeued. A job that began to publish can only be
+    completed.
 
     Raises:
-        TransitionRefused: the table has no such pair, or the job may be published; nothing was changed.
+        TransitionRefused: the table has no such pair, or the job may already be published and the trigger is cancel or
+            pause; nothing was changed.
     """
     before = State(job.state)
     after = TABLE.get((before, trigger))
@@ -125,5 +127,5 @@ def apply(session: Session, job: Job, trigger: Trigger, **values: Any) -> Job:
 
 
 def lock(session: Session, job_id: uuid.UUID) -> Job | None:
-    """The job's row, locked until the transaction ends (``SELECT … FOR UPDATE``)."""
+    """Return the job's row, locked until the transaction ends (``SELECT … FOR UPDATE``), or ``None``."""
     return session.get(Job, job_id, with_for_update=True, populate_existing=True)

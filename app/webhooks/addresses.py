@@ -1,4 +1,4 @@
-"""Where webhooks may go: to public addresses, and to the networks that the operator allows."""
+"""The addresses to which webhooks may be sent: public addresses and the networks that the operator allows."""
 
 import ipaddress
 from collections.abc import Collection
@@ -8,17 +8,18 @@ Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
 GLOBAL_UNICAST = IPv6Network("2000::/3")
-"""All that IANA has given out for it; the rest of IPv6 is special or reserved."""
+"""The IPv6 range that IANA has assigned to global unicast; the rest of IPv6 is special or reserved."""
 PROTOCOL_ASSIGNMENTS = IPv4Network("192.0.0.0/24")
-"""RFC 6890; older releases of Python call parts of it global."""
+"""The IETF protocol assignments (RFC 6890); older Python releases classify parts of this network as global."""
 NAT64 = IPv6Network("64:ff9b::/96")
-"""The well-known prefix (RFC 6052); the last 32 bits are an IPv4 address."""
+"""The well-known NAT64 prefix (RFC 6052); the last 32 bits of an address are an IPv4 address."""
 
 
 def is_allowed(address: Address, networks: Collection[Network]) -> bool:
-    """Whether webhooks may go there: to one of ``networks``, or to any public unicast address.
+    """Return whether webhooks may be sent to ``address``: an address in ``networks`` or a public unicast address.
 
-    Public is what the IANA registries of special-purpose addresses (RFC 6890), in :mod:`ipaddress`, call global.
+    An address is public if the IANA registries of special-purpose addresses (RFC 6890), as implemented in
+    :mod:`ipaddress`, call it global.
     """
     address = _destination(address)
     if any(address in network for network in networks):
@@ -29,7 +30,10 @@ def is_allowed(address: Address, networks: Collection[Network]) -> bool:
 
 
 def is_allowed_host(host: str, networks: Collection[Network]) -> bool:
-    """The same for the host of a URL, as far as it is known without a look-up: other names than ``localhost`` pass."""
+    """Return whether webhooks may be sent to the host of a URL, as far as this is known without a DNS lookup.
+
+    Names other than ``localhost`` and its subdomains pass.
+    """
     name = host.strip("[]").rstrip(".").lower()
     if name == "localhost" or name.endswith(".localhost"):
         name = "127.0.0.1"
@@ -40,7 +44,10 @@ def is_allowed_host(host: str, networks: Collection[Network]) -> bool:
 
 
 def _destination(address: Address) -> Address:
-    """The IPv4 address that an IPv6 one leads to, if it does: mapped (RFC 4291), 6to4 (RFC 3056) and NAT64."""
+    """Return the IPv4 address that an IPv6 address leads to, else ``address``.
+
+    The IPv6 forms are mapped (RFC 4291), 6to4 (RFC 3056) and NAT64 addresses.
+    """
     if isinstance(address, IPv4Address):
         return address
     if address in NAT64:

@@ -1,4 +1,4 @@
-"""The outbox of webhooks."""
+"""The database table that serves as the outbox of webhooks."""
 
 import datetime as dt
 import uuid
@@ -11,9 +11,10 @@ from app.db.base import Base, new_id
 
 
 class WebhookDelivery(Base):
-    """A message that is owed to a URL, written in the transaction that ended the job.
+    """A message that must be delivered to a URL; the transaction that ends the job writes it.
 
-    ``next_attempt_at`` is set while it is still to be delivered; ``id`` is the ``webhook-id`` of every attempt.
+    ``next_attempt_at`` is set while the message is still to be delivered. ``id`` is the ``webhook-id`` of every
+    attempt.
     """
 
     __tablename__ = "webhook_deliveries"

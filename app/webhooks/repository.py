@@ -1,4 +1,4 @@
-"""Queries on the outbox of webhooks. All times are the database's clock."""
+"""Queries on the outbox of webhooks. The database's clock sets all times."""
 
 import datetime as dt
 import uuid
@@ -12,7 +12,7 @@ from app.webhooks.models import WebhookDelivery
 
 
 def owe(session: Session, job: Job) -> None:
-    """If the request names a ``webhook_url``, owe it the news that ``job`` has ended; the caller commits."""
+    """Add a message about the end of ``job`` to the outbox if the job has a ``webhook_url``; the caller commits."""
     url = job.request.get("webhook_url")
     if url is None:
         return
@@ -31,7 +31,7 @@ def owe(session: Session, job: Job) -> None:
 
 
 def counts(session: Session) -> tuple[int, int]:
-    """Deliveries that are still to be made, and those of the last day that were given up."""
+    """Return the number of deliveries still to be made and the number given up within the last day."""
     pending = select(func.count()).where(WebhookDelivery.next_attempt_at.is_not(None))
     since = WebhookDelivery.created_at > func.now() - dt.timedelta(days=1)
     given_up = WebhookDelivery.next_attempt_at.is_(None) & WebhookDelivery.delivered_at.is_(None)
@@ -42,8 +42,9 @@ def counts(session: Session) -> tuple[int, int]:
 def claim_due(session: Session, backoff: Sequence[float], limit: int) -> Sequence[WebhookDelivery]:
     """Take up to ``limit`` due deliveries for one attempt each; commits.
 
-    The next attempt is set before this one is made: whoever dies in between leaves the delivery due again in time.
-    After as many attempts as ``backoff`` has waits (seconds) there is none.
+    The time of the next attempt is set before the current attempt is made, so that a process that dies in between
+    leaves the delivery due again. ``backoff`` lists the waits between attempts, in seconds; after one attempt for each
+    wait and one further attempt, a delivery has no next attempt.
     """
     due = session.scalars(
         select(WebhookDelivery)
@@ -61,20 +62,20 @@ def claim_due(session: Session, backoff: Sequence[float], limit: int) -> Sequenc
 
 
 def delivered(session: Session, delivery_id: uuid.UUID) -> None:
-    """The receiver has it; commits."""
+    """Record that the receiver accepted the delivery; commits."""
     done = {"delivered_at": func.now(), "next_attempt_at": None, "last_error": None}
     session.execute(update(WebhookDelivery).where(WebhookDelivery.id == delivery_id).values(done))
     session.commit()
 
 
 def failed(session: Session, delivery_id: uuid.UUID, error: str) -> None:
-    """This attempt failed; commits."""
+    """Record that an attempt at the delivery failed; commits."""
     session.execute(update(WebhookDelivery).where(WebhookDelivery.id == delivery_id).values(last_error=error))
     session.commit()
 
 
 def disable(session: Session, url: str) -> None:
-    """The receiver is gone: nothing more is owed to ``url``; commits."""
+    """Stop all pending deliveries to ``url``, because its receiver no longer exists; commits."""
     pending = WebhookDelivery.url == url, WebhookDelivery.next_attempt_at.is_not(None)
     session.execute(update(WebhookDelivery).where(*pending).values(next_attempt_at=None, last_error="410 Gone"))
     session.commit()

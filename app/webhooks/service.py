@@ -1,4 +1,5 @@
-"""Delivers what the outbox owes: signed as Standard Webhooks (standardwebhooks.com) asks, retried for three days."""
+"""Delivery of the webhooks in the outbox: messages are signed as Standard Webhooks (standardwebhooks.com) requires, and
+retried for three days."""
 
 import asyncio
 import datetime as dt
@@ -16,15 +17,15 @@ from app.webhooks.models import WebhookDelivery
 from app.webhooks.transport import GuardedTransport
 
 TIMEOUT = 10.0
-"""Seconds for one attempt, all of it."""
+"""Seconds that one whole attempt may take."""
 BATCH = 32
 BACKOFF = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
-"""Seconds between attempts: the schedule of the Standard Webhooks specification, three days in all."""
+"""Waits between attempts in seconds: the schedule of the Standard Webhooks specification, three days in total."""
 GONE = 410
 
 
 def deliver_due(session: Session, settings: Settings) -> int:
-    """Attempt what is due, a batch at once; returns how many attempts were made. Takes ``TIMEOUT`` at most."""
+    """Attempt the due deliveries in one batch, for at most ``TIMEOUT`` seconds, and return the number of attempts."""
     if settings.webhook_secret is None:
         return 0
     due = repository.claim_due(session, BACKOFF, BATCH)
@@ -50,7 +51,10 @@ async def _post_all(signer: Webhook, networks: Collection[Network], due: Sequenc
 
 
 async def _post(client: httpx2.AsyncClient, signer: Webhook, delivery: WebhookDelivery) -> int | str:
-    """The status, or in words why there is none. The response's body is of no interest and not read."""
+    """Post one delivery and return the response's status, or the reason in words why there is none.
+
+    The body of the response is not read.
+    """
     body = json.dumps(delivery.payload)
     message_id, now = f"msg_{delivery.id.hex}", dt.datetime.now(dt.UTC)
     headers = {

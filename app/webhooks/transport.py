@@ -1,4 +1,4 @@
-"""An httpx2 transport that connects to allowed addresses only."""
+"""An httpx2 transport that connects only to allowed addresses."""
 
 import asyncio
 import ipaddress
@@ -11,17 +11,19 @@ import httpx2
 from app.webhooks.addresses import Network, is_allowed
 
 LOOKUPS = ThreadPoolExecutor(32, "webhook-lookup")
-"""Not the event loop's own few, which it waits for at its end: a name server that never answers holds up nobody else."""
+"""Threads for DNS lookups; a name server that never answers blocks no other lookup. The event loop's own thread pool is
+not used, because the loop waits for it at its end."""
 
 
 class Forbidden(httpx2.TransportError):
-    """A URL that no webhook is sent to."""
+    """The transport refuses the URL, because no webhook may be sent to it."""
 
 
 class GuardedTransport(httpx2.AsyncHTTPTransport):
-    """Looks a name up once, and connects to just what was found and allowed: DNS cannot change its mind in between.
+    """A transport that looks a name up once and connects only to the allowed addresses that the lookup returned.
 
-    TLS and ``Host`` are the name's. No connection is used twice: one address may belong to many names.
+    The DNS answer therefore cannot change between the check and the connection. TLS and ``Host`` use the name. No
+    connection is reused, because one address may belong to many names.
     """
 
     def __init__(self, networks: Collection[Network]) -> None:
@@ -29,11 +31,11 @@ class GuardedTransport(httpx2.AsyncHTTPTransport):
         self.networks = networks
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """As the base class, at the first allowed address that can be connected to.
+        """Send the request to the first allowed address of its host that accepts the connection.
 
         Raises:
-            Forbidden: the URL has a user name, or its host no allowed address.
-            httpx2.TransportError: as the base class.
+            Forbidden: the URL has a user name or a password, or its host has no allowed address.
+            httpx2.TransportError: the host has no address, or the base class raises this error while sending.
         """
         if request.url.userinfo:
             raise Forbidden("a webhook's URL has no user name and no password")
@@ -61,7 +63,8 @@ class GuardedTransport(httpx2.AsyncHTTPTransport):
 
 
 def _pinned(request: httpx2.Request, host: str, address: str) -> httpx2.Request:
-    """The request to ``host``, whose name its headers hold already, made to ``address``."""
+    """Return a copy of the request to ``host`` that connects to ``address``; its headers already contain the host
+    name."""
     return httpx2.Request(
         request.method,
         request.url.copy_with(host=address),

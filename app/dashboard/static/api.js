@@ -1,4 +1,5 @@
-// The service's API, as far as the page needs it: requests with the reader's key, problems as errors, the stream of a job.
+// Client of the service's API for this page: sends requests with the reader's API key, turns problem documents into errors
+// and reads the event stream of a job.
 
 const STORED = "secateur-key";
 const RECONNECT_MS = 1000;

@@ -1,4 +1,4 @@
-// Small SVG charts: lines, bars and points, each with its numbers as a table beside it for those who cannot see it.
+// Small SVG charts (lines, bars and points). Each chart also shows its numbers as a table, for readers who cannot see it.
 
 import { h, s, table } from "./dom.js";
 

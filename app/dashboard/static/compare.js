@@ -1,4 +1,4 @@
-// Several jobs on one chart of size and quality, with the front of those that nothing beats in both.
+// The comparison of several jobs on one chart of size and quality, with the Pareto front.
 
 import { Problem, get } from "./api.js";
 import { paretoChart } from "./charts.js";

@@ -1,4 +1,4 @@
-// Elements from plain data. Text is always text: nothing that comes from the API is parsed as HTML.
+// Functions that build DOM elements from plain data. All text is inserted as text; no API data is parsed as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 

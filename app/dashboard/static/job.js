@@ -1,4 +1,4 @@
-// One job: live progress, what each step did, what came of it, and the request to do it again.
+// The view of one job: its live progress, its steps, its result, and the request with which to repeat it.
 
 import { Problem, download, follow, get, key, post, remove } from "./api.js";
 import { barChart, lineChart } from "./charts.js";

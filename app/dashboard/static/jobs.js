@@ -1,4 +1,4 @@
-// The list of jobs, asked for again while the page is open.
+// The list of jobs, which the page reloads while it is open.
 
 import { Problem, get } from "./api.js";
 import { h, percent, perplexity, table, time } from "./dom.js";

@@ -1,4 +1,5 @@
-// Which view the address asks for, and the frame around it. Addresses are fragments: #/jobs, #/jobs/ID, #/new, #/compare?jobs=A,B.
+// Routing: selects the view for the address and renders the frame around it. Addresses are URL fragments: #/jobs, #/jobs/ID,
+// #/new, #/compare?jobs=A,B.
 
 import { announce, h } from "./dom.js";
 import { key } from "./api.js";

@@ -1,4 +1,4 @@
-// The key, asked for once a tab.
+// The sign-in view, which asks for the API key once per browser tab.
 
 import { Problem, get, key } from "./api.js";
 import { h } from "./dom.js";

@@ -1,4 +1,5 @@
-// A new job: the methods and their defaults, the model looked at as its name is typed, the plan, the API's errors beside their fields.
+// The form for a new job. It shows the methods with their defaults, inspects the model while the user types its name, shows
+// the plan, and places the API's errors beside their fields.
 
 import { Problem, get, post } from "./api.js";
 import { fixed, h, megabytes, number, percent } from "./dom.js";
