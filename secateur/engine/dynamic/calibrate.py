@@ -130,4 +130,5 @@ def nystrom(probes: Tensor, images: Tensor, rank: int) -> Tensor:
     root = torch.linalg.cholesky((core + core.T) / 2)
     half = torch.linalg.solve_triangular(root, shifted.T, upper=False).T
     left, values, _ = torch.linalg.svd(half, full_matrices=False)
-    return left[:, :rank] * (values[:rank].square() - shift).clamp_min(0).sqrt()
+    factor: Tensor = left[:, :rank] * (values[:rank].square() - shift).clamp_min(0).sqrt()
+    return factor

@@ -361,4 +361,5 @@ def _rope_factors(decoder: Decoder) -> Tensor | None:
     if rope.get("rope_type", "default") == "default":
         return None
     exponents = torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies)
-    return (rope["rope_theta"] ** -exponents / frequencies.double()).float()
+    factors: Tensor = (rope["rope_theta"] ** -exponents / frequencies.double()).float()
+    return factors

@@ -150,7 +150,8 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def widths(self) -> list[LayerShape]:
@@ -236,7 +237,8 @@ class Decoder:
         """Return the output of layer ``index`` for the hidden states ``hidden`` ``[windows, length, hidden]``."""
         arguments = captured.arguments[index]
         output = self.layers[index].module(hidden, *arguments.others, **arguments.named)
-        return output[0] if isinstance(output, tuple) else output
+        leaving: Tensor = output[0] if isinstance(output, tuple) else output
+        return leaving
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits ``[windows, length, vocabulary]`` for ``hidden``, the output of the last layer."""

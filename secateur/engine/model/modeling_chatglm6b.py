@@ -97,7 +97,8 @@ def rotate(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Return ``states`` ``[batch, length, heads, head_dim]`` rotated by the given cosines and sines."""
     halves = states.unflatten(-1, (2, -1))
     first, second = halves.chunk(2, -1)
-    return (halves * cosines + torch.cat([-second, first], -1) * sines).flatten(-2)
+    turned: Tensor = (halves * cosines + torch.cat([-second, first], -1) * sines).flatten(-2)
+    return turned
 
 
 def visible(position_ids: Tensor, attention_mask: Tensor | None, past: int, dtype: torch.dtype) -> Tensor:

@@ -61,4 +61,5 @@ def _losses(columns: Tensor, inverse: Tensor, width: int) -> Tensor:
     count = len(columns) // width
     blocks = torch.stack([inverse[i * width : (i + 1) * width, i * width : (i + 1) * width] for i in range(count)])
     grouped = columns.view(count, width, -1)
-    return (grouped * torch.linalg.solve(blocks, grouped)).sum((1, 2))
+    errors: Tensor = (grouped * torch.linalg.solve(blocks, grouped)).sum((1, 2))
+    return errors
