@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 QUEUE = "celery"
 MOST_WAITING = 1000
-"""Largest number of messages that wait in the broker.
+"""Largest number of dispatch messages that wait in the broker.
 
 More messages would wake nobody: while all workers are busy, no message is read.
 """
@@ -91,7 +91,7 @@ def reap(session: Session, settings: Settings) -> None:
 
 
 def dispatch_due(session: Session, settings: Settings) -> None:
-    """Wake workers again for queued jobs whose message was lost.
+    """Wake workers again for queued jobs whose dispatch message was lost.
 
     The broker is queried first, so that no job is marked as dispatched while the broker is away.
     """

@@ -111,7 +111,8 @@ def zero_shot(
             return found
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with TemporaryDirectory() as folder, redirect_stderr(StringIO()):  # hides lm_eval's progress bars
+    # lm_eval's progress bars are hidden, because ``progress`` reports.
+    with TemporaryDirectory() as folder, redirect_stderr(StringIO()):
         files = [_task_file(name, tasks_dir, Path(folder)) for name in names]
         manager = TaskManager(include_defaults=False)  # loading lm_eval's own tasks takes seconds
         try:

@@ -81,7 +81,7 @@ def train(
         name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
         for name, parameter in trained.items()
     }
-    # There is no weight decay, because zero is no better than the weights that pruning left.
+    # No weight decay: it would pull weights towards zero, and zero is no better than what pruning left.
     optimizer = torch.optim.AdamW(masters.values(), weight_decay=0)
     if resume is not None:
         _restore(masters, optimizer, resume)
