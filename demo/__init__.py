@@ -1,1 +1,1 @@
-"""``make demo``: a real model through the real service, and the essays it is calibrated and measured on."""
+"""Demonstrate the service with a real model, and with essays for calibration and evaluation: ``make demo``."""

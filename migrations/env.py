@@ -1,4 +1,4 @@
-"""Alembic's entry: runs the migrations on the connection that :mod:`app.db.migrate` opened, in its transaction."""
+"""Run the migrations for Alembic, on the connection and in the transaction that :mod:`app.db.migrate` opened."""
 
 from alembic import context
 

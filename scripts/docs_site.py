@@ -1,4 +1,7 @@
-"""Hooks of mkdocs.yml: the site contains the pages of the repository's top level, and links work there as they do on a code host."""
+"""Define the hooks of mkdocs.yml, which add the pages of the repository's top level to the site.
+
+The hooks also rewrite links, so that links work in the site as they do on a code host.
+"""
 
 import re
 from os.path import normpath, relpath
@@ -17,7 +20,7 @@ TOP_LEVEL = {
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
 }
-"""Pages of the top level, and their names in the site."""
+"""Pages of the top level, with their names in the site."""
 CODE = r"^```.*?^```|`[^`\n]+`"
 LINK = r"\[(?P<label>[^\]]*)\]\((?P<target>[^)#\s]+)(?P<fragment>#[^)\s]*)?\)"
 CODE_OR_LINK = re.compile(f"{CODE}|{LINK}", re.DOTALL | re.MULTILINE)
@@ -38,10 +41,10 @@ def on_page_markdown(markdown: str, page: "Page", config: "MkDocsConfig", files:
 
 
 def site_links(markdown: str, page: str) -> str:
-    """The text of ``page``, a name in the site, whose links name pages of the site instead of files of the repository.
+    """Return the Markdown of ``page``, with links to pages of the site instead of files of the repository.
 
-    A link to a file that is not part of the site becomes its label. A link to a file that does not exist stays as it is:
-    the strict build reports it.
+    ``page`` is a name in the site. A link to a file that is not part of the site becomes its label. A link to a file
+    that does not exist stays as it is, and the strict build reports it.
     """
     sources = {in_site: name for name, in_site in TOP_LEVEL.items()}
     folder = Path(sources.get(page, f"docs/{page}")).parent

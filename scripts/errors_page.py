@@ -1,4 +1,7 @@
-"""``make errors``: docs/errors.md from :class:`secateur.contract.errors.ErrorCode`, which a test holds complete."""
+"""Write docs/errors.md from :class:`secateur.contract.errors.ErrorCode`: ``make errors``.
+
+A test checks that the page is complete.
+"""
 
 from pathlib import Path
 
@@ -23,7 +26,7 @@ This page is made from `secateur/contract/errors.py` by `make errors`.
 
 
 def page() -> str:
-    """The page as text."""
+    """Return the page as text."""
     rows = (
         f"| `{code}` | {code.meaning} | {'yes' if code.retryable else 'no'} | {code.advice} |" for code in ErrorCode
     )

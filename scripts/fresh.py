@@ -1,6 +1,7 @@
-"""Fresh environments for the tests of the distribution: a copy of what is packed, a wheel, a venv, and commands in it.
+"""Make fresh environments for the tests of the distribution.
 
-Only the standard library is imported, so that any Python can run these tests without an installation of the project.
+The module provides a copy of what is packed, a wheel, a virtual environment, and commands in that environment. Only the
+standard library is imported, so that any Python can run these tests without an installation of the project.
 """
 
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
 NOT_PASSED_ON = ("PYTHON", "SECATEUR_", "VIRTUAL_ENV", "MAKE")
-"""Starts of the names of environment variables that could lead a child process back into the checkout."""
+"""Prefixes of the names of environment variables that could lead a child process back into the checkout."""
 
 
 class Failure(Exception):
@@ -39,7 +40,7 @@ def step(title: str) -> Iterator[None]:
 
 
 def main(test: Callable[[], None]) -> None:
-    """Run ``test``; a failure ends the process with a line and exit code 1."""
+    """Run ``test``; a failure ends the process with one line and exit code 1."""
     try:
         test()
     except Failure as failure:
@@ -48,7 +49,10 @@ def main(test: Callable[[], None]) -> None:
 
 
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables of this process without those that name the checkout or its settings, with ``changes``."""
+    """Return the variables of this process, with ``changes``.
+
+    Variables that name the checkout or its settings are left out.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_PASSED_ON)}
     return kept | {"PYTHONUNBUFFERED": "1", **(changes or {})}
 
@@ -56,10 +60,10 @@ def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
 def run(
     argv: Sequence[str | Path], folder: Path, *, code: int = 0, changes: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``argv`` in ``folder`` and return what it printed.
+    """Run ``argv`` in ``folder`` and return what the command printed.
 
     Raises:
-        Failure: its exit code is not ``code``.
+        Failure: the exit code of the command is not ``code``.
     """
     done = subprocess.run(argv, cwd=folder, env=environment(changes), capture_output=True, text=True)
     if done.returncode != code:
@@ -69,7 +73,7 @@ def run(
 
 
 class Venv:
-    """A new virtual environment that holds nothing but pip, made by the interpreter that runs this."""
+    """A new virtual environment that holds nothing but pip, made by the interpreter that runs this script."""
 
     def __init__(self, folder: Path) -> None:
         run([sys.executable, "-m", "venv", folder], folder.parent)
@@ -79,18 +83,18 @@ class Venv:
 
     def install(self, *requirements: str) -> None:
         """Install ``requirements`` in the versions of ``constraints.txt``."""
-        # Bytecode is left to the first import: most of what is installed is never imported here.
+        # Bytecode is compiled at the first import, because most of what is installed is never imported.
         options = ["--quiet", "--disable-pip-version-check", "--no-compile", "--constraint", str(CONSTRAINTS)]
         run([self.python, "-m", "pip", "install", *options, *requirements], self.folder)
 
     def has(self, *modules: str) -> list[str]:
-        """Those of ``modules`` that can be imported here."""
+        """Return those of ``modules`` that can be imported in this environment."""
         code = "import sys; from importlib.util import find_spec; print(*filter(find_spec, sys.argv[1:]))"
         return run([self.python, "-c", code, *modules], self.folder).stdout.split()
 
 
 def copy_checkout(folder: Path, names: list[str]) -> Path:
-    """Copy files and folders of the checkout into ``folder``, without what was compiled or built there."""
+    """Copy files and folders of the checkout into ``folder``, without compiled and built files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         if name == "build" or name.endswith(".egg-info"):
@@ -103,11 +107,14 @@ def copy_checkout(folder: Path, names: list[str]) -> Path:
 
 
 CONSTRAINED = {"PIP_CONSTRAINT": str(CONSTRAINTS)}
-"""Has pip constrain setuptools, too, which it installs in an environment of its own to build a wheel."""
+"""Environment variables that make pip constrain setuptools, too.
+
+To build a wheel, pip installs setuptools in a separate environment.
+"""
 
 
 def build(source: Path, tools: Path, output: Path) -> tuple[Path, Path]:
-    """Build a source distribution of ``source``, and a wheel from that; returns wheel and source distribution."""
+    """Build a source distribution of ``source``, and a wheel from it; return the wheel and the source distribution."""
     venv = Venv(tools)
     venv.install("build")
     run([venv.python, "-m", "build", "--outdir", output, source], tools, changes=CONSTRAINED)
@@ -116,7 +123,7 @@ def build(source: Path, tools: Path, output: Path) -> tuple[Path, Path]:
 
 
 def version() -> str:
-    """The version in the checkout."""
+    """Return the version in the checkout."""
     found = re.search(r'^__version__ = "(.+)"$', (ROOT / "secateur" / "__init__.py").read_text(), re.MULTILINE)
     if found is None:
         raise Failure("secateur/__init__.py names no version")

@@ -1,4 +1,4 @@
-"""``make client``: the synchronous client from the asynchronous one, by ``unasync``."""
+"""Generate the synchronous client from the asynchronous one with ``unasync``: ``make client``."""
 
 import subprocess
 import sys

@@ -1,7 +1,7 @@
-"""``python in_image.py METHOD...``: run the service and a job of each method where the image is, and each role's health check.
+"""Run the service, a job of each method, and the health check of each role: ``python in_image.py METHOD...``.
 
-``make test-image`` runs this file in the image's layout, ``make image`` in a container. It needs the standard library and the
-installed packages alone, and takes the environment as the image sets it.
+``make test-image`` runs this file in the image's layout, and ``make image`` runs it in a container. The file needs the
+standard library and the installed packages alone, and takes the environment as the image sets it.
 """
 
 import json
@@ -31,7 +31,7 @@ assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.sh
 
 
 def run(*argv: str | Path, folder: Path = DATA, code: int = 0) -> str:
-    """Run a command and return what it printed; any exit code but ``code`` ends this process."""
+    """Run a command and return what it printed; any exit code other than ``code`` ends this process."""
     done = subprocess.run(argv, cwd=folder, capture_output=True, text=True)
     if done.returncode != code:
         sys.exit(f"'{argv}' ended with exit code {done.returncode}:\n{done.stdout}\n{done.stderr}")
@@ -40,7 +40,7 @@ def run(*argv: str | Path, folder: Path = DATA, code: int = 0) -> str:
 
 @contextmanager
 def service() -> Iterator[None]:
-    """``secateur up``; the environment names its address and its API key."""
+    """Run ``secateur up``, and put its address and its API key into the environment."""
     log = DATA / "up.log"
     with log.open("wb") as output:
         up = subprocess.Popen(["secateur", "up"], cwd=DATA, stdout=output, stderr=output)
@@ -61,7 +61,7 @@ def service() -> Iterator[None]:
 
 
 def make_model() -> None:
-    """``local:tiny``, and a recipe with texts."""
+    """Make the model ``local:tiny``, and a recipe with texts."""
     (DATA / "models").mkdir(exist_ok=True)
     run(sys.executable, Path(__file__).with_name("tiny_model.py"), DATA)
     (DATA / "model").rename(DATA / "models" / "tiny")
@@ -92,7 +92,7 @@ def check_health(code: int) -> None:
 
 
 def main() -> None:
-    """Run all of it."""
+    """Make the model, run the jobs and run the health checks."""
     make_model()
     with service():
         for method in sys.argv[1:]:

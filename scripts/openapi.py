@@ -1,4 +1,7 @@
-"""``make openapi``: the service's OpenAPI document as a file, whose changes the changelog must tell (tests/api/test_contract.py)."""
+"""Write the service's OpenAPI document to a file: ``make openapi``.
+
+The changelog must tell the changes of the document (tests/api/test_contract.py).
+"""
 
 import hashlib
 import json
@@ -9,12 +12,12 @@ from app.main import create_app
 
 
 def document() -> str:
-    """The document as text: the same for the same code."""
+    """Return the document as text; the same code gives the same text."""
     return json.dumps(create_app().openapi(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def digest(text: str) -> str:
-    """What the changelog names a document by."""
+    """Return the digest by which the changelog names a document."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

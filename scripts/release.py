@@ -1,6 +1,7 @@
-"""``make dist``: the source distribution and the wheel of a release, in build/dist.
+"""Build the source distribution and the wheel of a release in build/dist: ``make dist``.
 
-``TAG=v1.2.3`` first checks that the package and CHANGELOG.md name the version of the tag. Needs the standard library alone.
+With ``TAG=v1.2.3``, the script first checks that the package and CHANGELOG.md name the version of the tag. The script
+needs the standard library alone.
 """
 
 import os
@@ -17,14 +18,20 @@ UNRELEASED = "unreleased"
 
 
 def newest_entry(changelog: str) -> tuple[str, str]:
-    """Version and date of the newest entry of CHANGELOG.md; the date is ``unreleased`` until a release is made."""
+    """Return version and date of the newest entry of CHANGELOG.md.
+
+    The date is ``unreleased`` until a release is made.
+    """
     found = re.search(r"^## (\S+), (\S+)$", changelog, re.MULTILINE)
     assert found, "CHANGELOG.md has no entry like '## 1.2.3, 2026-01-31'"
     return found[1], found[2]
 
 
 def obstacle(tag: str, package: str, changelog: str) -> str | None:
-    """Why ``tag`` cannot be released, given the package's version and the text of CHANGELOG.md."""
+    """Return why ``tag`` cannot be released, or ``None`` if it can be released.
+
+    ``package`` is the package's version, and ``changelog`` is the text of CHANGELOG.md.
+    """
     newest, date = newest_entry(changelog)
     if tag != f"v{package}":
         return f"The tag is {tag}, and the package's version is {package}."

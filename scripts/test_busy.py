@@ -1,6 +1,6 @@
-"""``make test-busy``: pytest with these arguments, twice in a row, beside two processes that never rest.
+"""Run pytest with these arguments twice in a row, beside two processes that never rest: ``make test-busy``.
 
-A test that depends on how fast the machine is fails here.
+A test that depends on the speed of the machine fails here.
 """
 
 import signal
@@ -19,7 +19,7 @@ def main() -> int:
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
-    loops = [spawn(LOOP) for _ in range(LOOPS)]  # the kernel ends them with this process, even when it is killed
+    loops = [spawn(LOOP) for _ in range(LOOPS)]  # the kernel ends the loops with this process, even when it is killed
     try:
         for number in range(1, RUNS + 1):
             print(f"run {number} of {RUNS} beside {LOOPS} busy loops", flush=True)

@@ -1,8 +1,8 @@
-"""``make test-image``: the layout of the image, built without Docker, runs the service and two jobs.
+"""Build the layout of the image without Docker, and run the service and two jobs in it: ``make test-image``.
 
-The Dockerfile is read for what it copies, installs and sets, so the layout that is tested is that of the image: a wheel built
-from the files of the build stage, installed with the extras into a venv, and the folders of the service beside it. Nothing is
-installed in editable mode, and the checkout is on no path.
+The script reads in the Dockerfile what the image copies, installs and sets, so the layout that is tested is that of the
+image: a wheel built from the files of the build stage, installed with the extras into a virtual environment, and the
+folders of the service beside it. Nothing is installed in editable mode, and the checkout is on no path.
 """
 
 import json
@@ -22,7 +22,7 @@ from scripts.fresh import ROOT, Failure, Venv, check, run, step
 
 METHODS = ("dsgp", "secateur")
 PORT = "8000"
-"""Of the API in a container."""
+"""Port of the API in a container."""
 READY_SECONDS = 240.0
 
 
@@ -33,16 +33,16 @@ class Stage:
     instructions: list[tuple[str, str]]
 
     def all(self, name: str) -> list[str]:
-        """The arguments of every instruction ``name``."""
+        """Return the arguments of every instruction ``name``."""
         return [arguments for instruction, arguments in self.instructions if instruction == name]
 
     def one(self, name: str) -> str:
-        """The arguments of the last instruction ``name``, which is the one that holds."""
+        """Return the arguments of the last instruction ``name``, which is the one that holds."""
         return self.all(name)[-1]
 
     @property
     def copied(self) -> list[tuple[str, str]]:
-        """What ``COPY`` takes from the build context, and where it puts it."""
+        """Pairs of what ``COPY`` takes from the build context and where ``COPY`` puts it."""
         pairs = []
         for arguments in self.all("COPY"):
             *sources, target = shlex.split(arguments)
@@ -52,29 +52,29 @@ class Stage:
 
     @property
     def variables(self) -> dict[str, str]:
-        """What ``ENV`` sets."""
+        """Variables that ``ENV`` sets."""
         return dict(setting.split("=", 1) for arguments in self.all("ENV") for setting in shlex.split(arguments))
 
     @property
     def defaults(self) -> dict[str, str]:
-        """What ``ARG`` declares, with the default values."""
+        """Build arguments that ``ARG`` declares, with their default values."""
         return dict(arguments.split("=", 1) for arguments in self.all("ARG"))
 
     @property
     def command(self) -> list[str]:
-        """The argv of ``CMD``."""
+        """Arguments of ``CMD``."""
         argv: list[str] = json.loads(self.one("CMD"))
         return argv
 
     @property
     def health_command(self) -> list[str]:
-        """The argv of the image's own ``HEALTHCHECK``."""
+        """Arguments of the image's own ``HEALTHCHECK``."""
         argv: list[str] = json.loads(self.one("HEALTHCHECK").partition(" CMD ")[2])
         return argv
 
 
 def read_dockerfile() -> tuple[Stage, Stage]:
-    """The stage that builds, and the stage that runs."""
+    """Return the stage that builds, and the stage that runs."""
     lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
     text = re.sub(r"\\\n\s*", "", "\n".join(lines))
     stages: list[list[tuple[str, str]]] = []
@@ -93,7 +93,7 @@ def main() -> None:
     build, final = read_dockerfile()
     with tempfile.TemporaryDirectory(prefix="secateur-image-") as name:
         folder = Path(name)
-        folder.chmod(0o755)  # Postgres runs as another user when this is root
+        folder.chmod(0o755)  # if this process is root, Postgres runs as another user
         with step("install what the first stage installs"):
             context = fresh.copy_checkout(folder / "context", [source for source, _ in build.copied])
             venv = Venv(folder / "venv")
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def check_command(stage: Stage, home: Path, data: Path, variables: dict[str, str]) -> None:
-    """The image's command, on a free port, starts an API that the image's health check finds."""
+    """Check that the image's command, on a free port, starts an API that the image's health check finds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -1,7 +1,8 @@
-"""``make test-wheel``, ``make test-base``: the distribution, built and installed outside the checkout.
+"""Build the distribution, install it outside the checkout, and test it: ``make test-wheel``, ``make test-base``.
 
-The wheel with the extra ``engine`` prunes a small model in a folder with an ``app/`` of its own, by a call and by the command
-line. The wheel without extras has the client and the command line, and says which extra the rest needs.
+The wheel with the extra ``engine`` prunes a small model in a folder with an ``app/`` of its own, by a call and by the
+command line. The wheel without extras has the client and the command line, and says which extra the other features
+need.
 """
 
 import argparse
@@ -17,11 +18,14 @@ from scripts import fresh
 from scripts.fresh import ROOT, Venv, check, run, step
 
 METHODS = ("secateur", "dsgp")
-"""One method that cuts tensors and one whose models prune themselves; each writes another template."""
+"""One method that cuts tensors, and one method whose models prune themselves.
+
+Each of the methods writes a different template.
+"""
 EXTRAS = {"all", "dev", "engine", "eval", "gguf", "server"}
 HEAVY = ("torch", "transformers", "fastapi", "starlette", "celery", "sqlalchemy", "matplotlib", "lm_eval")
 SLOWEST_IMPORT = 2.0
-"""Of ``import secateur``, in times of ``import pydantic``."""
+"""Longest time of ``import secateur`` that is allowed, in times of ``import pydantic``."""
 REPEATS = 9
 
 LIBRARY = """
@@ -91,7 +95,7 @@ IMPORT_SECONDS = (
 
 
 def main() -> None:
-    """Build the distribution, and test what the arguments say."""
+    """Build the distribution, and run the tests that the arguments select."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", action="store_true", help="only the wheel without extras")
     base_alone = parser.parse_args().base
@@ -117,7 +121,7 @@ def main() -> None:
 
 
 def check_contents(wheel: Path, sdist: Path) -> None:
-    """What is packed is the library alone, whole."""
+    """Check that the whole library is packed, and nothing else."""
     info = f"secateur-{fresh.version()}.dist-info"
     ours = {
         path.relative_to(ROOT).as_posix()
@@ -142,7 +146,7 @@ def check_contents(wheel: Path, sdist: Path) -> None:
 
 
 def test_base(venv: Venv, project: Path, checkout: Path) -> None:
-    """Client and command line, without torch and without a web framework."""
+    """Test the client and the command line, without torch and without a web framework."""
     project.mkdir()
     check(not (heavy := venv.has(*HEAVY)), f"the base installs {heavy}")
     run([venv.python, "-c", LIGHT, *HEAVY], project)
@@ -170,18 +174,18 @@ def test_base(venv: Venv, project: Path, checkout: Path) -> None:
 
 
 def check_refused(argv: list[str | Path], folder: Path, advice: str) -> None:
-    """Whether a command ends with exit code 2 and one line on stderr that has ``advice``."""
+    """Check that a command ends with exit code 2 and one line on stderr that contains ``advice``."""
     told = run(argv, folder, code=2).stderr
     check(len(told.splitlines()) == 1 and advice in told, f"'{' '.join(map(str, argv))}' prints {told!r}")
 
 
 def import_seconds(venv: Venv, module: str, folder: Path) -> float:
-    """Of importing ``module`` in a new process, the fastest of several."""
+    """Return the seconds of importing ``module`` in a new process: the fastest of several runs."""
     return min(float(run([venv.python, "-c", IMPORT_SECONDS, module], folder).stdout) for _ in range(REPEATS))
 
 
 def make_model_files(folder: Path, model_type: str = "llama") -> None:
-    """A model folder with everything that is looked at before weights are read."""
+    """Make a model folder with every file that is read before the weights."""
     folder.mkdir()
     config = {
         "model_type": model_type,
@@ -199,7 +203,7 @@ def make_model_files(folder: Path, model_type: str = "llama") -> None:
 
 
 def test_engine(venv: Venv, project: Path) -> None:
-    """Both methods, by a call with a loaded model and by the command line."""
+    """Prune with both methods, by a call with a loaded model and by the command line."""
     check(not (found := venv.has("matplotlib", "lm_eval", "fastapi", "celery")), f"the extra 'engine' installs {found}")
     (project / "app").mkdir(parents=True)
     (project / "app" / "__init__.py").write_text("OWN = True\n")

@@ -1,6 +1,7 @@
-"""``python tiny_model.py FOLDER``: a random Llama of 100,000 parameters with a tokenizer, and texts to calibrate and evaluate it.
+"""Make a random Llama of 100,000 parameters with a tokenizer and texts: ``python tiny_model.py FOLDER``.
 
-A file of its own that imports nothing of the project: the tests of the distribution run it in fresh environments.
+The texts calibrate and evaluate the model. This file imports nothing of the project, because the tests of the
+distribution run it in fresh environments.
 """
 
 import random
@@ -16,7 +17,7 @@ SENTENCES = 600
 
 
 def text(seed: int) -> str:
-    """Random sentences."""
+    """Return random sentences."""
     choose = random.Random(seed)
     return " ".join(" ".join(choose.choices(WORDS.split(), k=9)).capitalize() + "." for _ in range(SENTENCES))
 

@@ -1,4 +1,7 @@
-"""The Celery workers of the service, and the programs that run it."""
+"""Celery workers of the service, and the programs that run the service."""
 
 SERVICE_OF = "secateur 0.2.0"
-"""The release of the library that this service belongs to; the console script ``secateur`` compares it with its own."""
+"""Release of the library that this service belongs to.
+
+The console script ``secateur`` compares this release with its own.
+"""

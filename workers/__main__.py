@@ -1,4 +1,7 @@
-"""``python -m workers``: the commands that run the service. ``secateur up`` and its like start this program."""
+"""Define the commands that run the service: ``python -m workers``.
+
+``secateur up`` and the other service commands of ``secateur`` start this program.
+"""
 
 import json
 import logging
@@ -20,7 +23,10 @@ cli.add_typer(keys, name="keys")
 
 
 def main() -> None:
-    """Run the command line. What is wrong with its surroundings is said in a line, without a traceback."""
+    """Run the command line.
+
+    An error that comes from settings, database or missing packages is printed in one line, without a traceback.
+    """
     try:
         cli(prog_name="secateur")
     except MissingExtra as error:
@@ -36,7 +42,7 @@ def main() -> None:
 
 
 def _explain(error: Exception) -> tuple[str, int] | None:
-    """What to tell the operator, and the exit code; ``None`` for a defect of ours."""
+    """Return what to tell the operator, and the exit code; return ``None`` for a defect of the service."""
     from psycopg.errors import UndefinedColumn, UndefinedTable
     from pydantic import ValidationError
     from sqlalchemy.exc import OperationalError, ProgrammingError
@@ -60,9 +66,10 @@ def up(
         int | None, typer.Option(min=1, max=65535, help="Unset: 8000, or a free one when that is taken.")
     ] = None,
 ) -> None:
-    """Run the whole service on this machine until Ctrl-C: database, broker, API, scheduler, worker.
+    """Run the whole service on this machine until Ctrl-C: database, broker, API, scheduler and worker.
 
-    All it keeps is in SECATEUR_DATA_DIR (.secateur); models are published to SECATEUR_HUB_DIR (its folder hub).
+    All data of the service is in the folder SECATEUR_DATA_DIR (default: .secateur). Models are published to the folder
+    SECATEUR_HUB_DIR (default: the folder hub in the data folder).
     """
     require("engine", "'secateur up'")
     from app.config import get_settings
@@ -89,7 +96,7 @@ def up(
 
 @cli.command()
 def scheduler() -> None:
-    """Run a scheduler; any number may run."""
+    """Run a scheduler. Any number of schedulers may run at the same time."""
     from app.config import get_settings
     from app.db.session import session_factory
     from app.http import logs
@@ -101,7 +108,10 @@ def scheduler() -> None:
 
 @cli.command()
 def worker() -> None:
-    """Run a worker, which does one job at a time; one a GPU (choose it by CUDA_VISIBLE_DEVICES)."""
+    """Run a worker, which does one job at a time.
+
+    Run one worker for each GPU; the variable CUDA_VISIBLE_DEVICES chooses the GPU of a worker.
+    """
     require("engine", "A worker")
     from workers.celery_app import WORKER_NAME, app
 
@@ -110,7 +120,10 @@ def worker() -> None:
 
 @cli.command()
 def doctor(as_json: Json = False) -> None:
-    """Look at everything that the service needs: exit code 1 if something is amiss, warnings aside."""
+    """Check everything that the service needs.
+
+    The exit code is 1 if a check fails. Warnings do not change the exit code.
+    """
     from app.config import get_settings
     from workers.doctor import examine
 
@@ -132,7 +145,10 @@ def health(
     role: Annotated[Role, typer.Argument(help="The role of the process to check.")],
     url: Annotated[str, typer.Option(help="Address of the API on this host.")] = "http://127.0.0.1:8000",
 ) -> None:
-    """Check that the process of a role on this host does its work: exit code 1 if it does not. For containers."""
+    """Check that the process of a role on this host does its work. This command is for containers.
+
+    The exit code is 1 if the process does not do its work.
+    """
     from app.config import get_settings
     from workers.health import Unhealthy, check
 

@@ -1,4 +1,7 @@
-"""The Celery application of the workers. A message is a doorbell; Postgres has the jobs."""
+"""Define the Celery application of the workers.
+
+A Celery message only wakes a worker; the jobs are in Postgres.
+"""
 
 import logging
 import mmap
@@ -31,10 +34,10 @@ from workers.devices import device_memory
 
 log = logging.getLogger(__name__)
 
-# Of a child that was killed, epoll goes on telling for as long as another has its pipe, and the worker spins (celery #1845);
-# poll forgets what is closed.
+# While another process holds the pipe of a killed child, epoll keeps reporting the pipe, and the worker spins
+# (celery #1845). poll does not report closed pipes.
 eventio.epoll = None
-# Else the pool makes a folder for its shared memory, which a kill leaves behind.
+# Otherwise the pool makes a folder for its shared memory, and a kill leaves that folder behind.
 multiprocessing.current_process()._config["tempdir"] = tempfile.gettempdir()  # type: ignore[attr-defined]
 
 app = Celery("secateur", broker=get_settings().broker_url, include=["workers.tasks"])
@@ -42,7 +45,7 @@ app.conf.update(
     broker_transport_options=TRANSPORT_OPTIONS,
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
-    # Early: a late acknowledgement makes Redis deliver a long job's message a second time (celery #5935).
+    # Acknowledge early: after a late acknowledgement Redis delivers a long job's message twice (celery #5935).
     task_acks_late=False,
     task_ignore_result=True,
     worker_prefetch_multiplier=1,
@@ -50,7 +53,7 @@ app.conf.update(
     worker_cancel_long_running_tasks_on_connection_loss=False,
     worker_pool="prefork",
     worker_concurrency=1,
-    worker_proc_alive_timeout=60.0,  # a forked process that has not reported in 4 seconds, the default, is killed
+    worker_proc_alive_timeout=60.0,  # a forked process that reports later is killed; the default is 4 seconds
     worker_enable_remote_control=False,
     worker_send_task_events=False,
 )
@@ -58,7 +61,10 @@ app.conf.update(
 MAIN_PID = os.getpid()
 WORKER_NAME = f"{socket.gethostname()}:{MAIN_PID}"
 shutting_down = mmap.mmap(-1, 1)
-"""A byte shared with the forked process that supervises a job. It has no lock, as signal handlers set it."""
+"""A byte that is shared with the forked process that supervises a job.
+
+The byte has no lock, because signal handlers set it.
+"""
 _ended = threading.Event()
 
 
@@ -76,7 +82,7 @@ def _pass_on_shutdown(**_: Any) -> None:
 @worker_process_init.connect
 def _begin_child(**_: Any) -> None:
     die_with_parent(MAIN_PID)
-    session_factory.cache_clear()  # the main process's connections are not ours
+    session_factory.cache_clear()  # a forked process must not use the main process's connections
 
 
 @worker_ready.connect
@@ -95,7 +101,7 @@ def _stop_beating(**_: Any) -> None:
 
 
 def _beat() -> None:
-    """Say in the fleet table that this worker lives, idle or busy."""
+    """Write the heartbeat of this worker into the fleet table, whether the worker is idle or busy."""
     settings = get_settings()
     info = {"devices": os.environ.get("CUDA_VISIBLE_DEVICES", "all"), "cpus": os.cpu_count(), **device_memory()}
     settings.data_dir.mkdir(parents=True, exist_ok=True)

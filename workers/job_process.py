@@ -1,4 +1,7 @@
-"""Child processes that never outlive their parent, and the JSON lines spoken with those that work on a job."""
+"""Start child processes that never outlive their parent.
+
+Parent and child exchange JSON lines if the child works on a job.
+"""
 
 import json
 import os
@@ -20,19 +23,21 @@ END = object()
 
 
 class JobProcess:
-    """A process that works on a job: renewals go to its stdin, messages come from its stdout, one JSON object a line.
+    """A process that works on a job.
 
-    Its life hangs on three things, each enough to end it: this process (PDEATHSIG), the deadline of the last renewal
-    (ITIMER_REAL, a timer of the kernel), and :meth:`kill`.
+    Renewals go to the stdin of the process, and messages come from its stdout, one JSON object a line. The process ends
+    with this process (PDEATHSIG), at the deadline of the last renewal (ITIMER_REAL, a timer of the kernel), or by
+    :meth:`kill`; each of the three is enough.
     """
 
     def __init__(self, argv: list[str], job: dict[str, Any], deadline: float, temporary: Path) -> None:
-        """Start ``argv`` and hand it ``job``; at ``deadline`` (``time.monotonic()``) it dies unless renewed.
+        """Start ``argv`` and send it ``job``.
 
-        What it and its libraries put into temporary files is in the folder ``temporary``.
+        The process dies at ``deadline`` (``time.monotonic()``) unless it is renewed. The temporary files of the process
+        and its libraries are in the folder ``temporary``.
         """
         self.deadline = deadline
-        """The last one that it was given while it lived."""
+        """The last deadline that the process was given while it lived."""
         self._process = spawn(
             argv,
             timer=max(0.001, deadline - time.monotonic()),
@@ -52,19 +57,20 @@ class JobProcess:
         self._send(job)
 
     def renew(self, deadline: float, pause: bool, recorded: bool = False) -> None:
-        """Let it live until ``deadline`` (``time.monotonic()``) and tell it whether to stop at the step's end.
+        """Let the process live until ``deadline``, and tell it whether to stop at the end of the step.
 
-        ``recorded``: the step that it reported last is recorded, and it may go on.
+        ``deadline`` is a time of ``time.monotonic()``. ``recorded`` says that the step that the process reported last
+        is recorded, and that the process may go on.
         """
         if self._process.poll() is None:
             self.deadline = deadline
         self._send({"deadline": deadline, "pause": pause, "recorded": recorded})
 
     def receive(self, timeout: float) -> dict[str, Any] | None:
-        """The next message, or ``None`` after ``timeout`` seconds.
+        """Return the next message, or ``None`` after ``timeout`` seconds.
 
         Raises:
-            EOFError: it has ended and said all it had to say.
+            EOFError: the process has ended, and all its messages have been received.
         """
         try:
             message = self._messages.get(timeout=timeout)
@@ -76,7 +82,10 @@ class JobProcess:
         return message
 
     def kill(self) -> int:
-        """Kill it and all it started; returns its return code. Does nothing more when it is dead already."""
+        """Kill the process and all that it started, and return its return code.
+
+        If the process is already dead, its return code is returned and nothing else happens.
+        """
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
@@ -97,7 +106,7 @@ class JobProcess:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # dead: receive() says so
+            pass  # the process is dead, and receive() reports that
 
     def _read_messages(self, pipe: IO[bytes]) -> None:
         with pipe:

@@ -1,7 +1,7 @@
-"""The publishing process: ``python -m workers.publisher``, started by the supervisor when the pruned files are there.
+"""Publish a job's model: the supervisor starts ``python -m workers.publisher`` when the pruned files exist.
 
-A job is published once, whatever is killed when: the commit is a compare-and-swap on HEAD, and one in the history that
-names this job was made by an earlier attempt and is adopted, whoever has committed since.
+A job is published once, whichever process is killed and whenever. The commit is a compare-and-swap on HEAD. If a commit
+in the history names this job, an earlier attempt has made that commit, and it is adopted, whoever has committed since.
 """
 
 import shutil
@@ -21,11 +21,14 @@ from workers.supervisor_link import SupervisorLink
 LIFE_SIGN_SECONDS = 5.0
 LIFE_SIGN_BYTES = 2**16
 SUMMARY = ("parameters", "ratio", "perplexity", "benchmarks", "retained_accuracy", "latency", "weights_bytes", "widths")
-"""What of the report is the job's result."""
+"""Fields of the report that the job's result contains."""
 
 
 def work(supervisor: SupervisorLink) -> dict[str, Any]:
-    """Publish ``output`` if the job asks for it, and keep it as the job's artifacts; the message with the result."""
+    """Publish ``output`` if the job requests it, and keep ``output`` as the job's artifacts.
+
+    Return the message with the result.
+    """
     job = supervisor.job
     output, request, report = Path(job["output"]), job["request"], job["report"]
     wanted, spec = request.get("publish"), PruningSpec.of_request(request)
@@ -50,7 +53,7 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
 
 
 def configured_hub(token: str | None) -> Hub:
-    """The folder, where one is set; else the Hub."""
+    """Return the hub in a folder if the settings name one, else the Hugging Face Hub."""
     settings = get_settings()
     if settings.hub_dir is not None:
         return FolderHub(settings.hub_dir)
@@ -58,9 +61,10 @@ def configured_hub(token: str | None) -> Hub:
 
 
 def show_life(supervisor: SupervisorLink, size: int) -> None:
-    """Report progress while files are being read: an upload may take hours, and one that hangs reads nothing.
+    """Report progress while files are read.
 
-    Each of the ``size`` bytes is read twice, to be hashed and to be sent.
+    An upload may take hours, and an upload that hangs reads nothing. Each of the ``size`` bytes is read twice: to be
+    hashed and to be sent.
     """
 
     def read() -> int:

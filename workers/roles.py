@@ -1,10 +1,10 @@
-"""The roles that the processes of the service have."""
+"""Name the roles of the service's processes."""
 
 from enum import StrEnum
 
 
 class Role(StrEnum):
-    """What a container of the image runs as."""
+    """The role that a container of the image has."""
 
     API = "api"
     WORKER = "worker"

@@ -1,4 +1,4 @@
-"""The pruning process: ``python -m workers.runner``, started by the supervisor for one attempt at one job."""
+"""Prune a job's model: the supervisor starts ``python -m workers.runner`` for one attempt at one job."""
 
 import hashlib
 import json
@@ -15,7 +15,10 @@ from workers.supervisor_link import SupervisorLink
 
 
 def work(supervisor: SupervisorLink) -> dict[str, Any]:
-    """Prune as the job requests into ``attempt-N/``; returns the message that ends the attempt: the report, or that it paused."""
+    """Prune as the job requests into ``attempt-N/``.
+
+    Return the message that ends the attempt: the report, or that the attempt paused.
+    """
     import torch
 
     from secateur.engine.run.run import NamedModel, prune_to_folder
@@ -65,7 +68,10 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
 
 
 def save_checkpoint(folder: Path, number: int, attempt: int, state: dict[str, Any]) -> dict[str, str]:
-    """Write a step's state so that it is whole or absent; returns its ``path`` in ``folder`` and its ``sha256``."""
+    """Write a step's state so that the file is either complete or absent.
+
+    Return the file's ``path`` in ``folder`` and its ``sha256``.
+    """
     name = f"step-{number}.attempt-{attempt}.json"
     content = json.dumps(state).encode()
     write_whole(folder / name, content)
@@ -75,7 +81,10 @@ def save_checkpoint(folder: Path, number: int, attempt: int, state: dict[str, An
 def load_checkpoint(
     folder: Path, checkpoints: list[dict[str, Any]], supervisor: SupervisorLink
 ) -> dict[str, Any] | None:
-    """The state in the first of ``checkpoints`` (newest first) that is as its row says; ``None``: start anew."""
+    """Return the state in the first of ``checkpoints`` (newest first) whose file is as its row says.
+
+    ``None`` means that the job starts anew.
+    """
     for checkpoint in checkpoints:
         try:
             content = (folder / checkpoint["path"]).read_bytes()

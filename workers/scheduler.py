@@ -1,4 +1,7 @@
-"""The scheduler: a plain loop beside the workers. Any number may run; row locks keep them out of each other's way."""
+"""Run the scheduler, a plain loop beside the workers.
+
+Any number of schedulers may run; row locks keep them from disturbing each other.
+"""
 
 import logging
 import os
@@ -21,7 +24,10 @@ log = logging.getLogger(__name__)
 
 QUEUE = "celery"
 MOST_WAITING = 1000
-"""Doorbells left waiting in the broker. More would wake nobody: as long as all workers are busy, none is answered."""
+"""Largest number of dispatch messages that wait in the broker.
+
+More messages would wake nobody: while all workers are busy, no message is read.
+"""
 HOUSEKEEPING_SECONDS = 60.0
 LONGEST_BACKOFF = 30.0
 FORGET_WORKERS_AFTER = 86_400.0
@@ -66,7 +72,7 @@ def _repeat(
     sessions: sessionmaker[Session],
     ended: threading.Event,
 ) -> None:
-    """Do ``duty`` every ``interval`` seconds; an outage of database or broker is waited out."""
+    """Do ``duty`` every ``interval`` seconds; when the database or the broker is away, wait and try again."""
     wait = 0.0
     while not ended.wait(wait):
         try:
@@ -85,7 +91,10 @@ def reap(session: Session, settings: Settings) -> None:
 
 
 def dispatch_due(session: Session, settings: Settings) -> None:
-    """Ring for queued jobs whose doorbell was lost. The broker is asked first: when it is away, no job is marked."""
+    """Wake workers again for queued jobs whose dispatch message was lost.
+
+    The broker is queried first, so that no job is marked as dispatched while the broker is away.
+    """
     with redis.Redis.from_url(settings.broker_url, socket_connect_timeout=1, socket_timeout=5) as broker:
         room = MOST_WAITING - int(broker.llen(QUEUE))
     if room > 0:
@@ -94,12 +103,12 @@ def dispatch_due(session: Session, settings: Settings) -> None:
 
 
 def deliver_webhooks(session: Session, settings: Settings) -> None:
-    """Send what is owed to webhooks."""
+    """Send the webhook deliveries that are due."""
     webhooks.deliver_due(session, settings)
 
 
 def delete_leftovers(session: Session, settings: Settings) -> None:
-    """Drop what has expired, and what is left of attempts and of deleted jobs."""
+    """Delete expired records and files, and what is left of attempts and of deleted jobs."""
     idempotency.delete_expired(session, settings.idempotency_ttl)
     fleet.delete_silent(session, FORGET_WORKERS_AFTER)
     jobs.delete_abandoned_attempts(session, settings)

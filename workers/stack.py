@@ -1,4 +1,7 @@
-"""The whole service on one machine: what ``secateur up`` and the demo run. No process of it outlives this one."""
+"""Run the whole service on one machine, for ``secateur up`` and the demo.
+
+No process of the service outlives this process.
+"""
 
 import fcntl
 import logging
@@ -42,7 +45,7 @@ class StackError(Exception):
 
 @dataclass
 class _Role:
-    """A process of ours that is started anew when it dies."""
+    """A process of the service that is started again when it dies."""
 
     start: Callable[[], subprocess.Popen[bytes]]
     process: subprocess.Popen[bytes]
@@ -52,16 +55,18 @@ class _Role:
 
 
 class Stack:
-    """Postgres, Valkey, migrations, the API, the scheduler and a worker for each GPU (or one), on one data folder.
+    """The whole service on one data folder.
 
-    Use as a context manager, from the main thread. ``url`` is where the API answers, ``api_key`` a key for it.
+    The service consists of Postgres, Valkey, migrations, the API, the scheduler, and a worker for each GPU (or one
+    worker). The stack is used as a context manager, from the main thread. ``url`` is the address of the API, and
+    ``api_key`` is a key for the API.
     """
 
     url: str
     api_key: str
 
     def __init__(self, folder: Path, hub_dir: Path, host: str = "127.0.0.1", port: int | None = None) -> None:
-        """``port`` unset: 8000, or a free one when that is taken."""
+        """Choose folders and address; without ``port``, the API uses port 8000, or a free port when 8000 is taken."""
         self.folder = folder.resolve()
         self.hub_dir = hub_dir.resolve()
         self.host = host
@@ -71,10 +76,10 @@ class Stack:
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        """Start everything; returns when the service is ready.
+        """Start everything, and return when the service is ready.
 
         Raises:
-            StackError, EmbeddedError: something does not start; what was started is stopped.
+            StackError, EmbeddedError: something does not start; everything that was started is stopped.
         """
         try:
             self._start()
@@ -92,7 +97,7 @@ class Stack:
             self._revive()
 
     def end(self) -> None:
-        """Have :meth:`run` return; may be called from a signal handler."""
+        """Make :meth:`run` return; a signal handler may call this method."""
         self._ended.set()
 
     def _start(self) -> None:
@@ -113,13 +118,16 @@ class Stack:
         uvicorn = ["-m", "uvicorn", "app.main:create_app", "--factory", "--timeout-graceful-shutdown", "3"]
         self._add("api", [*uvicorn, "--host", self.host, "--port", str(port)], environment)
         self._add("scheduler", ["-m", "workers", "scheduler"], environment)
-        for gpu in gpus() or [""]:  # none: one worker, on the processor
+        for gpu in gpus() or [""]:  # without a GPU, one worker runs on the CPU
             self._add(f"worker{gpu}", ["-m", "workers", "worker"], environment | {"CUDA_VISIBLE_DEVICES": gpu})
         self.url = f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{port}"
         self._wait_until_ready()
 
     def _start_servers(self) -> None:
-        """Ports and password stay, so that a server that died comes back where the others look for it."""
+        """Start Postgres and Valkey.
+
+        Ports and password stay the same, so that the other processes find a server again that died and was restarted.
+        """
         postgres_port, valkey_port, password = free_port(), free_port(), secrets.token_urlsafe(24)
 
         def postgres() -> Server:
@@ -177,10 +185,10 @@ class Stack:
             raise StackError(f"not ready after {START_TIMEOUT:.0f} s ({state}); see {self.folder / 'logs'}")
 
     def _stop(self) -> None:
-        """In the reverse of the starting order, so that a worker can still give its job back."""
+        """Stop the processes in the reverse of the starting order, so that a worker can still release its job."""
         for role in reversed(self._roles.values()):
             if role.process.poll() is None:
-                # Postgres: SIGINT is "fast shutdown", SIGTERM would wait for its clients.
+                # For Postgres SIGINT is "fast shutdown"; after SIGTERM Postgres would wait for its clients.
                 role.process.send_signal(signal.SIGINT if role is self._roles["postgres"] else signal.SIGTERM)
             try:
                 role.process.wait(STOP_SECONDS)
@@ -192,7 +200,10 @@ class Stack:
             self._lock.close()
 
     def _take_folder(self) -> None:
-        """One service a folder; the kernel gives the lock back however this process ends."""
+        """Lock the data folder, on which only one service may run.
+
+        The kernel releases the lock however this process ends.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("a+")
         try:
@@ -212,7 +223,7 @@ class Stack:
         return path.read_text().strip()
 
     def _keep_api_key(self) -> str:
-        """The key in the data folder, if this database knows it; else a new one."""
+        """Return the key in the data folder if the database knows it, else a new key."""
         path = self.folder / "api-key"
         engine = make_engine(self._database_url)
         with Session(engine, expire_on_commit=False) as session:
@@ -227,13 +238,13 @@ class Stack:
 
 
 def _write_private(path: Path, line: str) -> None:
-    """A file that nobody else can read."""
+    """Write ``line`` to a file that no other user can read."""
     path.touch(mode=0o600)
     path.write_text(line + "\n")
 
 
 def _choose_port(host: str, port: int | None) -> int:
-    """``port``; unset: the default one, or a free one when that is taken."""
+    """Return ``port`` or, if it is unset, the default port, or a free port when the default port is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,7 +1,8 @@
-"""One attempt at one job: claim it, keep its lease, run the pruning and the publishing child, write down what they say.
+"""Make one attempt at one job: claim it, keep its lease, run its child processes, and record what they report.
 
-Never imports torch: it lives in Celery's forked process, and forking after torch has worked deadlocks. Every write is
-fenced by the attempt's number. The children are dead before the lease can end: see :class:`workers.job_process.JobProcess`.
+The children are a pruning process and a publishing process. This module never imports torch: it runs in Celery's forked
+process, and a fork after torch has worked deadlocks. Every write is fenced by the attempt's number. The children are
+dead before the lease can end, see :class:`workers.job_process.JobProcess`.
 """
 
 import datetime as dt
@@ -44,15 +45,15 @@ DATABASE_RETRY = 0.5
 
 
 class Cancelled(Exception):
-    """The owner asked for it."""
+    """The owner cancelled the job."""
 
 
 class Paused(Exception):
-    """The runner stopped at a step's end, as asked."""
+    """The runner stopped at the end of a step, as requested."""
 
 
 class ShuttingDown(Exception):
-    """The worker is to end."""
+    """The worker must end."""
 
 
 class DatabaseLost(Exception):
@@ -68,7 +69,7 @@ class Failed(Exception):
 
 
 class Reported(Failed):
-    """The attempt failed, and its process said why."""
+    """The attempt failed, and its process reported the reason."""
 
     def __init__(self, error: dict[str, Any]) -> None:
         Exception.__init__(self, error["message"])
@@ -84,7 +85,7 @@ def supervise(
     runner: list[str] = RUNNER,
     publisher: list[str] = PUBLISHER,
 ) -> None:
-    """Claim the job and see it through to the end of this attempt; returns at once when it is not there to be taken."""
+    """Claim the job and work on it until this attempt ends; return at once if the job cannot be claimed."""
     sent = time.monotonic()
     with sessions() as session:
         claim = leases.claim(session, job_id, worker, settings.lease_ttl, settings.max_running_jobs)
@@ -94,7 +95,10 @@ def supervise(
 
 
 class Attempt:
-    """``deadline`` (``time.monotonic()``): no child may live past it. It moves with every renewal of the lease."""
+    """An attempt at a job.
+
+    No child may live past ``deadline`` (``time.monotonic()``), which moves with every renewal of the lease.
+    """
 
     def __init__(
         self,
@@ -125,12 +129,13 @@ class Attempt:
         except (LeaseLost, DatabaseLost) as reason:
             log.warning("the attempt is given up: %s", reason)
         finally:
-            for leftover in (self.output, *self.folder.glob(f".{self.output.name}.*")):  # whole, and half written
+            # The output may be complete or half written.
+            for leftover in (self.output, *self.folder.glob(f".{self.output.name}.*")):
                 shutil.rmtree(leftover, ignore_errors=True)
         log.info("the attempt has ended")
 
     def _run(self, runner: list[str], publisher: list[str]) -> None:
-        """The attempt, and what follows from the way it ended."""
+        """Make the attempt, and record what follows from the way it ended."""
         settings = self.settings
         try:
             self._prune_and_publish(runner, publisher)
@@ -139,7 +144,7 @@ class Attempt:
         except (Paused, ShuttingDown):
             self._write(leases.release)
         except DatabaseLost:
-            self.deadline += settings.lease_margin  # the children are dead: the lease may be used to its end
+            self.deadline += settings.lease_margin  # the children are dead, so the lease may be used to its end
             self._write(leases.release)
         except LeaseLost:
             raise
@@ -186,11 +191,11 @@ class Attempt:
         except TransitionRefused as refused:
             if refused.state is State.CANCELLING:
                 raise Cancelled from refused
-            # else publishing already: the first try was committed, and only its answer lost
-        self.time_limit = math.inf  # a commit may have been made: it can only be completed
+            # Otherwise the job is publishing already: the first try was committed, and only its answer was lost.
+        self.time_limit = math.inf  # a commit may exist, so publishing can only be completed
 
     def _follow(self, argv: list[str], job: dict[str, Any]) -> dict[str, Any]:
-        """Run a child to its end and return the message it ended with; whatever happens, it is dead afterwards."""
+        """Run a child to its end and return its last message; whatever happens, the child is dead afterwards."""
         oom_kills = _oom_kills()
         self.temporary.mkdir(exist_ok=True)
         child = JobProcess(argv, job, self.deadline, self.temporary)
@@ -250,17 +255,20 @@ class Attempt:
         self._heed(child, beat)
 
     def _heed(self, child: JobProcess, beat: Beat, recorded: bool = False) -> None:
-        """Do what was asked of the job, and pass the lease's end on to the child."""
+        """Do what was requested of the job, and pass the end of the lease on to the child."""
         if beat.cancel:
             raise Cancelled
         child.renew(self.deadline, beat.pause, recorded)
 
     def _deadline(self, sent: float) -> float:
-        """For a lease taken by a query sent at ``sent``: before sending, as only the database knows when it began."""
+        """Return the deadline for a lease taken by a query that was sent at ``sent``.
+
+        The deadline counts from the sending of the query, because only the database knows when the lease began.
+        """
         return sent + self.settings.lease_ttl - self.settings.lease_margin
 
     def _death(self, child: JobProcess, oom_kills: int) -> Exception:
-        """Why a child that said no last word is dead."""
+        """Return why a child that sent no last message is dead."""
         code = child.kill()
         if code == -signal.SIGALRM and time.monotonic() >= child.deadline:
             return DatabaseLost("the lease could not be renewed in time")
@@ -270,15 +278,17 @@ class Attempt:
             message += f" The machine {'ran' if known else 'probably ran'} out of memory."
         if code == -signal.SIGALRM:
             message += " It was hung: it did not read its renewals."
-        log.warning("%s Its last words:\n%s", message, child.stderr_tail)  # not for the owner: it names our paths
+        log.warning("%s Its last words:\n%s", message, child.stderr_tail)  # the owner must not see the service's paths
         return Failed(ErrorCode.RUNNER_DIED, message)
 
     def _write(self, operation: Callable[..., Any], *values: Any, **named: Any) -> Any:
-        """A fenced operation of :mod:`app.jobs.leases`, tried again while the database is away and the lease lasts.
+        """Run a fenced operation of :mod:`app.jobs.leases`.
+
+        The operation is tried again while the database is away and the lease lasts.
 
         Raises:
             LeaseLost: another attempt owns the job.
-            DatabaseLost: there was no answer until ``deadline``, or no time to wait for one.
+            DatabaseLost: the database did not answer until ``deadline``, or there is no time to wait for an answer.
         """
         while True:
             try:
@@ -292,7 +302,10 @@ class Attempt:
 
 
 def _oom_kills() -> int:
-    """Processes the kernel has killed for want of memory since boot (``/proc/vmstat``, Linux 4.13)."""
+    """Return the number of processes that the kernel has killed for lack of memory since boot.
+
+    The number comes from ``/proc/vmstat`` (Linux 4.13).
+    """
     for line in Path("/proc/vmstat").read_text().splitlines():
         if line.startswith("oom_kill "):
             return int(line.split()[1])

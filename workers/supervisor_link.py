@@ -1,4 +1,7 @@
-"""The child's side of :mod:`workers.job_process`: take the job from stdin, speak JSON lines on stdout, obey renewals."""
+"""Connect a child process to its supervisor, as the child's side of :mod:`workers.job_process`.
+
+The child takes the job from stdin, writes JSON lines to stdout, and obeys renewals.
+"""
 
 import errno
 import json
@@ -21,10 +24,10 @@ log = logging.getLogger(__name__)
 
 
 class SupervisorLink:
-    """The supervisor, as its child sees it."""
+    """The supervisor, as its child process sees it."""
 
     def __init__(self) -> None:
-        """Take over stdin and stdout; from here on what libraries print goes to stderr."""
+        """Take over stdin and stdout; from then on, everything that libraries print goes to stderr."""
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
         self._in = os.fdopen(os.dup(0), "rb")
@@ -36,7 +39,10 @@ class SupervisorLink:
         threading.Thread(target=self._obey, daemon=True).start()
 
     def tell(self, message: dict[str, Any]) -> None:
-        """Send one message; of a ``step``, wait until it is recorded: files that only earlier steps need may be deleted then."""
+        """Send one message; after a message of type ``step``, wait until the step is recorded.
+
+        Files that only earlier steps need may be deleted when the step is recorded.
+        """
         with self._lock:
             self._out.write(json.dumps(_storable(message)) + "\n")
             self._out.flush()
@@ -44,7 +50,7 @@ class SupervisorLink:
             self._recorded.acquire()
 
     def wants_pause(self) -> bool:
-        """Whether to stop at the end of the step."""
+        """Return whether the child should stop at the end of the step."""
         return self._pause
 
     def _obey(self) -> None:
@@ -53,13 +59,13 @@ class SupervisorLink:
             self._pause = renewal["pause"]
             if renewal["recorded"]:
                 self._recorded.release()
-            # Against the clock, not as a span: a renewal that lay in the pipe while we were stopped is not fresh.
+            # The timer ends at a clock time: a renewal that lay in the pipe while the process was stopped is not fresh.
             signal.setitimer(signal.ITIMER_REAL, max(0.001, renewal["deadline"] - time.monotonic()))
-        os.kill(os.getpid(), signal.SIGKILL)  # the pipe is closed: nobody owns this work any more
+        os.kill(os.getpid(), signal.SIGKILL)  # the pipe is closed, so nobody owns this work any more
 
 
 def run(work: Callable[[SupervisorLink], dict[str, Any]]) -> None:
-    """Do ``work`` and tell the message it returns, or the error it raised; then end the process."""
+    """Do ``work``, send the message that it returns or the error that it raises, and end the process."""
     parent = SupervisorLink()
     logs.configure(get_settings())
     with logs.about(**{name: parent.job.get(name) for name in logs.NAMES}):
@@ -73,7 +79,10 @@ def run(work: Callable[[SupervisorLink], dict[str, Any]]) -> None:
 
 
 def explain(error: Exception, folder: str) -> dict[str, Any]:
-    """What the job's owner is told: {code, message, retryable} and, of what a person can mend, the field."""
+    """Return what the job's owner is told about ``error``.
+
+    The dictionary has the keys code, message and retryable, and the key field if a person can correct the error.
+    """
     if isinstance(error, PruningError):
         return error.as_dict()
     log.error("unexpected", exc_info=error)
@@ -82,7 +91,7 @@ def explain(error: Exception, folder: str) -> dict[str, Any]:
         advice = "use a smaller dtype, fewer or shorter calibration samples, or a larger worker"
         message = f"The model does not fit into the worker's memory: {advice}."
         return PruningError(ErrorCode.OUT_OF_MEMORY, message).as_dict()
-    # safetensors is written in Rust, and has the errno in the text alone.
+    # Errors of safetensors, which is written in Rust, have the errno only in their text.
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text:
         free = shutil.disk_usage(folder).free
         message = f"The worker's disk is full ({free} bytes are free under the data folder): make room and retry."
@@ -92,7 +101,10 @@ def explain(error: Exception, folder: str) -> dict[str, Any]:
 
 
 def _storable(value: Any) -> Any:
-    """``value`` as Postgres's jsonb takes it: no NaN nor infinity, no NUL and no lone surrogate in text."""
+    """Return ``value`` as Postgres's jsonb accepts it.
+
+    Numbers are neither NaN nor infinite; text contains no NUL and no lone surrogate.
+    """
     match value:
         case dict():
             return {_storable(key): _storable(item) for key, item in value.items()}

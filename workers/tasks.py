@@ -1,4 +1,4 @@
-"""What the doorbell starts."""
+"""Define the task that a Celery message starts."""
 
 import signal
 import uuid
@@ -13,12 +13,12 @@ from workers.supervisor import supervise
 
 @app.task(name=TASK)
 def ring(job_id: str) -> None:
-    """Look at a job and work on it if it is there to be taken."""
+    """Work on a job if it can be claimed."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         shutting_down[0] = 1
 
-    # A signal to the whole process group (systemd, a terminal) must not cut off the release of the job.
+    # A signal to the whole process group (systemd, a terminal) must not interrupt the release of the job.
     before = signal.signal(signal.SIGTERM, stop)
     try:
         supervise(uuid.UUID(job_id), get_settings(), session_factory(), WORKER_NAME, lambda: bool(shutting_down[0]))

@@ -1,4 +1,4 @@
-"""Keys, jobs, events, rounds, idempotency, webhooks, workers."""
+"""Create the tables of keys, jobs, events, rounds, idempotency, webhooks and workers."""
 
 import sqlalchemy as sa
 from alembic import op

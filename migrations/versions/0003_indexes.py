@@ -1,4 +1,4 @@
-"""Indexes that keep lists and metrics as fast with a long past as with none."""
+"""Add indexes that keep lists and metrics fast however many jobs have ended."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""Scopes and rotation of API keys; Hub tokens of keys and jobs; indexes for limits and metrics."""
+"""Add scopes and rotation of API keys, Hub tokens of keys and jobs, and indexes for limits and metrics."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -9,7 +9,7 @@ down_revision = "0003"
 
 
 def upgrade() -> None:
-    # Keys from before could do all that there was to do.
+    # Existing keys keep all the rights that existed before scopes.
     op.add_column("api_keys", sa.Column("scopes", ARRAY(sa.Text), nullable=False, server_default="{read,submit}"))
     op.alter_column("api_keys", "scopes", server_default=None)
     op.add_column("api_keys", sa.Column("previous_sha256", sa.String))

@@ -1,11 +1,14 @@
-"""Rounds become steps: the baseline, pruning rounds and stretches of training are entries of one history, each with a kind."""
+"""Rename rounds to steps.
+
+The baseline, pruning rounds and stretches of training are entries of one history, each with a kind.
+"""
 
 from alembic import op
 
 revision = "0005"
 down_revision = "0004"
 
-# A step's data has its kind; before, the number and the fields told.
+# The data of a step names its kind; before, the number and the fields showed the kind.
 KIND = """
     UPDATE job_steps SET data = data || jsonb_build_object('number', number, 'kind',
         CASE WHEN number = 0 THEN 'baseline' WHEN data ? 'recovery' THEN 'training' ELSE 'round' END)
@@ -18,7 +21,7 @@ GOAL = """
     WHERE request ? 'target'
 """
 
-# A recovery had one kind; it is now a layer-wise one, or a training on top of the method's own layer-wise one.
+# A recovery had one kind; now it is layer-wise, or it is training in addition to the method's layer-wise recovery.
 RECOVERY = """
     UPDATE jobs SET request = jsonb_set(request, '{recovery}', jsonb_build_object(
         'layerwise', jsonb_strip_nulls(jsonb_build_object(
@@ -39,7 +42,7 @@ def upgrade() -> None:
     op.execute("UPDATE job_events SET type = 'step' WHERE type = 'round'")
     op.execute(GOAL)
     op.execute(RECOVERY)
-    # Checkpoints of the last release are of another version: an unfinished job begins anew, in the words of this release.
+    # Checkpoints of the last release have another version, so an unfinished job begins anew with this release's names.
     op.execute(f"DELETE FROM job_steps WHERE job_id IN (SELECT id FROM jobs WHERE {UNFINISHED})")
     op.execute("UPDATE jobs SET progress = NULL WHERE progress IS NOT NULL")
 

@@ -1,4 +1,7 @@
-"""How much each layer gives: the allocators, by the name a method gives them, and the way from a share to whole units."""
+"""Allocators, by the name that a method gives them, which decide how much is removed from each layer.
+
+The package also converts the share of each layer into whole units.
+"""
 
 from secateur.engine.allocation import cosine, lsps, threshold, uniform
 from secateur.engine.allocation.base import Allocator, LayerLimit, Share

@@ -1,4 +1,4 @@
-"""The one function shape of all allocators."""
+"""Define the function shape that all allocators have."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from secateur.engine.scoring.base import Context
 
 @dataclass(frozen=True)
 class LayerLimit:
-    """The most that a layer can give, in units and, together, in parameters."""
+    """The most that can be removed from a layer: KV groups, channels, and the parameters of both together."""
 
     kv_groups: int
     channels: int
@@ -17,27 +17,32 @@ class LayerLimit:
 
 @dataclass(frozen=True)
 class Share:
-    """What each layer gives: parameters, ``[layers]``, and how many KV groups are among them where that is decided too."""
+    """What is removed from each layer.
+
+    ``budgets`` are parameters, ``[layers]``; ``kv_groups`` is the number of KV groups among them, if the allocator
+    decides that number too.
+    """
 
     budgets: list[float]
     kv_groups: list[int] | None = None
 
 
 Allocator = Callable[[Context, Sequence[LayerLimit], float], Share]
-"""``(context, limits, total) -> share``: ``total`` parameters, spread over layers that can give so much each."""
+"""Function ``(context, limits, total) -> share``, which spreads ``total`` parameters over layers within ``limits``."""
 
 
 def layer_parameters(context: Context) -> list[float]:
-    """Prunable parameters of each layer, as it is now."""
+    """Return the number of prunable parameters of each layer at its present widths."""
     decoder = context.decoder
     return [float(decoder.shape.layer_parameters(layer.shape)) for layer in decoder.layers]
 
 
 def fill(weights: Sequence[float], limits: Sequence[float], total: float) -> list[float]:
-    """Budgets in proportion to ``weights``, none above its limit, that add up to ``total`` (at most the limits' sum).
+    """Return budgets in proportion to ``weights``, none above its limit, that add up to ``total``.
 
-    Solves Σ_l min(c·w_l, limit_l) = total exactly: limits that bind are set, the rest share what is left. Layers without
-    weight give nothing, unless the others cannot give enough.
+    ``total`` is at most the sum of the limits. The budgets solve Σ_l min(c·w_l, limit_l) = total exactly: a layer whose
+    limit binds gets its limit, and the other layers share what is left. A layer with weight zero gets nothing unless
+    the limits of the other layers add up to less than ``total``.
     """
     budgets = [0.0] * len(weights)
     reach = sum(limit for weight, limit in zip(weights, limits, strict=True) if weight > 0)

@@ -1,7 +1,7 @@
-"""From a budget of parameters by layer to whole units: which the rounding may not change by more than one block.
+"""Convert a budget of parameters for each layer into whole units; rounding changes a budget by at most one block.
 
-Shared by every allocator: a method decides how much each layer gives, this file turns that into KV groups and blocks of
-channels so that the whole meets the target to within half a block.
+Every allocator uses this module: the allocator decides how many parameters are removed from each layer, and this module
+converts them into KV groups and blocks of channels so that the whole model meets the goal to within half a block.
 """
 
 import heapq
@@ -20,7 +20,7 @@ from secateur.engine.scoring.base import Scores
 
 @dataclass(frozen=True)
 class UnitCounts:
-    """Whole units that a layer gives."""
+    """Number of whole units that are removed from a layer."""
 
     kv_groups: int
     channels: int
@@ -37,12 +37,12 @@ def whole_units(
     cost: UnitCost,
     width_multiple: int,
 ) -> list[UnitCounts]:
-    """Turn each layer's share into KV groups and channels, ``M(l) = {u : S(u) < quantile_τ(l)}``.
+    """Convert each layer's share into KV groups and channels, ``M(l) = {u : S(u) < quantile_τ(l)}``.
 
-    The paper prints Quantile_{1−τ} with one letter for threshold and ratio; that the *lowest* τ(l) of a layer goes is the
-    reading that makes sense. ``kv_groups`` is how many groups all layers together give where the share leaves that open;
-    channels make up the rest of the budgets, whose sum is met to within half a block of ``width_multiple`` channels as
-    long as the layers have them to give.
+    The paper prints Quantile_{1−τ} and uses one letter for threshold and ratio; the reading that makes sense is that
+    the *lowest* τ(l) of a layer is removed. ``kv_groups`` is the number of groups that all layers together lose where
+    ``share`` leaves that number open. Channels make up the rest of the budgets; the sum of the budgets is met to within
+    half a block of ``width_multiple`` channels as long as the layers have enough channels to remove.
     """
     groups = share.kv_groups or _spread_groups(shapes, scores, share.budgets, kv_groups, cost)
     left = [budget - count * cost.kv_group for budget, count in zip(share.budgets, groups, strict=True)]
@@ -54,8 +54,11 @@ def whole_units(
 def equal_units(
     shapes: Sequence[LayerShape], total: float, kv_groups: int, cost: UnitCost, width_multiple: int
 ) -> list[UnitCounts]:
-    """The same for every layer, all alike before: of ``kv_groups`` an equal share, and whole steps of channels that come
-    nearest to what is left of ``total`` parameters."""
+    """Return the same unit counts for every layer of a model whose layers are all alike.
+
+    Each layer loses an equal share of ``kv_groups``, and the whole steps of channels that come nearest to what is left
+    of ``total`` parameters.
+    """
     groups = kv_groups // len(shapes)
     left = total / len(shapes) - groups * cost.kv_group
     choices = accumulate(channel_steps(shapes[0].channels_per_expert, width_multiple), initial=0)
@@ -64,17 +67,18 @@ def equal_units(
 
 
 def best(scores: Tensor, removed: int) -> tuple[int, ...]:
-    """All units but the ``removed`` lowest-scored, ascending."""
+    """Return the indices of all units except the ``removed`` lowest-scored ones, in ascending order."""
     return tuple(sorted(torch.argsort(scores, stable=True)[removed:].tolist()))
 
 
 def _spread_groups(
     shapes: Sequence[LayerShape], scores: Scores | None, budgets: Sequence[float], count: int, cost: UnitCost
 ) -> list[int]:
-    """``count`` KV groups to remove, by layer: each layer's share of its budget, rounded down or up.
+    """Spread ``count`` KV groups to remove over the layers: each layer's share of its budget, rounded down or up.
 
-    A layer has few groups, so most of its share is a fraction. Which layers round up is decided by the score of the
-    group that would go, where scores are known and so comparable across layers (by α(l)); else by the largest fraction.
+    A layer has few groups, so most of its share is a fraction. Where scores are known, and so comparable across layers
+    (by α(l)), the score of the group that would be removed decides which layers round up; otherwise the largest
+    fraction decides.
     """
     ascending = None if scores is None else [values.sort().values.tolist() for values in scores.kv_groups]
     shares = [
@@ -98,7 +102,10 @@ def _spread_groups(
 
 
 def _spread_channels(steps: list[list[int]], budgets: list[float], per_channel: int) -> list[int]:
-    """Channels to remove by layer, in whole steps: the next step always goes to the layer furthest behind its budget."""
+    """Spread the channels to remove over the layers, in whole steps.
+
+    Each step is removed from the layer that is furthest behind its budget.
+    """
     removed = [0] * len(steps)
     taken = [0] * len(steps)
     heap = [(-budget, index) for index, budget in enumerate(budgets) if steps[index]]

@@ -1,4 +1,7 @@
-"""SlimLLM's layer ratios: a layer that hardly turns the hidden states gives more (Guo et al., section 4.4)."""
+"""Allocate by SlimLLM's layer ratios (Guo et al., section 4.4).
+
+More is removed from a layer that hardly changes the direction of the hidden states.
+"""
 
 import math
 from collections.abc import Sequence
@@ -6,19 +9,23 @@ from collections.abc import Sequence
 from secateur.engine.allocation.base import LayerLimit, Share, fill, layer_parameters
 from secateur.engine.scoring.base import Context
 
-# Equation 11's α and the share of layers that is skipped, at the two ratios the authors give them for.
+# The authors give equation 11's α and the share of layers that are skipped at these two ratios.
 LOW, HIGH = 0.2, 0.5
 ALPHAS = (10.0, 7.0)
 SKIPPED = (6 / 32, 2 / 32)
 DEEP = 8
-"""Layers from which on the first and the last are kept: in a shallower model too little is left to give for them."""
+"""Number of layers from which on the first and the last layer are kept.
+
+In a shallower model, the other layers have too few parameters to remove in their place.
+"""
 
 
 def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Share:
-    """r_l = r_0·softmax(α·E[cos(x_l, x_l+1)]), r_0 solved so that the whole meets the target (equation 11).
+    """Return r_l = r_0·softmax(α·E[cos(x_l, x_l+1)]), with r_0 solved so that the whole meets the goal (equation 11).
 
-    The first layer and the last of a deep model give nothing, nor do those that turn the hidden states most, unless the others cannot
-    do alone; their number and α go with the target ratio, between the authors' two settings on a line.
+    Nothing is removed from the first and the last layer of a deep model, nor from the layers that change the direction
+    of the hidden states most, unless the other layers have too few parameters to remove. The number of skipped layers
+    and α are interpolated linearly between the authors' two settings by the requested ratio.
     """
     ratio = context.target_ratio
     between = min(max((ratio - LOW) / (HIGH - LOW), 0.0), 1.0)

@@ -1,4 +1,4 @@
-"""LSPS, the Layer-aware Sensitivity Pruning Strategy (Wang, section 3.3)."""
+"""Allocate by LSPS, the Layer-aware Sensitivity Pruning Strategy (Wang, section 3.3)."""
 
 from collections.abc import Sequence
 
@@ -8,21 +8,24 @@ from secateur.engine.allocation.base import LayerLimit, Share, fill, layer_param
 from secateur.engine.scoring.base import Context
 
 STEEPNESS = 0.9
-"""How far τ(l) falls from an insensitive layer to the most sensitive one; below 1, so that every layer gives something."""
+"""How far τ(l) falls from an insensitive layer to the most sensitive one.
+
+The value is below 1, so that something is removed from every layer.
+"""
 
 
 def sensitivity(context: Context) -> list[float]:
-    """α(l) = mean over the layer's units of |∂L/∂u|, scaled into (0, 1] by the largest layer."""
+    """Return α(l), the mean of |∂L/∂u| over the layer's units, scaled into (0, 1] by the largest mean of all layers."""
     means = [float(torch.cat([gate.kv_group_gradient, gate.channel_gradient]).abs().mean()) for gate in context.gates]
     largest = max(means) or 1.0
     return [mean / largest for mean in means]
 
 
 def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Share:
-    """τ(l) = min(c·(1 − β·α(l)), the most the layer can give), c solved so that the whole meets the target exactly.
+    """Return τ(l) = min(c·(1 − β·α(l)), the layer's limit), with c solved so that the whole meets the goal exactly.
 
-    The paper says that τ(l) falls as α(l) rises and that the whole must meet τ, not by which function; a straight line
-    has one parameter, β (:data:`STEEPNESS`).
+    The paper says that τ(l) falls as α(l) rises and that the whole must meet τ, but not by which function. A straight
+    line has one parameter, β (:data:`STEEPNESS`).
     """
     sizes, sensitivities = layer_parameters(context), sensitivity(context)
     context.details["sensitivity"] = sensitivities

@@ -1,4 +1,4 @@
-"""Rounds: how much is gone after each of them."""
+"""Compute how much is removed after each round."""
 
 import math
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from secateur.catalog.architectures import ModelShape
 
 
 def cumulative_ratios(target: float, rounds: int, schedule: Literal["geometric", "cubic"]) -> list[float]:
-    """Ratio removed after each round, the last exactly ``target``.
+    """Return the ratio removed after each round; the last one is exactly ``target``.
 
-    ``geometric`` takes the same share of what is left each time; ``cubic`` is s_r = s·(1 − (1 − r/n)³), large steps first
-    (Zhu and Gupta 2017, equation 1, with no initial sparsity).
+    ``geometric`` removes the same share of what is left in each round. ``cubic`` is s_r = s·(1 − (1 − r/n)³), which
+    removes most in the first rounds (Zhu and Gupta 2017, equation 1, with no initial sparsity).
     """
     shares = [round_ / rounds for round_ in range(1, rounds + 1)]
     if schedule == "cubic":
@@ -21,7 +21,7 @@ def cumulative_ratios(target: float, rounds: int, schedule: Literal["geometric",
 
 @dataclass(frozen=True)
 class RoundGoal:
-    """What is gone of the source after a round: KV groups and parameters of channels, together ``ratio``."""
+    """What is removed from the source after a round: KV groups and parameters of channels, together ``ratio``."""
 
     ratio: float
     kv_groups: int
@@ -36,10 +36,11 @@ def round_goals(
     width_multiple: int | None,
     uniform: bool = False,
 ) -> list[RoundGoal]:
-    """Every round's target, none beyond the last one's in either kind of unit: what is cut cannot be put back.
+    """Return the goal of every round.
 
-    Groups go as early as a round's ratio allows, so that channels are never asked for more than their final share.
-    ``uniform``: as many in every layer.
+    No goal exceeds the last one in KV groups or in channels, because a unit that is cut cannot be put back. KV groups
+    are removed as early as the ratio of a round allows, so that no round requires more channels than the last one does.
+    With ``uniform``, every layer loses the same number of KV groups.
     """
     groups, channels = shape.split(ratio, width_multiple, uniform)
     together = len(shape.layers) if uniform else 1

@@ -1,4 +1,4 @@
-"""FLAP's adaptive structure: one threshold over the scores of all units of all layers."""
+"""Allocate by FLAP's adaptive structure: one threshold over the scores of all units of all layers."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,11 @@ from secateur.engine.scoring.base import Context
 
 
 def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Share:
-    """The lowest-scored units of the whole model go, each for what it weighs, until ``total`` is gone (An et al., section 3.3).
+    """Return the shares that remove the lowest-scored units of the whole model (An et al., section 3.3).
 
-    Scores must be comparable between layers and between heads and channels, as FLAP's standardised ones are. KV groups too
-    large for what is left are passed over, as long as channels can make up for them.
+    Units are removed until their parameters add up to ``total``. Scores must be comparable between layers and between
+    KV groups and channels, as FLAP's standardised scores are. A KV group with more parameters than are left to remove
+    is skipped, as long as channels can make up for it.
     """
     assert context.scores is not None
     shape = context.decoder.shape
@@ -41,7 +42,10 @@ def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Sh
 
 
 def _ascending(scores: Sequence[Tensor], most: Sequence[int], experts: int) -> list[tuple[float, int]]:
-    """Score and layer of all units that may go, the lowest first; what experts give together scores their mean."""
+    """Return the score and the layer of all units that may be removed, the lowest score first.
+
+    Channels that experts lose together have the mean of their scores.
+    """
     return sorted(
         (score, layer)
         for layer, (values, count) in enumerate(zip(scores, most, strict=True))

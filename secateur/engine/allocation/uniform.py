@@ -1,4 +1,4 @@
-"""The same ratio in every layer, or in all but the outer ones."""
+"""Allocate the same ratio to every layer, or to every layer except the outer ones."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,15 @@ from secateur.engine.scoring.base import Context
 
 
 def allocate(context: Context, limits: Sequence[LayerLimit], total: float) -> Share:
-    """Each layer gives in proportion to the parameters it has."""
+    """Return shares in proportion to the parameters of each layer."""
     return Share(fill(layer_parameters(context), [limit.parameters for limit in limits], total))
 
 
 def allocate_inner(context: Context, limits: Sequence[LayerLimit], total: float) -> Share:
-    """The same, but the first eighth of the layers and the last sixteenth give nothing unless the others cannot do alone.
+    """Return shares in proportion to the parameters of each inner layer.
 
-    LLM-Pruner's authors prune layers 4 to 29 of 32.
+    Nothing is removed from the first eighth and the last sixteenth of the layers unless the other layers have too few
+    parameters to remove. LLM-Pruner's authors prune layers 4 to 29 of 32.
     """
     weights = layer_parameters(context)
     first, last = round(len(weights) / 8), round(len(weights) / 16)

@@ -1,4 +1,4 @@
-"""What a model is worth and what it costs: perplexity, zero-shot accuracy, what it writes, latency, size."""
+"""Measure the quality and the cost of a model: perplexity, zero-shot accuracy, generated text, latency and size."""
 
 from secateur.engine.evaluation.latency import measure_latency, unsteady
 from secateur.engine.evaluation.perplexity import perplexity

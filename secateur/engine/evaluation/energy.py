@@ -1,4 +1,4 @@
-"""Energy, where the machine counts it: NVIDIA's NVML on a GPU, Intel's and AMD's RAPL on a CPU."""
+"""Measure energy where the machine counts it: NVIDIA's NVML on a GPU, Intel's and AMD's RAPL on a CPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,13 +6,18 @@ from pathlib import Path
 import torch
 
 RAPL = Path("/sys/class/powercap")
-"""See powercap(4) of the kernel's documentation: one ``intel-rapl:N`` a package, whatever the processor's maker."""
+"""Folder with one ``intel-rapl:N`` for each package, whatever the maker of the processor.
+
+See powercap(4) of the kernel's documentation.
+"""
 
 
 def energy_meter(device: torch.device, rapl: Path = RAPL) -> Callable[[], float] | None:
-    """Joules that the device has taken since the meter was made; ``None`` where nothing counts them (or lets us read it).
+    """Return a function that returns the joules that the device has used since this call.
 
-    The counter of a CPU is the whole package's; it wraps around, which is seen if it is read often enough: every minute.
+    The result is ``None`` where nothing counts the energy, or where this process may not read the counter. The counter
+    of a CPU covers the whole package. The counter wraps around; the function notices every wrap if it is called often
+    enough, which is once a minute.
     """
     read = _gpu(device) if device.type == "cuda" else _packages(rapl)
     if read is None:
@@ -35,7 +40,10 @@ def _gpu(device: torch.device) -> Callable[[], float] | None:
 
 
 def _packages(rapl: Path) -> Callable[[], float] | None:
-    """Sums the packages' counters, in microjoules, and what they lost by wrapping."""
+    """Return a function that returns the sum of the packages' counters in joules.
+
+    The counters are in microjoules; the sum includes what the counters lost by wrapping around.
+    """
     folders = [folder for folder in sorted(rapl.glob("intel-rapl:*")) if folder.name.count(":") == 1]
     try:
         last = [_number(folder / "energy_uj") for folder in folders]

@@ -1,4 +1,4 @@
-"""What a model writes: for people, who would rather read than trust a number."""
+"""Generate text with a model, for people who want to read its output and not only a number."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ from secateur.engine.model.decoder import Decoder
 
 NEW_TOKENS = 32
 PROMPTS = ("The capital of France is", "Once upon a time, in a small village,", "To keep bread fresh for longer,")
-"""Where the request names none."""
+"""Prompts for a request that names none."""
 
 
 @torch.no_grad()
 def generations(decoder: Decoder, prompts: Sequence[str]) -> list[str]:
-    """How the model goes on from each prompt: up to :data:`NEW_TOKENS` tokens, always the likeliest."""
+    """Return the model's continuation of each prompt: up to :data:`NEW_TOKENS` tokens, always the most likely one."""
     end = decoder.tokenizer.eos_token_id
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=end)
     written = []

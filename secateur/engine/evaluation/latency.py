@@ -1,4 +1,4 @@
-"""Prefill and decode time, and the memory and energy that takes."""
+"""Measure the time of prefill and decoding, and the memory and energy that both take."""
 
 import ctypes
 import gc
@@ -16,13 +16,19 @@ from secateur.engine.evaluation.energy import energy_meter
 from secateur.engine.model.decoder import Decoder
 
 UNSTEADY = 1.5
-"""Between the slowest repeat and the fastest: on a machine with nothing else to do they are a few percent apart."""
+"""Ratio of the slowest repeat to the fastest above which a measurement is unsteady.
+
+On a machine with nothing else to do, the repeats differ by a few percent.
+"""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is timed: a prefill of one prompt of ``prefill_tokens``; then ``decode_tokens`` steps of ``decode_batch`` sequences
-    that begin with ``decode_prompt`` tokens."""
+    """The prefill and the decoding that are timed.
+
+    The prefill is of one prompt of ``prefill_tokens``. Decoding takes ``decode_tokens`` steps of ``decode_batch``
+    sequences that begin with ``decode_prompt`` tokens.
+    """
 
     decode_batch: int
     decode_tokens: int
@@ -33,17 +39,22 @@ class Protocol:
 
 QUICK = Protocol(decode_batch=1, decode_tokens=16, decode_prompt=256, repeats=5)
 SLIMLLM = Protocol(decode_batch=8, decode_tokens=256, decode_prompt=1, repeats=20)
-"""Guo et al., section 5.3 and table 3, who give means, and no length to the prompts of decoding: one token is the least."""
+"""Protocol of Guo et al., section 5.3 and table 3.
+
+The authors give means. They do not give the length of the prompts of decoding, so the protocol uses the shortest: one
+token.
+"""
 
 
 @torch.no_grad()
 def measure_latency(decoder: Decoder, protocol: Protocol = QUICK) -> Latency:
-    """Medians over repeats: ``prefill_ms``, ``decode_ms_per_token`` (of one step of the batch, with a KV cache), and
-    ``tokens_per_second`` of decoding, all sequences of the batch together.
+    """Return the latency of the model, as medians over repeats.
 
-    ``peak_memory_bytes`` is the device's peak on CUDA, the process's peak resident set on the CPU, while doing so.
-    ``spread`` gives each quantity's smallest and largest repeat. ``energy_joules_per_token`` is what decoding took of the
-    device, or ``None`` where the machine counts none.
+    ``prefill_ms``, ``decode_ms_per_token`` (of one step of the batch, with a KV cache) and ``tokens_per_second`` of
+    decoding (all sequences of the batch together) are medians. ``peak_memory_bytes`` is the peak during the
+    measurement: the device's on CUDA, the process's peak resident set on the CPU. ``spread`` gives the smallest and the
+    largest repeat of each quantity. ``energy_joules_per_token`` is the energy that the device used for decoding, or
+    ``None`` where the machine does not count energy.
     """
     device, positions = decoder.device, decoder.shape.max_positions
     steps = min(protocol.decode_tokens, positions - 1)
@@ -58,7 +69,7 @@ def measure_latency(decoder: Decoder, protocol: Protocol = QUICK) -> Latency:
         filled = prefilled if same else _prefill(decoder, protocol.decode_batch, prompt)
         begun = meter() if meter else 0.0
         seconds = _decode(decoder, filled.output, steps)
-        if repeat:  # the first one warms up
+        if repeat:  # the first repeat warms up
             prefill.append(prefilled.seconds * 1000)
             decode.append(seconds * 1000 / steps)
             joules += meter() - begun if meter else 0.0
@@ -93,7 +104,7 @@ def _prefill(decoder: Decoder, batch: int, length: int) -> _Filled:
 
 
 def _decode(decoder: Decoder, output: Any, steps: int) -> float:
-    """Seconds."""
+    """Return the seconds that ``steps`` steps of decoding take."""
     started = now(decoder.device)
     for _ in range(steps):
         token = output.logits[:, -1:].argmax(-1)
@@ -102,35 +113,35 @@ def _decode(decoder: Decoder, output: Any, steps: int) -> float:
 
 
 def unsteady(latency: Latency | None) -> bool:
-    """Whether repeats of what :func:`measure_latency` measured are too far apart to be compared with another's."""
+    """Return whether repeats of :func:`measure_latency` are too far apart to be compared with another measurement."""
     return latency is not None and any(
         most > UNSTEADY * least for least, most in (latency.spread.prefill_ms, latency.spread.decode_ms_per_token)
     )
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, when all that the device was given to do is done."""
+    """Return the seconds on a clock after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """From here on :func:`peak_memory` counts, as far as the system allows."""
+    """Restart the count of :func:`peak_memory`, as far as the system allows."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what scoring freed: it would count as the model's
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory, which would count as the model's
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set
     except (AttributeError, OSError):
         pass
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the device's peak on CUDA, the process's peak resident set on the CPU."""
+    """Return the peak memory in bytes: the device's on CUDA, the process's peak resident set on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,4 +1,4 @@
-"""Perplexity on held-out windows."""
+"""Measure perplexity on held-out windows."""
 
 import math
 from collections.abc import Callable
@@ -12,9 +12,10 @@ from secateur.engine.model.decoder import Decoder
 
 @torch.no_grad()
 def perplexity(decoder: Decoder, tokens: Tensor, batch_windows: int, progress: Callable[[float], None]) -> float:
-    """exp of the mean next-token loss over ``tokens`` ``[windows, length]``, windows on their own, no overlap.
+    """Return exp of the mean next-token loss over ``tokens`` ``[windows, length]``.
 
-    The loss is in float32 and summed in float64. May be infinite for a badly broken model.
+    Each window is measured on its own, and windows do not overlap. The loss is computed in float32 and summed in
+    float64. The perplexity may be infinite for a badly broken model.
 
     Raises:
         PruningError: ``loss_not_finite`` when the loss is NaN.

@@ -1,19 +1,20 @@
-"""Size on disk and floating-point operations, counted rather than measured."""
+"""Count the size on disk and the floating-point operations of a model, without measuring."""
 
 from secateur.engine.model.decoder import Decoder
 
 
 def weight_bytes(decoder: Decoder) -> int:
-    """Bytes of the weights as they are saved; tied ones count once."""
+    """Return the bytes of the weights as they are saved; tied weights count once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in decoder.model.parameters())
 
 
 def forward_flops(decoder: Decoder, tokens: int) -> int:
-    """Floating-point operations of one forward over ``tokens`` tokens, all positions' logits included.
+    """Return the floating-point operations of one forward pass over ``tokens`` tokens.
 
-    Two for every weight of every projection and of the head, and 4·tokens·head_dim a head and token for QKᵀ and AV (a
-    causal mask is not discounted, as kernels differ in what they skip). Of a mixture those experts alone that a token is sent
-    to. Norms, routers and activations are left out.
+    The logits of all positions are included. Every weight of every projection and of the head counts two operations for
+    each token. QKᵀ and AV count 4·tokens·head_dim for each head and token; a causal mask is not discounted, as kernels
+    differ in what they skip. Of a mixture of experts, only the experts count to which a token is sent. Norms, routers
+    and activations are left out.
     """
     shape = decoder.shape
     projections = decoder.prunable_parameters + shape.vocab_size * shape.hidden_size

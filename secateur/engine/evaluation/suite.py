@@ -1,4 +1,7 @@
-"""What the request asks to be measured of the unpruned model and of each pruned one beside the perplexity of every round."""
+"""Measure what the request asks for, beside the perplexity of every step.
+
+The unpruned model and each pruned model are measured.
+"""
 
 import math
 import statistics
@@ -29,7 +32,10 @@ from secateur.engine.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class Suite:
-    """``texts``: the windows ``[windows, length]`` of each named text."""
+    """The measurements that the request asks for.
+
+    ``texts`` holds the windows ``[windows, length]`` of each named text.
+    """
 
     asked: Evaluation
     texts: Mapping[str, Tensor]
@@ -37,20 +43,20 @@ class Suite:
 
     @property
     def lengthy(self) -> bool:
-        """Whether texts or tasks were asked for."""
+        """Whether the request asks for texts or tasks, which take long to measure."""
         return bool(self.texts or self.asked.zero_shot)
 
     def measure(self, decoder: Decoder, progress: Callable[[float], None]) -> Measurement:
-        """Benchmarks by text and task, generations, and latency; the other figures are left out.
+        """Return benchmarks by text and task, generations, and latency; the other figures are left out.
 
         Raises:
-            PruningError: see :func:`perplexity` and :func:`zero_shot`.
+            PruningError: the errors of :func:`perplexity` and :func:`zero_shot`.
         """
         parts = len(self.texts) + bool(self.asked.zero_shot)
         done = 0
 
         def share(of_part: float) -> None:
-            progress((done + of_part) / parts)  # of the parts that take long
+            progress((done + of_part) / parts)  # only texts and tasks take long
 
         perplexities = {}
         for name, tokens in self.texts.items():
@@ -74,9 +80,10 @@ class Suite:
 
 
 def compare_benchmarks(before: Benchmarks, after: Benchmarks) -> tuple[BenchmarkChange, float | None]:
-    """Scores of the unpruned model and of the pruned one side by side, and the retained accuracy.
+    """Return the scores of the unpruned model and of the pruned one side by side, and the retained accuracy.
 
-    The retained accuracy is the mean accuracy over the tasks after pruning, as a share of that before; ``None`` without tasks.
+    The retained accuracy is the mean accuracy over the tasks after pruning, as a share of the mean accuracy before
+    pruning; it is ``None`` without tasks.
     """
     tasks = {}
     for name, old in before.zero_shot.items():
@@ -103,7 +110,7 @@ def compare_benchmarks(before: Benchmarks, after: Benchmarks) -> tuple[Benchmark
 
 
 def compare_generations(before: Sequence[Continuation], after: Sequence[Continuation]) -> list[GenerationChange]:
-    """What the unpruned model and the pruned one generate from each prompt."""
+    """Return what the unpruned model and the pruned one generate from each prompt, side by side."""
     return [
         GenerationChange(prompt=old.prompt, before=old.text, after=new.text)
         for old, new in zip(before, after, strict=True)

@@ -1,4 +1,8 @@
-"""Zero-shot accuracy by multiple choice: EleutherAI's ``lm_eval`` asks, scores and averages; here it only gets model and data."""
+"""Measure zero-shot accuracy by multiple choice.
+
+EleutherAI's ``lm_eval`` asks the questions, scores the answers and averages the scores; this module provides the model
+and the data.
+"""
 
 import copy
 import json
@@ -23,7 +27,10 @@ from secateur.extras import require
 
 BATCH = {"cuda": 16}
 BATCH_ELSEWHERE = 4
-"""Examples of one forward pass: their logits are what takes memory."""
+"""Examples of one forward pass on devices that ``BATCH`` does not name.
+
+The logits of the examples take most memory.
+"""
 FIELD = "evaluation.zero_shot"
 CHOICES = {
     "dataset_path": "json",
@@ -34,28 +41,35 @@ CHOICES = {
     "doc_to_target": "gold",
     "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
 }
-"""``lm_eval``'s task for rows ``{query, choices, gold}``, as LLM Foundry's local data has them."""
+"""Configuration of an ``lm_eval`` task for rows ``{query, choices, gold}``, as LLM Foundry's local data has them."""
 CONTEXTS = CHOICES | {
     "doc_to_text": "{{gold}}",
     "doc_to_choice": "context_options",
     "doc_to_target": "{{continuation}}",
     "metric_list": [{"metric": "acc"}],
 }
-"""For rows ``{context_options, continuation, gold}``: which context makes the continuation likelier, as in WinoGrande."""
+"""Configuration of an ``lm_eval`` task for rows ``{context_options, continuation, gold}``.
+
+The question is which context makes the continuation more likely, as in WinoGrande.
+"""
 
 
 def zero_shot(
     decoder: Decoder, names: Sequence[str], tasks_dir: Path | None, limit: int | None, progress: Callable[[float], None]
 ) -> dict[str, TaskScore]:
-    """For each task its ``metric`` (``acc_norm`` where it has that, else ``acc``), that ``value`` and its ``stderr``, how many
-    ``examples`` were asked, and where they come from (``source``).
+    """Return the score of each task.
 
-    A task is one of :data:`ZERO_SHOT`, on its data set from the Hub (or its local cache), or on ``NAME.jsonl`` of
-    ``tasks_dir`` in that data set's columns; or any ``NAME.jsonl`` there whose rows are of :data:`CHOICES` or
-    :data:`CONTEXTS`. ``limit`` takes the first examples of each.
+    A score has the ``metric`` (``acc_norm`` where the task has it, else ``acc``), its ``value`` and ``stderr``, the
+    number of ``examples``, and their ``source``.
+
+    A task is one of :data:`ZERO_SHOT`, on its data set from the Hub (or the Hub's local cache), or on ``NAME.jsonl`` of
+    ``tasks_dir`` in the columns of that data set. Any other ``NAME.jsonl`` of ``tasks_dir`` is a task, too, if its rows
+    have the columns of :data:`CHOICES` or :data:`CONTEXTS`. With ``limit``, only the first examples of each task are
+    asked.
 
     Raises:
-        PruningError: ``task_not_found``, ``task_invalid``, ``hub_unavailable`` (retryable), ``dependency_missing``.
+        PruningError: ``task_not_found`` for an unknown name, ``task_invalid`` for data that cannot be read,
+            ``hub_unavailable`` (retryable) when data cannot be fetched, ``dependency_missing`` without ``lm_eval``.
     """
     require("eval", "Zero-shot evaluation", "lm_eval", field=FIELD)
     import lm_eval
@@ -63,7 +77,7 @@ def zero_shot(
     from lm_eval.tasks import TaskManager
 
     class Watched(HFLM):
-        """Tells how many of the questions are asked; some need no pass of their own."""
+        """A model that reports how many questions are done; some questions need no forward pass of their own."""
 
         questions, done = 1, 0
 
@@ -78,7 +92,10 @@ def zero_shot(
             return logits
 
     class Written(HFLM):
-        """Of a model that prunes itself the context is read by all of it, the answer written by what that needs."""
+        """A dynamic model, whose answers are scored with the units that their context needs.
+
+        All units of the model read the context.
+        """
 
         def _loglikelihood_tokens(self, requests: list[Any], *_: Any, **__: Any) -> list[tuple[float, bool]]:
             found = []
@@ -94,9 +111,10 @@ def zero_shot(
             return found
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with TemporaryDirectory() as folder, redirect_stderr(StringIO()):  # its bars: ours are told by ``progress``
+    # lm_eval's progress bars are hidden, because ``progress`` reports.
+    with TemporaryDirectory() as folder, redirect_stderr(StringIO()):
         files = [_task_file(name, tasks_dir, Path(folder)) for name in names]
-        manager = TaskManager(include_defaults=False)  # to know all of the library's takes it seconds
+        manager = TaskManager(include_defaults=False)  # loading lm_eval's own tasks takes seconds
         try:
             tasks = manager.load([str(file) for file in files])["tasks"]
         except (httpx2.HTTPError, ConnectionError) as error:
@@ -104,11 +122,11 @@ def zero_shot(
                 ErrorCode.HUB_UNAVAILABLE,
                 f"The data of {', '.join(names)} could not be fetched: {type(error).__name__}.",
             ) from error
-        except Exception as error:  # whatever a data set's rows or its reader may raise
+        except Exception as error:  # a data set's rows or its reader may raise anything
             raise PruningError(ErrorCode.TASK_INVALID, f"{', '.join(names)}: {error}", field=FIELD) from error
         model = (Written if isinstance(decoder, Runtime) else Watched)(
             pretrained=decoder.model,
-            tokenizer=copy.deepcopy(decoder.tokenizer),  # it is given a padding token
+            tokenizer=copy.deepcopy(decoder.tokenizer),  # lm_eval adds a padding token
             batch_size=BATCH.get(decoder.device.type, BATCH_ELSEWHERE),
             max_length=decoder.shape.max_positions,
         )
@@ -121,15 +139,15 @@ def zero_shot(
 
 
 def local_tasks(tasks_dir: Path | None) -> list[str]:
-    """The names of the tasks in the folder."""
+    """Return the names of the tasks in ``tasks_dir``."""
     return sorted(file.stem for file in tasks_dir.glob("*.jsonl")) if tasks_dir is not None else []
 
 
 def task_config(name: str, file: Path | None, cache: Path) -> dict[str, Any]:
-    """The configuration of ``lm_eval``'s that scores task ``name``, on ``file`` where there is one.
+    """Return the ``lm_eval`` configuration that scores task ``name``, on ``file`` where there is one.
 
     Raises:
-        PruningError: ``task_invalid``.
+        PruningError: ``task_invalid`` when ``file`` has no JSON objects or other columns than those allowed.
     """
     import lm_eval
 

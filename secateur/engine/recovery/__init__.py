@@ -1,4 +1,4 @@
-"""What wins back what pruning lost: layer by layer as it is cut, or by training when all is cut."""
+"""Recover what pruning lost: layer-wise recovery while layers are cut, and training after the last cut."""
 
 from secateur.engine.recovery import bias, least_squares, linear_regression
 from secateur.engine.recovery.base import Cut, LayerwiseRecovery
@@ -9,6 +9,6 @@ LAYERWISE_RECOVERIES: dict[str, LayerwiseRecovery] = {
     "least-squares": least_squares.recover,
     "linear-regression": linear_regression.recover,
 }
-"""By the name that a request gives them."""
+"""Layer-wise recoveries, by the name that a request gives them."""
 
 __all__ = ["LAYERWISE_RECOVERIES", "Cut", "LayerwiseRecovery", "Segment", "train"]

@@ -1,4 +1,4 @@
-"""What a layer-wise recovery is given and what it returns: one function shape for all."""
+"""Define what a layer-wise recovery receives and returns: all layer-wise recoveries have one function shape."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +10,12 @@ from secateur.engine.measure.layer_stream import Moments
 
 @dataclass(frozen=True)
 class Cut:
-    """A structure about to be cut, or one expert's share of it: its output projection's weight ``[out, in]``, bias ``[out]`` or
-    none, the moments of its inputs, and which inputs stay, ``[kept]``; float32. ``damping``: how hard a refit is pulled
-    towards the weights as they are."""
+    """A structure that is about to be cut, or one expert's share of the structure.
+
+    ``weight`` ``[out, in]`` and ``bias`` ``[out]`` (or ``None``) belong to the output projection, ``moments`` are those
+    of its inputs, and ``kept`` ``[kept]`` names the inputs that stay. Values are float32. ``damping`` sets how strongly
+    a refit is pulled towards the present weights.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -22,4 +25,7 @@ class Cut:
 
 
 LayerwiseRecovery = Callable[[Cut], tuple[Tensor, Tensor | None]]
-"""The output projection's new weight ``[out, kept]`` and bias. Whether there is one is the same for every layer."""
+"""Function that returns the new weight ``[out, kept]`` and the new bias of an output projection.
+
+Either every layer gets a bias or none does.
+"""

@@ -1,4 +1,4 @@
-"""The exact refit of an output projection to what its structure should give, from second moments."""
+"""Refit an output projection exactly, from second moments, to the output that its structure should have."""
 
 import torch
 from torch import Tensor
@@ -8,22 +8,25 @@ from secateur.engine.measure.linalg import damped
 from secateur.engine.recovery.base import Cut
 
 CARRIED = 0.35
-"""How much of what earlier layers lost a structure is asked to make up for. On the calibration text all of it would be best; but
-hidden states of layers fitted to that text are nearer to their targets there than anywhere else."""
+"""Share of the loss of earlier layers that a structure has to make up for.
+
+On the calibration text a share of 1 would be best. But hidden states of layers that are fitted to the calibration text
+are nearer to their targets on that text than on any other text.
+"""
 
 
 def recover(cut: Cut) -> tuple[Tensor, Tensor | None]:
-    """:func:`refit`; the bias stays as it is."""
+    """Return the weight that :func:`refit` computes, and the bias unchanged."""
     return refit(cut.weight, cut.moments.gram, cut.kept, cut.moments.missing, cut.damping), cut.bias
 
 
 def refit(
     weight: Tensor, gram: Tensor, kept: Tensor, missing: Tensor | None = None, damping: float = DAMPING
 ) -> Tensor:
-    """W' = argmin Σ w·‖W·x + c·e − W'·x_kept‖² + λ·mean(diag G)·‖W' − W_kept‖², ``[out, kept]``.
+    """Return W' = argmin Σ w·‖W·x + c·e − W'·x_kept‖² + λ·mean(diag G)·‖W' − W_kept‖², ``[out, kept]``.
 
-    ``weight`` is W ``[out, in]``, ``gram`` Σ w·x·xᵀ ``[in, in]``, whose kept part is G, ``missing`` Σ w·x·eᵀ ``[in, out]``
-    (none: e is 0), c is :data:`CARRIED`, λ the damping.
+    ``weight`` is W ``[out, in]``, ``gram`` is Σ w·x·xᵀ ``[in, in]``, whose kept part is G, and ``missing`` is Σ w·x·eᵀ
+    ``[in, out]``. If ``missing`` is ``None``, e is 0. The factor c is :data:`CARRIED`, and λ is ``damping``.
     """
     wanted = gram[kept] @ weight.T
     if missing is not None:

@@ -1,4 +1,4 @@
-"""SlimLLM's recovery: each output dimension on its own is a line of what it was."""
+"""Recover as SlimLLM does: each output dimension on its own is fitted by a line."""
 
 from torch import Tensor
 
@@ -6,10 +6,10 @@ from secateur.engine.recovery.base import Cut
 
 
 def recover(cut: Cut) -> tuple[Tensor, Tensor | None]:
-    """O_i ≈ A_i·O_i^pruned + B_i by least squares over the tokens, folded into the weight's rows and a bias (equations 9, 10).
+    """Fit O_i ≈ A_i·O_i^pruned + B_i by least squares over the tokens (equations 9 and 10).
 
-    Means and covariances of outputs follow from those of the inputs, so no output is ever stored. Where the pruned output
-    does not vary, A is 1.
+    A is folded into the rows of the weight, and B into a bias. Means and covariances of outputs follow from those of
+    the inputs, so no output is ever stored. Where the pruned output does not vary, A is 1.
     """
     weight, kept, mean = cut.weight.double(), cut.weight[:, cut.kept].double(), cut.moments.mean.double()
     covariance = cut.moments.covariance.double()

@@ -1,4 +1,7 @@
-"""Training after the last cut: low-rank adapters on the calibration text, or distillation from the unpruned model."""
+"""Train the model after the last cut.
+
+Training fits low-rank adapters to the calibration text, or distils the unpruned model.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -20,10 +23,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Segment:
-    """What a checkpoint after a stretch of training holds.
+    """The content of the checkpoint after a stretch of training.
 
-    ``step`` of ``steps`` optimizer steps are done; ``losses`` has the mean token loss (nats) of each of them.
-    ``tensors``, on the CPU, are the trained parameters and AdamW's moments, float32: ``parameter.NAME``,
+    ``step`` of ``steps`` optimizer steps are done; ``losses`` has the mean token loss (nats) of each step that is done.
+    ``tensors`` are the trained parameters and AdamW's moments, float32 on the CPU: ``parameter.NAME``,
     ``exp_avg.NAME``, ``exp_avg_sq.NAME``.
     """
 
@@ -43,26 +46,27 @@ def train(
     progress: Callable[[float], None],
     resume: Segment | None,
 ) -> Iterator[Segment]:
-    """Train ``decoder``'s frozen model in place on ``tokens`` ``[windows, length]``, with Segments on the way.
+    """Train ``decoder``'s frozen model in place on ``tokens`` ``[windows, length]``, and yield Segments on the way.
 
-    ``lora``: adapters on every projection of every layer, alpha 16 as LLM-Pruner and SlimLLM have it, trained on the
-    next-token loss and merged at the end (Hu et al., LoRA, equation 3). ``distill``: every parameter of the decoder
-    layers, trained on T²·KL(teacher ‖ student) of each token's softmax at temperature T (Hinton et al., Distilling the
+    ``lora`` trains adapters on every projection of every layer with the next-token loss and merges them at the end (Hu
+    et al., LoRA, equation 3); alpha is 16, as in LLM-Pruner and SlimLLM. ``distill`` trains every parameter of the
+    decoder layers with T²·KL(teacher ‖ student) of each token's softmax at temperature T (Hinton et al., Distilling the
     Knowledge in a Neural Network, section 2); ``teacher`` maps ``[windows, length]`` to logits
-    ``[windows, length, vocabulary]``. Embeddings, the final norm and the output head stay as they are.
+    ``[windows, length, vocabulary]``. Embeddings, the final norm and the output head do not change.
 
-    Memory beside activations and, for ``distill``, the teacher: the weights, and for each trained parameter a gradient
-    in the model's dtype, its float32 sum, two float32 moments and, in half precision, a float32 master. With weights,
-    ``distill`` takes 20 bytes for each parameter of the layers, in any dtype, and 12 on the CPU for a Segment; adapters
-    take next to nothing.
+    Beside activations and, for ``distill``, the teacher, memory holds the weights, and for each trained parameter a
+    gradient in the model's dtype, the float32 sum of gradients, two float32 moments and, in half precision, a float32
+    master copy. With weights, ``distill`` needs 20 bytes for each parameter of the layers, in any dtype, and 12 bytes
+    on the CPU for a Segment; adapters need almost no memory.
 
-    A step takes ``settings.batch_size`` windows, at most all there are, ``batch_windows`` at a time. Which ones depends
-    on ``seed`` and the step alone, and no dropout is applied: ``resume``, given the model as it was before training,
-    goes on to the same weights, bit for bit where the device's kernels are deterministic. Once exhausted, the model has
-    plain weights in its own dtype, frozen; it is of no use if abandoned before.
+    A step takes ``settings.batch_size`` windows, or all windows if there are fewer, ``batch_windows`` at a time. The
+    choice of windows depends on ``seed`` and the step alone, and no dropout is applied. Training that starts at
+    ``resume``, given the model as it was before training, therefore ends with the same weights, bit for bit where the
+    device's kernels are deterministic. When the iterator is exhausted, the model has plain weights in its own dtype and
+    is frozen; if the iterator is abandoned before, the model cannot be used.
 
     Raises:
-        PruningError: ``loss_not_finite``.
+        PruningError: ``loss_not_finite`` when the loss becomes NaN or infinite.
     """
     model, batch = decoder.model, min(settings.batch_size, len(tokens))
     steps = max(1, round(settings.epochs * len(tokens) / batch))
@@ -72,12 +76,12 @@ def train(
         for layer in decoder.layers:
             layer.module.requires_grad_(True)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    # In float32 a master shares its parameter's memory; in half precision a step would be lost in a weight's rounding.
+    # In float32 a master shares its parameter's memory; in half precision the rounding of weights would lose a step.
     masters = {
         name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
         for name, parameter in trained.items()
     }
-    # No decay: it would pull towards zero, and zero is no better than the weights that pruning left.
+    # No weight decay: it would pull weights towards zero, and zero is no better than what pruning left.
     optimizer = torch.optim.AdamW(masters.values(), weight_decay=0)
     if resume is not None:
         _restore(masters, optimizer, resume)
@@ -120,20 +124,26 @@ def _add_adapters(decoder: Decoder, rank: int, seed: int) -> LoraModel:
 
 
 def _order(windows: int, batch: int, step: int, seed: int) -> Tensor:
-    """Indices ``[batch]`` of a step's windows: pass after pass over all of them, each in an order of its own."""
+    """Return the indices ``[batch]`` of a step's windows.
+
+    The steps pass over all windows again and again, and every pass has its own order.
+    """
     epoch, start = divmod(step * batch, windows)
     passes = [torch.randperm(windows, generator=torch.Generator().manual_seed(seed + n)) for n in (epoch, epoch + 1)]
     return torch.cat(passes)[start : start + batch]
 
 
 def _rate(step: int, steps: int) -> float:
-    """Share of the learning rate's peak: a linear rise, then a linear fall that reaches zero after the last step."""
+    """Return the learning rate of a step, as a share of its peak.
+
+    The share rises linearly, then falls linearly, and reaches zero after the last step.
+    """
     warm_up = math.ceil(WARM_UP * steps)
     return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
 
 
 def _divergences(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """T²·KL(teacher ‖ student) ``[windows, length]`` in nats, of logits ``[windows, length, vocabulary]``."""
+    """Return T²·KL(teacher ‖ student) ``[windows, length]`` in nats, for logits ``[windows, length, vocabulary]``."""
     precise = torch.promote_types(student.dtype, torch.float32)
     wanted, found = (nn.functional.log_softmax(logits.to(precise) / temperature, -1) for logits in (teacher, student))
     return nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1) * temperature**2
@@ -145,9 +155,9 @@ def _accumulate(
     masters: dict[str, Tensor],
     trained: dict[str, nn.Parameter],
 ) -> float:
-    """The mean token loss over ``parts`` together; its gradient goes to ``masters``.
+    """Return the mean token loss over all ``parts`` together, and add its gradient to ``masters``.
 
-    Backward passes are of the summed loss, whose gradients by token are of order one: they survive float16.
+    Backward passes take the summed loss, whose gradients by token are of order one, so that they survive float16.
     """
     total, count = 0.0, 0
     for windows in parts:
@@ -173,13 +183,13 @@ def _accumulate(
 
 @torch.no_grad()
 def _publish(masters: dict[str, Tensor], trained: dict[str, nn.Parameter]) -> None:
-    """Give the model's parameters what their masters hold."""
+    """Copy the master copies into the model's parameters."""
     for name, parameter in trained.items():
         parameter.copy_(masters[name])
 
 
 def _tensors(masters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """See :class:`Segment`."""
+    """Return the tensors that a :class:`Segment` holds, copied to the CPU."""
     tensors = {f"parameter.{name}": master for name, master in masters.items()}
     for moment in MOMENTS:
         tensors |= {f"{moment}.{name}": optimizer.state[master][moment] for name, master in masters.items()}
@@ -191,6 +201,6 @@ def _restore(masters: dict[str, Tensor], optimizer: torch.optim.Optimizer, segme
         master.copy_(segment.tensors[f"parameter.{name}"])
         optimizer.state[master] = {
             "step": torch.tensor(float(segment.step)),
-            # a copy: the optimizer writes in place, and the segment is the caller's
+            # Copies, because the optimizer writes in place and the segment belongs to the caller.
             **{moment: segment.tensors[f"{moment}.{name}"].to(master.device, copy=True) for moment in MOMENTS},
         }

@@ -1,4 +1,7 @@
-"""The scorers, by the name a method gives them. Adding one is a file with a ``score`` and a line here."""
+"""Scorers by the name that a method gives them.
+
+To add a scorer, write a file with a function ``score`` and add a line here.
+"""
 
 from secateur.engine.scoring import (
     flap,
@@ -23,7 +26,7 @@ MODEL_SCORERS: dict[str, Scorer] = {
     "piem": piem.score,
     "random": random.score,
 }
-"""They look at the whole model before anything is cut."""
+"""Scorers that score the whole model before any layer is cut."""
 
 LAYERWISE_SCORERS: dict[str, LayerwiseScorer] = {
     "lorap": moments.lorap,
@@ -31,6 +34,6 @@ LAYERWISE_SCORERS: dict[str, LayerwiseScorer] = {
     "slimllm": moments.slimllm,
     "wanda": moments.wanda,
 }
-"""They look at a layer's structure when the layers before it are cut."""
+"""Scorers that score one structure of a layer after the layers before it are cut."""
 
 __all__ = ["LAYERWISE_SCORERS", "MODEL_SCORERS", "Context", "LayerwiseScorer", "Scorer", "Scores", "UnitContext"]

@@ -1,4 +1,4 @@
-"""What a scorer returns, and what it is given: one function shape for all that look at the whole model."""
+"""Define what a scorer returns and receives: all scorers of the whole model have one function shape."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +17,11 @@ from secateur.engine.model.decoder import Decoder, Structure
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores by layer, float64 on the CPU; within a layer the lowest go first. ``[kv_groups]`` and ``[channels]``."""
+    """Scores of the units of every layer, as float64 tensors on the CPU, one for each layer.
+
+    ``kv_groups`` holds tensors ``[kv_groups]`` and ``channels`` tensors ``[channels]``. Within a layer, the units with
+    the lowest scores are removed first.
+    """
 
     kv_groups: list[Tensor]
     channels: list[Tensor]
@@ -28,35 +32,35 @@ class Scores:
 
 @dataclass
 class Context:
-    """The model as it is in this round, and the calibration ``tokens`` ``[windows, length]`` on its device."""
+    """The model as it is in this round, and the calibration ``tokens`` ``[windows, length]`` on the model's device."""
 
     decoder: Decoder
     tokens: Tensor
     batch_windows: int
     resolved: Resolved
     target_ratio: float
-    """Of the whole job, not of this round."""
+    """Requested ratio of the finished model, not the ratio of this round."""
     seed: int
     progress: Progress
     reference: Decoder | None = None
-    """The unpruned model, where layers are fitted to it: ``decoder`` itself in the first round."""
+    """The unpruned model if layers are fitted to it, else ``None``; in the first round it is ``decoder`` itself."""
     scores: Scores | None = None
-    """Of the whole model, once they are taken."""
+    """Scores of the whole model; ``None`` until they are computed."""
     statistics: Statistics | None = None
-    """Where what is known of the unpruned model is kept; none in later rounds."""
+    """Cache of what is known of the unpruned model; ``None`` in later rounds."""
     details: dict[str, Any] = field(default_factory=dict)
-    """What was decided on the way, for the round's report."""
+    """Decisions made while units are scored and shares allocated; the report of the round contains them."""
 
     def memo(self, name: str, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """What ``compute`` finds out about the model, from an earlier target or job if it was found out there.
+        """Return what ``compute`` returns, or the tensors that an earlier goal or job has stored under ``name``.
 
-        It may depend on model, tokens and seed, and on nothing else in the request.
+        ``compute`` may depend on the model, the tokens and the seed, and on nothing else in the request.
         """
         return compute() if self.statistics is None else self.statistics.get(name, compute)
 
     @cached_property
     def gates(self) -> list[GateStatistics]:
-        """Gate statistics of every layer: one forward and backward, shared by scorer and allocator."""
+        """Gate statistics of every layer from one pass forward and backward, which scorer and allocator share."""
 
         def compute() -> list[Tensor]:
             found = gate_statistics(self.decoder, self.tokens, self.batch_windows, self.progress)
@@ -67,7 +71,7 @@ class Context:
 
     @cached_property
     def forward_statistics(self) -> ForwardStatistics:
-        """What one forward tells of every layer, cosines and variances, shared by scorer and allocator."""
+        """Cosines and variances of every layer from one forward pass, which scorer and allocator share."""
         tensors = self.memo(
             "forward_statistics",
             lambda: forward_statistics(self.decoder, self.tokens, self.batch_windows, self.progress),
@@ -79,7 +83,10 @@ Scorer = Callable[[Context], Scores]
 
 
 def memoised(score: Scorer) -> Scorer:
-    """For a scorer whose own passes over the model are what costs: its scores are looked up first, see :meth:`Context.memo`."""
+    """Wrap a scorer so that it looks up stored scores before it computes them (see :meth:`Context.memo`).
+
+    This is for a scorer whose own passes over the model are its main cost.
+    """
 
     @wraps(score)
     def look_up(context: Context) -> Scores:
@@ -97,12 +104,12 @@ def memoised(score: Scorer) -> Scorer:
 
 
 def by_group(rows: Tensor, groups: int) -> Tensor:
-    """Sum of blocks of rows that belong to one KV group: ``[groups * n] -> [groups]``."""
+    """Sum the block of rows that belongs to each KV group: ``[groups * n] -> [groups]``."""
     return rows.view(groups, -1).sum(1)
 
 
 def l1_norms(decoder: Decoder) -> Scores:
-    """‖W_u‖1 over all of a unit's weights, biases included, ``[units]`` a layer."""
+    """Return ‖W_u‖1 over all weights and biases of each unit, as one tensor ``[units]`` for each layer."""
     kv_groups, channels = [], []
     for layer in decoder.layers:
         family = layer.family

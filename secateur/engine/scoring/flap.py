@@ -1,4 +1,4 @@
-"""FLAP's fluctuation metric (An et al., section 3.2)."""
+"""Score units by FLAP's fluctuation metric (An et al., section 3.2)."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,11 @@ from secateur.engine.scoring.base import Context, Scores
 
 
 def score(context: Context) -> Scores:
-    """S_j = Var(x_j)·‖W_:,j‖² of the output projections, standardised in every layer and structure (equations 4, 5 and 7).
+    """Return S_j = Var(x_j)·‖W_:,j‖² of the output projections, standardised in every layer and structure.
 
-    As the authors' code has it, heads' metric is squared before it is standardised, and a head scores the mean over its
-    inputs. Of the unpruned model alone: nothing is cut before all is scored.
+    The metric is that of equations 4, 5 and 7. As in the authors' code, the metric of attention inputs is squared
+    before it is standardised, and the score of a KV group is the mean over its inputs. The scores depend on the
+    unpruned model alone: all units are scored before any unit is cut.
     """
     scores: dict[Structure, list[Tensor]] = {
         structure: [

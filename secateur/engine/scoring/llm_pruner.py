@@ -1,4 +1,4 @@
-"""LLM-Pruner's first-order Taylor importance (Ma et al. 2023, equations 3 to 5)."""
+"""Score units by LLM-Pruner's first-order Taylor importance (Ma et al. 2023, equations 3 to 5)."""
 
 from secateur.engine.scoring.base import Context, Scores, memoised
 from secateur.engine.scoring.taylor import coupled, gradients_from_the_end, sums_by_unit, unit_weights
@@ -6,10 +6,11 @@ from secateur.engine.scoring.taylor import coupled, gradients_from_the_end, sums
 
 @memoised
 def score(context: Context) -> Scores:
-    """I(u) = Σ_{w in u} |w·∂L/∂w| over all weights and biases that go with the unit, L the mean token loss.
+    """Return I(u) = Σ_{w in u} |w·∂L/∂w| over all weights and biases of a unit, where L is the mean token loss.
 
-    Equation 5 without its second-order term, element by element, importances of coupled structures summed: what the
-    authors run by default. Memory: hidden states entering every layer for all calibration tokens, one layer's gradients.
+    This is equation 5 without its second-order term, computed element by element, and the importances of coupled
+    structures are summed; the authors' code does the same by default. Memory holds the hidden states that enter every
+    layer for all calibration tokens, and the gradients of one layer.
 
     Raises:
         PruningError: ``loss_not_finite`` when a gradient is NaN or infinite.

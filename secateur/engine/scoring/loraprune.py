@@ -1,4 +1,7 @@
-"""LoRAPrune's importance (Zhang et al. 2023, equations 6 to 10): weight gradients estimated by those of LoRA factors."""
+"""Score units by LoRAPrune's importance (Zhang et al. 2023, equations 6 to 10).
+
+The importance estimates the gradients of weights from the gradients of LoRA factors.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +21,25 @@ from secateur.engine.scoring.taylor import (
 RANK = 8
 SCALING = 16 / RANK
 STEPS = 10
-"""As many as the authors take from one cut to the next."""
+"""Number of optimizer steps; the authors take as many between two cuts."""
 LEARNING_RATE = 1e-4
 MAX_GRADIENT_NORM = 1.0
 DECAY = 0.9
-"""Of the moving average. This and the four above: the authors' settings."""
+"""Decay of the moving average of the scores.
+
+``RANK``, ``SCALING``, ``LEARNING_RATE``, ``MAX_GRADIENT_NORM`` and ``DECAY`` are the authors' settings.
+"""
 
 
 @memoised
 def score(context: Context) -> Scores:
-    """S ← 0.9·S + 0.1·s over steps of AdamW that train adapters B·A beside every projection, the model itself frozen.
+    """Return S ← 0.9·S + 0.1·s over steps of AdamW that train adapters B·A beside every projection.
 
-    s sums |G∘(W + 2·B·A)| over a unit's rows or columns in each projection, divides by the projection's L2 norm over units,
-    and adds up those that are cut together. G = ∂L/∂B·A + B·∂L/∂A − ∂L/∂B·∂L/∂A estimates ∂L/∂W without ever taking it;
-    the gradients are those that the step is made with, after clipping. Adapters begin anew with each round, A as
-    `peft` draws it (with the context's seed), B at zero.
+    The model itself is frozen. For each projection, s sums |G∘(W + 2·B·A)| over a unit's rows or columns and divides
+    the sums by their L2 norm over the units; s then adds up the projections whose units are cut together. G = ∂L/∂B·A +
+    B·∂L/∂A − ∂L/∂B·∂L/∂A estimates ∂L/∂W without computing it; the gradients in G are the clipped ones with which the
+    optimizer makes its step. Every round begins with new adapters: A is drawn as `peft` draws it, with the context's
+    seed, and B is zero.
 
     Raises:
         PruningError: ``loss_not_finite`` when a gradient is NaN or infinite.
@@ -60,7 +67,10 @@ def score(context: Context) -> Scores:
 
 
 def _adapter(linear: nn.Linear, generator: torch.Generator) -> list[Tensor]:
-    """A ``[rank, in_features]``, uniform up to 1/√in_features, and B ``[out_features, rank]``, zero."""
+    """Return a new adapter for ``linear``.
+
+    A is ``[rank, in_features]``, uniform up to 1/√in_features, and B is ``[out_features, rank]``, zero.
+    """
     weight = linear.weight
     drawn = torch.rand(RANK, linear.in_features, generator=generator, dtype=wide(weight))
     down = ((2 * drawn - 1) / linear.in_features**0.5).to(weight.device)
@@ -68,13 +78,13 @@ def _adapter(linear: nn.Linear, generator: torch.Generator) -> list[Tensor]:
 
 
 def _adapted(factors: list[Tensor], entering: Tensor) -> Tensor:
-    """What an adapter adds to its projection's output."""
+    """Return what an adapter adds to the output of its projection."""
     down, up = (factor.to(entering.dtype) for factor in factors)
     return SCALING * functional.linear(functional.linear(entering, down), up)
 
 
 def _salience(linear: nn.Linear, down: Tensor, up: Tensor) -> Tensor:
-    """|G∘(W + 2·B·A)|, shaped like the projection's weight."""
+    """Return |G∘(W + 2·B·A)| in the shape of the projection's weight."""
     assert down.grad is not None and up.grad is not None
     gradient = up.grad @ down + up @ down.grad - up.grad @ down.grad
     return (gradient * (linear.weight + SCALING * up @ down)).abs()

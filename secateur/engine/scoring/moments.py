@@ -1,6 +1,6 @@
-"""Scorers of one structure of one layer from the second moments of what reaches its output projection.
+"""Score one structure of one layer from the second moments of the inputs of its output projection.
 
-They see the hidden states that the layers cut before it send on.
+The inputs come from the hidden states that the layers cut before this layer pass on.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,10 @@ SPARED_SHARE = 0.01
 
 @dataclass(frozen=True)
 class UnitContext:
-    """A structure of a layer in a stream, or one expert's share of it: how many units go is known, which ones is asked."""
+    """A structure of a layer in a layer stream, or one expert's share of the structure, whose units are to be scored.
+
+    ``removed`` is the number of units that will be removed; the scores decide which units those are.
+    """
 
     layer: Layer
     structure: Structure
@@ -29,12 +32,12 @@ class UnitContext:
 
     @property
     def output_weight(self) -> Tensor:
-        """``[out, in]``, float32."""
+        """Weight of the output projection, ``[out, in]``, float32."""
         return self._own(self.layer.output(self.structure).weight, 1).float()
 
     @property
     def input_weights(self) -> list[Tensor]:
-        """Of each input projection ``[units * rows, hidden]``, float32."""
+        """Weight of each input projection, ``[units * rows, hidden]``, float32."""
         return [self._own(projection.weight, 0).float() for projection in self.layer.inputs(self.structure)]
 
     @property
@@ -42,7 +45,7 @@ class UnitContext:
         return self.layer.units(self.structure) // self.layer.experts(self.structure)
 
     def by_unit(self, values: Tensor) -> Tensor:
-        """Sums over each unit's inputs: ``[in] -> [units]``."""
+        """Sum ``values`` over the inputs of each unit: ``[in] -> [units]``."""
         return values.view(-1, self.layer.width(self.structure)).sum(1)
 
     def _own(self, weight: Tensor, dim: int) -> Tensor:
@@ -50,32 +53,38 @@ class UnitContext:
 
 
 LayerwiseScorer = Callable[[UnitContext], Tensor]
-"""``[units]``, the lowest go first."""
+"""Function that returns the scores ``[units]`` of a structure; the units with the lowest scores are removed first."""
 
 
 def wanda(context: UnitContext) -> Tensor:
-    """Σ over a unit's output columns j of mean_i |W_ij|·‖x_j‖ (Sun et al., equation 1; structured as An et al. compare it)."""
+    """Return Σ over a unit's output columns j of mean_i |W_ij|·‖x_j‖ (Sun et al., equation 1).
+
+    An et al. use this structured form of the score in their comparison.
+    """
     norms = context.moments.gram.diagonal().clamp_min(0).sqrt()
     return context.by_unit(context.output_weight.abs().mean(0) * norms)
 
 
 def lorap(context: UnitContext) -> Tensor:
-    """I_j = ‖x_j‖·‖W_out^j‖ + Σ over input projections of ‖|W_in^j|·X_L2‖ (Li et al., equations 7 to 9).
+    """Return I_j = ‖x_j‖·‖W_out^j‖ + Σ over input projections of ‖|W_in^j|·X_L2‖ (Li et al., equations 7 to 9).
 
-    Their criterion for channels, of which the lowest are spared. For heads, whose inputs and outputs are blocks, squares
-    are added up within the block.
+    This is the authors' criterion for channels, of which those with the lowest scores are spared. For KV groups, whose
+    inputs and outputs are blocks, squares are added up within the block.
     """
     scores = _group_importance(context, context.output_weight.square().sum(0))
     return scores if context.structure == "kv_groups" else _spare_lowest(context, scores)
 
 
 def slimllm(context: UnitContext) -> Tensor:
-    """Heads by Pearson similarity and greedy swaps (equation 4, algorithm 1), channels in feature space (equations 5 to 8)."""
+    """Score KV groups by Pearson similarity and greedy swaps, and channels in feature space.
+
+    KV groups follow equation 4 and algorithm 1, channels equations 5 to 8.
+    """
     return _pearson(context) if context.structure == "kv_groups" else _feature_space(context)
 
 
 def _group_importance(context: UnitContext, output_importance: Tensor) -> Tensor:
-    """Equation 8 with ``output_importance`` ``[in]`` for the square of I^d."""
+    """Return the score of equation 8, in which ``output_importance`` ``[in]`` stands for the square of I^d."""
     outputs = context.by_unit(context.moments.gram.diagonal().clamp_min(0) * output_importance).sqrt()
     for weight in context.input_weights:
         rows = weight.square() @ context.moments.entering
@@ -84,7 +93,10 @@ def _group_importance(context: UnitContext, output_importance: Tensor) -> Tensor
 
 
 def _feature_space(context: UnitContext) -> Tensor:
-    """Channels: the output projection's columns in the eigenbasis of its output, each direction weighed by sigmoid(M_i/mean M)."""
+    """Score channels by the columns of the output projection in the eigenbasis of the projection's output.
+
+    Each direction is weighted by sigmoid(M_i/mean M), where M_i is the eigenvalue of the direction.
+    """
     weight = context.output_weight
     importance = weight.square().sum(0)
     if context.scoring.feature_space:
@@ -96,24 +108,31 @@ def _feature_space(context: UnitContext) -> Tensor:
 
 
 def _spare_lowest(context: UnitContext, scores: Tensor) -> Tensor:
-    """The lowest hundredth is kept, as LoRAP's and SlimLLM's authors do: small inputs are not always small effects."""
+    """Keep the units with the lowest hundredth of the scores, as LoRAP's and SlimLLM's authors do.
+
+    Units with small inputs do not always have small effects.
+    """
     spared = min(round(SPARED_SHARE * len(scores)), len(scores) - context.removed)
     scores[scores.argsort(stable=True)[:spared]] = torch.inf
     return scores
 
 
 def _pearson(context: UnitContext) -> Tensor:
-    """Heads: −Σ over output dimensions of Pearson(output, output without the head), refined by algorithm 1.
+    """Score KV groups by −Σ over output dimensions of Pearson(output, output without the group).
 
-    All of it follows from the covariance of the heads' outputs in each dimension, ``[out, units, units]``. A head of the
-    kept set that the search puts out goes first, whatever it scored.
+    Algorithm 1 refines the choice. All quantities follow from the covariance of the groups' outputs in each dimension,
+    ``[out, units, units]``. A group that the search swaps out of the kept set is removed before every kept group,
+    whatever its score.
     """
     covariance = _head_covariance(context)
     units = covariance.shape[1]
     everything = torch.ones(units, dtype=torch.bool, device=covariance.device)
 
     def similarity(kept: Tensor) -> Tensor:
-        """Of what the heads ``kept`` ``[sets, units]`` give to what all give: ``[sets]``."""
+        """Return the similarity ``[sets]`` of the groups' output to the output of all groups.
+
+        ``kept`` ``[sets, units]`` names the groups of each set.
+        """
         sets = kept.to(covariance.dtype)
         shared = sets @ covariance.sum(2).T  # [sets, out]
         own = torch.einsum("su,duv,sv->sd", sets, covariance, sets)
@@ -141,7 +160,10 @@ def _pearson(context: UnitContext) -> Tensor:
 
 
 def _head_covariance(context: UnitContext) -> Tensor:
-    """Covariance over tokens of the units' contributions to each output dimension: ``[out, units, units]``, float64."""
+    """Return the covariance over tokens of the units' contributions to each output dimension.
+
+    The result is ``[out, units, units]``, float64.
+    """
     width = context.layer.width(context.structure)
     blocks = context.output_weight.double().view(context.output_weight.shape[0], -1, width)  # [out, units, width]
     units = blocks.shape[1]

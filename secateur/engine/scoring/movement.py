@@ -1,4 +1,7 @@
-"""Movement pruning (Sanh et al. 2020, section 4, equations 1 and 2) along a short fine-tuning path."""
+"""Score units by movement pruning (Sanh et al. 2020, section 4, equations 1 and 2).
+
+The scores are taken along a short fine-tuning path.
+"""
 
 import torch
 from torch import Tensor
@@ -19,16 +22,20 @@ from secateur.engine.scoring.taylor import (
 
 STEPS = 16
 LEARNING_RATE = 1e-2
-"""A thirtieth of where, on a small trained model, the loss stops falling at every step: fine-tuning, no overshooting."""
+"""Learning rate of the SGD steps, low enough to fine-tune without overshooting.
+
+On a small trained model, the loss no longer falls at every step when the rate is thirty times as high.
+"""
 
 
 @memoised
 def score(context: Context) -> Scores:
-    """S(u) = −Σ_t Σ_{w in u} w_t·∂L/∂w_t over the steps t of plain SGD: high where training moves weights away from zero.
+    """Return S(u) = −Σ_t Σ_{w in u} w_t·∂L/∂w_t over the steps t of plain SGD.
 
-    Each step takes one batch of calibration windows, in an order drawn with the context's seed. The model itself does not
-    change: what its weights would have moved by is kept beside them, in float32, and added to the projections' outputs.
-    Memory: those displacements, as many as the projections have weights, and one layer's gradients.
+    The score is high where training moves weights away from zero. Each step takes one batch of calibration windows, in
+    an order drawn with the context's seed. The model itself does not change: the displacements of its weights are kept
+    beside the weights, in float32, and added to the outputs of the projections. Memory holds those displacements, as
+    many as the projections have weights, and the gradients of one layer.
 
     Raises:
         PruningError: ``loss_not_finite`` when a gradient is NaN or infinite.
@@ -56,5 +63,5 @@ def score(context: Context) -> Scores:
 
 
 def _displaced(moves: list[Tensor], entering: Tensor) -> Tensor:
-    """What a projection's displaced weight, and bias if it has one, add to its output."""
+    """Return what the displacements of a projection's weight, and of its bias if it has one, add to its output."""
     return functional.linear(entering, *(move.to(entering.dtype) for move in moves))

@@ -1,24 +1,26 @@
-"""PIEM, the Pruning Importance Evaluation Mechanism (Wang, section 3.2)."""
+"""Score units by PIEM, the Pruning Importance Evaluation Mechanism (Wang, section 3.2)."""
 
 from torch import Tensor
 
 from secateur.engine.measure.gates import shielded_loss_change
 from secateur.engine.scoring.base import Context, Scores, l1_norms
 
-# Floating-point operations that exact shielding may cost a round: around a minute on a few CPU cores, minutes on a GPU.
+# Floating-point operations that exact shielding may cost in a round: a minute on a few CPU cores, minutes on a GPU.
 AFFORDABLE_FLOPS = {"cpu": 4e12, "cuda": 4e16}
 
 
 def score(context: Context) -> Scores:
-    """S(u) = Ĩ(u) + γ·|∂L/∂u| with Ĩ(u) = α(l)·I(u)/Σ_j I(u_j) and I(u) = λ1·‖W_u‖1 + λ2·ΔL(u).
+    """Return S(u) = Ĩ(u) + γ·|∂L/∂u| with Ĩ(u) = α(l)·I(u)/Σ_j I(u_j) and I(u) = λ1·‖W_u‖1 + λ2·ΔL(u).
 
-    The paper leaves the scales of the terms open. Here heads and channels of a layer are two populations; within one,
-    ‖W‖1 and ΔL are divided by their mean magnitude before the λ weights apply, Σ_j I is taken over magnitudes (ΔL may be
-    negative), α(l) is the population's mean |∂L/∂u| over that of the most sensitive layer, and |∂L/∂u| is divided by the
-    number of units times that same largest mean: over a layer the terms of S add up to α(l) and γ·α(l). Within a layer
-    α(l) changes no order; it makes KV groups of different layers comparable.
+    The paper leaves the scales of the terms open. Here the KV groups and the channels of a layer are two populations.
+    Within a population, ‖W‖1 and ΔL are divided by their mean magnitude before the λ weights apply; Σ_j I is taken over
+    magnitudes, because ΔL may be negative; α(l) is the population's mean |∂L/∂u| divided by that of the most sensitive
+    layer; and |∂L/∂u| is divided by the number of units times the mean |∂L/∂u| of the most sensitive layer. Over a
+    layer the terms of S add up to α(l) and γ·α(l). Within a layer α(l) does not change the order of the units; it makes
+    KV groups of different layers comparable.
 
-    ΔL of heads is exact by shielding where that is affordable, else and for channels −g + ½·h from the gates.
+    ΔL of KV groups is computed exactly by shielding where that is affordable. Otherwise, and always for channels, ΔL is
+    −g + ½·h from the gates.
     """
     weights, exact, report = context.resolved.spec.scoring, exact_shielding(context), context.progress
     context.details["shielding"] = "exact" if exact else "estimate"
@@ -53,7 +55,11 @@ def score(context: Context) -> Scores:
 
 
 def exact_shielding(context: Context) -> bool:
-    """Whether ΔL of heads comes from shielding: as asked, or where its forwards are affordable on this kind of device."""
+    """Return whether ΔL of KV groups is computed by shielding.
+
+    The request decides, unless it says ``auto``: then shielding is used where its forward passes are affordable on this
+    kind of device.
+    """
     if context.resolved.spec.scoring.shielding != "auto":
         return context.resolved.spec.scoring.shielding == "exact"
     decoder = context.decoder

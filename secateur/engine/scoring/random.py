@@ -1,4 +1,4 @@
-"""Units drawn at random: what any other score must beat."""
+"""Score units at random, as the baseline that every other score must beat."""
 
 import torch
 
@@ -6,7 +6,7 @@ from secateur.engine.scoring.base import Context, Scores
 
 
 def score(context: Context) -> Scores:
-    """Independent uniform scores, fixed by the seed and the widths of the model."""
+    """Return independent uniform scores, which the seed and the widths of the model determine."""
     generator = torch.Generator().manual_seed(context.seed)
 
     def draw(count: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Optimal brain surgeon over whole units: what the output loses when a unit goes and all that stay make up for it.
+"""Score whole units by the optimal brain surgeon: the output error that remains after the kept units compensate.
 
-Hassibi and Stork 1993; for whole units Kurtic et al. 2023 (ZipLM, equations 2 and 3). A structure's output projection W
-(``[out, in]``) on inputs with Gram matrix G: without the inputs S, the refitted rest is off by
-tr(W_S·(H⁻¹_SS)⁻¹·W_Sᵀ), H = G + λ·mean(diag G)·I.
+The source is Hassibi and Stork 1993; for whole units, Kurtic et al. 2023 (ZipLM, equations 2 and 3). W (``[out, in]``)
+is a structure's output projection, and G is the Gram matrix of its inputs. Without the inputs S, the refitted rest has
+the error tr(W_S·(H⁻¹_SS)⁻¹·W_Sᵀ), where H = G + λ·mean(diag G)·I.
 """
 
 import torch
@@ -12,13 +12,19 @@ from secateur.engine.measure.linalg import damped
 from secateur.engine.scoring.moments import UnitContext
 
 DAMPING = 0.1
-"""λ, as a share of the mean diagonal: keeps the choice from trusting correlations that few tokens cannot show."""
+"""Damping λ, as a share of the mean diagonal.
+
+Damping keeps the choice of units from relying on correlations that few tokens cannot show.
+"""
 STEPS = 24
-"""Single inputs go in this many steps at most from all to none: those of one step are chosen together."""
+"""Single inputs are removed ``units // STEPS`` at a time, but at least one.
+
+The inputs of one step are chosen together.
+"""
 
 
 def score(context: UnitContext) -> Tensor:
-    """Units that go first are lowest; those that stay share the highest score."""
+    """Return scores that rank removed units in the order of their removal; kept units share the highest score."""
     order = eliminate(
         context.output_weight, context.moments.gram, context.layer.width(context.structure), context.removed
     )
@@ -28,11 +34,10 @@ def score(context: UnitContext) -> Tensor:
 
 
 def eliminate(weight: Tensor, gram: Tensor, width: int, count: int) -> Tensor:
-    """Remove ``count`` units of ``width`` inputs greedily, the rest being refitted after each step.
+    """Remove ``count`` units of ``width`` inputs greedily, and refit the remaining units after each step.
 
-    Returns the units in the order in which they go, ``[count]``.
-
-    ``weight`` ``[out, in]``, ``gram`` ``[in, in]``; all float32. Blocks go one by one, single inputs some at a time.
+    ``weight`` is ``[out, in]`` and ``gram`` is ``[in, in]``, both float32. Blocks of inputs are removed one by one,
+    single inputs several at a time. The units are returned in the order of their removal, ``[count]``.
     """
     inverse = torch.cholesky_inverse(damped(gram, DAMPING)[0])
     columns = weight.T.clone()  # [in, out]
@@ -55,7 +60,7 @@ def eliminate(weight: Tensor, gram: Tensor, width: int, count: int) -> Tensor:
 
 
 def _losses(columns: Tensor, inverse: Tensor, width: int) -> Tensor:
-    """Error of removing each unit alone: ``[units]``."""
+    """Return the error that the removal of each unit alone causes: ``[units]``."""
     if width == 1:
         return columns.square().sum(1) / inverse.diagonal()
     count = len(columns) // width

@@ -1,4 +1,4 @@
-"""Gradients of the loss by tensors of each layer, one layer at a time, and their products' sums over units."""
+"""Compute gradients of the loss by each layer's tensors, one layer at a time, and sum products over units."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,11 +10,14 @@ from secateur.engine.model.decoder import Decoder, Layer, check_gradients
 from secateur.engine.scoring.base import Context, Scores, by_group
 
 Tensors = dict[str, list[Tensor]]
-"""Of one layer, by the name of a projection."""
+"""Tensors of one layer, by the name of the projection."""
 
 
 def unit_weights(layer: Layer) -> Tensors:
-    """Each projection's weight and, of input projections, bias: an output projection's bias belongs to no unit."""
+    """Return each projection's weight and, for input projections, its bias.
+
+    The bias of an output projection belongs to no unit.
+    """
     family = layer.family
     inputs = (*family.attention_inputs, *family.channel_inputs)
     return {
@@ -24,21 +27,23 @@ def unit_weights(layer: Layer) -> Tensors:
 
 
 def wide(tensor: Tensor) -> torch.dtype:
-    """What to add in: float32, or float64 where the tensor is that already."""
+    """Return the dtype in which sums are computed: float32, or float64 where ``tensor`` is float64."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def gradients_from_the_end(
     decoder: Decoder, batches: Sequence[Tensor], leaves: Sequence[Tensors]
 ) -> Iterator[tuple[int, Tensors]]:
-    """Each layer's index and ∂L/∂leaf, L the mean token loss over all ``batches`` ``[windows, length]``, last layer first.
+    """Yield each layer's index and ∂L/∂leaf, the last layer first.
 
-    Gradients are shaped like the leaves, in float32 or better. ``leaves`` are tensors that the layer computes with; the
-    layer is done with them when it is yielded, and they may be changed in place then. The loss is summed over tokens until
-    the end, which keeps gradients of order one: they survive float16.
+    L is the mean token loss over all ``batches`` ``[windows, length]``. Gradients have the shapes of the leaves, in
+    float32 or better. ``leaves`` are tensors with which the layer computes; when a layer is yielded, its leaves are no
+    longer used and may be changed in place. The loss is summed over tokens and divided by their number at the end,
+    which keeps gradients of order one, so that they survive float16.
 
-    Each layer is run once more from the hidden states that entered it, for all batches, before the layer below: beside
-    those hidden states of every layer and batch, memory holds one layer's gradients, and one batch's activations in it.
+    Each layer runs once more, for all batches, from the hidden states that entered it, before the layer below it does.
+    Memory holds the hidden states of every layer and batch, the gradients of one layer, and the activations of one
+    batch in that layer.
 
     Raises:
         PruningError: ``loss_not_finite`` when a gradient is NaN or infinite.
@@ -70,7 +75,10 @@ def gradients_from_the_end(
 def added(
     decoder: Decoder, tensors: Sequence[Tensors], term: Callable[[list[Tensor], Tensor], Tensor]
 ) -> Iterator[None]:
-    """While the context lasts, projections return ``term`` of their tensors and of what enters them on top of their own."""
+    """Add ``term`` to the output of every projection while the context lasts.
+
+    ``term`` is called with the projection's own ``tensors`` and with the input of the projection.
+    """
     hooks = [
         layer[name].register_forward_hook(lambda _, args, output, own=own: output + term(own, args[0]))
         for layer, named in zip(decoder.layers, tensors, strict=True)
@@ -84,7 +92,7 @@ def added(
 
 
 def zero_scores(decoder: Decoder) -> Scores:
-    """Scores to add to."""
+    """Return scores of zero, to which a scorer adds."""
     return Scores(
         [torch.zeros(layer.kv_groups, dtype=torch.float64) for layer in decoder.layers],
         [torch.zeros(layer.channels, dtype=torch.float64) for layer in decoder.layers],
@@ -92,7 +100,10 @@ def zero_scores(decoder: Decoder) -> Scores:
 
 
 def training_batches(context: Context, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """A batch of windows a step ``[windows, length]``; every pass over the calibration windows has an order of its own."""
+    """Yield a batch of windows ``[windows, length]`` for each step.
+
+    Every pass over the calibration windows has its own order.
+    """
     left: list[Tensor] = []
     for step in range(steps):
         if not left:
@@ -103,9 +114,10 @@ def training_batches(context: Context, steps: int, generator: torch.Generator) -
 
 
 def sums_by_unit(layer: Layer, saliences: Tensors) -> dict[str, Tensor]:
-    """Saliences shaped like the weights (and biases), summed over each unit's rows or columns, projection by projection.
+    """Sum saliences over each unit's rows or columns, projection by projection.
 
-    Float64 on the CPU, ``[kv_groups]`` for attention's projections and ``[channels]`` for the others.
+    The saliences have the shapes of the weights (and biases). The sums are float64 on the CPU, ``[kv_groups]`` for the
+    projections of attention and ``[channels]`` for the others.
     """
     family = layer.family
     sums = {}
@@ -120,7 +132,7 @@ def sums_by_unit(layer: Layer, saliences: Tensors) -> dict[str, Tensor]:
 
 
 def coupled(layer: Layer, sums: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The projections' sums by unit added up over those that are cut together: ``[kv_groups]`` and ``[channels]``."""
+    """Add up the sums by unit of the projections that are cut together: ``[kv_groups]`` and ``[channels]``."""
     family = layer.family
     attention, channel = (
         torch.stack([sums[name] for name in (*inputs, output)]).sum(0)
