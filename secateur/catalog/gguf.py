@@ -70,10 +70,10 @@ def gguf_obstacle(
 ) -> PruningError | None:
     """Return the reason why a pruned model of this config cannot be written as GGUF, or ``None`` if it can be.
 
-    ``uniform`` says whether every layer will have the same widths. ``added_biases`` says whether the recovery adds biases
-    where the source has none. ``width_multiple`` is the request's ``allocation.width_multiple``; ``None`` means the default.
-    No request can choose the hidden size and the heads: where a kind's block does not divide such rows, llama.cpp stores
-    the rows less tightly, and this function does not report them.
+    ``uniform`` says whether every layer will have the same widths. ``added_biases`` says whether the recovery adds
+    biases where the source has none. ``width_multiple`` is the request's ``allocation.width_multiple``; ``None`` means
+    the default. No request can choose the hidden size and the heads: where a kind's block does not divide such rows,
+    llama.cpp stores the rows less tightly, and this function does not report them.
     """
     runtime = RUNTIMES.get(shape.model_type)
     if runtime is None:

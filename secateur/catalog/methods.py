@@ -1,8 +1,8 @@
 """The named methods, and the scorers, allocators and recoveries that methods consist of.
 
-Each table is an open set with one line for each entry, and each entry lists what it needs. The memory estimate, the checks
-of a request, the documentation and ``GET /v1/methods`` read the needs here. The functions of the same names are in
-``secateur.engine``.
+Each table is an open set with one line for each entry, and each entry lists what it needs. The memory estimate, the
+checks of a request, the documentation and ``GET /v1/methods`` read the needs here. The functions of the same names are
+in ``secateur.engine``.
 """
 
 from collections.abc import Mapping

@@ -58,8 +58,8 @@ class Recipe:
     def override(self, fields: Mapping[str, Any]) -> Self:
         """Return the recipe with ``fields`` in place of its own fields.
 
-        Objects are merged field by field, and ``None`` leaves a field unchanged. A ratio in ``fields`` replaces a goal of the
-        recipe, and a goal replaces a ratio.
+        Objects are merged field by field, and ``None`` leaves a field unchanged. A ratio in ``fields`` replaces a goal
+        of the recipe, and a goal replaces a ratio.
         """
         merged = _merge(dict(self.fields), fields)
         for given, other in (("target_ratio", "goal"), ("goal", "target_ratio")):

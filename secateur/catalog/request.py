@@ -119,8 +119,8 @@ class JobRequest(ModelRef, PruningSpec):
 
     `model_id`, `method` and either `target_ratio` or `goal` are required; the other fields have defaults.
 
-    If `target_ratio` is a list of ratios, the report is `{"targets": [...]}`, with the report of one ratio in each item, and
-    the result has the same form. The artifacts of each ratio are in a folder such as `ratio-0.2/`.
+    If `target_ratio` is a list of ratios, the report is `{"targets": [...]}`, with the report of one ratio in each
+    item, and the result has the same form. The artifacts of each ratio are in a folder such as `ratio-0.2/`.
     """
 
     model_config = ConfigDict(

@@ -87,8 +87,8 @@ class ModelSource:
     def fingerprint(self) -> str:
         """Return a value that changes when the weights may have changed.
 
-        The value is the hash of weights that were passed in memory, or the commit, or a hash over the names, sizes and times of
-        the files.
+        The value is the hash of weights that were passed in memory, or the commit, or a hash over the names, sizes and
+        times of the files.
         """
         if self.weights_digest is not None:
             return f"weights:{self.weights_digest}"
@@ -142,8 +142,8 @@ def locate(
 ) -> ModelSource:
     """Find a model and read its config; for a local model, also check the headers of its weight files.
 
-    ``allow_paths`` also allows folders and GGUF files by path. The library and the command line set it, and the API never
-    does.
+    ``allow_paths`` also allows folders and GGUF files by path. The library and the command line set it, and the API
+    never does.
 
     Raises:
         PruningError: ``model_not_found``, ``model_id_invalid``, ``revision_not_found``, ``model_gated``,

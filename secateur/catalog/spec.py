@@ -90,8 +90,8 @@ class Evaluation(TextSource):
     """The held-out text that perplexity is measured on.
 
     If neither `dataset` nor `texts` is set, the last fifth of the calibration text is held out, and the model is not
-    calibrated on that part. If there is no calibration text or too little of it, the evaluation text is sampled from the
-    model.
+    calibrated on that part. If there is no calibration text or too little of it, the evaluation text is sampled from
+    the model.
     """
 
     latency: Literal[True, False, "slimllm"] = Field(
@@ -210,8 +210,8 @@ class Recovery(_Settings):
 class Dynamic(_Settings):
     """The settings by which a model of method `dsgp` chooses the units that generate, for each prompt.
 
-    Other methods ignore these settings. The published `config.json` contains the settings as `dynamic_pruning`, where they
-    can be changed.
+    Other methods ignore these settings. The published `config.json` contains the settings as `dynamic_pruning`, where
+    they can be changed.
     """
 
     prior_weight: float | None = Field(
@@ -232,8 +232,8 @@ class Dynamic(_Settings):
 class Goal(_Settings):
     """The goal: the size of the pruned model, instead of a ratio. Exactly one of the fields is set.
 
-    The size of the pruned model differs from the goal by at most half a block of channels and the biases that a recovery may
-    add.
+    The size of the pruned model differs from the goal by at most half a block of channels and the biases that a
+    recovery may add.
     """
 
     parameters: float | None = Field(

@@ -14,8 +14,8 @@ LONGEST_GRACE = 30 * 86_400.0
 class Scope(StrEnum):
     """A scope of an API key. No scope implies another.
 
-    `read` allows reading the key's jobs and the catalogue, `submit` allows creating and controlling jobs, and `admin` allows
-    managing all keys.
+    `read` allows reading the key's jobs and the catalogue, `submit` allows creating and controlling jobs, and `admin`
+    allows managing all keys.
     """
 
     READ = "read"

@@ -91,7 +91,8 @@ class Continuation(_Data):
 class Measurement(_Data):
     """The figures that are measured of a model.
 
-    ``benchmarks``, ``generations`` and ``latency`` are measured only of the unpruned model and after a target ratio's last step.
+    ``benchmarks``, ``generations`` and ``latency`` are measured only of the unpruned model and after a target ratio's
+    last step.
     """
 
     perplexity: float | None = Field(None, description="On the evaluation text; null: infinite.")
