@@ -42,8 +42,8 @@ def translate(config: Mapping[str, Any]) -> dict[str, Any]:
     The translated config describes the same function of the same weights.
 
     Raises:
-        PruningError: ``unsupported_architecture`` if the model is neither of the two, or ``config_invalid``. Both errors
-            name the key.
+        PruningError: ``unsupported_architecture`` if the model is neither of the two, or ``config_invalid``.
+            Both errors name the key.
     """
     if image := next((key for key in IMAGES if config.get(key)), None):
         raise _unsupported(f"it reads images ('{image}')")
