@@ -354,9 +354,7 @@ class PruningSpec(_Settings):
     @classmethod
     def _ascending(cls, ratios: float | list[float] | None) -> float | list[float] | None:
         if isinstance(ratios, list):
-            names = {
-                f"{ratio:g}" for ratio in ratios
-            }  # names of folders and repositories contain the ratios in this form
+            names = {f"{ratio:g}" for ratio in ratios}  # these names are parts of folder and repository names
             if ratios != sorted(ratios) or len(names) < len(ratios):
                 raise ValueError("the ratios must ascend, and differ within six digits")
         return ratios

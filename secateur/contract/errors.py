@@ -121,5 +121,5 @@ class PruningError(Exception):
         return self.code.retryable
 
     def as_dict(self) -> dict[str, Any]:
-        """The error as ``jobs.error`` stores it and the API shows it."""
+        """Return the error in the form that ``jobs.error`` stores and the API shows."""
         return {"code": self.code, "message": self.message, "retryable": self.retryable, "field": self.field}
