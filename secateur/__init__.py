@@ -1,6 +1,7 @@
 """Structured pruning of large language models.
 
-``prune`` is the call of the library, see ``docs/library.md``. Its modules, and torch with them, are imported when a name is first used.
+``prune`` is the main function of the library; ``docs/library.md`` describes it. The module of a public name, and torch
+if the module needs it, is imported when the name is first used.
 """
 
 from importlib import import_module
@@ -24,7 +25,7 @@ _HOMES = {
     "Result": "secateur.library",
     "prune": "secateur.library",
 }
-"""The module of each public name."""
+"""The module that defines each public name."""
 
 __all__ = [
     "ErrorCode",

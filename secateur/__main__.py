@@ -1,4 +1,4 @@
-"""``python -m secateur`` is the console script."""
+"""The entry point of ``python -m secateur``, which runs the console script ``secateur``."""
 
 from secateur.cli.main import main
 

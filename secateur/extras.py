@@ -1,4 +1,4 @@
-"""The extras of the distribution: packages that only some tasks need, checked before such a task begins."""
+"""The extras of the distribution: packages that only some tasks need. They are checked before such a task begins."""
 
 from importlib.util import find_spec
 
@@ -14,18 +14,19 @@ EXTRAS = {
 
 
 class MissingExtra(PruningError, ImportError):
-    """A task needs an extra that is not installed; the message names the extra and the command that installs it."""
+    """A task needs an extra that is not installed; the message names the extra and the command to install it."""
 
 
 def missing(extra: str) -> list[str]:
-    """The modules of ``extra`` that are not installed. Nothing is imported."""
+    """Return the modules of ``extra`` that are not installed; no module is imported."""
     return [module for module in EXTRAS[extra] if find_spec(module) is None]
 
 
 def require(extra: str, task: str, *modules: str, field: str | None = None) -> None:
-    """Refuse ``task``, the subject of the message, when modules of ``extra`` are not installed.
+    """Refuse ``task`` if modules of ``extra`` are not installed.
 
-    ``modules`` are those that the task needs, by default all of the extra; ``field`` is the request field that wants the task.
+    ``task`` is the subject of the error message. ``modules`` are the modules that the task needs, by default all
+    modules of the extra. ``field`` is the request's field that needs the task.
 
     Raises:
         MissingExtra: ``dependency_missing``.

@@ -1,18 +1,20 @@
-"""Files that are written whole or not at all."""
+"""Functions that write a file completely or not at all."""
 
 import os
 import uuid
 from pathlib import Path
 
 TEMPORARY = ".tmp"
-"""The end of a file's name while it is being written; a kill leaves it there."""
+"""The suffix of a file's name while the file is written; a killed process leaves a file with this suffix."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write beside ``path``, then rename: whoever reads it, even after a power cut, finds all of ``content`` or what was there.
+    """Write ``content`` to a temporary file beside ``path``, then rename the file to ``path``.
+
+    A reader of ``path`` finds all of ``content`` or the previous content, even after a power cut.
 
     Raises:
-        OSError: nothing was changed.
+        OSError: The file cannot be written; nothing was changed.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
@@ -27,7 +29,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk."""
+    """Make the system write a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

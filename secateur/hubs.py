@@ -1,6 +1,6 @@
-"""Where pruned models are published: a Hugging Face Hub, or a folder laid out like a Hub cache.
+"""The places where pruned models are published: a Hugging Face Hub, or a folder with the layout of a Hub cache.
 
-Both offer a compare-and-swap: a commit names the parent it was decided upon and is refused when that is no longer HEAD.
+Both places support compare-and-swap: a commit names its parent and is refused if the parent is no longer HEAD.
 """
 
 import fcntl
@@ -22,40 +22,40 @@ from secateur.files import sync, write_whole
 
 TRIES = 10
 KEPT = ".gitattributes"
-"""The Hub's own file, made with the repository."""
+"""A file that the Hub itself creates with the repository."""
 
 
 class HeadMoved(Exception):
-    """Somebody else committed first; look again."""
+    """Another process committed first; the caller must read HEAD again."""
 
 
 class Hub(Protocol):
-    """``repo_id`` is ``org/name``; commits are 40 hex digits."""
+    """A place with repositories; ``repo_id`` is ``org/name``, and a commit is 40 hex digits."""
 
     def head(self, repo_id: str, private: bool) -> str | None:
-        """The last commit, ``None`` if there is none; makes the repository if it is missing."""
+        """Return the last commit, or ``None`` if there is none; create the repository if it does not exist."""
 
     def find(self, repo_id: str, message: str) -> str | None:
-        """The commit with this message, wherever in the history it is; ``None``: there is none."""
+        """Return the commit with this message from anywhere in the history, or ``None`` if there is none."""
 
     def commit(self, repo_id: str, parent: str | None, folder: Path, message: str) -> str:
-        """Make the repository's files those of ``folder``, in one commit upon ``parent``.
+        """Replace the repository's files by those of ``folder``, in one commit on ``parent``; return the commit.
 
         Raises:
             HeadMoved: ``parent`` is not HEAD.
         """
 
     def url(self, repo_id: str, commit: str) -> str:
-        """Where a person finds it."""
+        """Return the URL of a commit for people."""
 
 
 def publish(hub: Hub, repo_id: str, private: bool, folder: Path, message: str) -> str:
-    """Make the repository's files those of ``folder``, by one commit with this message; returns that commit.
+    """Replace the repository's files by those of ``folder``, in one commit with this message; return the commit.
 
-    A commit with the message that is in the history already was made by an earlier attempt, and is adopted.
+    A commit with this message that is already in the history was made by an earlier attempt, and is returned instead.
 
     Raises:
-        PruningError: the Hub's own, or ``hub_conflict`` (retryable) when others keep committing.
+        PruningError: An error of the Hub's methods, or ``hub_conflict`` (retryable) if others keep committing.
     """
     for _ in range(TRIES):
         head = hub.head(repo_id, private)
@@ -70,7 +70,11 @@ def publish(hub: Hub, repo_id: str, private: bool, folder: Path, message: str) -
 
 
 class HuggingFaceHub:
-    """Raises :class:`PruningError` ``hub_forbidden``, ``hub_refused`` or (retryable) ``hub_unavailable``."""
+    """A Hugging Face Hub.
+
+    Raises:
+        PruningError: ``hub_forbidden``, ``hub_refused`` or ``hub_unavailable`` (retryable), from each method.
+    """
 
     def __init__(self, token: str | None, endpoint: str | None) -> None:
         self.api = HfApi(token=token, endpoint=endpoint)
@@ -122,7 +126,10 @@ class HuggingFaceHub:
 
 
 class FolderHub:
-    """``models--org--name/{refs/main,snapshots/COMMIT/}`` as in ``HF_HUB_CACHE``, and a link ``org/name`` to HEAD."""
+    """A folder with the layout of ``HF_HUB_CACHE``: ``models--org--name/{refs/main,snapshots/COMMIT/}``.
+
+    The folder also has a link ``org/name`` to the snapshot of HEAD.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
@@ -131,7 +138,7 @@ class FolderHub:
         with self._locked(repo_id):
             commit = self._main(repo_id)
             if commit is not None:
-                self._link(repo_id, commit)  # a kill may have come between the commit and its link
+                self._link(repo_id, commit)  # an earlier process may have been killed between the commit and its link
             return commit
 
     def find(self, repo_id: str, message: str) -> str | None:
@@ -150,7 +157,7 @@ class FolderHub:
                 raise HeadMoved
             commit = _digest(folder, f"{parent}\n{message}\n")
             snapshot = self._snapshot(repo_id, commit)
-            shutil.rmtree(snapshot, ignore_errors=True)  # what a kill left half-made
+            shutil.rmtree(snapshot, ignore_errors=True)  # a killed process may have left an incomplete snapshot
             shutil.copytree(folder, snapshot, copy_function=_link_or_copy)
             for path in [*snapshot.rglob("*"), snapshot, snapshot.parent]:
                 sync(path)
@@ -170,7 +177,7 @@ class FolderHub:
         return self._repository(repo_id) / "snapshots" / commit
 
     def _record(self, repo_id: str, commit: str) -> Path:
-        """Parent and message of a commit: only what main leads back to was committed."""
+        """Return the file with a commit's parent and message; only the commits that main leads back to were made."""
         return self._repository(repo_id) / "commits" / commit
 
     @contextmanager
@@ -199,7 +206,7 @@ class FolderHub:
 
 
 def _digest(folder: Path, header: str) -> str:
-    """40 hex digits over ``header`` and all files of ``folder``."""
+    """Return 40 hex digits that are computed from ``header`` and all files of ``folder``."""
     digest = hashlib.sha1(header.encode(), usedforsecurity=False)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
@@ -211,5 +218,5 @@ def _digest(folder: Path, header: str) -> str:
 def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # the target is on another file system, or the file system has no links
         shutil.copy2(source, target)

@@ -1,7 +1,8 @@
-"""What runs between fork and exec of every child: ``python -I -S launch.py OPTIONS PROGRAM ARGUMENT...``.
+"""The script that runs between fork and exec of every child: ``python -I -S launch.py OPTIONS PROGRAM ARGUMENT...``.
 
-It ties the new process to its parent's life by means that the kernel enforces, then becomes PROGRAM. A script of its
-own and not a ``preexec_fn``, because Python code between fork and exec of a process with threads can deadlock.
+The script ties the new process to its parent's life by means that the kernel enforces, then becomes PROGRAM. It is a
+script of its own and not a ``preexec_fn``, because Python code between fork and exec of a process with threads can
+deadlock.
 """
 
 import ctypes
@@ -19,15 +20,20 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def prctl(option: int, first: int, second: int = 0) -> None:
-    """See prctl(2). Raises OSError."""
+    """Call prctl(2) with ``option`` and its arguments.
+
+    Raises:
+        OSError: The call failed.
+    """
     if libc.prctl(option, ctypes.c_ulong(first), ctypes.c_ulong(second), ctypes.c_ulong(0), ctypes.c_ulong(0)):
         raise OSError(ctypes.get_errno(), f"prctl {option}")
 
 
 def die_with_parent(parent: int, death_signal: int = signal.SIGKILL) -> None:
-    """Have the kernel send ``death_signal`` to this process when the thread that forked it ends.
+    """Make the kernel send ``death_signal`` to this process when the thread that forked the process ends.
 
-    ``parent`` is the pid of that process as it saw itself before the fork: were it dead already, no signal would come.
+    ``parent`` is the pid of the parent, which the parent read before the fork. If the parent is already dead, no signal
+    would come, and this process kills itself.
     """
     prctl(PR_SET_PDEATHSIG, death_signal)
     if os.getppid() != parent:
@@ -35,9 +41,9 @@ def die_with_parent(parent: int, death_signal: int = signal.SIGKILL) -> None:
 
 
 def become(uid: int, gid: int, capability: int | None) -> None:
-    """Give up root for ``uid``, keeping through exec the one ``capability`` named (capabilities(7), "Ambient")."""
+    """Change from root to ``uid`` and ``gid``, and keep ``capability`` through exec (capabilities(7), "Ambient")."""
     if capability is not None:
-        prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP)  # else access(2) would not count the capability
+        prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP)  # without this bit, access(2) ignores the capability
     os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
@@ -55,7 +61,7 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     if options["user"] is not None:
         become(*options["user"])
-    # After the change of user, which clears it.
+    # A change of user clears the death signal, so the signal is set after the change.
     die_with_parent(options["parent"], options["death_signal"])
     if options["timer"] is not None:
         signal.setitimer(signal.ITIMER_REAL, options["timer"])

@@ -1,4 +1,4 @@
-"""The call of the library: ``prune`` a model, look at the result, save it or push it to the Hub."""
+"""The main function of the library: ``prune`` returns a result, which can be saved or pushed to the Hub."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ STATE = "state.json"
 
 
 class Paused(KeyboardInterrupt):
-    """A run was stopped by Ctrl-C after at least one complete step; ``prune(…, resume=folder)`` goes on after that step."""
+    """Ctrl-C stopped a run after at least one complete step; ``prune(…, resume=folder)`` continues after that step."""
 
     def __init__(self, folder: Path, step: int) -> None:
         super().__init__(
@@ -48,16 +48,17 @@ class Paused(KeyboardInterrupt):
 class Result:
     """A pruned model in memory, with its tokenizer, its report and its plan.
 
-    Results of an iterator are closed when the iterator goes on: their model is released, the report and the plan stay.
+    A result of an iterator is closed when the iterator continues: the model is released, and the report and the plan
+    stay.
     """
 
     def __init__(self, run: Run, pruned: Pruned, resources: "_Resources") -> None:
         self.tokenizer: PreTrainedTokenizerBase = pruned.decoder.tokenizer
         """The tokenizer of the source."""
         self.report: Report = run.report(pruned)
-        """What was measured before and after."""
+        """The report of the pruned model: the figures before and after pruning."""
         self.plan: Plan = pruned.plan
-        """Which units of the source each layer keeps."""
+        """The plan: the units of the source that each layer keeps."""
         self._run, self._resources = run, resources
         self._pruned: Pruned | None = pruned
 
@@ -66,7 +67,7 @@ class Result:
         """The pruned model.
 
         Raises:
-            RuntimeError: the result was closed.
+            RuntimeError: The result was closed.
         """
         return self._open.decoder.model
 
@@ -89,12 +90,12 @@ class Result:
     ) -> Path:
         """Write the model to ``folder``, and check that a process without this project computes the same with it.
 
-        ``layout`` and ``formats`` are those of the recipe where they are not given. The folder must not exist or be empty; it is
-        created when everything is written and checked, or not at all.
+        ``layout`` and ``formats`` default to those of the recipe. The folder must not exist or must be empty; it is
+        created only after everything is written and checked.
 
         Raises:
-            PruningError: ``output_exists``, ``invalid_request`` (the layout does not suit what was pruned), ``disk_full``,
-                ``gguf_unsupported``, ``gguf_unavailable``, ``export_invalid``.
+            PruningError: ``output_exists``, ``invalid_request`` (the layout does not suit the pruned model),
+                ``disk_full``, ``gguf_unsupported``, ``gguf_unavailable``, ``export_invalid``.
         """
         folder = Path(folder)
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -114,12 +115,13 @@ class Result:
         layout: Layout | None = None,
         formats: Sequence[Format] | None = None,
     ) -> str:
-        """Publish the model in one commit, which replaces the files of the repository; returns the commit's URL.
+        """Publish the model in one commit, which replaces the files of the repository; return the commit's URL.
 
-        A repository that does not exist is created, ``private`` or public. ``token`` is ``HF_TOKEN`` where it is not given.
+        A repository that does not exist is created, ``private`` or public. ``token`` defaults to ``HF_TOKEN``.
 
         Raises:
-            PruningError: as :meth:`save`; ``hub_forbidden``, ``hub_refused``, ``hub_unavailable``, ``hub_conflict``.
+            PruningError: An error of :meth:`save`, or ``hub_forbidden``, ``hub_refused``, ``hub_unavailable``,
+                ``hub_conflict``.
         """
         spec, settings = self._spec_for(layout, formats), get_settings()
         hub = HuggingFaceHub(token or _secret(settings.hf_token), settings.hf_endpoint)
@@ -134,7 +136,11 @@ class Result:
         save(self._run, self._open, folder, spec.layout, spec.formats, provenance)
 
     def _spec_for(self, layout: Layout | None, formats: Sequence[Format] | None) -> PruningSpec:
-        """The request with this layout and these formats, if what was pruned allows them."""
+        """Return the request with this layout and these formats.
+
+        Raises:
+            PruningError: The pruned model does not allow the layout or a format.
+        """
         spec = self._run.resolved.spec
         changes = {"layout": layout, "formats": None if formats is None else list(formats)}
         wanted = Recipe(spec.model_dump()).override(changes).spec()
@@ -177,27 +183,30 @@ def prune(
     on_event: Callable[[Event], None] | None = None,
     resume: Path | str | None = None,
 ) -> Any:
-    """Prune a model.
+    """Prune a model and return the result.
 
-    ``model`` is a Hub id, a folder, a GGUF file, ``local:NAME``, or a loaded transformers model. A loaded model is pruned in place,
-    on its device and in its dtype; with several ratios it is left as it is, and each result is a copy. ``tokenizer`` belongs to a
-    loaded model; it is loaded from where the model came from if it is not given.
+    ``model`` is a Hub id, a folder, a GGUF file, ``local:NAME``, or a loaded transformers model. With one ratio, a
+    loaded model is pruned in place, on its device and in its dtype. With several ratios, the loaded model is not
+    changed, and each result is a copy. ``tokenizer`` is the tokenizer of a loaded model; by default, it is loaded from
+    the place that the model was loaded from.
 
-    ``ratio`` is the request's ``target_ratio``: the share of the attention and feed-forward weights to remove. ``goal`` is a size
-    instead, ``{"parameters": N}`` or ``{"bytes": N}``. ``method`` is ``secateur`` where neither this call nor the recipe names one.
-    ``data`` is what to calibrate on and ``evaluation`` what to measure on: texts, the name of a data set, a text file, chats, a
-    ``datasets.Dataset``, or a DataLoader of token ids; without data, the model generates its own calibration text. ``recipe``
-    is a file or an object with fields of a job request; the other arguments go before it.
+    ``ratio`` is the request's ``target_ratio``: the share of the attention and feed-forward weights to remove. ``goal``
+    is a size instead of a ratio, ``{"parameters": N}`` or ``{"bytes": N}``. ``method`` defaults to the recipe's method,
+    or else to ``secateur``. ``data`` is the calibration data, and ``evaluation`` is the evaluation text: texts, the
+    name of a data set, a text file, chats, a ``datasets.Dataset``, or, for ``data`` only, a DataLoader of token ids
+    ``[batch, length]``. Without ``data``, the model generates its own calibration text. ``recipe`` is a file or an
+    object with fields of a job request; the other arguments override its fields.
 
-    ``progress`` draws a progress bar on a terminal. ``on_event`` receives every event, see :mod:`secateur.contract.events`.
-    Ctrl-C raises :class:`Paused` after the first complete step, and ``resume`` takes the folder that it names.
+    ``progress`` draws a progress bar on a terminal. ``on_event`` is called with every event of
+    :mod:`secateur.contract.events`. Ctrl-C raises :class:`Paused` after the first complete step, and ``resume`` takes
+    the folder that the exception names.
 
-    Returns a :class:`Result`; with a list of ratios an iterator of results, which holds one model in memory at a time: a result is
-    closed when the iterator goes on.
+    The function returns a :class:`Result`. With a list of ratios, it returns an iterator of results, which holds one
+    model in memory at a time: a result is closed when the iterator continues.
 
     Raises:
-        PruningError: the error names the argument or the request's field at fault, and what is allowed.
-        Paused: see above.
+        PruningError: The error names the argument or the request's field at fault, and what is allowed.
+        Paused: Ctrl-C stopped the run after at least one complete step.
     """
     chosen = _recipe(recipe).override(
         {
@@ -269,7 +278,7 @@ def _runs(
         with show:
             opened = open_run(model, spec, workspace, Listener(listen), tokens=tokens, resume=state)
             run = resources.stack.enter_context(opened)
-            del model  # a loaded model is the run's now
+            del model  # the run owns a loaded model from here on
         for index in range(len(run.resolved.ratios)):
             with show:
                 result = Result(run, run.prune(index), resources)
@@ -286,7 +295,7 @@ def _runs(
 
 
 class _Resources:
-    """Temporary files that results need to be saved; they are deleted with the last result."""
+    """Temporary files that are needed to save results, and that are deleted with the last result."""
 
     def __init__(self) -> None:
         self.stack = ExitStack()
@@ -294,7 +303,7 @@ class _Resources:
 
 
 class _Show:
-    """Progress bars on a terminal's stderr, where they are wanted, and warnings in any case."""
+    """A display of progress bars and warnings on stderr; if ``bars`` is false, the display is quiet."""
 
     def __init__(self, bars: bool) -> None:
         self._console = Console(stderr=True, quiet=not bars)
@@ -315,7 +324,11 @@ class _Show:
 
 
 def _saved(resume: Path | str | None) -> tuple[Path, dict[str, Any] | None]:
-    """The folder that keeps the run's complete steps, and the state to go on from."""
+    """Return the folder that keeps the run's complete steps, and the state that the run resumes from.
+
+    Raises:
+        PruningError: ``state_invalid`` if the folder holds no run that can be resumed.
+    """
     if resume is None:
         return Path(tempfile.mkdtemp(prefix="secateur-run-")), None
     folder = Path(resume)
@@ -374,7 +387,7 @@ def _tokenizer(model: PreTrainedModel, tokenizer: Any) -> PreTrainedTokenizerBas
         )
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.config.name_or_path)
-    except Exception as error:  # the loaders raise whatever their parsers raise
+    except Exception as error:  # the loaders do not wrap the exceptions of their parsers
         raise PruningError(
             ErrorCode.TOKENIZER_MISSING,
             f"The loaded model does not say where its tokenizer is ({error}); give tokenizer=.",

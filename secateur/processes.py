@@ -1,4 +1,4 @@
-"""Child processes that never outlive their parent."""
+"""Child processes that never outlive their parent process."""
 
 import json
 import os
@@ -19,11 +19,12 @@ def spawn(
     user: tuple[int, int, int | None] | None = None,
     **popen: Any,
 ) -> subprocess.Popen[bytes]:
-    """Start ``argv`` (its first item an absolute path) in a session of its own.
+    """Start ``argv``, whose first item is an absolute path, in a session of its own.
 
-    The kernel sends it ``death_signal`` when this thread ends, however it ends, so start lasting children from the main
-    thread; and kills it after ``timer`` seconds unless it sets ITIMER_REAL anew. ``user`` is (uid, gid, capability to
-    keep), see :func:`secateur.launch.become`. ``popen`` goes to :class:`subprocess.Popen`.
+    The kernel sends ``death_signal`` to the child when the calling thread ends, for whatever reason; long-lived
+    children must therefore be started from the main thread. The kernel kills the child after ``timer`` seconds unless
+    the child sets ITIMER_REAL again. ``user`` is (uid, gid, capability to keep), as in :func:`secateur.launch.become`.
+    ``popen`` holds further arguments of :class:`subprocess.Popen`.
     """
     options = {"parent": os.getpid(), "death_signal": int(death_signal), "timer": timer, "user": user}
     return subprocess.Popen(
@@ -32,12 +33,12 @@ def spawn(
 
 
 def run(argv: list[str], **popen: Any) -> subprocess.CompletedProcess[str]:
-    """Run ``argv`` to its end as :func:`spawn` starts it; what it printed is in the result."""
+    """Run ``argv`` to its end with :func:`spawn`, and return the exit code and the output."""
     with spawn(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen) as process:
         out, err = (output.decode(errors="replace") for output in process.communicate())
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
 def describe_exit(code: int) -> str:
-    """A return code of :class:`subprocess.Popen` in words."""
+    """Return a return code of :class:`subprocess.Popen` in words."""
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

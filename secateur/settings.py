@@ -1,4 +1,4 @@
-"""The settings of the library and its command line: the one place in the library that reads the environment."""
+"""The settings of the library and its command line, which are read from the environment."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -8,12 +8,18 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class LibrarySettings(BaseSettings):
-    """Where models and texts lie, and how the Hub is reached. Every variable has the prefix ``SECATEUR_``."""
+    """The folders of models and texts, and the access to the Hub.
+
+    Every environment variable has the prefix ``SECATEUR_``; ``HF_TOKEN`` and ``HF_ENDPOINT`` are also read.
+    """
 
     model_config = SettingsConfigDict(env_prefix="SECATEUR_", populate_by_name=True, hide_input_in_errors=True)
 
     data_dir: Path = Path(".secateur")
-    """Holds ``models/`` (``local:NAME`` models), ``texts/`` (``local:NAME`` texts) and ``tasks/`` (zero-shot tasks)."""
+    """The folder with ``models/`` (``local:NAME`` models), ``texts/`` (``local:NAME`` texts) and ``tasks/``.
+
+    ``tasks/`` contains zero-shot tasks.
+    """
     hf_token: SecretStr | None = Field(None, validation_alias=AliasChoices("SECATEUR_HF_TOKEN", "HF_TOKEN"))
     hf_endpoint: str | None = Field(None, validation_alias=AliasChoices("SECATEUR_HF_ENDPOINT", "HF_ENDPOINT"))
 
@@ -32,5 +38,5 @@ class LibrarySettings(BaseSettings):
 
 @lru_cache
 def get_settings() -> LibrarySettings:
-    """The process's settings, read once."""
+    """Return the settings of the process, which are read once."""
     return LibrarySettings()

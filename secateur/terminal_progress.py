@@ -1,4 +1,4 @@
-"""Progress bars on a terminal: one for the whole run and one for each stage, with its rate and the time left."""
+"""Progress bars on a terminal: one bar for the whole run, with the time left, and one for each stage, with its rate."""
 
 from typing import Protocol, Self
 
@@ -7,7 +7,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 
 class ShownProgress(Protocol):
-    """What is shown of a run or a job; :class:`secateur.contract.events.ProgressEvent` and a job's progress have it."""
+    """The attributes that :class:`secateur.contract.events.ProgressEvent` and a job's progress have."""
 
     @property
     def stage(self) -> str: ...
@@ -26,7 +26,7 @@ class ShownProgress(Protocol):
 
 
 class TerminalProgress:
-    """A context manager that draws the bars; nothing is drawn where ``console`` is no terminal."""
+    """A context manager that draws the progress bars; it draws nothing if ``console`` is not a terminal."""
 
     def __init__(self, console: Console) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[told]}")
@@ -43,7 +43,7 @@ class TerminalProgress:
         self._progress.stop()
 
     def show(self, progress: ShownProgress, seconds_left: float | None) -> None:
-        """Draw the progress as it is now."""
+        """Draw the current progress and the time left."""
         stage = progress.stage, progress.step
         if stage != self._stage:
             if self._task is not None:
@@ -57,12 +57,12 @@ class TerminalProgress:
 
 
 def where(progress: ShownProgress) -> str:
-    """The stage, and the step that it belongs to where it belongs to one."""
+    """Return the name of the stage, and the step if the stage belongs to a step."""
     return f"{progress.stage}, step {progress.step}/{progress.steps}" if progress.step else str(progress.stage)
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, as ``1:05``."""
+    """Return a time in minutes and seconds, as in ``1:05``."""
     whole = max(int(seconds), 0)
     return f"{whole // 60}:{whole % 60:02}"
 

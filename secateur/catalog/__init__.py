@@ -1,4 +1,5 @@
-"""The vocabulary that API and engine share: the pruning spec, the methods, what an architecture looks like.
+"""The definitions that the API and the engine share: the pruning spec, the methods, the descriptions of architectures.
 
-Pure data and arithmetic on pydantic: no torch, no web, no database, so both sides can import it.
+The package contains data and arithmetic on pydantic only, without torch, a web framework or a database, so both the API
+and the engine can import it.
 """

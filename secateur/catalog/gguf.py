@@ -1,7 +1,7 @@
-"""Which pruned models llama.cpp can run, and as which of its architectures.
+"""The pruned models that llama.cpp can run, and the llama.cpp architecture that runs each of them.
 
-What its loaders (``src/models/*.cpp``) take: most want one width for all layers, some a number of heads that makes up the
-hidden size, and each has its own rotary scalings and biases.
+The rules follow llama.cpp's loaders (``src/models/*.cpp``). Most loaders require one width for all layers, some require
+that all heads together are as wide as the hidden size, and each loader has its own rotary scalings and biases.
 """
 
 from collections.abc import Mapping
@@ -14,17 +14,21 @@ from secateur.contract.errors import ErrorCode, PruningError
 GgufKind = Literal["F32", "F16", "Q8_0", "Q4_K_M"]
 GGUF_KINDS: tuple[GgufKind, ...] = get_args(GgufKind)
 BLOCKS: dict[GgufKind, int] = {"F32": 1, "F16": 1, "Q8_0": 32, "Q4_K_M": 256}
-"""Weights of a row that are quantised together."""
+"""The number of weights of a row that each kind of GGUF file quantises together."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """How llama.cpp runs a family: its architecture for layers of one width, and for layers of their own."""
+    """The way in which llama.cpp runs a family of models.
+
+    ``uniform`` is the llama.cpp architecture for layers of one width. ``differing`` is the architecture for layers that
+    differ in width; it is ``None`` if llama.cpp has none.
+    """
 
     uniform: str
     differing: str | None
     added_biases: bool
-    """Whether attention and feed-forward may carry biases that the source had not."""
+    """Whether attention and feed-forward may have biases that the source does not have."""
     ropes: frozenset[str]
     activation: str
 
@@ -40,8 +44,11 @@ RUNTIMES: dict[str, Runtime] = {
     "gemma2": Runtime("gemma2", None, False, frozenset({"default"}), _GEMMA_ACTIVATION),
     "gemma3_text": Runtime("gemma3", None, False, frozenset({"default", "linear"}), _GEMMA_ACTIVATION),
 }
-"""By ``model_type``. Mistral, Qwen2 and Phi-3 compute what Llama does, once their weights are named as its are; their own
-architectures do not take fewer heads."""
+"""The runtime of each ``model_type``.
+
+Mistral, Qwen2 and Phi-3 compute the same function as Llama once their weights have Llama's names; their own llama.cpp
+architectures do not support fewer heads.
+"""
 _FIXED_HEADS = "llama.cpp takes its heads only where together they are as wide as the hidden size"
 LACKING = {
     "gpt2": _FIXED_HEADS,
@@ -49,7 +56,7 @@ LACKING = {
     "opt": "llama.cpp has no such architecture",
     "chatglm6b": "llama.cpp has no such architecture",
 }
-"""Why the others are not there, where it is llama.cpp that cannot run them."""
+"""The reason why :data:`RUNTIMES` lacks a ``model_type``, where llama.cpp itself cannot run the model."""
 
 
 def gguf_obstacle(
@@ -61,11 +68,12 @@ def gguf_obstacle(
     added_biases: bool = False,
     width_multiple: int | None = None,
 ) -> PruningError | None:
-    """Why a model of this config, pruned, cannot be written as GGUF; ``None`` where it can.
+    """Return the reason why a pruned model of this config cannot be written as GGUF, or ``None`` if it can be.
 
-    ``uniform``: every layer will have the same widths; ``added_biases``: the recovery puts biases where the source has
-    none; ``width_multiple``: the request's, unset for the default. Rows that a kind's block does not divide and no request
-    can choose (the hidden size, the heads) are left to llama.cpp, which stores them less tightly.
+    ``uniform`` says whether every layer will have the same widths. ``added_biases`` says whether the recovery adds
+    biases where the source has none. ``width_multiple`` is the request's ``allocation.width_multiple``; ``None`` means
+    the default. No request can choose the hidden size and the heads: where a kind's block does not divide such rows,
+    llama.cpp stores the rows less tightly, and this function does not report them.
     """
     runtime = RUNTIMES.get(shape.model_type)
     if runtime is None:
@@ -93,7 +101,7 @@ def gguf_obstacle(
 
 
 def gguf_architecture(model_type: str, uniform: bool) -> str:
-    """llama.cpp's name for what such a model is written as; there is no obstacle to it."""
+    """Return llama.cpp's name for the architecture of a model that :func:`gguf_obstacle` does not object to."""
     runtime = RUNTIMES[model_type]
     architecture = runtime.uniform if uniform else runtime.differing
     assert architecture is not None
@@ -113,7 +121,7 @@ def _needs_uniform(shape: ModelShape, runtime: Runtime) -> str | None:
 
 
 def _unlike(shape: ModelShape, config: Mapping[str, Any], runtime: Runtime) -> str | None:
-    """What this model computes that llama.cpp's architecture for its family does not."""
+    """Return what this model computes that llama.cpp's architecture for its family does not compute, or ``None``."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = rope.get("full_attention") or rope
     scaling = rope.get("rope_type") or rope.get("type") or "default"

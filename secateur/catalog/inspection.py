@@ -1,4 +1,4 @@
-"""What can be made of a model, known from its config alone: before anyone spends a GPU."""
+"""The sizes and layouts that a pruned model can have, known from the source's config before any GPU is used."""
 
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -12,7 +12,10 @@ EXAMPLES = (0.2, 0.5)
 
 
 def sizes(shape: ModelShape, dtype: str) -> list[PrunedSize]:
-    """At 20 % and 50 %, or as much as can be; ``dtype`` is the one that ``auto`` stands for."""
+    """Return the model's sizes after pruning by 20 % and by 50 %, or by the largest ratio if that is smaller.
+
+    ``dtype`` is the dtype that ``auto`` stands for.
+    """
     found = []
     for ratio in EXAMPLES:
         nearest = shape.nearest_ratio(min(ratio, shape.max_ratio()))
@@ -25,7 +28,7 @@ def sizes(shape: ModelShape, dtype: str) -> list[PrunedSize]:
 
 
 def layouts(shape: ModelShape, config: Mapping[str, Any]) -> list[PossibleLayout]:
-    """Every layout, and the GGUF files that can be made of it."""
+    """Return every layout with its largest ratio and the kinds of GGUF file that it allows."""
     found = []
     for layout in get_args(Layout):
         obstacles = {kind: gguf_obstacle(shape, config, kind, uniform=layout != "per-layer") for kind in GGUF_KINDS}

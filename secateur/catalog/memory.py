@@ -1,7 +1,10 @@
-"""How much memory a pruning takes at least, from sizes alone: what cannot fit is refused before a worker loads it.
+"""A lower bound on the memory that pruning needs, computed from sizes alone.
 
-Counted are weights, hidden states that are kept, one layer's moments or gradients, one batch's activations and logits; not
-what libraries and the interpreter take. See workers/engine for what each stage keeps.
+The service refuses a request that cannot fit before a worker loads the model.
+
+The estimate counts the weights, the hidden states that are kept, one layer's moments or gradients, and one batch's
+activations and logits. It does not count the memory of libraries and of the interpreter. ``secateur/engine`` shows what
+each stage keeps.
 """
 
 from collections.abc import Mapping
@@ -14,18 +17,24 @@ from secateur.catalog.spec import DTYPE_BYTES
 from secateur.contract.errors import ErrorCode, PruningError
 
 BATCH_TOKENS = 1024
-"""Of one forward or backward pass; one window, where that is longer. Bounds activations, and the logits that are the largest."""
+"""The tokens of one forward or backward pass; a pass takes one window if the window is longer.
+
+The number bounds the activations and the logits, which are the largest tensors.
+"""
 WIDE = 4
-"""Bytes of a number in float32, in which losses, moments and gradients are summed."""
+"""Bytes of a number in float32, the dtype in which losses, moments and gradients are summed."""
 ADAM = 4 * WIDE
-"""Bytes a parameter that is trained takes beside itself: a master, its gradient and two moments."""
+"""Bytes per trained parameter beside the parameter itself: a master copy, its gradient and two moments."""
 ATTENTION_TENSORS, CHANNEL_TENSORS = 8, 4
-"""Tensors as wide as the hidden states, and as the channels, that one layer's backward pass needs."""
+"""The numbers of tensors, as wide as the hidden states and as wide as the channels, in one layer's backward pass."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """In bytes, on one worker's device; ``stages`` is what each takes beside the weights."""
+    """The memory that a run needs on one worker's device, in bytes.
+
+    ``stages`` is the memory that each stage needs beside the weights.
+    """
 
     weights: int
     stages: Mapping[str, int]
@@ -40,9 +49,9 @@ class Memory:
 
 
 def estimate(resolved: Resolved, shape: ModelShape, mapped: bool) -> Memory:
-    """What pruning a model of ``shape`` takes, at the smallest ratio of the request.
+    """Estimate the memory that pruning a model of sizes ``shape`` needs, at the smallest ratio of the request.
 
-    ``mapped``: weights stay in their files until they are cut, as on a CPU in the files' own dtype.
+    ``mapped`` says whether the weights stay in their files until they are cut, as on a CPU in the files' own dtype.
     """
     spec, chosen, ratio = resolved.spec, resolved.components, min(resolved.ratios)
     needs = chosen.needs
@@ -70,7 +79,7 @@ def estimate(resolved: Resolved, shape: ModelShape, mapped: bool) -> Memory:
 
     whole = shape.parameters * size
     weights = whole - round(ratio * shape.prunable_parameters) * size if mapped else whole
-    if chosen.dynamic:  # the plain model, the published one, and the units that generate
+    if chosen.dynamic:  # weights of the plain model, of the published model, and of the units that generate
         weights = (1 if mapped else 2) * whole + round((1 - ratio) * shape.prunable_parameters) * size
     trains_beside = chosen.training is not None and Need.REFERENCE in chosen.training.needs
     if (chosen.fits_to_reference and chosen.rounds > 1) or trains_beside:
@@ -82,7 +91,7 @@ def check_fits(resolved: Resolved, memory: Memory, capacity: int) -> None:
     """Check that ``capacity`` bytes can hold the estimate.
 
     Raises:
-        PruningError: ``out_of_memory``, naming what takes less.
+        PruningError: ``out_of_memory``; the message names settings that need less memory.
     """
     if memory.total <= capacity:
         return

@@ -1,7 +1,8 @@
-"""The named methods, and the scorers, allocators and recoveries that methods are made of. Each table is an open set: a line an entry.
+"""The named methods, and the scorers, allocators and recoveries that methods consist of.
 
-An entry says what it needs. The memory estimate, the checks of a request, the documentation and ``GET /v1/methods`` read it here;
-the functions of the same names are in ``secateur.engine``.
+Each table is an open set with one line for each entry, and each entry lists what it needs. The memory estimate, the
+checks of a request, the documentation and ``GET /v1/methods`` read the needs here. The functions of the same names are
+in ``secateur.engine``.
 """
 
 from collections.abc import Mapping
@@ -13,13 +14,13 @@ from pydantic import AfterValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 DAMPING = 0.3
-"""Damping of the least-squares refit, unless the request or the method gives another."""
+"""The damping of the least-squares recovery, unless the request or the method sets another value."""
 
 FitTo = Literal["model", "layer"]
 
 
 class Need(StrEnum):
-    """What a scorer, an allocator or a recovery must know of the model."""
+    """A kind of information about the model that a scorer, an allocator or a recovery needs."""
 
     FORWARD = "forward"
     """Statistics of one forward pass over the calibration tokens."""
@@ -28,13 +29,13 @@ class Need(StrEnum):
     GRADIENTS = "gradients"
     """Gradients of the loss with respect to weights."""
     MOMENTS = "moments"
-    """Second moments of what enters an output projection, layer by layer, on the layers cut before."""
+    """Second moments of the inputs of each output projection, layer by layer, after the layers before it were cut."""
     SOLVE = "solve"
-    """A factorisation of these moments."""
+    """A factorisation of the second moments."""
     REFERENCE = "reference"
-    """The unpruned model beside the one that is pruned."""
+    """The unpruned model beside the model that is pruned."""
     BACKWARD = "backward"
-    """A backward pass through all layers at once, as training makes."""
+    """A backward pass through all layers at once, as in training."""
 
 
 class _Named(Protocol):
@@ -51,14 +52,17 @@ def _table(*entries: Entry) -> Mapping[str, Entry]:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A way to score units; its function is in ``secateur.engine.scoring``."""
+    """A way to score units; the function of the same name is in ``secateur.engine.scoring``."""
 
     name: str
     needs: frozenset[Need] = frozenset()
 
     @property
     def layerwise(self) -> bool:
-        """Whether it scores one layer at a time, after the layers before it were cut: it has no scores of the whole model."""
+        """Whether the scorer scores one layer at a time, after the layers before were cut.
+
+        A layer-wise scorer has no scores of the whole model.
+        """
         return Need.MOMENTS in self.needs
 
 
@@ -79,12 +83,15 @@ SCORERS = _table(
 
 @dataclass(frozen=True)
 class Allocator:
-    """A way to spread the ratio over the layers; its function is in ``secateur.engine.allocation``."""
+    """A way to spread the ratio over the layers; the function of the same name is in ``secateur.engine.allocation``."""
 
     name: str
     needs: frozenset[Need] = frozenset()
     ranks: bool = False
-    """Whether it ranks the units of all layers before anything is cut, which a layer-wise scorer has no scores for."""
+    """Whether the allocator ranks the units of all layers before any layer is cut.
+
+    A layer-wise scorer has no scores for such a ranking.
+    """
 
 
 ALLOCATORS = _table(
@@ -98,14 +105,20 @@ ALLOCATORS = _table(
 
 @dataclass(frozen=True)
 class LayerwiseRecovery:
-    """A correction of each layer as it is cut, from statistics; its function is in ``secateur.engine.recovery``."""
+    """A correction of each layer as it is cut, from statistics of the calibration text.
+
+    The function of the same name is in ``secateur.engine.recovery``.
+    """
 
     name: str
     needs: frozenset[Need] = frozenset()
     fits: bool = False
-    """Whether it fits a layer to a target, which ``recovery.layerwise.fit_to`` chooses."""
+    """Whether the recovery fits a layer to other outputs, which ``recovery.layerwise.fit_to`` chooses."""
     adds_bias: bool = False
-    """Whether it gives output projections a bias where there was none: stock classes and experts have no place for one."""
+    """Whether the recovery adds a bias to output projections that have none.
+
+    Stock classes and experts have no place for an added bias.
+    """
 
 
 NO_RECOVERY = "none"
@@ -119,12 +132,15 @@ LAYERWISE_RECOVERIES = _table(
 
 @dataclass(frozen=True)
 class Training:
-    """A training of the pruned model after the last round; its function is in ``secateur.engine.recovery.training``."""
+    """A training of the pruned model after the last round.
+
+    The function of the same name is in ``secateur.engine.recovery.training``.
+    """
 
     name: str
     needs: frozenset[Need] = frozenset({Need.BACKWARD})
     all_weights: bool = False
-    """Whether all weights of the blocks are trained, not adapters alone."""
+    """Whether the training changes all weights of the blocks, instead of adapters alone."""
 
 
 TRAININGS = _table(
@@ -145,16 +161,16 @@ class Method:
     allocator: str
     layerwise_recovery: str = NO_RECOVERY
     passes: str = "none"
-    """What a round costs beside measuring, in words."""
+    """The cost of a round in passes over the calibration tokens, in words, without the cost of measuring."""
     default_rounds: int = 1
     fit_to: FitTo = "model"
     damping: float = DAMPING
     dynamic: bool = False
-    """Whether the published model chooses its units for each prompt; nothing is cut then."""
+    """Whether the published model chooses its units for each prompt; a dynamic method cuts nothing."""
 
     @property
     def needs(self) -> frozenset[Need]:
-        """All that its three components need."""
+        """Everything that the components of the method need of the model."""
         if self.dynamic:
             return frozenset({Need.GATES, Need.FORWARD})
         components = SCORERS[self.scorer], ALLOCATORS[self.allocator], LAYERWISE_RECOVERIES[self.layerwise_recovery]
@@ -191,11 +207,11 @@ METHODS = _table(
 )  # fmt: skip
 
 STATIC_METHODS = [name for name, method in METHODS.items() if not method.dynamic]
-"""The methods that cut."""
+"""The names of the methods that cut units."""
 
 
 def _known(table: Mapping[str, _Named]) -> AfterValidator:
-    """Accepts the names of ``table`` alone."""
+    """Return a validator that accepts only the names of ``table``."""
 
     def check(name: str) -> str:
         if name not in table:
@@ -210,7 +226,7 @@ def _enum(table: Mapping[str, _Named]) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "enum": list(table)})
 
 
-# The types of a request's fields that name an entry of a table.
+# Each type is for request fields whose value is the name of a table's entry.
 MethodName = Annotated[str, _known(METHODS), _enum(METHODS)]
 ScorerName = Annotated[str, _known(SCORERS), _enum(SCORERS)]
 AllocatorName = Annotated[str, _known(ALLOCATORS), _enum(ALLOCATORS)]

@@ -1,4 +1,4 @@
-"""A recipe: the fields of a job request as YAML or JSON, which the command line, the library and the API all take."""
+"""Recipes: fields of a job request as YAML or JSON, which the command line, the library and the API accept."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from secateur.contract.errors import ErrorCode, PruningError
 
 
 class RecipeInvalid(PruningError):
-    """A recipe that cannot be read or has fields that are not allowed; ``reasons`` has a line for each."""
+    """A recipe that cannot be read, or that has fields that are not allowed; ``reasons`` has a line for each."""
 
     def __init__(self, reasons: list[str], field: str | None = None) -> None:
         super().__init__(ErrorCode.INVALID_REQUEST, "\n".join(reasons), field=field)
@@ -24,16 +24,16 @@ class RecipeInvalid(PruningError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Fields of a job request by their names; fields that are left out have their defaults."""
+    """The fields of a job request by name; a field that is left out has its default."""
 
     fields: Mapping[str, Any]
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Read a YAML or JSON file.
+        """Read a recipe from a YAML or JSON file.
 
         Raises:
-            RecipeInvalid: the file cannot be read, or does not hold an object.
+            RecipeInvalid: The file cannot be read, is not YAML, or does not hold an object.
         """
         try:
             return cls.parse(Path(path).read_text(encoding="utf-8"))
@@ -42,10 +42,10 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read YAML, of which JSON is a part.
+        """Read a recipe from YAML text; JSON is a subset of YAML.
 
         Raises:
-            RecipeInvalid: the text is not YAML, or does not hold an object.
+            RecipeInvalid: The text is not YAML, or does not hold an object.
         """
         try:
             fields = yaml.safe_load(text)
@@ -56,9 +56,10 @@ class Recipe:
         return cls(json.loads(json.dumps(fields, default=str)))
 
     def override(self, fields: Mapping[str, Any]) -> Self:
-        """The recipe with ``fields`` in place of its own; objects are merged field by field, ``None`` leaves a field as it is.
+        """Return the recipe with ``fields`` in place of its own fields.
 
-        A ratio replaces a goal, and a goal a ratio.
+        Objects are merged field by field, and ``None`` leaves a field unchanged. A ratio in ``fields`` replaces a goal
+        of the recipe, and a goal replaces a ratio.
         """
         merged = _merge(dict(self.fields), fields)
         for given, other in (("target_ratio", "goal"), ("goal", "target_ratio")):
@@ -68,15 +69,15 @@ class Recipe:
 
     @property
     def service_fields(self) -> list[str]:
-        """The fields that only the service uses: where to publish, labels, webhooks, limits."""
+        """The names of the fields that only the service uses, such as the repository, labels, webhooks and limits."""
         own = {*PruningSpec.model_fields, "model_id", "revision", "gguf_file"}
         return [name for name in self.fields if name in JobRequest.model_fields and name not in own]
 
     def spec(self) -> PruningSpec:
-        """The fields that say how to prune.
+        """Return the fields that say how to prune.
 
         Raises:
-            RecipeInvalid: a field is unknown, missing, or has a value that is not allowed.
+            RecipeInvalid: A field is unknown, is missing, or has a value that is not allowed.
         """
         if unknown := sorted(self.fields.keys() - JobRequest.model_fields.keys()):
             allowed = ", ".join(JobRequest.model_fields)
@@ -93,7 +94,7 @@ class Recipe:
 
     @classmethod
     def of_request(cls, request: Mapping[str, Any]) -> Self:
-        """The recipe of a stored job request: its fields, without those that have their default."""
+        """Return the recipe of a stored job request: the fields that are not default values, without the Hub token."""
         stored = JobRequest.model_validate(dict(request))
         fields = stored.model_dump(mode="json", exclude_defaults=True, exclude={"hub_token"})
         order = ["model_id", "target_ratio", "goal", "method"]
@@ -101,7 +102,7 @@ class Recipe:
 
 
 def explain(error: ValidationError) -> tuple[list[str], str | None]:
-    """A line for each field at fault, and the first field's path."""
+    """Return one line for each field at fault, and the path of the first field at fault."""
     reasons, first = [], None
     for item in error.errors():
         field = ".".join(map(str, item["loc"]))

@@ -1,4 +1,4 @@
-"""The job request: a model, how to prune it, and what is to become of the result."""
+"""The job request: a model, how to prune the model, and what the service does with the result."""
 
 from typing import Annotated
 
@@ -15,7 +15,11 @@ _HTTP_URL = TypeAdapter(AnyHttpUrl)
 
 
 def check_repo_id(repo_id: str) -> str:
-    """A name that a Hub takes, namespace included."""
+    """Return ``repo_id`` if it is a valid Hub repository name with a namespace.
+
+    Raises:
+        ValueError: The name is not a valid repository id, or has no namespace.
+    """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -26,7 +30,11 @@ def check_repo_id(repo_id: str) -> str:
 
 
 def check_model_id(model_id: str) -> str:
-    """A Hub id or ``local:NAME``."""
+    """Return ``model_id`` if it is a Hub id or ``local:NAME``.
+
+    Raises:
+        ValueError: The id is neither.
+    """
     if model_id.startswith(LOCAL_PREFIX):
         if not LOCAL_NAME.fullmatch(model_id.removeprefix(LOCAL_PREFIX)):
             raise ValueError("a local model is 'local:NAME', NAME of letters, digits, '.', '_' and '-'")
@@ -39,14 +47,22 @@ def check_model_id(model_id: str) -> str:
 
 
 def check_relative_path(path: str) -> str:
-    """No way out of the repository."""
+    """Return ``path`` if it does not lead out of the repository.
+
+    Raises:
+        ValueError: The path is absolute, or contains ``..``.
+    """
     if ".." in path.split("/") or path.startswith("/"):
         raise ValueError("a path within the repository")
     return path
 
 
 def check_webhook_url(url: str) -> str:
-    """An absolute http or https URL, which names no user."""
+    """Return ``url`` if it is an absolute http or https URL without a user name and a password.
+
+    Raises:
+        ValueError: The URL is not of this form.
+    """
     parsed = _HTTP_URL.validate_python(url)
     if parsed.username is not None or parsed.password is not None:
         raise ValueError("a URL without user name and password; the signature tells who calls")
@@ -69,7 +85,7 @@ class _Request(BaseModel):
 
 
 class Publish(_Request):
-    """Where the pruned model goes."""
+    """The repository that the pruned model is published to."""
 
     repo_id: Annotated[str, StringConstraints(max_length=200), AfterValidator(check_repo_id)] = Field(
         description="Repository; made if it is not there. The files of one that is there are all replaced, in one commit. With a list of target ratios, there is one for each: `org/name-20` for 0.2, `org/name-12_5` for 0.125.",
@@ -79,7 +95,7 @@ class Publish(_Request):
 
 
 class ModelRef(_Request):
-    """A model, and how to read it."""
+    """A model, and how to read the model."""
 
     model_id: ModelId = Field(
         description="A Hub id, or `local:NAME` for a folder of the service's models folder.",
@@ -99,10 +115,12 @@ class ModelRef(_Request):
 
 
 class JobRequest(ModelRef, PruningSpec):
-    """`model_id`, `target_ratio`, `method` and `rounds` are the whole of it; the rest has defaults.
+    """A request to prune a model.
 
-    With a list of ratios in `target_ratio`, the report is `{"targets": [...]}` and so is the result, one of what a single
-    ratio gives for each; the artifacts of each are in `ratio-0.2/` and so on.
+    `model_id`, `method` and either `target_ratio` or `goal` are required; the other fields have defaults.
+
+    If `target_ratio` is a list of ratios, the report is `{"targets": [...]}`, with the report of one ratio in each
+    item, and the result has the same form. The artifacts of each ratio are in a folder such as `ratio-0.2/`.
     """
 
     model_config = ConfigDict(

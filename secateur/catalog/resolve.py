@@ -1,6 +1,6 @@
-"""What a pruning request comes to: its components without a model, and all of it on a model.
+"""The resolution of a pruning request: the components without a model, and all values that depend on a model.
 
-The engine takes a :class:`Resolved` and nothing else of a request.
+The engine receives a :class:`Resolved` and no other part of a request.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,10 @@ from secateur.contract.report import ComponentNames
 
 @dataclass(frozen=True)
 class Components:
-    """The components that a request prunes with, known without a model: the method's own, where the request replaces none."""
+    """The components that a request prunes with, known without a model.
+
+    A component that the request does not replace is the method's own.
+    """
 
     method: Method
     scorer: Scorer
@@ -42,18 +45,18 @@ class Components:
     fit_to: FitTo
     damping: float
     rounds: int
-    """Pruning rounds of each target."""
+    """The number of pruning rounds for each target ratio."""
     targets: int
-    """Pruned models that the request makes."""
+    """The number of pruned models that the request makes."""
 
     @property
     def dynamic(self) -> bool:
-        """Whether the published model chooses its units for each prompt; nothing is cut then."""
+        """Whether the published model chooses its units for each prompt; a dynamic method cuts nothing."""
         return self.method.dynamic
 
     @property
     def needs(self) -> frozenset[Need]:
-        """All that the components need of the model."""
+        """Everything that the components need of the model."""
         if self.dynamic:
             return self.method.needs
         needs = self.scorer.needs | self.allocator.needs | self.layerwise.needs
@@ -63,7 +66,7 @@ class Components:
 
     @property
     def recovers_layerwise(self) -> bool:
-        """Whether layers are corrected as they are cut."""
+        """Whether a layer-wise recovery corrects layers as they are cut."""
         return self.layerwise.name != NO_RECOVERY
 
     @property
@@ -73,17 +76,17 @@ class Components:
 
     @property
     def steps_per_target(self) -> int:
-        """Rounds of pruning, and one step of training where there is any."""
+        """The number of steps for each target ratio: the pruning rounds, and one step if there is a training."""
         return self.rounds + (self.training is not None)
 
     @property
     def steps(self) -> int:
-        """Steps of all targets; the baseline, step 0, does not count."""
+        """The number of steps of all target ratios, without the baseline (step 0)."""
         return self.targets * self.steps_per_target
 
     @property
     def names(self) -> ComponentNames:
-        """As the report and the model card show them."""
+        """The names of the components, as the report and the model card show them."""
         return ComponentNames(
             scorer=self.scorer.name,
             allocator=self.allocator.name,
@@ -93,7 +96,7 @@ class Components:
 
 
 def components(spec: PruningSpec) -> Components:
-    """The components of a request."""
+    """Return the components that a request prunes with."""
     method, layerwise = METHODS[spec.method], spec.recovery.layerwise
     allocator = "uniform" if spec.layout == "uniform" else spec.allocation.kind or method.allocator
     return Components(
@@ -111,16 +114,16 @@ def components(spec: PruningSpec) -> Components:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A request on a model: what the engine takes."""
+    """A request resolved on a model, which is the engine's input."""
 
     spec: PruningSpec
     components: Components
     ratios: tuple[float, ...]
-    """The ratio of each target, ascending."""
+    """The ratio of each pruned model, ascending."""
     width_multiple: int
-    """Feed-forward widths are multiples of this number."""
+    """The number that all feed-forward widths are multiples of."""
     dtype: str
-    """The dtype of computing and of the published weights."""
+    """The dtype of the computation and of the published weights."""
 
     @property
     def uniform(self) -> bool:
@@ -129,14 +132,14 @@ class Resolved:
 
 
 def resolve(spec: PruningSpec, shape: ModelShape, *, config: Mapping[str, Any], source_dtype: str) -> Resolved:
-    """What ``spec`` comes to on a model of sizes ``shape``.
+    """Resolve ``spec`` on a model of sizes ``shape``.
 
     ``config`` is the model's ``config.json``; ``source_dtype`` is the dtype that ``auto`` stands for.
 
     Raises:
-        PruningError: ``goal_unreachable`` when the goal is no less than the model has, or too little; ``ratio_unreachable`` when
-            whole units do not come near enough to a ratio; ``recovery_unsupported``, ``method_unsupported`` or
-            ``gguf_unsupported`` when the model does not allow a component or a format. Each names what is allowed.
+        PruningError: ``goal_unreachable`` if the goal is not smaller than the model, or is too small; ``ratio_unreachable``
+            if whole units do not come near enough to a ratio; ``recovery_unsupported``, ``method_unsupported`` or
+            ``gguf_unsupported`` if the model does not allow a component or a format. Each message names what is allowed.
     """
     chosen, uniform = components(spec), spec.layout == "uniform"
     dtype = source_dtype if spec.dtype == "auto" else spec.dtype
@@ -177,7 +180,7 @@ def _check_model(spec: PruningSpec, chosen: Components, shape: ModelShape, confi
 
 
 def _ratio_of(goal: Goal | None, shape: ModelShape, dtype: str) -> float:
-    assert goal is not None  # validation lets no request pass that has neither
+    assert goal is not None  # validation refuses a request with neither a ratio nor a goal
     wanted = goal.parameters or (goal.bytes or 0) / DTYPE_BYTES[dtype]
     ratio = (shape.parameters - wanted) / shape.prunable_parameters
     if not 0 < ratio <= MAX_RATIO:

@@ -1,6 +1,6 @@
-"""Where a model comes from: a Hub id, ``local:NAME`` in the models folder, a folder; safetensors or GGUF.
+"""The source of a model: a Hub id, ``local:NAME`` in the models folder, or a folder, with safetensors or GGUF weights.
 
-Reads configs and headers only, never weights, so that a request can be refused at the door.
+The module reads configs and file headers but never weights, so that a request can be refused at admission.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ LARGEST_JSON = 64 * 2**20
 HALF_DTYPES = ("bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "ice_text.model")
 
-# GGUF metadata ("{architecture}.…") by the name config.json has for it (GGUF specification, "Standardized key-value pairs").
+# GGUF metadata keys ("{architecture}.…") by config.json's names (GGUF specification, "Standardized key-value pairs").
 GGUF_KEYS = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -41,39 +41,55 @@ GGUF_KEYS = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found. ``path`` is its folder when it is on this machine, ``revision`` its commit on the Hub."""
+    """A model that was found.
+
+    ``path`` is the model's folder if the model is on this machine; ``revision`` is the model's commit on the Hub.
+    """
 
     model_id: str
     path: Path | None
     revision: str | None
     gguf_file: str | None
     config: dict[str, Any] | None
-    """``config.json``, or the same from GGUF metadata or ChatGLM's; ``None`` for a GGUF file that is still on the Hub."""
+    """The content of ``config.json``, or the same fields from GGUF metadata or from ChatGLM's config.
+
+    ``None`` for a GGUF file that is still on the Hub.
+    """
     weights_digest: str | None = None
-    """A hash of the weights, where the model was handed over in memory and its folder holds config and tokenizer alone."""
+    """A hash of the weights of a model that was passed in memory, whose folder holds only config and tokenizer."""
     chatglm: bool = False
-    """Whether its files are as ChatGLM's own code reads them, not as transformers' ``glm`` or our ``chatglm6b`` does."""
+    """Whether the files have the form that ChatGLM's own code reads.
+
+    transformers' ``glm`` and Secateur's ``chatglm6b`` read other names.
+    """
 
     @property
     def name(self) -> str:
-        """As reports and model cards show it: of a path, the last part alone."""
+        """The model's name in reports and model cards; for a path, only the last part of the path."""
         known = self.revision is not None or self.model_id.startswith(LOCAL_PREFIX)
         return self.model_id if known else Path(self.model_id).name
 
     @property
     def dtype(self) -> str:
-        """What ``auto`` stands for: the config's, float32 where it names none and for GGUF files, which are dequantised."""
+        """The dtype that ``auto`` stands for: bfloat16 or float16 if the config names it, else float32.
+
+        GGUF files are dequantised to float32.
+        """
         config = self.config or {}
         name = config.get("dtype") or config.get("torch_dtype")
         return str(name) if name in HALF_DTYPES else "float32"
 
     @property
     def sizes_known(self) -> bool:
-        """Whether :func:`read_shape` can tell: there is a config, of a family that has an adapter."""
+        """Whether :func:`read_shape` can return the sizes: there is a config, and its family has an adapter."""
         return self.config is not None and family_of(self.config) is not None
 
     def fingerprint(self) -> str:
-        """Changes when the weights may have changed: the commit, or a hash over the names, sizes and times of the files."""
+        """Return a value that changes when the weights may have changed.
+
+        The value is the hash of weights that were passed in memory, or the commit, or a hash over the names, sizes and
+        times of the files.
+        """
         if self.weights_digest is not None:
             return f"weights:{self.weights_digest}"
         if self.path is None or self.revision is not None:
@@ -87,10 +103,11 @@ class ModelSource:
 
 
 def read_shape(source: ModelSource) -> ModelShape:
-    """Sizes of a located model.
+    """Return the sizes of a located model.
 
     Raises:
-        PruningError: ``unsupported_architecture``, ``config_invalid``, or ``config_unknown`` for a GGUF file on the Hub.
+        PruningError: ``unsupported_architecture``, ``weights_quantized``, ``config_invalid``, or ``config_unknown`` for a
+            GGUF file on the Hub.
     """
     if source.config is None:
         raise PruningError(
@@ -100,7 +117,7 @@ def read_shape(source: ModelSource) -> ModelShape:
 
 
 def check_size(shape: ModelShape | None, most: int | None) -> None:
-    """Whether a model of sizes ``shape`` has no more parameters than ``most``; what is not known is let pass.
+    """Check that a model of sizes ``shape`` has at most ``most`` parameters; sizes that are not known pass.
 
     Raises:
         PruningError: ``model_too_large``.
@@ -123,14 +140,15 @@ def locate(
     endpoint: str | None = None,
     allow_paths: bool = False,
 ) -> ModelSource:
-    """Find a model and read its config; a local one's file headers are checked too.
+    """Find a model and read its config; for a local model, also check the headers of its weight files.
 
-    ``allow_paths`` also takes folders and GGUF files by path (the library and the command line; never the API).
+    ``allow_paths`` also allows folders and GGUF files by path. The library and the command line set it, and the API
+    never does.
 
     Raises:
         PruningError: ``model_not_found``, ``model_id_invalid``, ``revision_not_found``, ``model_gated``,
             ``hub_unavailable`` (retryable), ``config_invalid``, ``weights_missing``, ``weights_corrupt``,
-            ``tokenizer_missing``.
+            ``weights_quantized``, ``tokenizer_missing``, ``unsupported_architecture``.
     """
     if model_id.startswith(LOCAL_PREFIX):
         name = model_id.removeprefix(LOCAL_PREFIX)
@@ -197,7 +215,7 @@ def _local(model_id: str, folder: Path, revision: str | None, gguf_file: str | N
 
 
 def _described(source: ModelSource) -> ModelSource:
-    """The source with its config as transformers has it, known to be that of a model that can be pruned."""
+    """Return the source with its config in the form of transformers, after a check that the model can be pruned."""
     assert source.config is not None
     if source.config.get("model_type") == chatglm.MODEL_TYPE:
         source = replace(source, config=chatglm.translate(source.config), chatglm=True)
@@ -206,11 +224,11 @@ def _described(source: ModelSource) -> ModelSource:
 
 
 def _read_json(path: Path) -> Any:
-    """A JSON file of a size that such files have.
+    """Read a JSON file of at most :data:`LARGEST_JSON` bytes.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, or too large.
+        OSError: The file cannot be read.
+        ValueError: The file is not JSON, or is too large.
     """
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"it has {path.stat().st_size} bytes, more than {LARGEST_JSON}")
@@ -236,9 +254,9 @@ def _read_config(model_id: str, path: Path) -> dict[str, Any]:
 
 
 def check_weight_files(model_id: str, folder: Path) -> dict[str, Path]:
-    """Read the headers of a folder's safetensors files: a truncated or corrupt file is found without reading weights.
+    """Read the headers of a folder's safetensors files, to find truncated and corrupt files without reading weights.
 
-    Returns the file that each tensor is in.
+    Return the file that holds each tensor.
 
     Raises:
         PruningError: ``weights_missing`` or ``weights_corrupt``.
@@ -276,7 +294,7 @@ def check_weight_files(model_id: str, folder: Path) -> dict[str, Path]:
 
 
 def _gguf_config(path: Path) -> dict[str, Any]:
-    """The sizes in a GGUF file's metadata, under config.json's names."""
+    """Return the sizes in a GGUF file's metadata, under the names of config.json."""
     require("engine", "Reading a GGUF file", "gguf", field="gguf_file")
     from gguf import GGUFReader
 
@@ -338,7 +356,7 @@ def _on_hub(
 
 
 def hub_error(error: Exception, model_id: str) -> PruningError:
-    """What a failed call to the Hub means for a person."""
+    """Return the error that explains a failed call to the Hub to a user."""
     if isinstance(error, errors.GatedRepoError):
         return PruningError(
             ErrorCode.MODEL_GATED, f"{model_id} is gated: accept its terms with the token's account.", field="model_id"

@@ -1,4 +1,4 @@
-"""What is asked of the engine: the part of a job request that says how to prune, valid by construction."""
+"""The pruning spec: the part of a job request that says how to prune. Every instance of it is valid."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -36,10 +36,10 @@ ZERO_SHOT = {
     "arc_challenge": "arc/arc_challenge.yaml",
     "openbookqa": "openbookqa/openbookqa.yaml",
 }
-"""The papers' tasks, and where ``lm_eval`` keeps them."""
+"""The zero-shot tasks of the papers, with the path of each task in ``lm_eval``."""
 
 Text = Annotated[str, Field(min_length=1, max_length=1_000_000, pattern=r"^[^\x00]*$")]
-"""Postgres stores no NUL."""
+"""A text without NUL characters, which Postgres cannot store."""
 DatasetName = Annotated[str, Field(max_length=255, pattern=r"^[^\x00]+$")]
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 Prompt = Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^[^\x00]*$")]
@@ -50,7 +50,10 @@ class _Settings(BaseModel):
 
 
 class TextSource(_Settings):
-    """Where text comes from: a named data set, a file, or the texts themselves; neither: sampled from the model."""
+    """The source of a text: a named data set, a file, or the texts themselves.
+
+    If neither `dataset` nor `texts` is set, the text is sampled from the model.
+    """
 
     dataset: DatasetName | None = Field(
         None,
@@ -71,18 +74,25 @@ class TextSource(_Settings):
         if self.dataset is not None and self.texts is not None:
             raise ValueError("give either 'dataset' or 'texts', not both")
         size = None if self.texts is None else sum(len(text.encode()) for text in self.texts)
-        if size is not None and size < self.sequence_length:  # a token is a byte at least
+        if size is not None and size < self.sequence_length:  # every token has at least one byte
             raise ValueError(f"the texts have {size} bytes, too short for one window of {self.sequence_length} tokens")
         return self
 
 
 class Calibration(TextSource):
-    """The tokens that scores are taken on. Neither ``dataset`` nor ``texts``: text sampled from the model itself."""
+    """The text that scores are computed on.
+
+    If neither `dataset` nor `texts` is set, the text is sampled from the model.
+    """
 
 
 class Evaluation(TextSource):
-    """Held-out text for perplexity. Neither ``dataset`` nor ``texts``: the last fifth of the calibration text, which is then
-    not calibrated on; or sampled from the model, where there is no such text or too little."""
+    """The held-out text that perplexity is measured on.
+
+    If neither `dataset` nor `texts` is set, the last fifth of the calibration text is held out, and the model is not
+    calibrated on that part. If there is no calibration text or too little of it, the evaluation text is sampled from
+    the model.
+    """
 
     latency: Literal[True, False, "slimllm"] = Field(
         True,
@@ -119,7 +129,7 @@ class Evaluation(TextSource):
 
 
 class Scoring(_Settings):
-    """How units are scored. Coefficients of a scorer that is not used are ignored."""
+    """The settings of scoring: how units are scored. Coefficients of a scorer that is not used are ignored."""
 
     kind: ScorerName | None = Field(None, description="Unset: the method's own.")
     lambda_weight: float = Field(0.1, ge=0, le=100, description="`piem`: λ1, the weight of the L1 norm.")
@@ -137,7 +147,7 @@ class Scoring(_Settings):
 
 
 class Allocation(_Settings):
-    """How the ratio is spread over layers and rounds."""
+    """The settings of allocation: how the ratio is spread over layers and rounds."""
 
     kind: AllocatorName | None = Field(None, description="Unset: the method's own.")
     alpha: float | None = Field(
@@ -159,7 +169,10 @@ class Allocation(_Settings):
 
 
 class LayerwiseSettings(_Settings):
-    """The correction of each layer as it is cut, from statistics of the calibration text."""
+    """The settings of the layer-wise recovery, which corrects each layer as it is cut.
+
+    The correction is computed from statistics of the calibration text.
+    """
 
     kind: LayerwiseRecoveryName | None = Field(None, description="Unset: the method's own; `none`: no correction.")
     damping: float | None = Field(
@@ -175,7 +188,7 @@ class LayerwiseSettings(_Settings):
 
 
 class TrainingSettings(_Settings):
-    """Training of the pruned model after the last round."""
+    """The settings of the training of the pruned model after the last round."""
 
     kind: TrainingName = Field(
         description="`lora`: low-rank adapters on the next-token loss, merged afterwards. `distill`: all weights of the blocks, on the distance to the unpruned model's predictions.",
@@ -188,15 +201,18 @@ class TrainingSettings(_Settings):
 
 
 class Recovery(_Settings):
-    """How the loss that pruning causes is reduced: layer by layer, by training, or both."""
+    """The settings of recovery, which reduces the loss that pruning causes: layer by layer, by training, or both."""
 
     layerwise: LayerwiseSettings = LayerwiseSettings()
     training: TrainingSettings | None = Field(None, description="Unset: no training.")
 
 
 class Dynamic(_Settings):
-    """How a model of method `dsgp` chooses the units that write, for each prompt; other methods ignore it. The published
-    `config.json` has it as `dynamic_pruning`, where it can be changed."""
+    """The settings by which a model of method `dsgp` chooses the units that generate, for each prompt.
+
+    Other methods ignore these settings. The published `config.json` contains the settings as `dynamic_pruning`, where
+    they can be changed.
+    """
 
     prior_weight: float | None = Field(
         None,
@@ -214,9 +230,10 @@ class Dynamic(_Settings):
 
 
 class Goal(_Settings):
-    """The size of the pruned model, instead of a ratio: one of the fields.
+    """The goal: the size of the pruned model, instead of a ratio. Exactly one of the fields is set.
 
-    The goal is met to within half a block of channels, and the biases that a recovery may add.
+    The size of the pruned model differs from the goal by at most half a block of channels and the biases that a
+    recovery may add.
     """
 
     parameters: float | None = Field(
@@ -234,7 +251,7 @@ class Goal(_Settings):
 
 
 def target_folder(ratio: float) -> str:
-    """The folder of one target's files, where a list of ratios was asked for."""
+    """Return the name of the folder with the files of one target ratio, for a request with a list of ratios."""
     return f"ratio-{ratio:g}"
 
 
@@ -245,10 +262,11 @@ _RATIOS: TypeAdapter[list[float]] = TypeAdapter(Ratios)
 
 
 class PruningSpec(_Settings):
-    """How to prune: `target_ratio` and `method` are required; the other fields have defaults that suit the method.
+    """The settings that say how to prune.
 
-    What a method, a scorer or a recovery needs and excludes is in :mod:`secateur.catalog.methods`; what the request comes to on a
-    model is resolved by :func:`secateur.catalog.resolve.resolve`.
+    `method` and either `target_ratio` or `goal` are required; the other fields have defaults that suit the method.
+    :mod:`secateur.catalog.methods` lists what a method, a scorer or a recovery needs and excludes;
+    :func:`secateur.catalog.resolve.resolve` resolves the request on a model.
     """
 
     target_ratio: Ratio | Ratios | None = Field(
@@ -306,7 +324,7 @@ class PruningSpec(_Settings):
     @field_validator("rounds", "scoring", "allocation", "recovery", "layout", "formats")
     @classmethod
     def _nothing_is_cut(cls, value: Any, info: ValidationInfo) -> Any:
-        """A dynamic method has one round, components of its own, and one form."""
+        """Check that a request for a dynamic method has one round, no other components, one layout and one format."""
         method = info.data.get("method")
         if method is None or not METHODS[method].dynamic:
             return value
@@ -327,7 +345,7 @@ class PruningSpec(_Settings):
     @field_validator("target_ratio", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
-        """Validated as what it looks like: a union would report the errors of both."""
+        """Validate a list as ratios and any other value as one ratio; a union would report the errors of both types."""
         if value is None:
             return None
         return _RATIOS.validate_python(value) if isinstance(value, list) else _ONE_RATIO.validate_python(value)
@@ -336,7 +354,7 @@ class PruningSpec(_Settings):
     @classmethod
     def _ascending(cls, ratios: float | list[float] | None) -> float | list[float] | None:
         if isinstance(ratios, list):
-            names = {f"{ratio:g}" for ratio in ratios}  # folders and repositories are named by them
+            names = {f"{ratio:g}" for ratio in ratios}  # these names are parts of folder and repository names
             if ratios != sorted(ratios) or len(names) < len(ratios):
                 raise ValueError("the ratios must ascend, and differ within six digits")
         return ratios
@@ -351,7 +369,7 @@ class PruningSpec(_Settings):
     @field_validator("allocation")
     @classmethod
     def _scores_to_rank(cls, allocation: Allocation, info: ValidationInfo) -> Allocation:
-        if {"method", "scoring"} <= info.data.keys():  # otherwise these fields are at fault themselves
+        if {"method", "scoring"} <= info.data.keys():  # a field that is missing here has an error of its own
             method = METHODS[info.data["method"]]
             scorer = SCORERS[info.data["scoring"].kind or method.scorer]
             allocator = ALLOCATORS[allocation.kind or method.allocator]
@@ -380,21 +398,24 @@ class PruningSpec(_Settings):
 
     @classmethod
     def of_request(cls, request: dict[str, Any]) -> Self:
-        """The fields of a stored job request that say how to prune."""
+        """Return the spec that a stored job request contains."""
         return cls.model_validate({name: request[name] for name in cls.model_fields if name in request})
 
     @property
     def several(self) -> bool:
-        """Whether the request has a list of ratios, even of one: reports, folders and repositories are then by target."""
+        """Whether the request has a list of ratios, even a list of one ratio.
+
+        Each ratio then has a report, a folder and a repository of its own.
+        """
         return isinstance(self.target_ratio, list)
 
     @property
     def requested_ratios(self) -> tuple[float | None, ...]:
-        """The ratio of each target; ``None`` where the request has a goal."""
+        """The ratio of each pruned model; ``None`` where the request has a goal."""
         return tuple(self.target_ratio) if isinstance(self.target_ratio, list) else (self.target_ratio,)
 
     def published(self) -> dict[str, Any]:
-        """The request as reports and model cards show it, see :func:`without_texts`."""
+        """Return the request as reports and model cards show it, with texts replaced by :func:`without_texts`."""
         return without_texts(self.model_dump(mode="json"))
 
 

@@ -1,4 +1,4 @@
-"""The commands that speak to a service over HTTP: submit, status, watch, cancel."""
+"""The commands that call a service over HTTP: submit, status, watch, cancel, recipe."""
 
 import datetime as dt
 import json
@@ -26,7 +26,7 @@ ApiKey = Annotated[str, typer.Option("--api-key", envvar="SECATEUR_API_KEY", hel
 
 @contextmanager
 def _connect(url: str, api_key: str) -> Iterator["Client"]:
-    """The service's client; what goes wrong with it ends the command."""
+    """Open a client of the service; an error of the client ends the command."""
     from secateur.client import ApiError, Client, Unavailable, Unreachable
 
     if not api_key:
@@ -56,23 +56,23 @@ def submit(
     api_key: ApiKey = "",
     as_json: Json = False,
 ) -> None:
-    """Create a job of the service and print its id."""
+    """Create a job on the service and print the job's id."""
     body = dict(recipe.override({"publish": None if repo_id is None else {"repo_id": repo_id}}).fields)
-    body.setdefault("model_id", None)  # the service refuses this and says why
+    body.setdefault("model_id", None)  # the service refuses a request without a model and says why
     with _connect(url, api_key) as client:
         job = client.jobs.create(**body)
     typer.echo(job.view.model_dump_json() if as_json else str(job.id))
 
 
 def recipe(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: Json = False) -> None:
-    """Print a job's recipe, from which 'submit --recipe' and 'prune --recipe' make the same model."""
+    """Print a job's recipe. The commands 'submit --recipe' and 'prune --recipe' make the same model from the recipe."""
     with _connect(url, api_key) as client:
         found = client.jobs.get(job_id).recipe()
     typer.echo(json.dumps(found) if as_json else Recipe(found).dump(), nl=as_json)
 
 
 def status(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: Json = False) -> None:
-    """Show a job."""
+    """Show the state and the progress of a job. The exit code is 1 if the job failed or was cancelled."""
     with _connect(url, api_key) as client:
         job = client.jobs.get(job_id).view
     typer.echo(job.model_dump_json() if as_json else _line(job))
@@ -87,7 +87,10 @@ def cancel(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json:
 
 
 def watch(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: Json = False) -> None:
-    """Follow a job to its end: a bar on a terminal, else a line (or with --json an object) for each step."""
+    """Follow a job until it ends.
+
+    A terminal shows progress bars. Other output has a line (with --json, an object) for each change.
+    """
     with _connect(url, api_key) as client:
         job = client.jobs.get(job_id)
         if sys.stdout.isatty() and not as_json:
@@ -99,7 +102,7 @@ def watch(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: 
 
 
 def _watch_lines(job: "Job", as_json: bool) -> None:
-    """A line when state, stage or round changes, and at every tenth of the way."""
+    """Print a line when the state, the stage or the step changes, and at every tenth of the job."""
     shown: tuple[object, ...] = ()
     for _ in job.changes():
         progress = job.progress
@@ -142,7 +145,7 @@ def _time_left(job: "JobView") -> str:
 
 
 def _line(job: "JobView") -> str:
-    """A job in one line."""
+    """Return the description of a job in one line."""
     parts = [str(job.id), _where(job)]
     if job.progress and job.state not in ENDED:
         parts += [f"{job.progress.share:.0%}", _time_left(job)]

@@ -1,4 +1,4 @@
-"""The console script ``secateur``."""
+"""The entry point of the console script ``secateur``."""
 
 import sys
 from typing import Annotated
@@ -26,7 +26,7 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Structured pruning of large language models: here, or by a service."""
+    """Structured pruning of large language models, on this machine or by a service."""
 
 
 for command in (prune.prune, prune.inspect, jobs.submit, jobs.status, jobs.watch, jobs.cancel, jobs.recipe):
@@ -35,7 +35,7 @@ service.add_to(cli)
 
 
 def main() -> None:
-    """Run the command line. A wrong setting and a missing extra are reported in a line, without a traceback."""
+    """Run the command line; a wrong setting or a missing extra is reported in one line, without a traceback."""
     try:
         cli()
     except MissingExtra as error:

@@ -1,4 +1,7 @@
-"""The options that say how to prune: the same, with the same defaults, for a job of the service and for pruning on this machine."""
+"""The options that say how to prune.
+
+The options and their defaults are the same for a job of the service and for pruning on this machine.
+"""
 
 import functools
 import inspect
@@ -47,7 +50,7 @@ def _options(
     layout: Annotated[str | None, typer.Option(help="per-layer, uniform or padded.  [default: per-layer]")] = None,
     gguf: Annotated[str | None, typer.Option(help="Also write a GGUF file: F32, F16, Q8_0 or Q4_K_M.")] = None,
 ) -> Recipe:
-    """The recipe that the options make, on top of the file."""
+    """Return the recipe that the options make; an option overrides the recipe file's field."""
     try:
         base = Recipe({}) if recipe is None else _read(recipe)
     except RecipeInvalid as error:
@@ -73,7 +76,7 @@ def _options(
 
 
 def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Give ``command`` these options; its first parameter is the :class:`Recipe` that they make."""
+    """Add the shared options to ``command``, whose first parameter is the :class:`Recipe` that the options make."""
     shared = inspect.signature(_options).parameters.values()
     own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name != "recipe"]
     names = [parameter.name for parameter in shared]
@@ -93,12 +96,12 @@ def _read(path: Path) -> Recipe:
 
 
 def _given(fields: dict[str, Any]) -> dict[str, Any] | None:
-    """The fields that are set; ``None`` if there are none."""
+    """Return the fields that are set, or ``None`` if no field is set."""
     return {name: value for name, value in fields.items() if value is not None} or None
 
 
 def _text_source(name: str | None) -> dict[str, Any] | None:
-    """A file's text in the pieces that a request may hold, or the data set of that name."""
+    """Return a file's text in pieces that a request may hold, or the name of a data set if there is no such file."""
     if name is None:
         return None
     if not Path(name).is_file():

@@ -27,7 +27,7 @@ def inspect(
     gguf_file: Annotated[str | None, typer.Option(help="Of the model's, this GGUF file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what a model is made of and what can be made of it, from its config alone."""
+    """Show a model's sizes, and the sizes and layouts that the pruned model can have, from the config alone."""
     from secateur.catalog.inspection import layouts, sizes
     from secateur.catalog.sources import locate
     from secateur.settings import get_settings
@@ -80,7 +80,7 @@ def inspect(
 
 
 def _sizes(source: "ModelSource") -> "ModelShape":
-    """Sizes from the config alone; a type without an adapter is built by transformers to find them out."""
+    """Return a model's sizes from its config alone; transformers builds a model whose type has no adapter."""
     from secateur.catalog.sources import read_shape
 
     if source.sizes_known:
@@ -99,7 +99,10 @@ def prune(
     ],
     as_json: Json = False,
 ) -> None:
-    """Prune a model on this machine, without the service. After Ctrl-C the same command goes on after the last complete step."""
+    """Prune a model on this machine, without the service.
+
+    After Ctrl-C, the same command continues after the last complete step.
+    """
     from secateur.catalog.spec import target_folder
 
     try:
@@ -125,7 +128,7 @@ def prune(
 
 
 class NamedRequest(NamedTuple):
-    """The model that is requested, and how to read it."""
+    """The requested model, and how to read the model."""
 
     model_id: str
     revision: str | None
@@ -133,7 +136,7 @@ class NamedRequest(NamedTuple):
 
 
 def _prune(model: NamedRequest, spec: "PruningSpec", output: Path) -> "list[Report]":
-    """Prune into ``output``. Complete steps are kept beside it until it is written."""
+    """Prune a model into ``output``, and keep the complete steps beside ``output`` until the model is written."""
     require("engine", "Pruning on this machine")
     from secateur.contract.events import Event, StepEvent
     from secateur.engine.run.run import NamedModel, prune_to_folder
@@ -193,7 +196,7 @@ def _show(folder: Path, report: "Report") -> None:
 
 
 class _Progress:
-    """The engine's events on stderr: bars on a terminal, else a line for each stage."""
+    """A display of the engine's events on stderr: progress bars on a terminal, else one line for each stage."""
 
     def __init__(self) -> None:
         from rich.console import Console

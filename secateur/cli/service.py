@@ -1,6 +1,7 @@
-"""The commands that run the service: they need the service's folders beside the library, and start its program.
+"""The commands that run the service; a command starts the service's program from the service's folders.
 
-The wheel holds the library alone. A checkout and the image also have ``app/``, ``workers/`` and ``migrations/``.
+The wheel contains the library only. A checkout and the container image also contain ``app/``, ``workers/`` and
+``migrations/``.
 """
 
 import os
@@ -15,7 +16,7 @@ from secateur.cli.common import REFUSED, stop
 from secateur.extras import require
 
 HOME = "SECATEUR_HOME"
-"""The environment variable that names the folder which holds ``app/``, ``workers/`` and ``migrations/``."""
+"""The environment variable that names the folder with ``app/``, ``workers/`` and ``migrations/``."""
 PARTS = ("app/main.py", "workers/__main__.py", "migrations/env.py")
 COMMANDS = {
     "up": "Run the whole service on this machine until Ctrl-C.",
@@ -28,7 +29,7 @@ COMMANDS = {
 
 
 def add_to(cli: typer.Typer) -> None:
-    """Add a command for each of :data:`COMMANDS` to ``cli``; its arguments are those of ``python -m workers``."""
+    """Add a command for each of :data:`COMMANDS` to ``cli``; the arguments are those of ``python -m workers``."""
     for name, summary in COMMANDS.items():
         settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
         cli.command(name, help=f"{summary} (service)", context_settings=settings, add_help_option=False)(_start)
@@ -39,15 +40,18 @@ def _start(context: typer.Context) -> None:
     require("server", f"'secateur {context.info_name}'")
     path = os.pathsep.join(filter(None, (str(home), os.environ.get("PYTHONPATH"))))
     arguments = [sys.executable, "-m", "workers", str(context.info_name), *context.args]
-    # The program takes the place of this process, so that signals, terminal and exit code are its own.
+    # The program replaces this process, so that signals, terminal and exit code are the program's own.
     os.execve(sys.executable, arguments, os.environ | {"PYTHONPATH": path})
 
 
 def find_home() -> Path:
-    """The folder that holds the service: ``SECATEUR_HOME``, the checkout that the library lies in, or the working folder.
+    """Return the folder that holds the service.
+
+    The folder is ``SECATEUR_HOME``, or else the checkout that contains the library, or else the working folder.
 
     Raises:
-        typer.Exit: there is none, or it is of another version than this library; the reason is printed.
+        typer.Exit: No folder holds the service, or the service has another version than this library; the reason is
+            printed.
     """
     named = os.environ.get(HOME)
     candidates = [Path(named)] if named else [Path(__file__).parents[2], Path.cwd()]

@@ -1,4 +1,4 @@
-"""The service from Python: ``Client`` and ``AsyncClient`` do the same, one of them waits for answers with ``await``.
+"""The client of the service: ``Client`` is synchronous, and ``AsyncClient`` has the same methods with ``await``.
 
 from secateur.client import Client
 

@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions: the service's problem documents (RFC 9457) by status, and jobs that did not succeed."""
+"""The client's exceptions: one for each status of a problem document (RFC 9457), and those of jobs without success."""
 
 import uuid
 from typing import Any
@@ -10,15 +10,19 @@ from secateur.contract.jobs import JobError
 
 
 class SecateurError(Exception):
-    """Of everything that this client raises."""
+    """The base class of the client's exceptions."""
 
 
 class Unreachable(SecateurError):
-    """No connection, after all attempts."""
+    """The service cannot be reached after all attempts."""
 
 
 class ApiError(SecateurError):
-    """The service refused: ``status``, its stable ``code``, ``detail`` for people, and the fields at fault in ``errors``."""
+    """The service refused a request.
+
+    ``status`` is the HTTP status, ``code`` is the stable error code, ``detail`` is an explanation for people, and
+    ``errors`` lists the fields at fault.
+    """
 
     def __init__(self, status: int, problem: dict[str, Any]) -> None:
         self.status = status
@@ -30,31 +34,31 @@ class ApiError(SecateurError):
 
 
 class InvalidRequest(ApiError):
-    """400, 413, 422: the request is at fault, see ``errors``."""
+    """The request is at fault (status 400, 413 or 422); ``errors`` lists the fields at fault."""
 
 
 class Unauthorized(ApiError):
-    """401: no API key that the service knows."""
+    """The request has no API key that the service knows (status 401)."""
 
 
 class Forbidden(ApiError):
-    """403: the key lacks a scope."""
+    """The API key lacks the scope that the operation needs (status 403)."""
 
 
 class NotFound(ApiError):
-    """404, 410: it is not there, or it is another key's."""
+    """The resource does not exist, or belongs to another API key (status 404 or 410)."""
 
 
 class WrongState(ApiError):
-    """409: not in the state that the job is in."""
+    """The job's state does not allow the operation (status 409)."""
 
 
 class RateLimited(ApiError):
-    """429, after all attempts."""
+    """The API key has reached a limit, and all attempts of the client failed (status 429)."""
 
 
 class Unavailable(ApiError):
-    """5xx, after all attempts."""
+    """The service failed (status 5xx); after status 503, the client has repeated the request as often as it may."""
 
 
 BY_STATUS: dict[int, type[ApiError]] = {
@@ -71,7 +75,7 @@ BY_STATUS: dict[int, type[ApiError]] = {
 
 
 class JobFailed(SecateurError):
-    """A job that was waited for has failed, with ``error``."""
+    """A job that the caller waited for has failed; ``error`` says why."""
 
     def __init__(self, job_id: uuid.UUID, error: JobError | None) -> None:
         self.job_id, self.error = job_id, error
@@ -81,15 +85,15 @@ class JobFailed(SecateurError):
 
 
 class JobCancelled(SecateurError):
-    """A job that was waited for was cancelled."""
+    """A job that the caller waited for was cancelled."""
 
 
 class WaitTimeout(SecateurError):
-    """A job has not ended in the time it was given; it goes on."""
+    """A job has not ended within the timeout; the job continues."""
 
 
 def error_of(response: httpx2.Response) -> ApiError:
-    """The exception for a response of 400 and above, whose body was read."""
+    """Return the exception for a response with a status of 400 or above, whose body was read."""
     try:
         problem = response.json()
     except ValueError:

@@ -1,4 +1,4 @@
-"""Server-Sent Events (HTML standard, section 9.2.6), line by line."""
+"""A parser of Server-Sent Events (HTML standard, section 9.2.6), which reads one line at a time."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,7 +7,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Frame:
-    """``event``: an event's type, ``progress`` or ``end``; ``id`` is the event's, ``None`` of the other two."""
+    """A frame of an event stream.
+
+    ``event`` is the type of a job's event, ``progress`` or ``end``. ``id`` is the id of a job's event; it is ``None``
+    in the frames ``progress`` and ``end``.
+    """
 
     event: str
     data: Any
@@ -16,12 +20,12 @@ class Frame:
 
 @dataclass
 class Frames:
-    """Lines in, frames out."""
+    """A parser that receives lines and returns frames."""
 
     _fields: dict[str, str] = field(default_factory=dict)
 
     def take(self, line: str) -> Frame | None:
-        """The frame that this line ends, if it ends one."""
+        """Read a line, and return the frame that the line ends, or ``None`` if the line ends no frame."""
         if line:
             name, _, value = line.partition(":")
             value = value.removeprefix(" ")
@@ -31,6 +35,6 @@ class Frames:
             return None
         fields, self._fields = self._fields, {}
         if "data" not in fields:
-            return None  # a comment that keeps the line alive
+            return None  # the frame is a comment that keeps the connection alive
         event_id = fields.get("id")
         return Frame(fields.get("event", "message"), json.loads(fields["data"]), int(event_id) if event_id else None)

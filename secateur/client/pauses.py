@@ -1,4 +1,4 @@
-"""How long to wait before asking again, and waiting."""
+"""The pauses between the attempts of a request."""
 
 import asyncio
 import random
@@ -11,7 +11,11 @@ LONGEST = 30.0
 
 
 def pause(attempt: int, response: httpx2.Response | None) -> float:
-    """Seconds: what the service says (``Retry-After``), else twice as long each time, and a part by chance; at most half a minute."""
+    """Return the pause before the next attempt, in seconds, at most 30.
+
+    The pause is the value of ``Retry-After``. Without this header, the pause doubles with each attempt and is
+    multiplied by a random factor from 0.5 to 1.
+    """
     told = response.headers.get("Retry-After", "") if response is not None else ""
     if told.isdigit():
         return min(float(told), LONGEST)

@@ -1,4 +1,4 @@
-"""A job's report for notebooks: figures by name, a table, and plots (matplotlib, imported when it is asked for)."""
+"""A job's report for notebooks: figures by name, a table, and plots. matplotlib is imported for the first plot."""
 
 import html
 import json
@@ -15,14 +15,14 @@ Row = tuple[str, str, str]
 
 
 class Report:
-    """The report of one target; ``data`` is what the service gave, see docs/evaluation.md."""
+    """The report of one pruned model. ``data`` holds the service's figures, which docs/evaluation.md defines."""
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.data = data
 
     @classmethod
     def load(cls, path: Path | str) -> "Report":
-        """From a file with the report's JSON."""
+        """Read a report from a file with its JSON."""
         return cls(json.loads(Path(path).read_text()))
 
     def __getitem__(self, name: str) -> Any:
@@ -35,17 +35,17 @@ class Report:
 
     @property
     def parameters(self) -> tuple[int, int]:
-        """Before and after."""
+        """The numbers of parameters before and after pruning."""
         return self.data["parameters"]["before"], self.data["parameters"]["after"]
 
     @property
     def perplexity(self) -> tuple[float | None, float | None]:
-        """Before and after; ``None``: infinite."""
+        """The perplexity before and after pruning; ``None`` means infinite."""
         return self.data["perplexity"]["before"], self.data["perplexity"]["after"]
 
     @property
     def retained_accuracy(self) -> float | None:
-        """Mean zero-shot accuracy after, as a share of that before; ``None`` where no task was asked for."""
+        """The mean zero-shot accuracy after pruning, as a share of that before; ``None`` if no task was requested."""
         value: float | None = self.data.get("retained_accuracy")
         return value
 
@@ -54,7 +54,7 @@ class Report:
         return f"{self.data['source']['model_id']}, {self.data['spec']['method']}, {self.ratio:.1%}"
 
     def summary(self) -> list[Row]:
-        """What was measured, before and after, in words."""
+        """Return the measured figures as rows of text: a figure's name, and its values before and after pruning."""
         rows = [
             self._row("parameters", self.data["parameters"], "{:,}"),
             self._row("weights (bytes)", self.data["weights_bytes"], "{:,}"),
@@ -95,7 +95,7 @@ class Report:
         return f"<table><caption>{html.escape(self.title)}</caption><thead>{head}</thead><tbody>{rows}</tbody></table>"
 
     def plot_widths(self) -> "Figure":
-        """Heads and channels of every layer, before and after."""
+        """Plot the heads and channels of every layer, before and after pruning."""
 
         def draw(axes: Sequence[Any]) -> None:
             for axis, (name, label) in zip(axes, (("heads", "heads"), ("channels", "channels")), strict=True):
@@ -108,7 +108,7 @@ class Report:
         return _figure(draw, self.title, 2)
 
     def plot_perplexity(self) -> "Figure":
-        """Perplexity after each step; 0 is the unpruned model."""
+        """Plot the perplexity after each step; step 0 is the unpruned model."""
 
         def draw(axes: Sequence[Any]) -> None:
             values = [self.perplexity[0], *(each["perplexity"] for each in self.data["steps"])]
@@ -118,10 +118,10 @@ class Report:
         return _figure(draw, self.title)
 
     def plot_loss(self) -> "Figure":
-        """Loss of the training, by optimizer step.
+        """Plot the loss of the training by optimizer step.
 
         Raises:
-            ValueError: there was none.
+            ValueError: The job had no training.
         """
         trained = [each["training"] for each in self.data["steps"] if "training" in each]
         if not trained:
@@ -135,10 +135,12 @@ class Report:
         return _figure(draw, f"{self.title}, {trained[-1]['kind']}")
 
     def plot_latency(self) -> "Figure":
-        """Prefill and decode, before and after; the whiskers reach from the fastest repeat to the slowest.
+        """Plot the prefill and decoding times before and after pruning.
+
+        The error bars reach from the fastest repeat to the slowest repeat.
 
         Raises:
-            ValueError: it was not measured.
+            ValueError: The job did not measure latency.
         """
         latency = self.data["latency"]
         if not latency["before"] or not latency["after"]:
@@ -159,7 +161,7 @@ class Report:
 
 
 def compare(reports: Sequence[Report]) -> "Figure":
-    """Parameters against perplexity, and the front of those that nothing beats in both."""
+    """Plot parameters against perplexity, and the front of the models that no other model beats in both figures."""
     points = sorted(
         {(report.parameters[index], report.perplexity[index]) for report in reports for index in (0, 1)},
         key=lambda point: (point[0], point[1] or float("inf")),

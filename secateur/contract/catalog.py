@@ -1,4 +1,4 @@
-"""What goes in and out of ``/v1/methods`` and ``/v1/models/inspect``."""
+"""The bodies of the responses of ``/v1/methods`` and ``/v1/models/inspect``."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from secateur.contract.jobs import JobError
 
 
 class MethodView(BaseModel):
-    """A pruning method: its components, and what it needs."""
+    """A pruning method: its components, and what the components need of the model."""
 
     name: str
     summary: str
@@ -25,10 +25,10 @@ class MethodView(BaseModel):
 
 
 class Kinds(BaseModel):
-    """What a method's components can be replaced by.
+    """The kinds of scorer, allocator, layer-wise recovery and training that can replace the components of a method.
 
-    Every combination is allowed but one: the allocator `threshold` needs scores of the whole model, which the scorers `lorap`,
-    `obs`, `slimllm` and `wanda` do not have.
+    Every combination is allowed but one: the allocator `threshold` needs scores of the whole model, and the scorers
+    `lorap`, `obs`, `slimllm` and `wanda` do not compute such scores.
     """
 
     scorer: list[str] = Field(description="For `scoring.kind`.")
@@ -38,14 +38,14 @@ class Kinds(BaseModel):
 
 
 class MethodList(BaseModel):
-    """The methods, by name."""
+    """All pruning methods by name, and the kinds of component that can replace those of a method."""
 
     items: list[MethodView]
     kinds: Kinds
 
 
 class PrunedSize(BaseModel):
-    """What a target ratio comes to."""
+    """The size of the model after it is pruned by a target ratio."""
 
     target_ratio: float
     nearest_ratio: float = Field(description="The ratio that will be reached.")
@@ -54,7 +54,7 @@ class PrunedSize(BaseModel):
 
 
 class PossibleLayout(BaseModel):
-    """What a layout allows."""
+    """The largest ratio and the GGUF quantisations that a layout of the published model allows."""
 
     layout: str
     max_ratio: float = Field(description="The largest ratio.")
@@ -63,7 +63,7 @@ class PossibleLayout(BaseModel):
 
 
 class Inspection(BaseModel):
-    """What is known of a model without its weights."""
+    """The properties of a model that are known without its weights."""
 
     model_id: str
     revision: str | None = Field(description="The commit; null for a local model.")

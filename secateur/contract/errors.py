@@ -1,6 +1,7 @@
-"""Every error code of the project, with its meaning, whether trying again may help, and what to do; and the exception that carries one.
+"""The error codes of the project, and the exception that carries an error code.
 
-``docs/errors.md`` is made from this enumeration.
+Each code has a meaning, advice, and a flag that says whether the same request may succeed later.
+``docs/errors.md`` is made from the enumeration :class:`ErrorCode`.
 """
 
 from enum import StrEnum
@@ -14,9 +15,9 @@ class ErrorCode(StrEnum):
     """
 
     meaning: str
-    """What has happened, in one sentence."""
+    """The cause of the error, in one sentence."""
     advice: str
-    """What to do about it, in one sentence."""
+    """The action that resolves the error, in one sentence."""
     retryable: bool
     """Whether the same request may succeed later without a change."""
 
@@ -120,5 +121,5 @@ class PruningError(Exception):
         return self.code.retryable
 
     def as_dict(self) -> dict[str, Any]:
-        """The error as ``jobs.error`` stores it and the API shows it."""
+        """Return the error in the form that ``jobs.error`` stores and the API shows."""
         return {"code": self.code, "message": self.message, "retryable": self.retryable, "field": self.field}

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes on."""
+"""The events that a run emits while it is in progress."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
@@ -11,23 +11,23 @@ RateUnit = Literal["tokens/s", "bytes/s"]
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """How far a run is."""
+    """The progress of a run: the current stage and step, the completed shares, the rate and the remaining time."""
 
     type: ClassVar[str] = "progress"
     stage: Stage
     step: int
-    """The step that the stage belongs to; 0 is the baseline."""
+    """The step that the stage belongs to; step 0 is the baseline."""
     steps: int
-    """Steps of all targets."""
+    """The number of steps of all target ratios."""
     share: float
-    """Share of the whole run that is done."""
+    """The share of the whole run that is complete, 0 to 1."""
     stage_share: float
-    """Share of the stage that is done."""
+    """The share of the stage that is complete, 0 to 1."""
     rate: float | None
-    """What the stage processes in a second, in ``rate_unit``; ``None`` where nothing is counted."""
+    """The amount that the stage processes per second, in ``rate_unit``; ``None`` where the stage counts nothing."""
     rate_unit: RateUnit | None
     remaining_seconds: float | None
-    """Time until the run ends; ``None`` before it can be told."""
+    """The time until the run ends, in seconds; ``None`` before an estimate is possible."""
 
     def as_dict(self) -> dict[str, Any]:
         return {"type": self.type, **asdict(self)}
@@ -35,7 +35,7 @@ class ProgressEvent:
 
 @dataclass(frozen=True)
 class WarningEvent:
-    """Something is not as requested, and the run goes on."""
+    """A warning that something differs from the request; the run continues."""
 
     type: ClassVar[str] = "warning"
     message: str
@@ -46,7 +46,7 @@ class WarningEvent:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """A step is complete. ``state`` is what resuming after the step needs, as JSON-able data."""
+    """The completion of a step. ``state`` is the JSON-able data that a resumed run needs to continue after the step."""
 
     type: ClassVar[str] = "step"
     step: Step

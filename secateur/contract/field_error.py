@@ -1,10 +1,10 @@
-"""One field's part of a problem, for the service and its clients."""
+"""The part of a problem document that concerns one field, for the service and its clients."""
 
 from pydantic import BaseModel, Field
 
 
 class FieldError(BaseModel):
-    """What is wrong with one field of the request, and what would be right."""
+    """An error in one field of the request, with the values that are allowed."""
 
     field: str = Field(description="Dotted path of the field.", examples=["target_ratio"])
     message: str

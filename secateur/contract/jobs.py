@@ -1,4 +1,4 @@
-"""What ``/v1/jobs`` answers."""
+"""The bodies of the responses of ``/v1/jobs``."""
 
 import datetime as dt
 import hashlib
@@ -13,7 +13,10 @@ from secateur.contract.states import State
 
 
 def without_texts(request: dict[str, Any]) -> dict[str, Any]:
-    """A dumped spec or job request whose texts are named by count and hash: they are long, and nobody else's business."""
+    """Return a dumped spec or job request in which a count and a SHA-256 hash stand for each list of texts.
+
+    Texts are long, and they may be confidential.
+    """
     shown = {**request}
     for part in {"calibration", "evaluation"} & request.keys():
         source = shown[part] = {**request[part]}
@@ -25,14 +28,17 @@ def without_texts(request: dict[str, Any]) -> dict[str, Any]:
 
 
 class Publication(BaseModel):
-    """Where a pruned model is published."""
+    """The repository in which a pruned model is published."""
 
     repo_id: str
     private: bool
 
 
 class PlannedTarget(BaseModel):
-    """One of the pruned models that a job would make. Nulls: known only once the model is there."""
+    """One of the pruned models that a job would make.
+
+    A ratio is null when it is known only after the model is loaded.
+    """
 
     target_ratio: float | None = Field(description="As asked for, or what the size asked for comes to.")
     nearest_ratio: float | None = Field(description="The ratio that will be reached.")
@@ -40,7 +46,7 @@ class PlannedTarget(BaseModel):
 
 
 class DryRun(BaseModel):
-    """What a job would do: the answer to `validate_only`. No job is created."""
+    """The result of a dry run (`validate_only`): what the job would do. No job is created."""
 
     model_id: str
     revision: str | None = Field(description="The commit that would be used; null for a local model.")
@@ -55,7 +61,7 @@ class DryRun(BaseModel):
 
 
 class Progress(BaseModel):
-    """How far the job is."""
+    """The progress of a job."""
 
     stage: Stage
     step: int = Field(0, description="The step that the stage belongs to; 0 is the baseline, the unpruned model.")
@@ -68,7 +74,7 @@ class Progress(BaseModel):
 
 
 class JobError(BaseModel):
-    """Why the job failed. `code` is stable; `message` says what can be done."""
+    """The reason why the job failed. `code` is stable; `message` says how to resolve the error."""
 
     code: str = Field(description="A name of `ErrorCode`, see docs/errors.md; older releases stored others.")
     message: str
@@ -77,7 +83,7 @@ class JobError(BaseModel):
 
 
 class JobSummary(BaseModel):
-    """A job as a list shows it."""
+    """The properties of a job that a list of jobs shows."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -101,7 +107,7 @@ class JobSummary(BaseModel):
 
 
 class JobView(JobSummary):
-    """A job."""
+    """A job with its request."""
 
     model_config = ConfigDict(
         from_attributes=True,
@@ -146,14 +152,14 @@ class JobView(JobSummary):
 
 
 class JobPage(BaseModel):
-    """Jobs, newest first."""
+    """A page of a list of jobs, newest first."""
 
     items: list[JobSummary]
     next_page_token: str | None = Field(description="Null on the last page.")
 
 
 class EventView(BaseModel):
-    """Something that happened to the job."""
+    """An event of a job: a change of state, a completed step, a warning or a retry."""
 
     model_config = ConfigDict(
         from_attributes=True,
@@ -178,14 +184,17 @@ class EventView(BaseModel):
 
 
 class EventPage(BaseModel):
-    """Events, oldest first."""
+    """A page of a job's events, oldest first."""
 
     items: list[EventView]
     next_page_token: str | None = Field(description="Null when there are no more events so far.")
 
 
 class StepView(BaseModel):
-    """A completed step. Step 0 is the baseline, the unpruned model measured; numbers run on from target to target."""
+    """A completed step. Step 0 is the baseline, the measurement of the unpruned model.
+
+    Numbers continue from one target ratio to the next.
+    """
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -198,7 +207,7 @@ class StepView(BaseModel):
 
 
 class StepList(BaseModel):
-    """The completed steps, in order."""
+    """The completed steps of a job, in order."""
 
     items: list[StepView]
 
@@ -214,6 +223,6 @@ class Artifact(BaseModel):
 
 
 class ArtifactList(BaseModel):
-    """The files of the pruned model, by name."""
+    """The files of the pruned model, sorted by name."""
 
     items: list[Artifact]

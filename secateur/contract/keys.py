@@ -1,4 +1,4 @@
-"""What goes in and out of ``/v1/keys``, and what a key may do."""
+"""The bodies of the requests and responses of ``/v1/keys``, and the scopes of API keys."""
 
 import datetime as dt
 import uuid
@@ -12,7 +12,11 @@ LONGEST_GRACE = 30 * 86_400.0
 
 
 class Scope(StrEnum):
-    """What a key may do: look at its jobs and at the catalogue, make and steer jobs, manage all keys. None implies another."""
+    """A scope of an API key. No scope implies another.
+
+    `read` allows reading the key's jobs and the catalogue, `submit` allows creating and controlling jobs, and `admin`
+    allows managing all keys.
+    """
 
     READ = "read"
     SUBMIT = "submit"
@@ -27,26 +31,26 @@ class _Request(BaseModel):
 
 
 class NewKey(_Request):
-    """A key to make."""
+    """The request to create an API key."""
 
     name: Annotated[str, Field(min_length=1, max_length=200)] = Field(description="Whom or what it is for.")
     scopes: list[Scope] = Field([*USER], min_length=1, description="What it may do; none implies another.")
 
 
 class Rotation(_Request):
-    """How to rotate a key."""
+    """The request to rotate an API key: the key gets a new secret."""
 
     grace_seconds: float = Field(GRACE, ge=0, le=LONGEST_GRACE, description="For which the secret it has serves on.")
 
 
 class HubToken(_Request):
-    """A Hub token for the jobs of a key."""
+    """The request to set the Hub token that the jobs of an API key use."""
 
     hub_token: SecretStr | None = Field(description="Null takes it away.", max_length=512)
 
 
 class KeyView(BaseModel):
-    """A key, without its secret."""
+    """An API key without its secret."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -60,12 +64,12 @@ class KeyView(BaseModel):
 
 
 class KeyWithSecret(KeyView):
-    """A key and its secret, which cannot be had again."""
+    """An API key with its secret. The service shows the secret only once."""
 
     secret: str
 
 
 class KeyList(BaseModel):
-    """All keys, oldest first."""
+    """All API keys, oldest first."""
 
     items: list[KeyView]

@@ -1,6 +1,6 @@
-"""The report of a pruning and the steps that lead to it: what was measured, of the unpruned model and after each step.
+"""The report of a pruning run and the steps of the run: what was measured of the unpruned model and after each step.
 
-Every figure's definition is in ``docs/evaluation.md``.
+``docs/evaluation.md`` defines every figure.
 """
 
 from enum import StrEnum
@@ -16,7 +16,7 @@ class _Data(BaseModel):
 
 
 class ComponentNames(_Data):
-    """The components that a pruning was made with, by the names of ``GET /v1/methods``."""
+    """The names of the components that pruned the model, as ``GET /v1/methods`` lists them."""
 
     scorer: str
     allocator: str
@@ -25,7 +25,7 @@ class ComponentNames(_Data):
 
 
 class LayerWidths(_Data):
-    """How many units a layer has."""
+    """The number of units of each structure in one layer."""
 
     layer: int = Field(description="Index of the layer, from 0.")
     kv_groups: int
@@ -34,21 +34,21 @@ class LayerWidths(_Data):
 
 
 class ReachedRatio(_Data):
-    """A ratio as it was planned, and as whole units made it."""
+    """A ratio as it was planned, and the ratio that whole units reach."""
 
     target: float
     reached: float
 
 
 class Spread(_Data):
-    """The fastest and the slowest repeat of each quantity, in its unit."""
+    """The fastest and the slowest repeat of each quantity, in the unit that the field's name gives."""
 
     prefill_ms: tuple[float, float]
     decode_ms_per_token: tuple[float, float]
 
 
 class Latency(_Data):
-    """Prefill and decoding time: medians over ``repeats``."""
+    """The prefill and decoding times, as medians over ``repeats``."""
 
     prefill_ms: float
     decode_ms_per_token: float = Field(description="Time of one decoding step of the whole batch.")
@@ -65,7 +65,7 @@ class Latency(_Data):
 
 
 class TaskScore(_Data):
-    """A zero-shot task's score of one model."""
+    """The score of one model on a zero-shot task."""
 
     metric: str
     value: float
@@ -75,21 +75,25 @@ class TaskScore(_Data):
 
 
 class Benchmarks(_Data):
-    """Scores of one model on the requested texts and tasks, by name."""
+    """The scores of one model on the requested texts and tasks, by name."""
 
     perplexity: dict[str, float | None] = Field(description="Null: infinite.")
     zero_shot: dict[str, TaskScore]
 
 
 class Continuation(_Data):
-    """What one model generates from a prompt."""
+    """The text that one model generates from a prompt."""
 
     prompt: str
     text: str
 
 
 class Measurement(_Data):
-    """What is measured of a model. ``benchmarks``, ``generations`` and ``latency`` only of the unpruned model and after a target's last step."""
+    """The figures that are measured of a model.
+
+    ``benchmarks``, ``generations`` and ``latency`` are measured only of the unpruned model and after a target ratio's
+    last step.
+    """
 
     perplexity: float | None = Field(None, description="On the evaluation text; null: infinite.")
     parameters: int | None = None
@@ -102,7 +106,7 @@ class Measurement(_Data):
 
 
 class TrainingCurve(_Data):
-    """How far a training is, and the mean token loss in nats of each of its optimizer steps."""
+    """The progress of a training, and the mean token loss of each optimizer step in nats."""
 
     kind: str
     step: int
@@ -111,18 +115,18 @@ class TrainingCurve(_Data):
 
 
 class StepKind(StrEnum):
-    """What a step of a run is."""
+    """The kind of a step of a run."""
 
     BASELINE = "baseline"
     """The unpruned model was measured."""
     ROUND = "round"
     """A pruning round is complete."""
     TRAINING = "training"
-    """A stretch of training is complete; the last one of a target is measured."""
+    """A part of the training is complete; the model is measured after the last part for a target ratio."""
 
 
 class Step(Measurement):
-    """One entry of a run's history. ``number`` 0 is the baseline; numbers run on from target to target."""
+    """One entry of a run's history. ``number`` 0 is the baseline; numbers continue from one target ratio to the next."""
 
     number: int
     kind: StepKind
@@ -136,26 +140,26 @@ class Step(Measurement):
     seconds: float | None = Field(None, description="Duration of the step, with measuring.")
 
     def as_dict(self) -> dict[str, Any]:
-        """The step as JSON-able data, without the fields that it does not have."""
+        """Return the step as JSON-able data, without the fields that were not set."""
         return self.model_dump(mode="json", exclude_unset=True)
 
 
 class Change(_Data):
-    """A quantity of the unpruned model and of the pruned one."""
+    """A quantity of the unpruned model and the same quantity of the pruned model."""
 
     before: float | None
     after: float | None
 
 
 class CountChange(_Data):
-    """A whole number of the unpruned model and of the pruned one."""
+    """A whole number of the unpruned model and the same number of the pruned model."""
 
     before: int | None
     after: int | None
 
 
 class ParameterChange(_Data):
-    """Parameters of the whole model, and those that pruning may remove."""
+    """The parameters of the whole model, and the prunable parameters, before and after pruning."""
 
     before: int
     after: int
@@ -164,21 +168,21 @@ class ParameterChange(_Data):
 
 
 class LatencyChange(_Data):
-    """Latency of the unpruned model and of the pruned one; null: it was not measured."""
+    """The latency of the unpruned model and of the pruned model; null when it was not measured."""
 
     before: Latency | None
     after: Latency | None
 
 
 class WidthChange(_Data):
-    """Widths of every layer."""
+    """The widths of every layer, before and after pruning."""
 
     before: list[LayerWidths]
     after: list[LayerWidths]
 
 
 class TaskChange(_Data):
-    """A zero-shot task's score of both models."""
+    """The scores of the unpruned and the pruned model on a zero-shot task."""
 
     metric: str
     before: float
@@ -190,7 +194,7 @@ class TaskChange(_Data):
 
 
 class BenchmarkChange(_Data):
-    """Scores of both models on the requested texts and tasks, by name."""
+    """The scores of the unpruned and the pruned model on the requested texts and tasks, by name."""
 
     perplexity: dict[str, Change]
     zero_shot: dict[str, TaskChange]
@@ -198,7 +202,7 @@ class BenchmarkChange(_Data):
 
 
 class GenerationChange(_Data):
-    """What both models generate from a prompt."""
+    """The texts that the unpruned and the pruned model generate from a prompt."""
 
     prompt: str
     before: str
@@ -217,7 +221,7 @@ class Source(_Data):
 
 
 class RatioSummary(_Data):
-    """The ratio, and the shares of other quantities that were removed with it."""
+    """The ratio, and the shares of all parameters and of the FLOPs that were removed."""
 
     target: float
     reached: float
@@ -226,14 +230,14 @@ class RatioSummary(_Data):
 
 
 class Published(_Data):
-    """Size of the published files, with the zeros of the layout `padded`."""
+    """The size of the published files, which includes the zeros of the layout `padded`."""
 
     parameters: int
     weights_bytes: int
 
 
 class Text(_Data):
-    """The tokens that were calibrated or measured on."""
+    """The tokens that the model was calibrated or measured on."""
 
     source: str
     windows: int
@@ -242,7 +246,7 @@ class Text(_Data):
 
 
 class Report(_Data):
-    """The report of one target."""
+    """The report of one pruned model; a run with several target ratios has one report for each."""
 
     source: Source
     spec: dict[str, Any] = Field(description="How to prune, as requested, with defaults filled in.")
@@ -273,5 +277,5 @@ class Report(_Data):
     published: Published | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON-able data."""
+        """Return the report as JSON-able data."""
         return {**self.model_dump(mode="json", exclude={"steps"}), "steps": [step.as_dict() for step in self.steps]}

@@ -1,10 +1,13 @@
-"""The stages of a job, in the order in which a job goes through them."""
+"""The stages of a job, in the order in which a job passes through them."""
 
 from enum import StrEnum
 
 
 class Stage(StrEnum):
-    """What a job is doing. Between ``loading`` and ``checking`` a job with several targets or rounds repeats stages."""
+    """The current activity of a job.
+
+    A job with several target ratios or rounds repeats stages between `loading` and `checking`.
+    """
 
     STARTING = "starting"
     DOWNLOADING = "downloading"

@@ -1,9 +1,11 @@
-"""The states of a job; what leads from one to another is in :mod:`app.jobs.transitions`."""
+"""The states of a job; :mod:`app.jobs.transitions` defines the transitions between them."""
 
 from enum import StrEnum
 
 
 class State(StrEnum):
+    """The state of a job."""
+
     QUEUED = "queued"
     RUNNING = "running"
     PUBLISHING = "publishing"

@@ -45,15 +45,17 @@ MODEL_TYPES: dict[str, Family] = {model_type: family for family in FAMILIES for 
 
 SUPPORTED = ", ".join(sorted({*MODEL_TYPES, chatglm.MODEL_TYPE}))
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-"""What a config must give, for the modules that go by these names to be found."""
+"""The keys that a config must have so that the modules with these sizes can be found."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
-    """The family of the model that a ``config.json`` describes; ``None``: one without an adapter that may be built like Llama.
+    """Return the family of the model that a ``config.json`` describes.
+
+    ``None`` means that the model type has no adapter, and that the model may be built like Llama.
 
     Raises:
-        PruningError: ``unsupported_architecture`` for any other.
+        PruningError: ``unsupported_architecture`` for any other model.
     """
     model_type = str(config.get("model_type"))
     family = MODEL_TYPES.get(model_type)
@@ -68,7 +70,7 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
 
 
 def _unlike_llama(config: Mapping[str, Any]) -> str | None:
-    """Why a model without an adapter is none that modules can be found out of, as far as its config tells."""
+    """Return why a model without an adapter is not built like Llama, as far as its config tells; else ``None``."""
     if config.get("is_encoder_decoder") or "text_config" in config:
         return "it is more than a decoder of text"
     if experts := [key for key in EXPERTS if config.get(key)]:
@@ -81,7 +83,7 @@ def _unlike_llama(config: Mapping[str, Any]) -> str | None:
 
 
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
-    """Sizes of the model that a ``config.json`` describes, of a family that has an adapter.
+    """Return the sizes of the model that a ``config.json`` describes; the model's family must have an adapter.
 
     Raises:
         PruningError: ``unsupported_architecture``, ``weights_quantized`` or ``config_invalid``.
@@ -97,10 +99,12 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse at the door what a config already rules out.
+    """Refuse a model that its config already rules out.
+
+    For a family without an adapter, loading the model reveals any other obstacle.
 
     Raises:
-        PruningError: as :func:`shape_from_config`; of a family without an adapter, the rest shows when it is loaded.
+        PruningError: ``unsupported_architecture``, ``weights_quantized`` or ``config_invalid``.
     """
     family = family_of(config)
     if family is None:
@@ -126,7 +130,7 @@ def _check_weights(config: Mapping[str, Any]) -> None:
 
 
 def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
-    """Sizes of a model of ``family``.
+    """Return the sizes of a model of ``family`` from its config.
 
     Raises:
         PruningError: ``unsupported_architecture``, ``weights_quantized`` or ``config_invalid``.

@@ -1,8 +1,8 @@
-"""What pruning needs to know of an architecture: where heads and channels live, and the arithmetic of their parameters.
+"""What pruning must know of an architecture: the modules that hold heads and channels, and their parameter counts.
 
-Units are whole KV groups (a KV head with every query head that reads it) and feed-forward channels (a row of each input
-projection with its column of the output projection). Names are module names within a decoder layer, as transformers has
-them.
+The units are whole KV groups (a KV head with every query head that reads it) and feed-forward channels (a row of each
+input projection with its column of the output projection). Names are module names within a decoder layer, as
+transformers uses them.
 """
 
 import math
@@ -15,19 +15,19 @@ from typing import Any, Literal
 from secateur.contract.errors import ErrorCode, PruningError
 
 WIDE_INTERMEDIATE = 4096
-"""From this feed-forward width on, 256 channels are a fine enough step (K-quants want multiples of 256)."""
+"""The feed-forward width from which a step of 256 channels is fine enough (K-quants need multiples of 256)."""
 NEAR = 0.01
-"""Of the prunable parameters: a ratio missed by no more is as good as any that is nearer."""
+"""A share of the prunable parameters: a ratio that is missed by at most this share counts as near enough."""
 MOST_LAYERS = 1024
 LARGEST_SIZE = 2**24
-"""Beyond any model there is: a config is a stranger's text, and sizes turn into memory."""
+"""A bound beyond the sizes of all models; a config is untrusted input, and its sizes determine memory use."""
 
 
 def read_size(config: Mapping[str, Any], key: str, default: int | None = None, most: int = LARGEST_SIZE) -> int:
-    """The size that a config gives under ``key``.
+    """Return the size that a config gives under ``key``.
 
     Raises:
-        PruningError: ``config_invalid`` where it is no size.
+        PruningError: ``config_invalid`` if the value is not an integer from 1 to ``most``.
     """
     value = config.get(key)
     value = default if value is None else value
@@ -41,20 +41,22 @@ def read_size(config: Mapping[str, Any], key: str, default: int | None = None, m
 
 
 StockHeads = Literal["any", "divisors", "unchanged"]
-"""Any, those that divide ``hidden_size``, the model's own."""
+"""The numbers of heads that a stock class accepts: any, those that divide ``hidden_size``, or only the model's own."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture family. Adding one is a file with one of these and a line in ``FAMILIES``.
+    """A family of architectures. A new family needs one file with one such object, and a line in ``FAMILIES``.
 
-    ``query``, ``key`` and ``value`` have a block of ``head_dim`` rows a head; ``attention_output`` the matching columns.
-    Each of ``channel_inputs`` has a row a channel, ``channel_output`` a column. ``biased`` tells, from the config, which
-    of these projections carry a bias.
+    ``query``, ``key`` and ``value`` have a block of ``head_dim`` rows for each head, and ``attention_output`` has the
+    matching columns. Each of ``channel_inputs`` has one row for each channel, and ``channel_output`` has one column.
+    ``biased`` returns, from the config, the names of the projections that have a bias.
 
-    Where a stock layer computes several of these in one module, or keeps a weight the other way round than ``nn.Linear``,
-    ``fused`` names the module and, in the order of its rows, the parts that it is taken apart into; a part's name is the
-    module's, a dot, and its own. The rows of ``interleaved`` modules go head by head: one head's of each part, then the next.
+    ``fused`` is for stock layers that compute several of these projections in one module, or that store a weight
+    transposed to ``nn.Linear``. It maps the module to the names of the projections that the module is split into, in
+    the order of the module's rows; a projection's full name is the module's name, a dot, and the projection's own name.
+    In ``interleaved`` modules the rows are ordered by head: the rows of each projection for one head, then the rows for
+    the next head.
     """
 
     name: str
@@ -67,45 +69,54 @@ class Family:
     channel_inputs: tuple[str, ...]
     channel_output: str
     norm_parameters: Callable[[Mapping[str, Any]], int]
-    """Parameters of one layer's norms."""
+    """Number of parameters in the norms of one layer."""
     experts: tuple[str, ...] = ()
-    """What configs call the number of experts, where a layer has a mixture of them: feed-forward networks, of which a router
-    sends each token to ``num_experts_per_tok``. Their stock module, which owns the channels' projections, is taken apart into
-    these. Of two names the first counts that a config has."""
+    """The config's keys for the number of experts, for layers with a mixture of experts.
+
+    Experts are feed-forward networks; a router sends each token to ``num_experts_per_tok`` of them. The stock module
+    that owns the channels' projections is split into the experts. If a config has several of the keys, the first key in
+    this tuple counts.
+    """
     biased: Callable[[Mapping[str, Any]], frozenset[str]] = lambda config: frozenset()
     outer_parameters: Callable[[Mapping[str, Any]], int] = lambda config: int(config["hidden_size"])
-    """Parameters of the final norm, and of embeddings beside the tokens'."""
+    """Number of parameters in the final norm, and in embeddings other than the token embeddings."""
     refused: Callable[[Mapping[str, Any]], str | None] = lambda config: None
-    """Why a model of this config cannot be pruned, where some of the family can and some cannot."""
+    """The reason why a model of this config cannot be pruned, or ``None``; only some families have such models."""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     interleaved: frozenset[str] = frozenset()
     sizes: Mapping[str, str] = field(default_factory=dict)
-    """Attributes in which a layer's modules keep widths that their forward reads, each with its name in :class:`LayerShape`."""
+    """Attributes from which a layer's modules read widths in their forward, with the names in :class:`LayerShape`."""
     additive: bool = True
-    """Whether what attention and feed-forward give is added to the hidden states, and neither is normed before."""
+    """Whether attention and feed-forward outputs are added to the hidden states without a norm before."""
     two_positions: bool = False
-    """Whether each token has two positions, which no stock class knows."""
+    """Whether each token has two positions, which no stock class supports."""
     opened: bool = False
-    """Whether these models write poorly after text without the special tokens that their tokenizer puts before it."""
+    """Whether these models write poorly after text that lacks the special tokens their tokenizer puts before it."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What the config's class assumes where ``config.json`` is silent, if that is not what others assume."""
+    """The config class's values for keys that ``config.json`` lacks, if they differ from those of other families."""
     stock_heads: Callable[[Mapping[str, Any]], StockHeads] = lambda config: "any"
-    """Head counts that a stock class takes with the same ``head_dim``."""
+    """The numbers of heads that the stock class accepts with the same ``head_dim``."""
     twins: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """By ``model_type`` whose own class takes divisors alone, where another computes the same and takes any number of heads:
-    type and class that a checkpoint without code is written as, where its own does not do."""
+    """The type and class that a checkpoint without code is written as, by ``model_type``.
+
+    An entry is for a model type whose own class accepts only numbers of heads that divide ``hidden_size``, where
+    another class computes the same function and accepts any number of heads. The entry is used if the model's own class
+    does not accept the heads.
+    """
     default_width: int | None = None
-    """Feed-forward channels for each hidden unit, where ``config.json`` gives no width."""
+    """Number of feed-forward channels for each hidden unit, where ``config.json`` gives no width."""
     names: Mapping[str, str] = field(default_factory=dict)
-    """What this family's config calls ``num_attention_heads`` and its like, if not so. Where every head has a key and value
-    of its own, ``num_key_value_heads`` is the number of heads by another name."""
+    """The family's config keys for ``num_attention_heads`` and similar sizes, where the keys differ from these names.
+
+    If every head has its own key and value, ``num_key_value_heads`` maps to the key for the number of heads.
+    """
 
     def name_of(self, size: str) -> str:
-        """The config's name for ``size``."""
+        """Return the config's key for ``size``."""
         return self.names.get(size, size)
 
     def module(self, projection: str) -> str:
-        """The stock layer's module that computes ``projection``."""
+        """Return the name of the stock layer's module that computes ``projection``."""
         owner = projection.rpartition(".")[0]
         return owner if owner in self.fused else projection
 
@@ -115,24 +126,24 @@ class Family:
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """Every projection that pruning cuts: the prunable parameters are those of these modules."""
+        """Every projection that pruning cuts; the prunable parameters are the parameters of these modules."""
         return (*self.attention_inputs, self.attention_output, *self.channel_inputs, self.channel_output)
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One decoder layer's widths."""
+    """The widths of one decoder layer."""
 
     kv_groups: int
     heads: int
     head_dim: int
     channels_per_expert: int
-    """Channels of each expert, where there is a mixture of them."""
+    """Number of channels of each expert; without a mixture of experts, of the layer."""
     experts: int = 1
 
     @property
     def channels(self) -> int:
-        """Of all experts, one after the other."""
+        """Number of channels of all experts, which are stored one after the other."""
         return self.channels_per_expert * self.experts
 
     @property
@@ -140,20 +151,21 @@ class LayerShape:
         return self.heads // self.kv_groups
 
     def without(self, kv_groups: int) -> "LayerShape":
-        """The layer with so many KV groups less."""
+        """Return the shape of the layer without ``kv_groups`` of its KV groups."""
         return replace(self, kv_groups=self.kv_groups - kv_groups, heads=self.heads - kv_groups * self.heads_per_group)
 
     @property
     def attention_width(self) -> int:
-        """Outputs of all heads side by side."""
+        """Width of the outputs of all heads side by side."""
         return self.heads * self.head_dim
 
 
 @dataclass(frozen=True)
 class UnitCost:
-    """Parameters that go with one unit, the same in every layer, and those that stay in a layer whatever is cut.
+    """The numbers of parameters that are removed with one unit, and the number that stays in a layer whatever is cut.
 
-    Experts are all equally wide, so with a channel goes one of every expert.
+    The numbers are the same in every layer. All experts have the same width, so removing a channel removes one channel
+    of every expert.
     """
 
     kv_group: int
@@ -162,7 +174,7 @@ class UnitCost:
 
 
 def channel_steps(width: int, multiple: int) -> list[int]:
-    """Channels that go with each step down from ``width``, through the multiples, to the one block that stays."""
+    """Return the channels that each step removes, from ``width`` through the multiples to the one block that stays."""
     if width <= multiple:
         return []
     odd = width % multiple
@@ -170,7 +182,11 @@ def channel_steps(width: int, multiple: int) -> list[int]:
 
 
 def nearest_groups(wished: float, choices: Sequence[int], channels: int, total: float, cost: UnitCost) -> int:
-    """How many KV groups go: of ``choices`` the nearest to ``wished`` with which ``channels`` can make up ``total`` parameters."""
+    """Return the number of KV groups to remove.
+
+    Of the choices that come nearest to ``total``, the function returns the nearest to ``wished``. ``total`` is the
+    number of parameters to remove; at most ``channels`` channels make up the part that KV groups do not.
+    """
 
     def miss(count: int) -> float:
         left = total - count * cost.kv_group
@@ -181,7 +197,7 @@ def nearest_groups(wished: float, choices: Sequence[int], channels: int, total: 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model, from its config alone."""
+    """The sizes of a model, from its config alone."""
 
     family: Family
     model_type: str
@@ -192,15 +208,15 @@ class ModelShape:
     layers: tuple[LayerShape, ...]
     cost: UnitCost
     other_parameters: int
-    """Embeddings, norms, routers and head: what pruning leaves alone."""
+    """Number of parameters that pruning does not change: embeddings, norms, routers and the language-model head."""
     experts_per_token: int = 1
-    """Experts that a token is sent to."""
+    """Number of experts that the router sends each token to."""
     stock_heads: StockHeads = "any"
-    """See :class:`Family`."""
+    """The numbers of heads that the stock class accepts with the same ``head_dim``."""
 
     @cached_property
     def prunable_parameters(self) -> int:
-        """Parameters in the decoder blocks' attention and feed-forward projections: what ``target_ratio`` is a share of."""
+        """Number of parameters in attention and feed-forward projections; ``target_ratio`` is a share of it."""
         return sum(self.layer_parameters(layer) for layer in self.layers)
 
     @property
@@ -212,15 +228,18 @@ class ModelShape:
         return layer.kv_groups * cost.kv_group + layer.channels_per_expert * cost.channel + cost.fixed
 
     def width_multiple(self, asked: int | None) -> int:
-        """Feed-forward widths are multiples of this: ``asked``, or 256 for wide models, else 32 (design of the export)."""
+        """Return the number that all feed-forward widths are multiples of.
+
+        The number is ``asked`` if the request sets it, else 256 for wide models and 32 for all others.
+        """
         return asked or (256 if self.layers[0].channels_per_expert >= WIDE_INTERMEDIATE else 32)
 
     def removable(self, layer: LayerShape, multiple: int) -> tuple[int, int]:
-        """The most that a layer can give, in KV groups and in channels: one group and one block of channels stay."""
+        """Return how many KV groups and channels a layer can lose: one group and one block of channels stay."""
         return layer.kv_groups - 1, sum(channel_steps(layer.channels_per_expert, multiple))
 
     def takes_heads(self, layer: LayerShape) -> bool:
-        """Whether the stock class can have every layer with the heads of ``layer``."""
+        """Return whether the stock class allows every layer to have the number of heads of ``layer``."""
         match self.stock_heads:
             case "any":
                 return True
@@ -230,16 +249,17 @@ class ModelShape:
                 return layer.heads == self.layers[0].heads
 
     def max_ratio(self, width_multiple: int | None = None, uniform: bool = False) -> float:
-        """The largest ratio: all that every layer can give."""
+        """Return the largest ratio, at which every layer loses all that it can lose."""
         choices, channels = self._removable(self.width_multiple(width_multiple), uniform)
         return (choices[-1] * self.cost.kv_group + channels * self.cost.channel) / self.prunable_parameters
 
     def split(self, ratio: float, width_multiple: int | None, uniform: bool = False) -> tuple[int, float]:
-        """What a ratio takes from the source, in KV groups and in parameters of channels.
+        """Return the number of KV groups and the number of channel parameters that a ratio removes from the source.
 
-        Heads give the same share of themselves as the whole does, as near as whole groups come to it and as channels can
-        make up the difference. Where layers are to stay ``uniform``, the same number in every layer: of what comes near to
-        the ratio in whole groups and whole steps of channels, that with the share of heads that is nearest to the whole's.
+        KV groups lose the same share as the whole model, as near as whole groups come to the share and as channels can
+        make up the difference. With ``uniform``, every layer loses the same number of units: of the combinations of
+        whole groups and whole steps of channels that come near to the ratio, the function chooses the one whose share
+        of KV groups is nearest to the share of the whole model.
         """
         wanted, multiple = ratio * self.prunable_parameters, self.width_multiple(width_multiple)
         choices, channels = self._removable(multiple, uniform)
@@ -258,16 +278,16 @@ class ModelShape:
         return count, min(max(wanted - count * self.cost.kv_group, 0.0), channels * self.cost.channel)
 
     def nearest_ratio(self, target_ratio: float, width_multiple: int | None = None, uniform: bool = False) -> float:
-        """The ratio nearest to the target that whole KV groups and whole blocks of channels make."""
+        """Return the ratio nearest to ``target_ratio`` that whole KV groups and whole blocks of channels reach."""
         groups, channels = self.split(target_ratio, width_multiple, uniform)
         limit = self._removable(self.width_multiple(width_multiple), uniform)[1] * self.cost.channel
         block = self.block(width_multiple)
-        below = min(math.ceil(channels / block - 0.5) * block, limit)  # of two that are as near, the smaller is cut
+        below = min(math.ceil(channels / block - 0.5) * block, limit)  # of two sizes equally near, the smaller is cut
         whole = channels if uniform else min((below, limit), key=lambda size: abs(size - channels))
         return (groups * self.cost.kv_group + whole) / self.prunable_parameters
 
     def block(self, width_multiple: int | None = None, uniform: bool = False) -> int:
-        """Parameters of one step of channels, which every layer takes at once where they are to stay ``uniform``."""
+        """Return the number of parameters in one step of channels; with ``uniform``, all layers take a step at once."""
         return self.width_multiple(width_multiple) * self.cost.channel * (len(self.layers) if uniform else 1)
 
     def check_ratio(
@@ -278,12 +298,12 @@ class ModelShape:
         *,
         field: str = "target_ratio",
     ) -> None:
-        """Refuse a target that misses by more than half a block of channels, or that would remove nothing.
+        """Refuse a ratio that is missed by more than half a block of channels, or that would remove nothing.
 
-        ``field`` is the request's that asked for it.
+        ``field`` is the request's field that the error names.
 
         Raises:
-            PruningError: ``ratio_unreachable``, naming the nearest ratio that can be met.
+            PruningError: ``ratio_unreachable``; the message names the nearest ratio that can be reached.
         """
         nearest = self.nearest_ratio(target_ratio, width_multiple, uniform)
         block = self.block(width_multiple, uniform) / self.prunable_parameters
@@ -303,7 +323,7 @@ class ModelShape:
         )
 
     def _removable(self, multiple: int, uniform: bool = False) -> tuple[Sequence[int], int]:
-        """The numbers of KV groups that can go, ascending, and the most channels."""
+        """Return the numbers of KV groups that can be removed, ascending, and the largest number of channels."""
         by_layer = [self.removable(layer, multiple) for layer in self.layers]
         channels = sum(channels for _, channels in by_layer)
         if not uniform:
@@ -313,7 +333,7 @@ class ModelShape:
         return [(first.kv_groups - layer.kv_groups) * depth for layer in fewer if self.takes_heads(layer)], channels
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``POST /v1/models/inspect``."""
+        """Return the sizes as JSON-able data for ``POST /v1/models/inspect``."""
         return {
             "family": self.family.name,
             "model_type": self.model_type,

@@ -1,6 +1,6 @@
-"""ChatGLM as its own repositories have it, under other names: the first is our ``chatglm6b``, ChatGLM2, ChatGLM3 and GLM-4
-are transformers' ``glm``.
+"""Configs of ChatGLM's own repositories, which use other names than transformers.
 
+The first ChatGLM-6B becomes Secateur's ``chatglm6b``; ChatGLM2, ChatGLM3 and GLM-4 become transformers' ``glm``.
 Source: configuration_chatglm.py and modeling_chatglm.py of zai-org/chatglm-6b and zai-org/chatglm3-6b.
 """
 
@@ -23,25 +23,27 @@ ALIKE: dict[str, tuple[bool, bool]] = {
     "original_rope": (True, True),
     "pre_seq_len": (False, False),
 }
-"""What ``glm`` has no key for: what it does, and what a config that is silent means."""
+"""Keys that ``glm`` does not have: the behaviour of ``glm``, and the behaviour of a config that lacks the key."""
 
 CARRIED = ("eos_token_id", "pad_token_id", "bos_token_id", "attention_dropout", "torch_dtype", "dtype")
 
 FIRST = {"position_encoding_2d", "inner_hidden_size"}
-"""What only configs of the first ChatGLM-6B have."""
+"""Keys that only configs of the first ChatGLM-6B have."""
 CHATGLM6B_TOKENS = ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id")
 IMAGES = ("vision_config", "eva_config")
 
 INTERPOLATED = 16
-"""``rope_ratio`` of ChatGLM2-6B-32K, whose code divides positions by it where all later code multiplies the rope's base."""
+"""``rope_ratio`` of ChatGLM2-6B-32K, whose code divides positions by it; later code multiplies the rope's base."""
 
 
 def translate(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``config.json`` of model type ``chatglm`` in the words of ``GlmConfig`` or of our ``ChatGLM6BConfig``: the same
-    function of the same weights.
+    """Translate a ``config.json`` of model type ``chatglm`` to a ``GlmConfig`` or to Secateur's ``ChatGLM6BConfig``.
+
+    The translated config describes the same function of the same weights.
 
     Raises:
-        PruningError: ``unsupported_architecture`` for what neither can be, ``config_invalid``; both name the key.
+        PruningError: ``unsupported_architecture`` if the model is neither of the two, or ``config_invalid``.
+            Both errors name the key.
     """
     if image := next((key for key in IMAGES if config.get(key)), None):
         raise _unsupported(f"it reads images ('{image}')")
@@ -112,7 +114,7 @@ def _glm(config: Mapping[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": _number(config, "layernorm_epsilon", 1e-5),
         "rope_theta": 10000.0 * ratio,
         "partial_rotary_factor": 0.5,
-        # GlmConfig assumes ids of GLM-4's, beyond ChatGLM's vocabulary.
+        # GlmConfig's default ids are those of GLM-4, which are outside ChatGLM's vocabulary.
         "eos_token_id": 2,
         "pad_token_id": None,
     }
@@ -120,9 +122,9 @@ def _glm(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_common(config: Mapping[str, Any], translated: dict[str, Any]) -> dict[str, Any]:
-    """With what has the same name in every one of these configs."""
+    """Return the translated config with the keys that have the same name in all of these configs."""
     translated |= {key: config[key] for key in CARRIED if config.get(key) is not None}
-    translated["tie_word_embeddings"] = False  # their classes never tie them, whatever the config says
+    translated["tie_word_embeddings"] = False  # ChatGLM's classes never tie embeddings, whatever the config says
     if quantized := config.get("quantization_config") or config.get("quantization_bit"):
         translated["quantization_config"] = quantized
     return translated

@@ -1,6 +1,6 @@
-"""The first ChatGLM-6B: GPT-NeoX's modules under other names, with a rotation and a residual of their own.
+"""The first ChatGLM-6B: GPT-NeoX's modules under other names, with a different rotation and a different residual.
 
-transformers has no class for it; ours is workers/engine/modeling_chatglm6b.py.
+transformers has no class for the model; Secateur's class is in ``secateur/engine/model/modeling_chatglm6b.py``.
 """
 
 from dataclasses import replace

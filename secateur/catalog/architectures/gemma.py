@@ -1,4 +1,4 @@
-"""Gemma 2 and the text model of Gemma 3: Llama's projections, norms before and after attention and feed-forward."""
+"""Gemma 2 and the text model of Gemma 3: Llama's projections; norms surround attention and feed-forward."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,10 @@ def _biased(config: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _norm_parameters(config: Mapping[str, Any]) -> int:
-    """Four RMS norms, and in Gemma 3 one a head for queries and one for keys."""
+    """Return the number of norm parameters of a layer.
+
+    A layer has four RMS norms; in Gemma 3 also one of size ``head_dim`` for queries and one for keys.
+    """
     per_head = 2 * config["head_dim"] if config["model_type"] == "gemma3_text" else 0
     return int(4 * config["hidden_size"] + per_head)
 

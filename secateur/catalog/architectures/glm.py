@@ -1,4 +1,7 @@
-"""GLM-4 (``glm``) and its successor (``glm4``, which norms what it adds): gate and up projection in one module."""
+"""GLM-4 (``glm``) and its successor (``glm4``): one module computes the gate and up projections.
+
+``glm4`` applies a norm to the outputs of attention and feed-forward before it adds them to the hidden states.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +17,7 @@ def _biased(config: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _family(name: str, norms: int, additive: bool) -> Family:
-    """``norms``: RMS norms of a layer."""
+    """Return the family ``name``, whose layers have ``norms`` RMS norms each."""
     return Family(
         name=name,
         model_types=(name,),

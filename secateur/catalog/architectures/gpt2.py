@@ -1,4 +1,4 @@
-"""GPT-2: every head has its own key and value, a plain MLP, weights stored input by output (``Conv1D``)."""
+"""GPT-2: a key and value for every head, a plain MLP, and weights that are stored input by output (``Conv1D``)."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: query, key and value of each head side by side in one module, a plain MLP, LayerNorms."""
+"""GPT-NeoX and Pythia: one module holds query, key and value of each head side by side; a plain MLP and LayerNorms."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Llama and its relatives: separate q/k/v/o projections with grouped KV heads, a gated MLP, RMS norms."""
+"""Llama and related models: separate q/k/v/o projections with grouped KV heads, a gated MLP and RMS norms."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,10 @@ GATE, UP, DOWN = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 
 
 def _biased(config: Mapping[str, Any]) -> frozenset[str]:
-    """Llama and Qwen3 have switches; Qwen2 always has a bias on q, k and v; Mistral has none."""
+    """Return the names of the projections that have a bias.
+
+    Llama and Qwen3 have config keys for biases; Qwen2 always has a bias on q, k and v; Mistral has none.
+    """
     if config["model_type"] == "qwen2":
         return frozenset({QUERY, KEY, VALUE})
     attention = {QUERY, KEY, VALUE, OUTPUT} if config.get("attention_bias") else set()
@@ -19,13 +22,20 @@ def _biased(config: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _norm_parameters(config: Mapping[str, Any]) -> int:
-    """Two RMS norms, and in Qwen3 one a head for queries and one for keys."""
+    """Return the number of norm parameters of a layer.
+
+    A layer has two RMS norms; in Qwen3 also one of size ``head_dim`` for queries and one for keys.
+    """
     per_head = 2 * config["head_dim"] if config["model_type"] == "qwen3" else 0
     return int(2 * config["hidden_size"] + per_head)
 
 
 def _stock_heads(config: Mapping[str, Any]) -> StockHeads:
-    """Llama's own class wants heads to divide ``hidden_size``; without biases, Mistral's computes the same."""
+    """Return the numbers of heads that the stock class accepts.
+
+    Llama's class requires that the number of heads divides ``hidden_size``; without biases, Mistral's class computes
+    the same function for any number of heads.
+    """
     return "divisors" if config["model_type"] == "llama" and _biased(config) else "any"
 
 

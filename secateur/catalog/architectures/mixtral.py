@@ -1,4 +1,4 @@
-"""Mixtral: Mistral's attention, and several gated feed-forward networks of which a router picks some for each token."""
+"""Mixtral: Mistral's attention, and several gated feed-forward networks; a router picks some of them for each token."""
 
 from secateur.catalog.architectures.base import Family
 from secateur.catalog.architectures.llama import KEY, OUTPUT, QUERY, VALUE

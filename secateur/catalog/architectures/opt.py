@@ -1,4 +1,7 @@
-"""OPT: separate projections with biases, every head with its own key and value, a plain MLP, LayerNorms before each part."""
+"""OPT: separate projections with biases, a key and value for every head, a plain MLP.
+
+LayerNorms come before attention and before feed-forward.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +10,7 @@ from secateur.catalog.architectures.base import Family
 
 QUERY, KEY, VALUE, OUTPUT = (f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
 OFFSET = 2
-"""Positions are counted from 2."""
+"""The number from which OPT counts positions."""
 
 
 def _biased(config: Mapping[str, Any]) -> frozenset[str]:
@@ -15,7 +18,7 @@ def _biased(config: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _norm(config: Mapping[str, Any]) -> int:
-    """Parameters of one LayerNorm."""
+    """Return the number of parameters of one LayerNorm."""
     return int(2 * config["hidden_size"] if config["layer_norm_elementwise_affine"] else 0)
 
 

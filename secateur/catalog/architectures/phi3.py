@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: query, key and value in one module, gate and up projection in another."""
+"""Phi-3 and Phi-4: one module computes query, key and value, and another computes the gate and up projections."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,10 @@ QUERY_KEY_VALUE, GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
 
 
 def _stock_heads(config: Mapping[str, Any]) -> StockHeads:
-    """Where rotations are scaled, the config's class checks the number of factors against ``hidden_size / heads``."""
+    """Return the numbers of heads that the stock class accepts.
+
+    If the rotations are scaled, the config's class checks the number of factors against ``hidden_size / heads``.
+    """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     return "unchanged" if "short_factor" in rope else "any"
 

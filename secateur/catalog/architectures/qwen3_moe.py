@@ -1,4 +1,4 @@
-"""Qwen3's mixture of experts: Qwen3's attention, and in every layer gated experts of which a router picks some for each token."""
+"""Qwen3's mixture of experts: Qwen3's attention and gated experts; a router picks some experts for each token."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -41,20 +41,23 @@ from secateur.contract.states import TERMINAL, State
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 LONG_POLL = 20
-"""Seconds that the service holds an answer back for a change."""
+"""Seconds for which the service holds back a response until the job changes."""
 TIMEOUT = 30.0
 PATIENCE = 60.0
-"""Seconds for which watching a job bridges a service that went away."""
+"""Seconds for which watching a job continues while the service cannot be reached."""
 CHUNK = 2**20
 
 
 class Client:
-    """The service at ``url`` (``SECATEUR_URL``), as the API key ``api_key`` (``SECATEUR_API_KEY``); a context manager.
+    """A client of the service at ``url`` with the API key ``api_key``; it is a context manager.
 
-    Requests that may be repeated are, after connection errors, 429 and 503: with growing pauses, or what ``Retry-After`` says.
+    ``url`` defaults to ``SECATEUR_URL``, and ``api_key`` to ``SECATEUR_API_KEY``. After connection errors and the
+    statuses 429 and 503, the client repeats requests that may be repeated. The pauses between the attempts grow, or
+    follow ``Retry-After``.
 
     Raises:
-        ValueError: there is no API key, or it has characters that none has.
+        ValueError: There is no API key, or the key has characters that no API key has.
+        Unreachable: The URL is not valid.
     """
 
     def __init__(self, url: str | None = None, api_key: str | None = None, *, timeout: float = TIMEOUT) -> None:
@@ -82,24 +85,24 @@ class Client:
         self._http.close()
 
     def methods(self) -> MethodList:
-        """The pruning methods, and what their parts can be replaced by."""
+        """Return the pruning methods, and the kinds of component that can replace those of a method."""
         return MethodList.model_validate((self.request("GET", "/v1/methods")).json())
 
     def inspect(
         self, model_id: str, *, revision: str | None = None, gguf_file: str | None = None, hub_token: str | None = None
     ) -> Inspection:
-        """What a model is made of, and what can be made of it."""
+        """Return a model's sizes, and the sizes and layouts that the pruned model can have."""
         body = _given(model_id=model_id, revision=revision, gguf_file=gguf_file, hub_token=hub_token)
         return Inspection.model_validate((self.request("POST", "/v1/models/inspect", json=body)).json())
 
     def request(
         self, method: str, path: str, *, repeat: bool = True, attempts: int = ATTEMPTS, **options: Any
     ) -> httpx2.Response:
-        """The response to a request that was not refused.
+        """Send a request, and return the response if the service did not refuse the request.
 
         Raises:
-            ApiError: see :mod:`secateur.client.errors`.
-            Unreachable: there was no connection.
+            ApiError: The service refused the request; :mod:`secateur.client.errors` has the subclasses.
+            Unreachable: There was no connection.
         """
         attempt = 0
         while True:
@@ -119,12 +122,12 @@ class Client:
             sleep(pause(attempt, response))
 
     def stream(self, path: str, headers: Mapping[str, str]) -> Any:
-        """An open response, as a context manager."""
+        """Return an open response to a GET request, as a context manager."""
         return self._http.stream("GET", path, headers=headers)
 
 
 class Jobs:
-    """``/v1/jobs``."""
+    """The operations of ``/v1/jobs``."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -139,19 +142,22 @@ class Jobs:
         idempotency_key: str | None = None,
         **rest: Any,
     ) -> "Job":
-        """Make a job; ``rest`` are the request's other fields, as the API has them. Safe to repeat by its idempotency key."""
+        """Create a job; ``rest`` are the request's other fields, as the API names them.
+
+        The request is safe to repeat because it carries an idempotency key.
+        """
         body = _given(model_id=model_id, method=method, target_ratio=target_ratio, rounds=rounds) | rest
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return Job(self._client, self._client.request("POST", "/v1/jobs", json=body, headers=headers))
 
     def dry_run(self, **request: Any) -> DryRun:
-        """What :meth:`create` would do with the same fields; nothing is made."""
+        """Return what :meth:`create` would do with the same fields; no job is created."""
         body = _given(**request)
         response = self._client.request("POST", "/v1/jobs", params={"validate_only": "true"}, json=body)
         return DryRun.model_validate(response.json())
 
     def get(self, job_id: uuid.UUID | str) -> "Job":
-        """A job of this API key."""
+        """Return a job of this API key."""
         return Job(self._client, self._client.request("GET", f"/v1/jobs/{job_id}"))
 
     def list(
@@ -163,7 +169,7 @@ class Jobs:
         labels: Mapping[str, str] | None = None,
         page_size: int = 100,
     ) -> Iterator[JobSummary]:
-        """The jobs of this API key, newest first, page by page as they are asked for."""
+        """Yield the jobs of this API key, newest first; each page is requested when it is needed."""
         parameters = _given(method=method, model_id=model_id, page_size=page_size, state=[str(each) for each in state])
         parameters |= {f"label.{name}": value for name, value in (labels or {}).items()}
         while True:
@@ -176,7 +182,7 @@ class Jobs:
 
 
 class Job:
-    """One job, as it was when it was last looked at: ``view`` has all of it."""
+    """A job as the service last described it; ``view`` has all of its fields."""
 
     def __init__(self, client: Client, response: httpx2.Response) -> None:
         self._client = client
@@ -210,12 +216,18 @@ class Job:
         return f"/v1/jobs/{self.id}"
 
     def refresh(self) -> Self:
-        """Look again."""
+        """Request the job again, and return it with its current fields."""
         self._take(self._client.request("GET", self._path))
         return self
 
     def changes(self) -> Iterator[Self]:
-        """The job now, and after every change, to its end. A service that goes away meanwhile is waited for, a minute long."""
+        """Yield the job now and after every change, until the job ends.
+
+        If the service cannot be reached, the client tries again for 60 seconds.
+
+        Raises:
+            Unreachable, Unavailable: The service did not respond for more than 60 seconds.
+        """
         yield self
         heard = time.monotonic()
         while self.state not in TERMINAL:
@@ -233,11 +245,12 @@ class Job:
                 yield self
 
     def wait(self, timeout: float | None = None, on_progress: Callable[[Self], object] | None = None) -> Self:
-        """Wait for its success; ``on_progress`` is called with the job after every change.
+        """Wait until the job succeeds; ``on_progress`` is called with the job after every change.
 
         Raises:
-            JobFailed, JobCancelled: it has ended otherwise.
-            WaitTimeout: ``timeout`` seconds have passed; it goes on.
+            JobFailed: The job failed.
+            JobCancelled: The job was cancelled.
+            WaitTimeout: ``timeout`` seconds have passed; the job continues.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         for _ in self.changes():
@@ -252,19 +265,19 @@ class Job:
         return self
 
     def cancel(self) -> Self:
-        """Stop it for good."""
+        """Cancel the job for good."""
         return self._ask("cancel")
 
     def pause(self) -> Self:
-        """Stop it at the end of its step."""
+        """Pause the job at the end of its current step."""
         return self._ask("pause")
 
     def resume(self) -> Self:
-        """Go on after a pause."""
+        """Resume the job after a pause."""
         return self._ask("resume")
 
     def retry(self) -> Self:
-        """Queue it again, from its last completed step."""
+        """Queue the job again, from its last completed step."""
         return self._ask("retry")
 
     def _ask(self, what: str) -> Self:
@@ -272,11 +285,11 @@ class Job:
         return self
 
     def delete(self) -> None:
-        """Delete it with its files, when it has ended; what was published stays."""
+        """Delete a job that has ended, with its files; a published model stays in its repository."""
         self._client.request("DELETE", self._path)
 
     def events(self) -> Iterator[EventView]:
-        """What has happened so far, oldest first."""
+        """Yield the events of the job so far, oldest first."""
         parameters: dict[str, Any] = {"page_size": 100}
         while True:
             response = self._client.request("GET", f"{self._path}/events", params=parameters)
@@ -288,10 +301,13 @@ class Job:
             parameters["page_token"] = page.next_page_token
 
     def stream(self, after: int = 0) -> Iterator[Frame]:
-        """Events as they happen from the one after ``after`` on, progress in between, and ``end``. Broken lines are taken up again.
+        """Yield the events after the id ``after`` as they happen, the progress between events, and ``end``.
+
+        The client opens a broken connection again.
 
         Raises:
-            Unauthorized: the API key was revoked meanwhile.
+            Unauthorized: The API key was revoked during the stream.
+            Unreachable: The connection broke again and again.
         """
         failures = 0
         while True:
@@ -321,19 +337,22 @@ class Job:
             sleep(pause(failures, None))
 
     def steps(self) -> list[StepView]:
-        """The completed steps."""
+        """Return the completed steps of the job."""
         return StepList.model_validate((self._client.request("GET", f"{self._path}/steps")).json()).items
 
     def recipe(self) -> dict[str, Any]:
-        """The fields of the job's request that differ from their defaults: a job created with them makes the same model."""
+        """Return the fields of the job's request that differ from their defaults.
+
+        A job that is created with these fields makes the same model.
+        """
         found: dict[str, Any] = (self._client.request("GET", f"{self._path}/recipe")).json()
         return found
 
     def report(self) -> Report:
-        """The report of a job with one target.
+        """Return the report of a job with one target ratio.
 
         Raises:
-            ValueError: it has several, see :meth:`reports`.
+            ValueError: The job has several target ratios; :meth:`reports` returns their reports.
         """
         found = self.reports()
         if len(found) != 1:
@@ -341,19 +360,21 @@ class Job:
         return found[0]
 
     def reports(self) -> list[Report]:
-        """The report of each target."""
+        """Return the report of each target ratio."""
         found = (self._client.request("GET", f"{self._path}/report")).json()
         return [Report(each) for each in found.get("targets", [found])]
 
     def artifacts(self) -> list[Artifact]:
-        """The files of the pruned model; none before the job has succeeded."""
+        """Return the files of the pruned model; there are none before the job has succeeded."""
         return ArtifactList.model_validate((self._client.request("GET", f"{self._path}/artifacts")).json()).items
 
     def download(self, folder: Path | str) -> Path:
-        """The files of the pruned model, in ``folder``. What a broken download left there is gone on with.
+        """Download the files of the pruned model to ``folder``, and return the folder.
+
+        The download continues files that an earlier, broken download left in the folder.
 
         Raises:
-            Unreachable: the connection broke again and again.
+            Unreachable: The connection broke again and again.
         """
         root = Path(folder)
         for artifact in self.artifacts():
@@ -387,35 +408,35 @@ class Job:
 
 
 class Keys:
-    """``/v1/keys``, for keys of scope ``admin``."""
+    """The operations of ``/v1/keys``, for API keys with the scope ``admin``."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
 
     def list(self) -> Sequence[KeyView]:
-        """All keys, oldest first."""
+        """Return all API keys, oldest first."""
         return KeyList.model_validate((self._client.request("GET", "/v1/keys")).json()).items
 
     def create(self, name: str, scopes: Sequence[Scope | str] | None = None) -> KeyWithSecret:
-        """Make a key; its secret cannot be had again."""
+        """Create an API key; the service shows the key's secret only in this response."""
         body = _given(name=name, scopes=None if scopes is None else [str(scope) for scope in scopes])
         return KeyWithSecret.model_validate((self._client.request("POST", "/v1/keys", json=body, repeat=False)).json())
 
     def rotate(self, key_id: uuid.UUID | str, grace_seconds: float | None = None) -> KeyWithSecret:
-        """Another secret for the same key; the one it had serves for the grace."""
+        """Give an API key another secret; the previous secret stays valid for ``grace_seconds``."""
         body = _given(grace_seconds=grace_seconds)
         response = self._client.request("POST", f"/v1/keys/{key_id}/rotate", json=body, repeat=False)
         return KeyWithSecret.model_validate(response.json())
 
     def hub_token(self, key_id: uuid.UUID | str, hub_token: str | None) -> None:
-        """The Hub token of the key's jobs; ``None`` takes it away."""
+        """Set the Hub token of the API key's jobs; ``None`` removes the token."""
         self._client.request("PUT", f"/v1/keys/{key_id}/hub-token", json={"hub_token": hub_token})
 
     def revoke(self, key_id: uuid.UUID | str) -> None:
-        """Revoke a key for good."""
+        """Revoke an API key for good."""
         self._client.request("DELETE", f"/v1/keys/{key_id}")
 
 
 def _given(**fields: Any) -> dict[str, Any]:
-    """What is not ``None``: the service has defaults for the rest."""
+    """Return the fields that are not ``None``; the service has defaults for the other fields."""
     return {name: value for name, value in fields.items() if value is not None}

@@ -78,7 +78,7 @@ def _bar(told: Callable[[int, int], None]) -> type[tqdm]:
         def __init__(self, *arguments: Any, **options: Any) -> None:
             self._bytes = options.get("name") == "huggingface_hub.snapshot_download"
             self._here = 0
-            super().__init__(*arguments, **{**options, "disable": True})
+            super().__init__(*arguments, **{**options, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:
             self._here += int(n or 0)
