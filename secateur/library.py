@@ -303,14 +303,15 @@ class _Resources:
 
 
 class _Show:
-    """A display of progress bars and warnings on stderr; if ``bars`` is false, the display is quiet."""
+    """Shows a run on a terminal's stderr: warnings always, progress bars where they are requested."""
 
     def __init__(self, bars: bool) -> None:
-        self._console = Console(stderr=True, quiet=not bars)
+        self._console = Console(stderr=True)
+        self._wanted = bars
         self._bars: TerminalProgress | None = None
 
     def __enter__(self) -> None:
-        self._bars = TerminalProgress(self._console).__enter__()
+        self._bars = TerminalProgress(self._console).__enter__() if self._wanted else None
 
     def __exit__(self, *error: object) -> None:
         if self._bars is not None:
@@ -318,7 +319,7 @@ class _Show:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, WarningEvent):
-            self._console.print(f"warning: {event.message}")
+            self._console.print(f"warning: {event.message}", markup=False)
         if isinstance(event, ProgressEvent) and self._bars is not None:
             self._bars.show(event, event.remaining_seconds)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from secateur import Paused, PruningError, Recipe, Result, library, prune
+from secateur import Paused, PruningError, Recipe, Result, prune
 from secateur.contract.events import Event, ProgressEvent, StepEvent
 from secateur.engine.run import static
 from secateur.settings import get_settings
@@ -222,7 +222,7 @@ def test_ctrl_c_keeps_what_is_done(method: str, folder: Path, tmp_path: Path) ->
 def test_ctrl_c_before_the_first_step_leaves_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(library.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "run"))
+    monkeypatch.setattr("secateur.library.tempfile.mkdtemp", lambda prefix: str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
 
     def interrupt(event: Event) -> None:
@@ -235,7 +235,7 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(
 
 
 def test_temporary_files_go_with_the_result(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     result = call(folder)
     assert len(list(tmp_path.iterdir())) == 1
     del result

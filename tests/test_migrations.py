@@ -1,6 +1,8 @@
 """The schema against a real Postgres: up, equal to the models, down to nothing, up again, by two at once."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -9,6 +11,7 @@ from sqlalchemy import create_engine, inspect
 
 from app.db import tables
 from app.db.migrate import downgrade, upgrade
+from secateur.catalog.request import JobRequest
 
 
 def _differences(url: str) -> list[object]:
@@ -73,3 +76,59 @@ def test_migrators_at_the_same_time(empty_database_url: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: upgrade(empty_database_url), range(4)))
     assert _differences(empty_database_url) == []
+
+
+def test_jobs_speak_the_words_of_0005_after_the_upgrade(empty_database_url: str) -> None:
+    upgrade(empty_database_url, "0004")
+    engine = create_engine(empty_database_url)
+    requests: dict[str, Any] = {
+        "succeeded": {"model_id": "a/b", "method": "flap", "target": {"parameters": 5.0}, "target_ratio": None,
+                      "recovery": {"kind": "lora", "epochs": 1.0, "damping": None, "target": None}},
+        "queued": {"model_id": "a/b", "method": "wanda", "target_ratio": 0.2,
+                   "recovery": {"kind": "least-squares", "damping": 0.5, "target": "layer", "epochs": 2.0}},
+    }  # fmt: skip
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO api_keys (id, name, secret_sha256, scopes) VALUES (gen_random_uuid(), 'a', 'x', '{read}')"
+        )
+        for state, request in requests.items():
+            connection.exec_driver_sql(
+                "INSERT INTO jobs (id, owner_id, state, version, request, model_id, method, labels, attempt, failures,"
+                " pause_requested, may_be_published, progress) SELECT gen_random_uuid(), id, %s, 1, %s::jsonb, 'm', 'flap', '{}', 1, 0,"
+                ' \'{"stage": "score", "round": 1}\' FROM api_keys',
+                (state, json.dumps(request)),
+            )
+        connection.exec_driver_sql(
+            "INSERT INTO job_rounds (job_id, number, attempt, path, sha256, data) SELECT id, number, 1, 'p', 's',"
+            " CASE number WHEN 2 THEN '{\"recovery\": {}}'::jsonb ELSE '{\"perplexity\": 9}' END"
+            " FROM jobs, generate_series(0, 2) AS number"
+        )
+        connection.exec_driver_sql(
+            "INSERT INTO job_events (job_id, attempt, type, data) SELECT id, 1, 'round', '{}' FROM jobs"
+        )
+    upgrade(empty_database_url)
+    with engine.begin() as connection:
+        found: dict[str, Any] = dict(connection.exec_driver_sql("SELECT state, request FROM jobs").all())
+        done = JobRequest.model_validate(found["succeeded"])
+        assert done.goal is not None and done.goal.parameters == 5 and done.recovery.training is not None
+        assert (done.recovery.training.kind, done.recovery.training.epochs, done.recovery.layerwise.kind) == (
+            "lora",
+            1,
+            None,
+        )
+        waiting = JobRequest.model_validate(found["queued"]).recovery
+        assert (waiting.layerwise.kind, waiting.layerwise.damping, waiting.layerwise.fit_to) == (
+            "least-squares",
+            0.5,
+            "layer",
+        )
+        assert waiting.training is None
+        rows = connection.exec_driver_sql(
+            "SELECT jobs.state, job_steps.data ->> 'kind' FROM job_steps JOIN jobs ON jobs.id = job_id ORDER BY number"
+        ).all()
+        assert [tuple(row) for row in rows] == [("succeeded", kind) for kind in ("baseline", "round", "training")]
+        assert set(connection.exec_driver_sql("SELECT type FROM job_events").scalars()) == {"step"}
+        assert set(connection.exec_driver_sql("SELECT progress FROM jobs").scalars()) == {None}
+    engine.dispose()
+    downgrade(empty_database_url, "0004")
+    upgrade(empty_database_url)

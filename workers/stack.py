@@ -211,7 +211,7 @@ class Stack:
         except BlockingIOError:
             self._lock.seek(0)
             pid = self._lock.read().strip()
-            raise StackError(f"a service is running on {self.folder} already (process {pid})") from None
+            raise StackError(f"another service already runs on {self.folder} (process {pid})") from None
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()

@@ -12,7 +12,7 @@ from workers.supervisor import supervise
 
 
 @app.task(name=TASK)
-def ring(job_id: str) -> None:
+def work_on(job_id: str) -> None:
     """Work on a job if it can be claimed."""
 
     def stop(signum: int, frame: FrameType | None) -> None:

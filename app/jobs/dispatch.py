@@ -13,7 +13,7 @@ from app.config import get_settings
 
 log = logging.getLogger(__name__)
 
-TASK = "secateur.ring"
+TASK = "secateur.work_on"
 TRANSPORT_OPTIONS = {"socket_timeout": 5, "socket_connect_timeout": 1, "retry_on_timeout": False}
 """Timeouts of the broker connection; without them, a broker that hangs blocks the caller for half a minute (celery
 #4296, kombu #1463)."""
@@ -36,4 +36,4 @@ def wake_worker(job_id: uuid.UUID) -> None:
     try:
         _client(get_settings().broker_url).send_task(TASK, args=[str(job_id)], ignore_result=True)
     except (KombuError, RedisError, OSError) as error:
-        log.warning("doorbell for job %s did not ring: %s", job_id, error)
+        log.warning("the dispatch message for job %s could not be sent: %s", job_id, error)

@@ -134,7 +134,12 @@ async def create(
     feed: FeedDep,
     wait: Wait,
     idempotency_key: IdempotencyKey = None,
-    validate_only: Annotated[bool, Query(description="Check and plan, make nothing; answers 200.")] = False,
+    validate_only: Annotated[
+        bool,
+        Query(
+            description="Dry run: check the request and return what the job would do; no job is created, the status is 200."
+        ),
+    ] = False,
 ) -> Any:
     """Create a job. `Prefer: wait=n` delays the answer until the job ends or n seconds have passed."""
     if validate_only:
@@ -261,9 +266,9 @@ def _ask(trigger: Trigger, summary: str) -> None:
     )(ask)
 
 
-_ask(Trigger.CANCEL, "Stop the job for good; idempotent.")
+_ask(Trigger.CANCEL, "Cancel the job permanently; idempotent.")
 _ask(Trigger.PAUSE, "Stop the job at the end of its step; idempotent.")
-_ask(Trigger.RESUME, "Go on with a paused job; idempotent.")
+_ask(Trigger.RESUME, "Resume a paused job; idempotent.")
 _ask(Trigger.RETRY, "Queue a failed or cancelled job again, from its last completed step; idempotent.")
 
 

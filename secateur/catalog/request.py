@@ -88,10 +88,10 @@ class Publish(_Request):
     """The repository that the pruned model is published to."""
 
     repo_id: Annotated[str, StringConstraints(max_length=200), AfterValidator(check_repo_id)] = Field(
-        description="Repository; made if it is not there. The files of one that is there are all replaced, in one commit. With a list of target ratios, there is one for each: `org/name-20` for 0.2, `org/name-12_5` for 0.125.",
+        description="Repository; created if it does not exist. If it exists, all its files are replaced, in one commit. With a list of target ratios, there is one for each: `org/name-20` for 0.2, `org/name-12_5` for 0.125.",
         examples=["org/name"],
     )
-    private: bool = Field(True, description="Of a repository that is made for this job.")
+    private: bool = Field(True, description="Whether a repository that the job creates is private.")
 
 
 class ModelRef(_Request):
@@ -147,9 +147,9 @@ class JobRequest(ModelRef, PruningSpec):
                 },
                 {
                     "model_id": "HuggingFaceTB/SmolLM2-135M",
-                    "target": {"parameters": 110e6},
+                    "goal": {"parameters": 110e6},
                     "method": "flap",
-                    "recovery": {"kind": "lora", "epochs": 1, "rank": 16},
+                    "recovery": {"training": {"kind": "lora", "epochs": 1, "rank": 16}},
                 },
             ]
         }
@@ -157,14 +157,14 @@ class JobRequest(ModelRef, PruningSpec):
 
     publish: Publish | None = Field(
         None,
-        description="Unset: the files are kept as artifacts; a service that publishes to a folder picks a name there.",
+        description="Unset: the files are kept as artifacts; a service that publishes to a folder chooses a name there.",
     )
     webhook_url: Annotated[str, StringConstraints(max_length=2048), AfterValidator(check_webhook_url)] | None = Field(
         None,
         description="Gets a signed POST (Standard Webhooks) when the job ends. At a public address, or one that the operator allows.",
         examples=["https://example.org/hook"],
     )
-    labels: dict[LabelName, LabelValue] = Field({}, max_length=32, description="Yours, to find jobs by.")
+    labels: dict[LabelName, LabelValue] = Field({}, max_length=32, description="Names and values to find jobs by.")
     max_runtime_seconds: float | None = Field(
         None, gt=0, le=LONGEST_RUN, description="Fail the job after this long in one run; unset: no limit."
     )

@@ -117,14 +117,16 @@ class Evaluation(TextSource):
         None, ge=1, description="The first so many examples of each task, and windows of each text; unset: all."
     )
     prompts: list[Prompt] | None = Field(
-        None, max_length=8, description="What both models go on from, for the report; unset: three of ours."
+        None,
+        max_length=8,
+        description="Prompts that both models continue, for the report. Unset: three built-in prompts.",
     )
 
     @field_validator("perplexity", "zero_shot")
     @classmethod
     def _once(cls, names: list[str]) -> list[str]:
         if len(set(names)) < len(names):
-            raise ValueError("a name stands there twice")
+            raise ValueError("a name occurs twice")
         return names
 
 

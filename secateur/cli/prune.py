@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def inspect(
     model: Annotated[str, typer.Argument(help="A Hub id, 'local:NAME', or a folder.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="Of the model's, this GGUF file.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="Read the weights from this GGUF file of the model.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show a model's sizes, and the sizes and layouts that the pruned model can have, from the config alone."""
@@ -149,7 +149,7 @@ def _prune(model: NamedRequest, spec: "PruningSpec", output: Path) -> "list[Repo
     saved = run_folder / "state.json"
     state = json.loads(saved.read_text()) if saved.is_file() else None
     if state is not None:
-        typer.echo(f"Going on after step {state.get('step')}, from {run_folder}.", err=True)
+        typer.echo(f"Resuming after step {state.get('step')}, from {run_folder}.", err=True)
 
     def listen(event: Event) -> None:
         if isinstance(event, StepEvent):

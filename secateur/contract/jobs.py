@@ -40,7 +40,7 @@ class PlannedTarget(BaseModel):
     A ratio is null when it is known only after the model is loaded.
     """
 
-    target_ratio: float | None = Field(description="As asked for, or what the size asked for comes to.")
+    target_ratio: float | None = Field(description="The requested ratio, or the ratio that the goal requires.")
     nearest_ratio: float | None = Field(description="The ratio that will be reached.")
     repo_id: str | None = Field(description="Where it would be published; null: nowhere.")
 
@@ -66,9 +66,9 @@ class Progress(BaseModel):
     stage: Stage
     step: int = Field(0, description="The step that the stage belongs to; 0 is the baseline, the unpruned model.")
     steps: int = Field(description="Rounds of all targets, and their trainings.")
-    share: float = Field(ge=0, le=1, description="Of the whole job.")
-    stage_share: float = Field(0.0, ge=0, le=1, description="Of the stage.")
-    rate: float | None = Field(None, description="What the stage gets through in a second.")
+    share: float = Field(ge=0, le=1, description="Completed share of the whole job.")
+    stage_share: float = Field(0.0, ge=0, le=1, description="Completed share of the stage.")
+    rate: float | None = Field(None, description="Amount that the stage processes per second.")
     rate_unit: str | None = Field(None, description="`tokens/s` or `bytes/s`.")
     estimated_finish_at: dt.datetime | None = None
 
@@ -216,7 +216,8 @@ class Artifact(BaseModel):
     """A file of the pruned model."""
 
     name: str = Field(
-        description="With its folder `ratio-…/` where a list of target ratios was asked for.", examples=["config.json"]
+        description="Name of the file; it begins with the folder `ratio-…/` if the request has a list of target ratios.",
+        examples=["config.json"],
     )
     size: int = Field(description="Bytes.", examples=[1024])
     url: str = Field(examples=["/v1/jobs/0199a0c6-3f5c-7d3e-9a53-0d8f4c1b2a10/artifacts/config.json"])

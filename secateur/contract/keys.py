@@ -40,7 +40,9 @@ class NewKey(_Request):
 class Rotation(_Request):
     """The request to rotate an API key: the key gets a new secret."""
 
-    grace_seconds: float = Field(GRACE, ge=0, le=LONGEST_GRACE, description="For which the secret it has serves on.")
+    grace_seconds: float = Field(
+        GRACE, ge=0, le=LONGEST_GRACE, description="Seconds for which the current secret stays valid."
+    )
 
 
 class HubToken(_Request):
@@ -60,7 +62,7 @@ class KeyView(BaseModel):
     created_at: dt.datetime
     last_used_at: dt.datetime | None = Field(description="Right to the minute.")
     revoked_at: dt.datetime | None
-    previous_expires_at: dt.datetime | None = Field(description="Until when the secret before the last one serves.")
+    previous_expires_at: dt.datetime | None = Field(description="Time until which the previous secret stays valid.")
 
 
 class KeyWithSecret(KeyView):

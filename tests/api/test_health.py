@@ -108,7 +108,7 @@ def test_a_worker_is_woken(api: httpx2.Client, body: dict[str, Any], broker_url:
         wait_for(lambda: broker.llen("celery"))
         message = broker.lpop("celery")
     assert isinstance(message, bytes)
-    assert b"secateur.ring" in message and job_id.encode() in message
+    assert b"secateur.work_on" in message and job_id.encode() in message
 
 
 def test_a_broker_that_is_away_or_hangs_stops_nobody(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

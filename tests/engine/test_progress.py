@@ -7,7 +7,6 @@ import pytest
 from secateur.catalog.resolve import components
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.stages import Stage
-from secateur.engine.run import progress
 from secateur.engine.run.progress import CHECK_SECONDS, Progress
 from secateur.engine.run.workspace import Listener
 
@@ -17,7 +16,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **spec: Any) -> None:
         self.now = 100.0
-        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr("secateur.engine.run.progress.time.monotonic", lambda: self.now)
         self.events: list[dict[str, Any]] = []
         asked = PruningSpec(**{"target_ratio": 0.2, "method": "piem", "rounds": 3, **spec})
         listener = Listener(lambda event: self.events.append(event.as_dict()))

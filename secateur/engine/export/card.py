@@ -82,14 +82,14 @@ def _opening(method: Method, base: str, linked: str, reached: float) -> str:
     if method.dynamic:
         return f"""# {base}, pruning itself for each prompt
 
-All of {linked} reads a prompt and measures what it needs; the KV groups and feed-forward channels that it needs most, gathered
-into smaller weights, write on, and save {reached:.2%} of the work in the attention and feed-forward weights. The weights are untouched.
+All of {linked} reads the prompt and measures which units the prompt needs. The KV groups and feed-forward channels that matter
+most are gathered into smaller weights, which generate the answer; this saves {reached:.2%} of the work in the attention and
+feed-forward weights. The stored weights are unchanged.
 """
     return f"""# {base}, pruned by {reached:.1%}
 
-{reached:.2%} of the parameters in the attention and feed-forward weights of
-{linked} are gone: whole KV groups of attention heads and whole feed-forward channels, cut out of the
-tensors. No masks, no special kernels.
+{reached:.2%} of the parameters in the attention and feed-forward weights of {linked} were removed: whole KV groups of attention
+heads and whole feed-forward channels were cut out of the tensors. The model needs no masks and no special kernels.
 """
 
 
