@@ -94,8 +94,8 @@ def test_jobs_speak_the_words_of_0005_after_the_upgrade(empty_database_url: str)
         for state, request in requests.items():
             connection.exec_driver_sql(
                 "INSERT INTO jobs (id, owner_id, state, version, request, model_id, method, labels, attempt, failures,"
-                " pause_requested, may_be_published, progress) SELECT gen_random_uuid(), id, %s, 1, %s::jsonb, 'm', 'flap', '{}', 1, 0,"
-                ' \'{"stage": "score", "round": 1}\' FROM api_keys',
+                " pause_requested, may_be_published, progress) SELECT gen_random_uuid(), id, %s, 1, %s::jsonb, 'm', 'flap',"
+                ' \'{}\', 1, 0, false, false, \'{"stage": "score", "round": 1}\' FROM api_keys',
                 (state, json.dumps(request)),
             )
         connection.exec_driver_sql(
