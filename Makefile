@@ -96,7 +96,7 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 
 types: .venv/.installed
-	$(BIN)/mypy secateur app workers migrations benchmarks demo scripts tests
+	$(BIN)/mypy secateur app workers migrations benchmarks demo examples scripts tests
 
 contracts: .venv/.installed
 	$(BIN)/lint-imports

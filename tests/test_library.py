@@ -346,3 +346,12 @@ assert "torch" in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_example_runs(folder: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "examples" / "prune_a_loaded_model.py"
+    environment = os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(folder), str(tmp_path / "saved")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "saved and loaded again" in done.stdout and (tmp_path / "saved" / "model.safetensors").is_file()

@@ -154,7 +154,7 @@ def test_metrics_of_trouble(api: httpx2.Client, url: str, body: dict[str, Any], 
         "secateur_webhooks_pending 0.0",
     ):
         assert line in text
-    assert 'secateur_round_seconds{method="piem-lsps"}' in text
+    assert 'secateur_step_seconds{method="piem-lsps"}' in text
     play.start(session, job_id)
     assert 'secateur_running_jobs{worker="' in httpx2.get(f"{url}/metrics").text
 
