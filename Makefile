@@ -128,6 +128,11 @@ client: .venv/.installed
 openapi: .venv/.installed
 	$(BIN)/python -m scripts.openapi docs/openapi.json
 
+.PHONY: reference
+# Plans and weights of every method on every family against the kept reference; OPTIONS: --write, --exact. Minutes.
+reference: .venv/.installed
+	$(BIN)/python -m benchmarks.reference $(OPTIONS)
+
 .PHONY: errors
 # The page of the error codes, from their enumeration; a test holds it complete.
 errors: .venv/.installed

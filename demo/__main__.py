@@ -22,7 +22,7 @@ TEXTS = Path(__file__).parent
 MODEL = "smollm2-135m-instruct"
 REPO_ID = "secateur/smollm2-135m-instruct-piem-lsps-20"
 PROMPT = "The river is wide here because"
-CLI = [sys.executable, "-m", "workers.cli"]
+CLI = [sys.executable, "-m", "secateur"]
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
             print(f"Secateur is running at {stack.url}; documentation at {stack.url}/docs", flush=True)
             environment = os.environ | {"SECATEUR_URL": stack.url, "SECATEUR_API_KEY": stack.api_key}
             submitted = subprocess.run(
-                [*CLI, "submit", "--request", str(request)], env=environment, stdout=subprocess.PIPE
+                [*CLI, "submit", "--recipe", str(request)], env=environment, stdout=subprocess.PIPE
             )
             if submitted.returncode:
                 return submitted.returncode
@@ -89,6 +89,7 @@ def show_table(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from secateur.contract.report import Latency
     from secateur.engine.evaluation import unsteady
 
     table = Table(title=f"{MODEL}, {report['ratio']['reached']:.2%} of its blocks' weights removed")
@@ -110,7 +111,7 @@ def show_table(report: dict[str, Any]) -> None:
         before, after = pair["before"], pair["after"]
         table.add_row(name, form.format(before), form.format(after), f"{after / before - 1:+.1%}")
     Console().print(table)
-    if any(unsteady(measured) for measured in latency.values()):
+    if any(unsteady(Latency.model_validate(measured)) for measured in latency.values()):
         print(
             "This machine was busy with something else: repeats of prefill and decode are far apart, they mean little."
         )

@@ -84,7 +84,7 @@ def test_plots_draw_the_data() -> None:
     assert np.asarray(found.plot_loss().axes[0].lines[0].get_ydata()).tolist() == [3.0, 2.5]
     assert heights(found.plot_latency(), 0) == [[10.0, 10.0]]
     with pytest.raises(ValueError, match="no training"):
-        report(rounds=[{"perplexity": 11.0}]).plot_loss()
+        report(steps=[{"perplexity": 11.0}]).plot_loss()
     with pytest.raises(ValueError, match="latency"):
         report(latency={"before": None, "after": None}).plot_latency()
 

@@ -142,7 +142,7 @@ def test_inspect(api: httpx2.Client, make_model: Callable[..., str]) -> None:
         "kv_groups": 4,
         "heads": 8,
         "head_dim": 8,
-        "intermediate_size": 256,
+        "channels": 256,
         "experts": 1,
     }
     assert [size["target_ratio"] for size in found["sizes"]] == [0.2, 0.5]

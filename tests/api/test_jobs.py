@@ -104,10 +104,10 @@ def test_a_plan_of_several_targets(api: httpx2.Client, body: Body) -> None:
         ({"bytes": 4 * 203_584}, {"dtype": "bfloat16"}, "float32"),
     ],
 )
-def test_a_size_as_the_target(
+def test_a_size_as_the_goal(
     api: httpx2.Client, make_model: Callable[..., str], target: Body, change: Body, dtype: str
 ) -> None:
-    request = {"model_id": make_model("sized", CONFIG | change), "target": target, "method": "piem", "dtype": dtype}
+    request = {"model_id": make_model("sized", CONFIG | change), "goal": target, "method": "piem", "dtype": dtype}
     plan = api.post("/v1/jobs?validate_only=true", json=request).json()
     assert [planned["target_ratio"] for planned in plan["targets"]] == [pytest.approx(0.2)]
 
@@ -483,6 +483,6 @@ def test_another_keys_job_is_not_there(make_client: Callable[[str], httpx2.Clien
             concrete = path.replace("{job_id}", job_id).replace("{name}", "config.json")
             assert bob.request(method, concrete).status_code == 404, (method, path)
             asked += 1
-    assert asked == 12
+    assert asked == 13
     assert bob.get("/v1/jobs").json()["items"] == []
     assert alice.get(f"/v1/jobs/{job_id}").json()["state"] == "queued"

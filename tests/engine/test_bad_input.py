@@ -184,7 +184,7 @@ def test_ratio_that_cannot_be_met(source: Path, tmp_path: Path) -> None:
     assert caught.value.code == "ratio_unreachable" and caught.value.field == "target_ratio"
     with pytest.raises(PruningError, match="nearest") as caught:
         prune(str(source), asked(target_ratio=None, goal={"parameters": 127_000}), tmp_path / "out")
-    assert caught.value.code == "ratio_unreachable" and caught.value.field == "target"
+    assert caught.value.code == "ratio_unreachable" and caught.value.field == "goal"
 
 
 @pytest.mark.parametrize(
@@ -236,5 +236,5 @@ def test_a_tokenizer_larger_than_the_model(source: Path, tmp_path: Path) -> None
 def test_output_that_is_there_already(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for taken in (tmp_path / "file", source):
-        with pytest.raises(PruningError, match="is there already"):
+        with pytest.raises(PruningError, match="already exists"):
             prune(str(source), asked(), taken)

@@ -91,7 +91,7 @@ def test_a_model_that_is_not_what_it_seems_is_refused(tokenizer: PreTrainedToken
     verify(decoder)  # which is no matter: channels still do what they did
     attention = decoder.layers[1].attention_output
     attention.register_forward_pre_hook(lambda _, args: (args[0].roll(8, -1),))
-    with pytest.raises(PruningError, match="cutting heads of layer 1"):
+    with pytest.raises(PruningError, match="cutting kv_groups of layer 1"):
         verify(decoder)
 
 

@@ -380,7 +380,7 @@ def test_no_obstacle(name: str, plan: Plan) -> None:
         ("glm4", {"uniform": True}, "formats", "glm4, and this is not supported yet"),
         ("gemma2", {}, "layout", "layout 'uniform' or 'padded'"),
         ("qwen3", {}, "layout", "only where embeddings and head are tied; layout 'uniform' or 'padded'"),
-        ("qwen3", {"uniform": True, "added_biases": True}, "recovery.kind", "no place for the biases"),
+        ("qwen3", {"uniform": True, "added_biases": True}, "recovery.layerwise.kind", "no place for the biases"),
         ("llama", {"changes": {"hidden_act": "gelu"}}, "formats", "its activation is 'gelu'"),
         ("llama", {"changes": {"rope_parameters": {**LINEAR_ROPE, "rope_type": "dynamic"}}}, "formats", "'dynamic'"),
         ("qwen3", {"uniform": True, "changes": {"rope_parameters": LINEAR_ROPE}}, "formats", "'linear'"),

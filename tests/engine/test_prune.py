@@ -398,7 +398,7 @@ def test_added_biases_load_in_a_process_that_never_saw_this(
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_a_size_can_be_asked_for(method: str, dtype: str, size: int, trained_folder: Path, tmp_path: Path) -> None:
     for name, target in (("parameters", 100_000), ("bytes", 90_000 * size)):
-        asked = spec(method=method, rounds=1, dtype=dtype, target_ratio=None, target={name: target})
+        asked = spec(method=method, rounds=1, dtype=dtype, target_ratio=None, goal={name: target})
         report = run(trained_folder, tmp_path / name, asked).report
         reached = {"parameters": report["parameters"], "bytes": report["weights_bytes"]}[name]["after"]
         biases = 0 if method == "magnitude" else 6 * 48

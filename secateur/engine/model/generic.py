@@ -160,7 +160,10 @@ def verify(decoder: Decoder) -> None:
         for index in sorted({0, len(decoder.layers) // 2, len(decoder.layers) - 1}):
             for structure in STRUCTURES:
                 if not _cuts_as_it_shields(decoder, tokens, index, structure):
-                    _refuse(config, f"cutting {structure} of layer {index} is not what shielding them is")
+                    _refuse(
+                        config,
+                        f"cutting {structure} of layer {index} does not give the same output as setting them to zero",
+                    )
     except (
         RuntimeError,
         TypeError,
