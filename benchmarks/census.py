@@ -1,4 +1,4 @@
-"""``make bench-census``: a tiny checkpoint of every model type of transformers is pruned. Writes ``census.md``.
+"""``make bench-census``: a tiny checkpoint of every causal model type of transformers is pruned. Writes ``census.md``.
 
 Each result is one line of a log. A census that was stopped continues where it was: types in the log are not run again.
 ``--table`` writes the page from the log without running a type.
@@ -188,7 +188,7 @@ def attempt(function: Callable[[], Any], seconds: int) -> dict[str, Any]:
         outcome = {"ok": False, "kind": "refused", "code": error.code, "message": error.message}
     except TimedOut:
         outcome = {"ok": False, "kind": "timeout", "code": "timeout", "message": f"longer than {seconds} s"}
-    except Exception as error:  # constructors and forward passes of other libraries raise any exception
+    except Exception as error:  # other libraries may raise any exception
         outcome = {"ok": False, "kind": "crash", "code": type(error).__name__, "message": str(error)[:LENGTH]}
     finally:
         signal.alarm(0)
@@ -277,9 +277,9 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     tables = "\n\n".join(_section(name, types, verdicts) for name, types in LISTS.items())
     return f"""# Census of model types
 
-`make bench-census`: a tiny model with random weights of each model type of transformers {transformers.__version__} is pruned on the \
-CPU. The census shows which model types the engine prunes, and that it refuses the others with a reason. The tiny model of a type has \
-the default features of the type's config. A published model may have other features, so its verdict may be another one.
+`make bench-census`: a tiny model with random weights of each of {len(verdicts)} model types of transformers \
+{transformers.__version__} is pruned on the CPU. Model types that were not run are not in the tables. The tiny model has the default \
+features of its type's config; a published model of the type may have other features and another verdict.
 
 Each model is pruned {len(RUNS)} times by {RATIO:.0%}: {"; ".join(RUNS)}. The checkpoint of the first pruning is also loaded in a fresh \
 process. The results of `magnitude` are compared with the unpruned model in which the removed units are set to zero: the logits may \
