@@ -137,7 +137,7 @@ def test_what_a_job_has_come_to(page: Page, site: Site, succeeded: list[str], pi
     expect(page.get_by_text("publishing → succeeded")).to_be_visible()
     picture(page, pictures, "job")
     page.goto(f"{site.url}/#/jobs/{succeeded[2]}")
-    expect(page.get_by_role("img", name="Loss while recovering")).to_be_visible()
+    expect(page.get_by_role("img", name="Loss while training")).to_be_visible()
 
 
 def test_comparing(page: Page, site: Site, succeeded: list[str], pictures: Path | None) -> None:
