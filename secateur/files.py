@@ -1,6 +1,7 @@
 """Functions that write a file completely or not at all."""
 
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -35,3 +36,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Make ``target`` a hard link to ``source``, or a copy where links are not possible; a function for :func:`shutil.copytree`."""
+    try:
+        os.link(source, target)
+    except OSError:  # the target is on another file system, or the file system has no links
+        shutil.copy2(source, target)

@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from secateur.contract.errors import ErrorCode, PruningError
-from secateur.files import sync, write_whole
+from secateur.files import link_or_copy, sync, write_whole
 
 TRIES = 10
 KEPT = ".gitattributes"
@@ -158,7 +158,7 @@ class FolderHub:
             commit = _digest(folder, f"{parent}\n{message}\n")
             snapshot = self._snapshot(repo_id, commit)
             shutil.rmtree(snapshot, ignore_errors=True)  # a killed process may have left an incomplete snapshot
-            shutil.copytree(folder, snapshot, copy_function=_link_or_copy)
+            shutil.copytree(folder, snapshot, copy_function=link_or_copy)
             for path in [*snapshot.rglob("*"), snapshot, snapshot.parent]:
                 sync(path)
             record = json.dumps({"parent": parent, "message": message})
@@ -213,10 +213,3 @@ def _digest(folder: Path, header: str) -> str:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
     return digest.hexdigest()
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # the target is on another file system, or the file system has no links
-        shutil.copy2(source, target)

@@ -4,7 +4,6 @@ All checkpoints have the same weights, and every target is one round.
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from secateur.engine.run.pruner import Inputs, Pruned
 from secateur.engine.run.state import RunState, TargetState
 from secateur.engine.run.workspace import Paused
 from secateur.engine.scoring.base import Context
+from secateur.files import link_or_copy
 
 
 class DynamicPruned:
@@ -46,7 +46,7 @@ class DynamicPruned:
 
     def write(self, folder: Path, layout: Layout, formats: Sequence[Format]) -> Published:
         check_room(self._runtime, folder, formats)
-        shutil.copytree(self._files, folder, copy_function=_link_or_copy, dirs_exist_ok=True)
+        shutil.copytree(self._files, folder, copy_function=link_or_copy, dirs_exist_ok=True)
         return Published(parameters=self._runtime.parameters, weights_bytes=weight_bytes(self._runtime))
 
     def check(self, folder: Path, layout: Layout) -> None:
@@ -153,10 +153,3 @@ def _configure(decoder: Decoder, folder: Path, settings: dict[str, Any]) -> None
     config["auto_map"] = {"AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.Dynamic{causal}"}
     config["dynamic_pruning"] = settings
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # the folder is on another file system, or the file system has no links
-        shutil.copy2(source, target)
