@@ -1,9 +1,11 @@
 """Routes for liveness, readiness and metrics, which orchestrators and Prometheus call without an API key."""
 
 from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated
 
 import redis
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from pydantic import BaseModel, Field
 from sqlalchemy import text
@@ -13,6 +15,7 @@ from app.config import Settings
 from app.db.session import session_factory
 from app.deps import SettingsDep
 from app.fleet import repository as fleet
+from app.http.problem import documented
 
 router = APIRouter(tags=["health"])
 
@@ -23,6 +26,14 @@ class Health(BaseModel):
     """The answer of a running process."""
 
     status: str = "ok"
+
+
+class Part(StrEnum):
+    """What a job needs beside the API."""
+
+    DATABASE = "database"
+    BROKER = "broker"
+    WORKERS = "workers"
 
 
 class Readiness(BaseModel):
@@ -40,15 +51,22 @@ async def healthz() -> Health:
     return Health()
 
 
-@router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
-def readyz(response: Response, settings: SettingsDep) -> Readiness:
-    """Report whether a job could run: the database and the broker answer and at least one worker is live."""
+@router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}, **documented(422)})
+def readyz(
+    response: Response,
+    settings: SettingsDep,
+    exclude: Annotated[list[Part], Query(description="Parts that are reported, but do not count.")] = [],  # noqa: B006
+) -> Readiness:
+    """Report whether a job could run: the database and the broker answer and at least one worker is live.
+
+    The API itself needs the database alone, so a proxy that asks whether to send requests here excludes the others.
+    """
     verdicts = {
-        "database": _verdict(lambda: _ask_database()),
-        "broker": _verdict(lambda: _ask_broker(settings)),
-        "workers": _verdict(lambda: _count_workers(settings)),
+        Part.DATABASE: _verdict(lambda: _ask_database()),
+        Part.BROKER: _verdict(lambda: _ask_broker(settings)),
+        Part.WORKERS: _verdict(lambda: _count_workers(settings)),
     }
-    ready = set(verdicts.values()) == {"ok"}
+    ready = all(verdict == "ok" for part, verdict in verdicts.items() if part not in exclude)
     response.status_code = 200 if ready else 503
     return Readiness(ready=ready, **verdicts)
 

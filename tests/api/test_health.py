@@ -28,8 +28,8 @@ from tests.patience import PATIENCE, wait_for
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
-def _ready(url: str) -> tuple[int, dict[str, Any]]:
-    response = httpx2.get(f"{url}/readyz")
+def _ready(url: str, *exclude: str) -> tuple[int, dict[str, Any]]:
+    response = httpx2.get(f"{url}/readyz", params={"exclude": exclude})
     return response.status_code, response.json()
 
 
@@ -46,6 +46,17 @@ def test_ready_with_a_live_worker(url: str, session: Session, settings: Settings
     assert _ready(url)[0] == 200
     fleet.leave(session, "worker-1")
     assert _ready(url)[0] == 503
+
+
+def test_what_is_excluded_does_not_count(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _ready(url, "workers")[0] == 200
+    monkeypatch.setenv("SECATEUR_BROKER_URL", "redis://127.0.0.1:9/0")
+    get_settings.cache_clear()
+    assert _ready(url, "workers")[0] == 503
+    status, told = _ready(url, "workers", "broker")
+    assert (status, told["ready"], told["database"]) == (200, True, "ok")
+    assert told["workers"] == "no live worker" and told["broker"].startswith("unreachable")
+    assert _ready(url, "scheduler")[0] == 422
 
 
 def test_silent_processes_are_forgotten(session: Session) -> None:
@@ -66,6 +77,7 @@ def test_not_ready_without_broker_or_database(url: str, monkeypatch: pytest.Monk
     session_factory.cache_clear()
     status, verdicts = _ready(url)
     assert status == 503
+    assert _ready(url, "workers", "broker")[0] == 503
     assert all(verdicts[part].startswith("unreachable") for part in ("database", "broker", "workers"))
     assert "hidden" not in str(verdicts)
     assert httpx2.get(f"{url}/healthz").json() == {"status": "ok"}
