@@ -38,6 +38,13 @@ SHOWN = {
     'echo "POSTGRES_PASSWORD=$(openssl rand -hex 16)" > .env': "for Docker",
     "docker compose up --build --detach": "needs Docker",
     "docker compose exec api secateur keys create platform-team": "needs Docker",
+    "kubectl create namespace secateur": "needs a cluster",
+    "kubectl create secret generic secateur --namespace secateur --from-file secrets": "needs a cluster",
+    "kubectl apply --kustomize deploy/kubernetes/overlays/cpu": "tests/test_kubernetes.py, without a cluster",
+    "kubectl wait --namespace secateur --for condition=complete --timeout 10m job/secateur-migrate": "needs a cluster",
+    "kubectl exec --namespace secateur deployment/secateur-api -- secateur keys create platform-team": "needs a cluster",
+    "kubectl delete job --namespace secateur --ignore-not-found secateur-migrate": "needs a cluster",
+    "kubectl rollout status --namespace secateur deployment/secateur-api": "needs a cluster",
     'pg_dump --format custom --file secateur.dump "$DATABASE"': "tests/workers/test_backup.py",
     'tar --create --file data.tar -C "$SECATEUR_DATA_DIR" .': "tests/workers/test_backup.py, as a copy",
 }
