@@ -546,7 +546,9 @@ def test_the_containers_do_a_job(
             "publish": {"repo_id": "org/small"},
         }
         with httpx2.Client(
-            base_url=f"http://127.0.0.1:{running.port}", headers={"Authorization": f"Bearer {secret}"}, trust_env=False
+            base_url=f"http://127.0.0.1:{running.port}",
+            headers={"Authorization": f"Bearer {secret}", "Prefer": "wait=30"},
+            trust_env=False,
         ) as client:
             answer = client.post("/v1/jobs", json=request)
             assert answer.status_code == 202, answer.text
