@@ -222,7 +222,7 @@ def test_a_database_that_restarts_during_publishing(
     engine = patient_engine(settings.database_url)
     request = {"model_id": "local:any", "target_ratio": 0.2, "method": "random", "rounds": 1}
     with Session(engine) as session:
-        owner, _ = auth.create(session, "test")
+        owner, _ = auth.create(session, "test", settings=KeySettings(namespace="org", lend_hub_token=True))
         made = Job(
             owner_id=owner.id, request=request | {"script": {}, "publish": PUBLISHED}, model_id="x", method="random"
         )
