@@ -136,7 +136,7 @@ def test_whose_token_a_job_has(keyed: Settings, api: httpx2.Client, body: dict[s
         return found.get_secret_value()
 
     owner = session.query(ApiKey).one()
-    assert token_of() == "hf_service"
+    assert token_of() == "hf_service", "which the operator lends to this key"
     auth.keep_hub_token(session, keyed, owner.id, SecretStr("hf_of_the_key"))
     assert token_of() == "hf_of_the_key"
     assert token_of(hub_token=TOKEN) == TOKEN
@@ -215,7 +215,7 @@ def test_the_command_line(keyed: Settings, session: Session) -> None:
     assert rotated.returncode == 0 and auth.authenticate(session, rotated.stdout.strip()) is not None
     kept = run("keys", "hub-token", str(key.id), input=TOKEN + "\n")
     assert kept.returncode == 0 and TOKEN not in kept.stdout + kept.stderr
-    found = tokens.for_request(session, keyed, key.id, None)
+    found = tokens.for_request(session, keyed, key.id, None).token
     assert found is not None and found.get_secret_value() == TOKEN
     assert run("keys", "create", "x", "--scope", "root").returncode == 2
     assert run("keys", "rotate", str(uuid.uuid4())).returncode == 2

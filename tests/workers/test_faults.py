@@ -20,6 +20,7 @@ from app.db.migrate import upgrade
 from app.db.session import session_factory
 from app.jobs import leases
 from app.jobs.models import Job
+from secateur.contract.keys import KeySettings
 from tests.hub import FakeHub, Repository
 from tests.patience import PATIENCE, patient_engine
 from tests.workers.conftest import (
