@@ -121,9 +121,16 @@ def jobs(
     as_json: Json = False,
 ) -> None:
     """List jobs, newest first."""
-    wanted = {"state": state or (), "method": method, "model_id": model, "labels": _labels(labels), "key_id": key_id}
     with _connect(url, api_key) as client:
-        for job in islice(client.jobs.list(**wanted, page_size=min(limit, LARGEST_PAGE)), limit):
+        found = client.jobs.list(
+            state=state or (),
+            method=method,
+            model_id=model,
+            labels=_labels(labels),
+            key_id=key_id,
+            page_size=min(limit, LARGEST_PAGE),
+        )
+        for job in islice(found, limit):
             typer.echo(job.model_dump_json() if as_json else _summary(job))
 
 
