@@ -148,7 +148,7 @@ class TestRepositories:
         calls = [begin(job_id, attempt) for job_id, attempt in zip(ids, attempts, strict=True)]
         assert sorted(_at_once(session_factory(), *calls)) == ["publishing"] + ["repository_taken"] * 5
         states = session.execute(select(Job.state, func.count()).group_by(Job.state)).all()
-        assert {state: count for state, count in states} == {"publishing": 1, "running": 5}, "a refusal changes nothing"
+        assert sorted(tuple(row) for row in states) == [("publishing", 1), ("running", 5)], "a refusal changes nothing"
 
     def test_one_that_the_hub_let_nobody_write_is_free(self, make_client: Make, body: Body, session: Session) -> None:
         alice, bob = (make_client(name, namespace="team") for name in ("alice", "bob"))
