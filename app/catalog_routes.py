@@ -1,14 +1,15 @@
-"""``/v1/methods`` and ``/v1/models/inspect``: the service's methods and a model's prunable structure, without a job."""
+"""The catalog: the service's methods, its local models, texts and tasks, and a model's prunable structure, without a job."""
 
 from fastapi import APIRouter
 
+from app import local_names
 from app.deps import EVERY_V1_ROUTE, KeyedRoute, Owner, SessionDep, SettingsDep
 from app.http.problem import documented
 from app.jobs import admission, tokens
 from secateur.catalog.inspection import layouts, sizes
 from secateur.catalog.methods import ALLOCATORS, LAYERWISE_RECOVERIES, METHODS, SCORERS, TRAININGS, Method
 from secateur.catalog.request import ModelRef
-from secateur.contract.catalog import Inspection, Kinds, MethodList, MethodView
+from secateur.contract.catalog import Inspection, Kinds, MethodList, MethodView, NameList
 from secateur.contract.errors import PruningError
 from secateur.contract.jobs import JobError
 from secateur.contract.keys import Scope
@@ -49,10 +50,28 @@ def _view(method: Method) -> MethodView:
     )
 
 
+@router.get("/models", response_model=NameList)
+def models(settings: SettingsDep) -> NameList:
+    """List the models of the service's models folder, as `model_id` names them."""
+    return NameList(items=local_names.models(settings))
+
+
+@router.get("/texts", response_model=NameList)
+def texts(settings: SettingsDep) -> NameList:
+    """List the texts of the service's texts folder, as `dataset` names them."""
+    return NameList(items=local_names.texts(settings))
+
+
+@router.get("/tasks", response_model=NameList)
+def tasks(settings: SettingsDep) -> NameList:
+    """List the zero-shot tasks of the library and of the service's tasks folder, as `evaluation.zero_shot` names them."""
+    return NameList(items=local_names.tasks(settings))
+
+
 @router.post("/models/inspect", response_model=Inspection, responses=documented(400, 413))
 def inspect(body: ModelRef, owner: Owner, session: SessionDep, settings: SettingsDep) -> Inspection:
     """Return a model's architecture and the structures that can be pruned. No job is created."""
-    token = tokens.for_request(session, settings, owner.id, body.hub_token)
+    token = tokens.for_request(session, settings, owner.id, body.hub_token).token
     session.rollback()  # returns the connection to the pool before the request to the Hub
     try:
         source, shape = admission.look(body, settings, token)

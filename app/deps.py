@@ -4,10 +4,11 @@ Dependencies that do not block are ``async``, because FastAPI runs the others in
 """
 
 import re
+import uuid
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -41,13 +42,15 @@ def get_session() -> Iterator[Session]:
 class KeyedRoute(APIRoute):
     """A route that checks the API key before it reads the body; FastAPI's own route reads and parses the body first.
 
-    ``reading`` and ``writing`` are the scopes that the route's methods need. ``query`` finds the API key and, in the
+    ``reading`` and ``writing`` are the scopes that the route's methods need; ``instead`` is a scope that serves in place
+    of either. ``query`` finds the API key and, in the
     same round trip, any other data that the route always reads; :meth:`parameters` supplies the parameters of the
     query. The resulting row is in the request's ``state.found``.
     """
 
     reading = Scope.READ
     writing = Scope.SUBMIT
+    instead: Scope | None = None
     query: Executable = FIND
 
     def parameters(self, request: Request) -> dict[str, Any]:
@@ -77,10 +80,8 @@ class KeyedRoute(APIRoute):
             raise unauthorized()
         state.owner, state.found = known
         needed = self.reading if request.method in ("GET", "HEAD") else self.writing
-        if needed not in state.owner.scopes:
-            challenge = f'Bearer realm="secateur", error="insufficient_scope", scope="{needed}"'  # RFC 6750, 3.1
-            detail = f"This API key has no scope '{needed}'; it has: {', '.join(state.owner.scopes)}."
-            raise Problem(403, ErrorCode.INSUFFICIENT_SCOPE, detail, headers={"WWW-Authenticate": challenge})
+        if needed not in state.owner.scopes and self.instead not in state.owner.scopes:
+            raise insufficient_scope(state.owner, needed)
         state.headers = rate.count(get_settings(), state.owner.id)
         _refuse_unknown_parameters(request)
 
@@ -89,6 +90,26 @@ async def get_owner(request: Request) -> Caller:
     """Return the API key of the caller of a :class:`KeyedRoute`."""
     owner: Caller = request.state.owner
     return owner
+
+
+def chosen_key(caller: Caller, key_id: uuid.UUID | Literal["all"] | None) -> uuid.UUID | None:
+    """Return the API key that ``key_id`` names, the caller's without it, or ``None`` for all keys.
+
+    Raises:
+        Problem: 403 if another key than the caller's is named and the caller has no scope ``admin``.
+    """
+    if key_id in (None, caller.id):
+        return caller.id
+    if not caller.is_admin:
+        raise insufficient_scope(caller, Scope.ADMIN)
+    return None if key_id == "all" else key_id
+
+
+def insufficient_scope(caller: Caller, needed: Scope) -> Problem:
+    """Return a 403 problem that names the scope that the API key lacks (RFC 6750, 3.1)."""
+    challenge = f'Bearer realm="secateur", error="insufficient_scope", scope="{needed}"'
+    detail = f"This API key has no scope '{needed}'; it has: {', '.join(caller.scopes)}."
+    return Problem(403, ErrorCode.INSUFFICIENT_SCOPE, detail, headers={"WWW-Authenticate": challenge})
 
 
 def unauthorized() -> Problem:
@@ -118,6 +139,10 @@ def _refuse_unknown_parameters(request: Request) -> None:
 # FastAPI's default scope would hold the database connection until the last byte of the response is sent.
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
 Owner = Annotated[Caller, Depends(get_owner)]
+KeyId = Annotated[
+    uuid.UUID | Literal["all"] | None,
+    Query(description="Another API key than the caller's, or `all` keys; needs the scope `admin`."),
+]
 SettingsDep = Annotated[Settings, Depends(get_settings)]
 EVERY_V1_ROUTE = [Depends(bearer)]
 """Dependencies of every :class:`KeyedRoute`; ``bearer`` describes the API key in the OpenAPI document."""

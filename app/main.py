@@ -31,7 +31,7 @@ refused. Every response carries `X-Request-Id`; a sane one of the request is kep
 """
 
 CORS_REQUEST_HEADERS = (
-    "Authorization", "Content-Type", "Idempotency-Key", "If-None-Match", "Last-Event-ID", "Prefer", "Range", "X-Request-Id",
+    "Authorization", "Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "Last-Event-ID", "Prefer", "Range", "X-Request-Id",
 )  # fmt: skip
 CORS_RESPONSE_HEADERS = (
     "Content-Range", "ETag", "Location", "Preference-Applied", "Retry-After", "WWW-Authenticate", "X-Request-Id",
@@ -63,14 +63,14 @@ def create_app() -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "POST", "PATCH", "DELETE"],
             allow_headers=CORS_REQUEST_HEADERS,
             expose_headers=CORS_RESPONSE_HEADERS,
         )
     app.add_middleware(Observe, registry=registry)
     app.add_middleware(BrowserRules, private="/v1/", pages={"/docs": DOCS, "/redoc": DOCS, "/": DASHBOARD})
     errors.install(app)
-    for router in (jobs.router, catalog_routes.router, keys.router, health.router):
+    for router in (jobs.router, catalog_routes.router, keys.router, keys.usage_router, health.router):
         app.include_router(router)
     if settings.dashboard:
         dashboard.install(app)

@@ -5,7 +5,7 @@ They are read from the database when Prometheus scrapes the service, so every AP
 
 from collections.abc import Iterator
 
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -13,12 +13,17 @@ from app.config import Settings
 from app.db.session import reading
 from app.fleet import repository as fleet
 from app.jobs import repository as jobs
+from app.jobs import usage
 from app.webhooks import repository as webhooks
 from secateur.contract.states import State
 
 WORKER_NUMBERS = {
     "memory_bytes": "Memory of a worker's device.",
     "disk_free_bytes": "Free bytes on the disk that a worker writes to.",
+}
+KEY_NUMBERS = {
+    "worker_seconds": "Seconds for which workers owned the jobs of an API key.",
+    "bytes_stored": "Bytes of the files that the jobs of an API key stored.",
 }
 
 
@@ -45,6 +50,7 @@ class ServiceCollector(Collector):
             retries, steps = jobs.recent_retries(session), jobs.recent_steps(session)
             workers = fleet.live(session, self.settings.worker_silence)
             pending, failed = webhooks.counts(session)
+            used = usage.totals(session)
         yield _labelled(
             "secateur_jobs",
             "Jobs by state; of those that have ended, the last hour's.",
@@ -73,6 +79,19 @@ class ServiceCollector(Collector):
         for number, description in WORKER_NUMBERS.items():
             known = {worker.name: float(worker.info[number]) for worker in workers if number in worker.info}
             yield _labelled(f"secateur_worker_{number}", description, "worker", known)
+
+        jobs_by_key = CounterMetricFamily(
+            "secateur_key_jobs", "Jobs of an API key that were created, succeeded and failed.", labels=["key", "what"]
+        )
+        for row in used:
+            for what in ("created", "succeeded", "failed"):
+                jobs_by_key.add_metric([str(row.key_id), what], getattr(row, f"jobs_{what}"))
+        yield jobs_by_key
+        for name, description in KEY_NUMBERS.items():
+            metric = CounterMetricFamily(f"secateur_key_{name}", description, labels=["key"])
+            for row in used:
+                metric.add_metric([str(row.key_id)], getattr(row, name))
+            yield metric
 
 
 def _labelled(name: str, description: str, label: str, values: dict[str, float]) -> Metric:

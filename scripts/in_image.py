@@ -74,10 +74,10 @@ def make_model() -> None:
 
 def run_job(method: str) -> None:
     """Submit a job by the command line, wait for its success, and generate with the model that it published."""
-    options = ("--recipe", "recipe.json", "--ratio", "0.3", "--method", method, "--repo-id", f"test/{method}")
+    options = ("--recipe", "recipe.json", "--ratio", "0.3", "--method", method, "--repo-id", f"secateur/{method}")
     job = run("secateur", "submit", "local:tiny", *options)
     print(run("secateur", "watch", job).splitlines()[-1])
-    published = DATA / "hub" / "test" / method
+    published = DATA / "hub" / "secateur" / method
     if not (published / "widths.png").is_file():
         sys.exit(f"{published} lacks the picture of the widths")
     run(sys.executable, "-c", GENERATE, published)

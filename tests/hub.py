@@ -141,6 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
     extra: dict[str, str]
 
     def _check(self, repo_id: str | None = None, write: bool = False) -> None:
+        if self.headers.get("Authorization") is None and repo_id is not None:
+            raise _Refusal(401, "RepoNotFound")  # all repositories are private
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             raise _Refusal(401)
         if write and repo_id is not None and repo_id.split("/")[0] != NAMESPACE:

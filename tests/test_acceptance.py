@@ -144,7 +144,7 @@ def test_the_python_client(service: Service, tmp_path: Path) -> None:
 
 
 def test_the_main_job(service: Service, tmp_path: Path) -> None:
-    accepted = service.client.post("/v1/jobs", json=request(publish={"repo_id": "org/tiny-pruned"}))
+    accepted = service.client.post("/v1/jobs", json=request(publish={"repo_id": "secateur/tiny-pruned"}))
     assert accepted.status_code == 202
     path = accepted.headers["Location"]
     while (answer := service.client.get(path, headers={"Prefer": "wait=30"})).json()["state"] not in (
@@ -164,13 +164,13 @@ def test_the_main_job(service: Service, tmp_path: Path) -> None:
     assert job["result"]["parameters"]["after"] == report["parameters"]["after"] < report["parameters"]["before"]
 
     hub = service.data / "hub"
-    folder = hub / "org" / "tiny-pruned"
+    folder = hub / "secateur" / "tiny-pruned"
     assert folder.resolve().name == job["result"]["commit_sha"]
     manifest = json.loads((folder / "secateur.json").read_text())
     assert manifest["job_id"] == job["id"] and "trust_remote_code=True" in (folder / "README.md").read_text()
     for name, environment in (
         (str(folder), {}),
-        ("org/tiny-pruned", {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}),
+        ("secateur/tiny-pruned", {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}),
     ):
         command = [sys.executable, "-c", STRANGER, name]
         done = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
@@ -184,7 +184,7 @@ def test_the_main_job(service: Service, tmp_path: Path) -> None:
 
 
 def test_several_targets_in_one_job(service: Service, tmp_path: Path) -> None:
-    job_id = service.submit(target_ratio=[0.2, 0.5], rounds=2, publish={"repo_id": "org/tiny-several"})
+    job_id = service.submit(target_ratio=[0.2, 0.5], rounds=2, publish={"repo_id": "secateur/tiny-several"})
     job = service.wait(job_id, "succeeded", "failed")
     assert job["state"] == "succeeded", job["error"]
     path = f"/v1/jobs/{job_id}"
@@ -194,7 +194,11 @@ def test_several_targets_in_one_job(service: Service, tmp_path: Path) -> None:
     reports = service.client.get(f"{path}/report").json()["targets"]
     artifacts = {item["name"] for item in service.client.get(f"{path}/artifacts").json()["items"]}
     for ratio, name, target, report in zip(
-        (0.2, 0.5), ("org/tiny-several-20", "org/tiny-several-50"), job["result"]["targets"], reports, strict=True
+        (0.2, 0.5),
+        ("secateur/tiny-several-20", "secateur/tiny-several-50"),
+        job["result"]["targets"],
+        reports,
+        strict=True,
     ):
         assert (target["target_ratio"], target["repo_id"], report["ratio"]["target"]) == (ratio, name, ratio)
         assert report["ratio"]["reached"] == pytest.approx(ratio, abs=0.03)
@@ -216,10 +220,10 @@ def test_several_targets_in_one_job(service: Service, tmp_path: Path) -> None:
     ids=lambda changes: "-".join([changes["method"], *(each["kind"] for each in changes.get("recovery", {}).values())]),
 )
 def test_every_method_through_the_whole_service(changes: dict[str, Any], service: Service, tmp_path: Path) -> None:
-    job = service.wait(service.submit(**changes, publish={"repo_id": "org/each"}), "succeeded", "failed")
+    job = service.wait(service.submit(**changes, publish={"repo_id": "secateur/each"}), "succeeded", "failed")
     assert job["state"] == "succeeded", job["error"]
     assert job["result"]["ratio"]["reached"] == pytest.approx(0.3, abs=0.03)
-    folder = service.data / "hub" / "org" / "each"
+    folder = service.data / "hub" / "secateur" / "each"
     done = subprocess.run([sys.executable, "-c", STRANGER, str(folder)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["parameters"] == job["result"]["parameters"]["after"]
@@ -273,7 +277,7 @@ def test_pause_resume_and_cancel(service: Service) -> None:
 
 
 def test_kill_9_of_everything_and_the_next_up_goes_on(service: Service, start_service: StartService) -> None:
-    job_id = service.submit(rounds=16, publish={"repo_id": "org/survivor"})
+    job_id = service.submit(rounds=16, publish={"repo_id": "secateur/survivor"})
     wait_for(lambda: len(service.client.get(f"/v1/jobs/{job_id}/steps").json()["items"]) >= 3)
     family = psutil.Process(service.process.pid).children(recursive=True)
     service.process.kill()
@@ -288,4 +292,4 @@ def test_kill_9_of_everything_and_the_next_up_goes_on(service: Service, start_se
     assert job["attempt"] == 2 and job["failures"] == 0, "rounds were completed since"
     numbers = [event["data"]["number"] for event in again.events(job_id) if event["type"] == "step"]
     assert numbers == list(range(17)), "no round was done twice, none was left out"
-    assert (service.data / "hub" / "org" / "survivor" / "model.safetensors").exists()
+    assert (service.data / "hub" / "secateur" / "survivor" / "model.safetensors").exists()

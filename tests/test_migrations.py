@@ -132,3 +132,51 @@ def test_jobs_speak_the_words_of_0005_after_the_upgrade(empty_database_url: str)
     engine.dispose()
     downgrade(empty_database_url, "0004")
     upgrade(empty_database_url)
+
+
+def test_keys_and_repositories_after_the_upgrade_to_0006(empty_database_url: str) -> None:
+    upgrade(empty_database_url, "0005")
+    engine = create_engine(empty_database_url)
+    names = ("secateur up", "Team A & B", "团队")
+    jobs: list[tuple[str, str, Any, str]] = [
+        ("secateur up", "succeeded", {"repo_id": "secateur/Tiny"}, "2026-01-01"),
+        ("Team A & B", "succeeded", {"repo_id": "secateur/tiny"}, "2026-01-02"),
+        ("Team A & B", "succeeded", {"targets": [{"repo_id": "org/x-20"}, {"target_ratio": 0.5}]}, "2026-01-02"),
+        ("Team A & B", "failed", None, "2026-01-02"),
+        ("Team A & B", "running", None, "2026-01-02"),
+    ]
+    with engine.begin() as connection:
+        for name in names:
+            connection.exec_driver_sql(
+                "INSERT INTO api_keys (id, name, secret_sha256, scopes) VALUES (gen_random_uuid(), %s, %s, '{read}')",
+                (name, name),
+            )
+        for name, state, result, day in jobs:
+            connection.exec_driver_sql(
+                "INSERT INTO jobs (id, owner_id, state, version, request, model_id, method, labels, attempt, failures,"
+                " pause_requested, may_be_published, result, created_at, finished_at) SELECT gen_random_uuid(), id, %s, 1,"
+                " '{}', 'm', 'flap', '{}', 1, 0, false, false, %s::jsonb, %s, %s FROM api_keys WHERE name = %s",
+                (state, json.dumps(result), day, None if state == "running" else day, name),
+            )
+    upgrade(empty_database_url)
+    with engine.begin() as connection:
+        keys = connection.exec_driver_sql("SELECT name, namespace, lend_hub_token, id FROM api_keys").all()
+        namespaces = {name: (namespace.removesuffix(f"-{id.hex[-12:]}"), lent) for name, namespace, lent, id in keys}
+        assert namespaces == {
+            "secateur up": ("secateur", True), "Team A & B": ("team-a-b", False), "团队": ("key", False)
+        }  # fmt: skip
+        owners = connection.exec_driver_sql(
+            "SELECT repo_id, name FROM repositories JOIN api_keys ON api_keys.id = owner_id ORDER BY repo_id"
+        ).all()
+        assert [tuple(row) for row in owners] == [("org/x-20", "Team A & B"), ("secateur/tiny", "Team A & B")]
+        used = connection.exec_driver_sql(
+            "SELECT name, day::text, jobs_created, jobs_succeeded, jobs_failed FROM usage JOIN api_keys ON"
+            " api_keys.id = key_id ORDER BY day"
+        ).all()
+        assert [tuple(row) for row in used] == [
+            ("secateur up", "2026-01-01", 1, 1, 0), ("Team A & B", "2026-01-02", 4, 2, 1)
+        ]  # fmt: skip
+    engine.dispose()
+    assert _differences(empty_database_url) == []
+    downgrade(empty_database_url, "0005")
+    upgrade(empty_database_url)

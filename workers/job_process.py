@@ -41,7 +41,8 @@ class JobProcess:
         self._process = spawn(
             argv,
             timer=max(0.001, deadline - time.monotonic()),
-            env=os.environ | {"TMPDIR": str(temporary)},
+            # A process without a Hub token must not find the service's token in the environment or on the disk.
+            env=os.environ | {"TMPDIR": str(temporary), "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

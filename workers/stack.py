@@ -27,6 +27,7 @@ from app.auth import service as auth
 from app.config import DATABASE_URL_FILE
 from app.db.migrate import upgrade
 from app.db.session import make_engine
+from secateur.contract.keys import KeySettings
 from secateur.processes import describe_exit, spawn
 from workers.devices import gpus
 from workers.embedded import START_TIMEOUT, Server, free_port, start_postgres, start_valkey
@@ -230,7 +231,8 @@ class Stack:
             if path.exists() and auth.authenticate(session, path.read_text().strip()) is not None:
                 secret = path.read_text().strip()
             else:
-                secret = auth.create(session, "secateur up", [*auth.Scope])[1]
+                own = KeySettings(namespace="secateur", lend_hub_token=True)
+                secret = auth.create(session, "secateur up", [*auth.Scope], own)[1]
                 _write_private(path, secret)
             session.commit()
         engine.dispose()

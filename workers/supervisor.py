@@ -187,7 +187,7 @@ class Attempt:
 
     def _start_publishing(self) -> None:
         try:
-            self._write(leases.move, Trigger.PUBLISH)
+            self._write(leases.start_publishing)
         except TransitionRefused as refused:
             if refused.state is State.CANCELLING:
                 raise Cancelled from refused

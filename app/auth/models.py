@@ -27,6 +27,15 @@ class ApiKey(Base):
     previous_expires_at: Mapped[dt.datetime | None]
     hub_token: Mapped[bytes | None] = mapped_column(deferred=True)
     """Hub token for the jobs of this key that bring no token of their own; encrypted, see :mod:`app.auth.vault`."""
+    namespace: Mapped[str]
+    """Namespace of the repositories that the key's jobs publish by default, and the only one that they may write with
+    the service's Hub token or in its Hub folder."""
+    lend_hub_token: Mapped[bool] = mapped_column(default=False)
+    """Whether requests and jobs of this key that bring no Hub token use the service's."""
+    max_open_jobs: Mapped[int | None]
+    """Largest number of the key's jobs that have not ended; ``None``: the setting of the same name."""
+    max_running_jobs: Mapped[int | None]
+    """Largest number of the key's jobs that workers run at once; ``None``: the setting of the same name."""
     created_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     revoked_at: Mapped[dt.datetime | None]
     last_used_at: Mapped[dt.datetime | None]

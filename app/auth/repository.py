@@ -1,6 +1,7 @@
 """Queries on the table of API keys. The database's clock sets all times."""
 
 import datetime as dt
+import re
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from sqlalchemy import Executable, Row, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.auth.models import ApiKey
+from app.db.base import new_id
 
 # This statement is built once, because every request uses it and building it takes longer than the database's answer.
 FIND = select(
@@ -26,12 +28,27 @@ FIND = select(
 )
 
 
-def add(session: Session, name: str, scopes: Sequence[str], secret_sha256: str) -> ApiKey:
-    """Add and return a new API key; the caller commits."""
-    key = ApiKey(name=name, scopes=list(scopes), secret_sha256=secret_sha256)
+def add(
+    session: Session, name: str, scopes: Sequence[str], secret_sha256: str, namespace: str | None, **settings: Any
+) -> ApiKey:
+    """Add and return a new API key with these columns; the caller commits.
+
+    Without ``namespace``, the key gets one that is made from its name and its id and that no other key has.
+    """
+    key_id = new_id()
+    namespace = namespace or own_namespace(name, key_id)
+    key = ApiKey(
+        id=key_id, name=name, scopes=list(scopes), secret_sha256=secret_sha256, namespace=namespace, **settings
+    )
     session.add(key)
     session.flush()
     return key
+
+
+def own_namespace(name: str, key_id: uuid.UUID) -> str:
+    """Return the namespace of an API key for which the operator names none; no other key has it."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower())[:20].strip("-") or "key"
+    return f"{slug}-{key_id.hex[-12:]}"  # the random end of a UUIDv7
 
 
 def find(session: Session, secret_sha256: str, query: Executable, **parameters: Any) -> Row[Any] | None:

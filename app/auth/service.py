@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from app.auth import repository, vault
 from app.auth.models import ApiKey
 from app.config import Settings
-from secateur.contract.keys import USER, Scope
+from secateur.contract.keys import USER, KeySettings, Scope
 
 PREFIX = "sk-secateur-"
 TOUCH_EVERY = 60.0
@@ -28,9 +28,18 @@ class Caller(NamedTuple):
     id: uuid.UUID
     scopes: Sequence[str]
 
+    @property
+    def is_admin(self) -> bool:
+        """Whether the caller may read and control the jobs of all API keys."""
+        return Scope.ADMIN in self.scopes
 
-def create(session: Session, name: str, scopes: Sequence[Scope] = USER) -> tuple[ApiKey, str]:
+
+def create(
+    session: Session, name: str, scopes: Sequence[Scope] = USER, settings: KeySettings | None = None
+) -> tuple[ApiKey, str]:
     """Create and return an API key and its secret; the secret cannot be retrieved again. Commits.
+
+    Without ``settings``, or without a namespace in them, the key gets a namespace that no other key has.
 
     Raises:
         ValueError: the name is blank or has unprintable characters, or there is no scope.
@@ -40,9 +49,24 @@ def create(session: Session, name: str, scopes: Sequence[Scope] = USER) -> tuple
     if not scopes:
         raise ValueError("a key has at least one scope")
     secret = _new_secret()
-    key = repository.add(session, name, sorted(set(scopes)), _hash(secret))
+    columns = (settings or KeySettings()).model_dump(include=set(KeySettings.model_fields))
+    key = repository.add(session, name, sorted(set(scopes)), _hash(secret), **columns)
     session.commit()
     return key, secret
+
+
+def change(session: Session, key_id: uuid.UUID, settings: KeySettings) -> ApiKey | None:
+    """Change the settings of an API key that ``settings`` sets, and return the key, or ``None`` if the key does not exist.
+
+    Jobs that were accepted earlier keep the repositories that they publish to. Commits.
+    """
+    key = repository.lock(session, key_id)
+    if key is not None:
+        for name, value in settings.model_dump(exclude_unset=True).items():
+            setattr(key, name, value)
+        key.namespace = key.namespace or repository.own_namespace(key.name, key.id)
+    session.commit()
+    return key
 
 
 def every(session: Session) -> Sequence[ApiKey]:
@@ -53,7 +77,7 @@ def every(session: Session) -> Sequence[ApiKey]:
 def revoke(session: Session, key_id: uuid.UUID) -> ApiKey | None:
     """Revoke an API key, idempotently, and return it, or ``None`` if the key does not exist; commits.
 
-    The key's jobs continue to run.
+    The key's jobs continue to run; :func:`app.jobs.service.cancel_all` cancels them.
     """
     key = repository.lock(session, key_id)
     if key is not None:

@@ -9,9 +9,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from pydantic import AnyHttpUrl, SecretStr
 
+from app import local_names
 from app.config import Settings
 from app.http.problem import invalid
 from app.jobs.naming import default_repo_id, repo_ids
+from app.jobs.tokens import HubAccess
 from app.webhooks.addresses import is_allowed_host
 from secateur.catalog import memory
 from secateur.catalog.architectures import ModelShape
@@ -41,7 +43,7 @@ def look(model: ModelRef, settings: Settings, token: SecretStr | None) -> tuple[
         revision=model.revision,
         gguf_file=model.gguf_file,
         models_dir=settings.models_dir,
-        token=token.get_secret_value() if token else None,
+        token=token.get_secret_value() if token else False,  # None would send the token of the service's machine
         endpoint=settings.hf_endpoint,
     )
     shape = read_shape(source) if source.sizes_known else None
@@ -102,10 +104,10 @@ def _memory(resolved: Resolved, source: ModelSource, shape: ModelShape, largest:
     return needed.total
 
 
-def admit(request: JobRequest, settings: Settings, token: SecretStr | None) -> JobRequest:
+def admit(request: JobRequest, settings: Settings, access: HubAccess) -> JobRequest:
     """Check that this service can serve the request and return it with a default repository name if it has none.
 
-    The request gets a default repository name only if the service publishes into a folder.
+    The request gets a default repository name, in the API key's namespace, only if the service publishes into a folder.
 
     Raises:
         Problem: 422 if this service cannot serve the request.
@@ -128,22 +130,32 @@ def admit(request: JobRequest, settings: Settings, token: SecretStr | None) -> J
         _check_dataset(f"evaluation.perplexity.{index}", name, settings)
     for index, name in enumerate(request.evaluation.zero_shot):
         if name not in ZERO_SHOT and not (settings.tasks_dir / f"{name}.jsonl").is_file():
-            known = [*ZERO_SHOT, *sorted(file.stem for file in settings.tasks_dir.glob("*.jsonl"))]
-            message = f"there is no task '{name}'"
-            raise invalid(
-                f"evaluation.zero_shot.{index}", message, code=ErrorCode.TASK_NOT_FOUND, allowed=", ".join(known)
-            )
+            message, known = f"there is no task '{name}'", ", ".join(local_names.tasks(settings))
+            raise invalid(f"evaluation.zero_shot.{index}", message, code=ErrorCode.TASK_NOT_FOUND, allowed=known)
     if request.publish is None:
         if settings.hub_dir is None:
             return request
-        return request.model_copy(update={"publish": Publish(repo_id=default_repo_id(request))})
+        return request.model_copy(update={"publish": Publish(repo_id=default_repo_id(request, access.namespace))})
     for name in repo_ids(request.publish.repo_id, request):
         try:
             check_repo_id(name)
         except ValueError as error:
             raise invalid("publish.repo_id", str(error)) from None
-    if settings.hub_dir is None:
-        _check_may_write(request.publish.repo_id, settings, token)
+    if settings.hub_dir is None and access.token is None:
+        message = (
+            "there is no Hub token: neither 'hub_token' nor the API key's, and the service's (SECATEUR_HF_TOKEN) is not set "
+            "or not lent to this API key"
+        )
+        raise invalid("publish.repo_id", message, code=ErrorCode.HUB_FORBIDDEN)
+    if access.restricted and request.publish.repo_id.split("/")[0] != access.namespace:
+        message = "this API key may not publish to another namespace than its own"
+        if settings.hub_dir is None:
+            message += " with the service's Hub token"
+        raise invalid(
+            "publish.repo_id", message, code=ErrorCode.NAMESPACE_FORBIDDEN, allowed=f"namespace {access.namespace}"
+        )
+    if settings.hub_dir is None and access.token is not None:
+        _check_may_write(request.publish.repo_id, settings, access.token)
     return request
 
 
@@ -158,11 +170,8 @@ def _check_dataset(field: str, dataset: str, settings: Settings) -> None:
     if dataset.startswith(LOCAL_PREFIX):
         name = dataset.removeprefix(LOCAL_PREFIX)
         if not LOCAL_NAME.fullmatch(name) or not (settings.texts_dir / name).is_file():
-            known = sorted(file.name for file in settings.texts_dir.glob("*") if file.is_file())
-            message = f"there is no text '{dataset}'"
-            raise invalid(
-                field, message, code=ErrorCode.TEXT_NOT_FOUND, allowed=", ".join(map(LOCAL_PREFIX.__add__, known))
-            )
+            message, known = f"there is no text '{dataset}'", ", ".join(local_names.texts(settings))
+            raise invalid(field, message, code=ErrorCode.TEXT_NOT_FOUND, allowed=known)
     else:
         try:
             validate_repo_id(dataset.partition(":")[0])
@@ -171,18 +180,15 @@ def _check_dataset(field: str, dataset: str, settings: Settings) -> None:
             raise invalid(field, message, allowed="wikitext2, ptb, c4, org/name, org/name:config, local:NAME") from None
 
 
-def _check_may_write(repo_id: str, settings: Settings, token: SecretStr | None) -> None:
+def _check_may_write(repo_id: str, settings: Settings, token: SecretStr) -> None:
     """Check that the Hub token may write to the namespace of ``repo_id``.
 
     Only the namespace decides, so the check also covers the names that are made from ``repo_id``. If the Hub does not
     answer or fails otherwise, the check passes.
 
     Raises:
-        Problem: 422 if there is no token, or if the Hub refuses the token or its rights do not suffice.
+        Problem: 422 if the Hub refuses the token or its rights do not suffice.
     """
-    if token is None:
-        message = "there is no Hub token: neither 'hub_token' nor the API key's nor the service's (SECATEUR_HF_TOKEN)"
-        raise invalid("publish.repo_id", message, code=ErrorCode.HUB_FORBIDDEN)
     api = HfApi(endpoint=settings.hf_endpoint, token=token.get_secret_value())
     try:
         me = api.whoami()

@@ -14,13 +14,15 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app.auth import repository as keys
-from app.jobs import transitions
+from app.jobs import repositories, transitions
 from app.jobs.models import Job, JobStep
-from app.jobs.transitions import Trigger
+from app.jobs.naming import published_repo_ids
+from app.jobs.transitions import LIVE, Trigger
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.states import State
 
-LIVE = (State.RUNNING, State.PUBLISHING, State.CANCELLING)
+UNWRITTEN = (ErrorCode.HUB_FORBIDDEN, ErrorCode.HUB_REFUSED)
+"""Codes of the errors with which the Hub refuses to write a repository."""
 
 
 class LeaseLost(Exception):
@@ -177,6 +179,21 @@ def move(session: Session, job_id: uuid.UUID, attempt: int, trigger: Trigger, **
     return state
 
 
+def start_publishing(session: Session, job_id: uuid.UUID, attempt: int) -> State:
+    """Claim the repositories of the job for its API key, and move the job to ``publishing``. This write is fenced.
+
+    Raises:
+        LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
+        TransitionRefused: the job is being cancelled, or is publishing already.
+        PruningError: ``repository_taken`` if a job of another API key made one of the repositories meanwhile.
+    """
+    job = transitions.apply(session, owned(session, job_id, attempt), Trigger.PUBLISH)
+    repositories.claim(session, job.owner_id, job.id, published_repo_ids(job.request))
+    state = State(job.state)
+    session.commit()
+    return state
+
+
 def release(session: Session, job_id: uuid.UUID, attempt: int) -> State:
     """Requeue the job without counting a failure, at a shutdown, a deploy or a pause at a step's end; fenced.
 
@@ -212,6 +229,8 @@ def _fail(session: Session, job: Job, error: dict[str, Any], max_failures: int, 
         transitions.apply(session, job, Trigger.FAIL)
     else:
         transitions.apply(session, job, Trigger.FAIL, failures=failures, error=error)
+        if error["code"] in UNWRITTEN:
+            repositories.release(session, job.id)
     return State(job.state)
 
 
@@ -234,7 +253,8 @@ def reap(session: Session, max_failures: int, backoff: float, limit: int = 100) 
     )
     error = PruningError(ErrorCode.WORKER_LOST, "The worker that ran this job stopped answering.").as_dict()
     reaped = []
-    for job in session.scalars(query).all():
+    # Usage is counted in the order of the keys, so that callers at the same time never wait for each other.
+    for job in sorted(session.scalars(query).all(), key=lambda job: job.owner_id):
         if job.state == State.CANCELLING:
             transitions.apply(session, job, Trigger.REQUEUE)
         else:

@@ -45,6 +45,8 @@ class Job(Base):
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)
     worker: Mapped[str | None]
+    claimed_at: Mapped[dt.datetime | None]
+    """Time at which the last attempt claimed the job; the worker seconds of the attempt count from it."""
     lease_expires_at: Mapped[dt.datetime | None]
     dispatched_at: Mapped[dt.datetime | None]
     not_before: Mapped[dt.datetime | None]

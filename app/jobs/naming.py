@@ -1,12 +1,18 @@
 """Names of the Hub repositories to which a job publishes."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from secateur.catalog.request import JobRequest
 from secateur.catalog.spec import Goal, PruningSpec
 
 COUNTS = ("", "k", "m", "b", "t")
 BYTES = ("b", "kb", "mb", "gb", "tb")
+LONGEST = 96
+"""Largest number of characters of a repository's name on the Hub, with its namespace."""
+LONGEST_MODEL = 60
+LONGEST_PERCENT = len("-33_3333")
 
 
 def repo_ids(repo_id: str, spec: PruningSpec) -> list[str]:
@@ -18,17 +24,26 @@ def repo_ids(repo_id: str, spec: PruningSpec) -> list[str]:
     return [f"{repo_id}-{_percent(ratio)}" if spec.several else repo_id for ratio in spec.requested_ratios]
 
 
-def default_repo_id(request: JobRequest) -> str:
-    """Return ``secateur/<model>-<method>`` in a form that a Hub accepts.
+def published_repo_ids(request: Mapping[str, Any]) -> list[str]:
+    """Return the names of all repositories that the job of a stored ``request`` publishes to; there may be none."""
+    wanted = request.get("publish")
+    return [] if wanted is None else repo_ids(wanted["repo_id"], PruningSpec.of_request(dict(request)))
+
+
+def default_repo_id(request: JobRequest, namespace: str) -> str:
+    """Return ``<namespace>/<model>-<method>`` in a form that a Hub accepts; a long name of a model is cut.
 
     A request with a single ratio adds that ratio in percent (``-20``); a request with a goal adds the goal (``-110m``,
     ``-500mb``).
     """
     model = re.sub(r"[^A-Za-z0-9]+", "-", request.model_id.removeprefix("local:").split("/")[-1]).strip("-")
-    name = f"secateur/{model[:60].rstrip('-')}-{request.method}"
+    ending = f"-{request.method}"
     if request.goal is not None:
-        return f"{name}-{_size(request.goal)}"
-    return name if request.several else f"{name}-{_percent(request.requested_ratios[0])}"
+        ending += f"-{_size(request.goal)}"
+    elif not request.several:
+        ending += f"-{_percent(request.requested_ratios[0])}"
+    room = LONGEST - len(f"{namespace}/{ending}") - (LONGEST_PERCENT if request.several else 0)
+    return f"{namespace}/{model[: min(room, LONGEST_MODEL)].rstrip('-')}{ending}"
 
 
 def _percent(ratio: float | None) -> str:

@@ -5,24 +5,28 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Float, Row, bindparam, cast, func, or_, select
+from sqlalchemy import Boolean, Float, Row, bindparam, cast, func, or_, select
 from sqlalchemy.orm import Session, defer
 
 from app.auth.models import ApiKey
 from app.auth.repository import FIND
+from app.jobs import usage
 from app.jobs.models import Job, JobEvent, JobStep
-from app.jobs.transitions import lock, record_event
+from app.jobs.transitions import lock, record_event, wake
+from secateur.contract.keys import Scope
 from secateur.contract.states import TERMINAL, State
 
 # These statements are built once: pollers use them often, and building one takes longer than the database's answer.
 SUMMARY = (
-    Job.id, Job.state, Job.version, Job.model_id, Job.method, Job.labels, Job.attempt, Job.failures, Job.pause_requested,
+    Job.id, Job.owner_id, Job.state, Job.version, Job.model_id, Job.method, Job.labels, Job.attempt, Job.failures, Job.pause_requested,
     Job.progress, Job.error, Job.result, Job.created_at, Job.started_at, Job.finished_at,
 )  # fmt: skip
-VIEW_BARE = select(*SUMMARY).where(Job.id == bindparam("job_id"), Job.owner_id == bindparam("owner_id"))
+VIEW_BARE = select(*SUMMARY).where(
+    Job.id == bindparam("job_id"), (Job.owner_id == bindparam("owner_id")) | bindparam("all_keys", type_=Boolean)
+)
 VIEW = VIEW_BARE.add_columns(Job.request)
 VIEW_WITH_KEY = FIND.add_columns(*SUMMARY, Job.request).outerjoin(
-    Job, (Job.id == bindparam("job_id")) & (Job.owner_id == ApiKey.id)
+    Job, (Job.id == bindparam("job_id")) & ((Job.owner_id == ApiKey.id) | ApiKey.scopes.contains([Scope.ADMIN]))
 )
 """One query that finds the API key and the job; the most frequent request uses it in place of two queries."""
 FINISHED_WITHIN = dt.timedelta(hours=1)
@@ -43,28 +47,42 @@ def add(session: Session, job: Job) -> None:
     session.add(job)
     session.flush()
     record_event(session, job, "state", {"from": None, "to": job.state, "trigger": "create", "error": None})
+    usage.count(session, job.owner_id, jobs_created=1)
 
 
-def get(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, locked: bool = False) -> Job | None:
+def get(session: Session, owner_id: uuid.UUID | None, job_id: uuid.UUID, *, locked: bool = False) -> Job | None:
     """Return the owner's job, or ``None``; with ``locked``, its row is locked until the transaction ends.
 
-    Without ``locked``, the report is read from the database only when it is accessed.
+    An ``owner_id`` of ``None`` finds the jobs of all owners. Without ``locked``, the report is read from the database only when it is accessed.
     """
     job = lock(session, job_id) if locked else session.get(Job, job_id, options=[defer(Job.report)])
-    return job if job is not None and job.owner_id == owner_id else None
+    return job if job is not None and owner_id in (None, job.owner_id) else None
 
 
-def view(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, bare: bool = False) -> Row[Any] | None:
+def view(session: Session, owner_id: uuid.UUID | None, job_id: uuid.UUID, *, bare: bool = False) -> Row[Any] | None:
     """Return the public columns of the owner's job as plain values, or ``None``.
 
-    ``bare`` leaves out the request, which may contain megabytes of texts; callers that read the job repeatedly use it.
+    An ``owner_id`` of ``None`` finds the jobs of all owners. ``bare`` leaves out the request, which may contain megabytes of texts; callers that read the job repeatedly use it.
     """
-    return session.execute(VIEW_BARE if bare else VIEW, {"job_id": job_id, "owner_id": owner_id}).one_or_none()
+    parameters = {"job_id": job_id, "owner_id": owner_id, "all_keys": owner_id is None}
+    return session.execute(VIEW_BARE if bare else VIEW, parameters).one_or_none()
 
 
 def open_count(session: Session, owner_id: uuid.UUID) -> int:
     """Return the number of the owner's jobs that have not ended."""
     return session.scalar(select(func.count()).where(Job.owner_id == owner_id, Job.state.not_in(TERMINAL))) or 0
+
+
+def open_ids(session: Session, owner_id: uuid.UUID) -> Sequence[uuid.UUID]:
+    """Return the ids of the owner's jobs that have not ended."""
+    return session.scalars(select(Job.id).where(Job.owner_id == owner_id, Job.state.not_in(TERMINAL))).all()
+
+
+def label(session: Session, job: Job, labels: Mapping[str, str]) -> None:
+    """Replace the labels of the locked job; the caller commits."""
+    job.labels = dict(labels)
+    job.version += 1
+    wake(session, job)
 
 
 def ended_before(session: Session, seconds: float, among: Sequence[uuid.UUID]) -> Sequence[uuid.UUID]:
@@ -76,7 +94,7 @@ def ended_before(session: Session, seconds: float, among: Sequence[uuid.UUID]) -
 
 def newest(
     session: Session,
-    owner_id: uuid.UUID,
+    owner_id: uuid.UUID | None,
     *,
     states: Sequence[State],
     method: str | None,
@@ -87,10 +105,12 @@ def newest(
 ) -> Sequence[Job]:
     """Return up to ``limit`` of the owner's jobs that match the filters, newest first, without request and report.
 
-    If ``before`` is given, the list starts with the newest job that was created before job ``before``.
+    An ``owner_id`` of ``None`` lists the jobs of all owners. If ``before`` is given, the list starts with the newest job that was created before job ``before``.
     """
     columns = defer(Job.request, raiseload=True), defer(Job.report, raiseload=True)
-    query = select(Job).options(*columns).where(Job.owner_id == owner_id).order_by(Job.id.desc()).limit(limit)
+    query = select(Job).options(*columns).order_by(Job.id.desc()).limit(limit)
+    if owner_id is not None:
+        query = query.where(Job.owner_id == owner_id)
     if states:
         query = query.where(Job.state.in_(states))
     if method is not None:

@@ -7,7 +7,7 @@ clients hold neither a thread nor a database connection.
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request, Response
@@ -20,9 +20,20 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Send
 
 from app.auth import service as auth
+from app.auth.service import Caller
 from app.config import get_settings
 from app.db.session import reading, session_factory
-from app.deps import EVERY_V1_ROUTE, FeedDep, KeyedRoute, Owner, SessionDep, SettingsDep, unauthorized
+from app.deps import (
+    EVERY_V1_ROUTE,
+    FeedDep,
+    KeyedRoute,
+    KeyId,
+    Owner,
+    SessionDep,
+    SettingsDep,
+    chosen_key,
+    unauthorized,
+)
 from app.http import pages
 from app.http.etags import etag, matches
 from app.http.pages import PageSize, PageToken
@@ -32,7 +43,7 @@ from app.jobs import dispatch, repository, service
 from app.jobs.schemas import JobFilter
 from app.jobs.transitions import Trigger
 from secateur.catalog.recipe import Recipe
-from secateur.catalog.request import JobRequest, LabelName, LabelValue
+from secateur.catalog.request import JobRequest, LabelChange, LabelName, LabelValue
 from secateur.contract.errors import ErrorCode
 from secateur.contract.jobs import (
     Artifact,
@@ -46,18 +57,27 @@ from secateur.contract.jobs import (
     StepList,
     StepView,
 )
+from secateur.contract.keys import Scope
 from secateur.contract.states import TERMINAL, State
 
+Shown = TypeVar("Shown", bound=JobSummary)
 POLL_AFTER = 2
 """Number of seconds after which a client should poll again (``Retry-After``)."""
 STREAM_BATCH = 100
 
 RANGE_PROBLEMS = {400: ErrorCode.RANGE_MALFORMED, 416: ErrorCode.RANGE_NOT_SATISFIABLE}
 
+
+class JobRoute(KeyedRoute):
+    """A route to jobs that exist; the scope ``admin`` opens the route too, and shows the jobs of all API keys."""
+
+    instead = Scope.ADMIN
+
+
 router = APIRouter(
     prefix="/v1/jobs",
     tags=["jobs"],
-    route_class=KeyedRoute,
+    route_class=JobRoute,
     dependencies=EVERY_V1_ROUTE,
     responses=documented(401, 403, 422, 429, 503),
 )
@@ -65,6 +85,9 @@ router = APIRouter(
 IdempotencyKey = Annotated[
     Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")] | None,
     Header(description="Makes sending the request again safe; kept for 24 hours."),
+]
+IfMatch = Annotated[
+    str | None, Header(description="`ETag` of an earlier answer; the job is changed only if it is still that one.")
 ]
 IfNoneMatch = Annotated[str | None, Header(description="`ETag` of an earlier answer.")]
 LastEventId = Annotated[int, Header(ge=0, lt=2**63, description="The last event that was seen.")]
@@ -80,33 +103,37 @@ LABEL_PARAMETER = {
 }
 
 
-def _view(job: Any, response: Response) -> JobView:
+def _view(job: Any, caller: Caller, response: Response) -> JobView:
     response.headers["ETag"] = etag(job.version)
     if job.state not in TERMINAL:
         response.headers["Retry-After"] = str(POLL_AFTER)
-    return JobView.model_validate(job)
+    return _shown(JobView.model_validate(job), job, caller)
 
 
-def _read(owner_id: uuid.UUID, job_id: uuid.UUID) -> Any:
+def _shown(view: Shown, job: Any, caller: Caller) -> Shown:
+    """Return the view of a job with the API key that created the job, which only administrators see."""
+    view.key_id = job.owner_id if caller.is_admin else None
+    return view
+
+
+def _read(caller: Caller, job_id: uuid.UUID) -> Any:
     with reading() as session:
-        return service.view(session, owner_id, job_id)
+        return service.view(session, caller, job_id)
 
 
-def _look(owner_id: uuid.UUID, job_id: uuid.UUID) -> Any:
+def _look(caller: Caller, job_id: uuid.UUID) -> Any:
     """Return the job without its request, if the API key is still valid.
 
     Raises:
         Problem: 401 when the API key was revoked since the last read, 404 when the job does not exist.
     """
     with reading() as session:
-        if not auth.is_live(session, owner_id):
+        if not auth.is_live(session, caller.id):
             raise unauthorized()
-        return service.view(session, owner_id, job_id, bare=True)
+        return service.view(session, caller, job_id, bare=True)
 
 
-async def _wait(
-    feed: FeedDep, owner_id: uuid.UUID, job_id: uuid.UUID, seconds: int, done: Callable[[Any], bool]
-) -> Any:
+async def _wait(feed: FeedDep, caller: Caller, job_id: uuid.UUID, seconds: int, done: Callable[[Any], bool]) -> Any:
     """Return the job as soon as it is ``done`` or ``seconds`` have passed.
 
     Raises:
@@ -115,16 +142,13 @@ async def _wait(
     deadline = time.monotonic() + seconds
     with feed.bell(job_id) as bell:
         while True:
-            job = await run_in_threadpool(_look, owner_id, job_id)
+            job = await run_in_threadpool(_look, caller, job_id)
             left = deadline - time.monotonic()
             if done(job) or left <= 0:
-                return await run_in_threadpool(_read, owner_id, job_id)
+                return await run_in_threadpool(_read, caller, job_id)
             await bell.wait(left)
 
 
-@router.post(
-    "", status_code=202, response_model=JobView, responses={200: {"model": DryRun}, **documented(400, 410, 413)}
-)
 async def create(
     body: JobRequest,
     response: Response,
@@ -160,10 +184,21 @@ async def create(
         background.add_task(dispatch.wake_worker, job.id)
     else:
         await run_in_threadpool(dispatch.wake_worker, job.id)
-        job = await _wait(feed, owner.id, job.id, wait, lambda job: job.state in TERMINAL)
+        job = await _wait(feed, owner, job.id, wait, lambda job: job.state in TERMINAL)
         response.headers["Preference-Applied"] = f"wait={wait}"
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return _view(job, response)
+    return _view(job, owner, response)
+
+
+router.add_api_route(
+    "",
+    create,
+    methods=["POST"],
+    status_code=202,
+    response_model=JobView,
+    responses={200: {"model": DryRun}, **documented(400, 410, 413)},
+    route_class_override=KeyedRoute,
+)
 
 
 @router.get("", response_model=JobPage, openapi_extra={"parameters": [LABEL_PARAMETER]})
@@ -174,14 +209,15 @@ def newest(
     state: Annotated[list[State], Query(description="One or more.")] = [],  # noqa: B006
     method: Annotated[str | None, Query(pattern=r"^[^\x00]*$")] = None,
     model_id: Annotated[str | None, Query(pattern=r"^[^\x00]*$")] = None,
+    key_id: KeyId = None,
     page_size: PageSize = 50,
     page_token: PageToken = None,
 ) -> JobPage:
     """List the jobs of this API key, newest first. The query parameters restrict the list."""
     wanted = JobFilter(state=state, method=method, model_id=model_id)
     before = pages.decode(page_token, uuid.UUID)
-    jobs, cursor = service.page(session, owner.id, wanted, _labels(request), before, page_size)
-    items = [JobSummary.model_validate(job) for job in jobs]
+    jobs, cursor = service.page(session, chosen_key(owner, key_id), wanted, _labels(request), before, page_size)
+    items = [_shown(JobSummary.model_validate(job), job, owner) for job in jobs]
     return JobPage(items=items, next_page_token=pages.encode(cursor) if cursor else None)
 
 
@@ -194,7 +230,7 @@ def _labels(request: Request) -> dict[str, str]:
         raise invalid("label", error.errors()[0]["msg"]) from None
 
 
-class PolledRoute(KeyedRoute):
+class PolledRoute(JobRoute):
     """The route of one job, which clients request far more often than any other route."""
 
     query = repository.VIEW_WITH_KEY
@@ -227,9 +263,9 @@ async def get(
     if wait is not None:
         response.headers["Preference-Applied"] = f"wait={wait}"
         job = await _wait(
-            feed, owner.id, job_id, wait, lambda job: job.state in TERMINAL or not matches(seen, etag(job.version))
+            feed, owner, job_id, wait, lambda job: job.state in TERMINAL or not matches(seen, etag(job.version))
         )
-    view = _view(job, response)
+    view = _view(job, owner, response)
     if if_none_match is not None and matches(if_none_match, etag(job.version)):
         return Response(status_code=304, headers=dict(response.headers))
     return view
@@ -244,10 +280,23 @@ router.add_api_route(
 )
 
 
+@router.patch("/{job_id}", response_model=JobView, responses=documented(400, 404, 412, 413))
+def change_labels(
+    job_id: uuid.UUID,
+    body: LabelChange,
+    response: Response,
+    owner: Owner,
+    session: SessionDep,
+    if_match: IfMatch = None,
+) -> JobView:
+    """Replace the labels of a job, in whatever state it is. The job's request keeps the labels that it had."""
+    return _view(service.label(session, owner, job_id, body.labels, if_match), owner, response)
+
+
 @router.delete("/{job_id}", status_code=204, responses=documented(404, 409))
 def delete(job_id: uuid.UUID, owner: Owner, session: SessionDep, settings: SettingsDep) -> None:
     """Delete a job that has ended, together with its artifacts. Published models remain."""
-    service.delete(session, settings, owner.id, job_id)
+    service.delete(session, settings, owner, job_id)
 
 
 def _ask(trigger: Trigger, summary: str) -> None:
@@ -256,10 +305,10 @@ def _ask(trigger: Trigger, summary: str) -> None:
     def ask(
         job_id: uuid.UUID, response: Response, background: BackgroundTasks, owner: Owner, session: SessionDep
     ) -> JobView:
-        job = service.ask(session, owner.id, job_id, trigger)
+        job = service.ask(session, owner, job_id, trigger)
         if job.state == State.QUEUED:
             background.add_task(dispatch.wake_worker, job.id)
-        return _view(job, response)
+        return _view(job, owner, response)
 
     router.post(
         f"/{{job_id}}/{trigger}", response_model=JobView, summary=summary, name=trigger, responses=documented(404, 409)
@@ -282,14 +331,14 @@ def events(
 ) -> EventPage:
     """List the events of a job, oldest first."""
     after = pages.decode(page_token, pages.read_id) or 0
-    _, found = service.events(session, owner.id, job_id, after, page_size + 1)
+    _, found = service.events(session, owner, job_id, after, page_size + 1)
     items = [EventView.model_validate(event) for event in found[:page_size]]
     return EventPage(items=items, next_page_token=pages.encode(items[-1].id) if len(found) > page_size else None)
 
 
 def _must_exist(job_id: uuid.UUID, owner: Owner) -> None:
     with reading() as session:
-        service.view(session, owner.id, job_id, bare=True)
+        service.view(session, owner, job_id, bare=True)
 
 
 @router.get(
@@ -313,7 +362,7 @@ async def stream(
         with reading() as session:
             if not auth.is_live(session, owner.id):
                 return None
-            return service.events(session, owner.id, job_id, after, STREAM_BATCH)
+            return service.events(session, owner, job_id, after, STREAM_BATCH)
 
     with feed.bell(job_id) as bell:
         while True:
@@ -339,7 +388,7 @@ async def stream(
 @router.get("/{job_id}/steps", response_model=StepList, responses=documented(404))
 def steps(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> StepList:
     """List the completed steps: for each step its ratio, widths by layer, perplexity, loss curve, time and memory."""
-    found = service.steps(session, owner.id, job_id)
+    found = service.steps(session, owner, job_id)
     return StepList(items=[StepView.model_validate(item) for item in found])
 
 
@@ -349,10 +398,10 @@ def recipe(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> dict[str, An
 
     A job created with these fields produces the same model.
     """
-    return dict(Recipe.of_request(service.get(session, owner.id, job_id).request).fields)
+    return dict(Recipe.of_request(service.get(session, owner, job_id).request).fields)
 
 
-class ReportRoute(KeyedRoute):
+class ReportRoute(JobRoute):
     """A route that redirects browsers, which send no API key by themselves, to the web page."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -369,7 +418,7 @@ class ReportRoute(KeyedRoute):
 
 def report(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> dict[str, Any]:
     """Return the complete result of a job that has succeeded. `Accept: text/html` redirects to the job's web page."""
-    return service.report(session, owner.id, job_id)
+    return service.report(session, owner, job_id)
 
 
 router.add_api_route(
@@ -384,7 +433,7 @@ router.add_api_route(
 @router.get("/{job_id}/artifacts", response_model=ArtifactList, responses=documented(404))
 def artifacts(job_id: uuid.UUID, owner: Owner, session: SessionDep, settings: SettingsDep) -> ArtifactList:
     """List the files of the pruned model. The list is empty until the job has succeeded."""
-    found = service.artifacts(session, settings, owner.id, job_id)
+    found = service.artifacts(session, settings, owner, job_id)
     prefix = f"/v1/jobs/{job_id}/artifacts"
     return ArtifactList(
         items=[
@@ -422,7 +471,7 @@ class ArtifactResponse(FileResponse):
 )
 def artifact(job_id: uuid.UUID, name: str, owner: Owner, session: SessionDep, settings: SettingsDep) -> FileResponse:
     """Return one file of the pruned model. `Range` requests are supported."""
-    found = service.artifacts(session, settings, owner.id, job_id).get(name)
+    found = service.artifacts(session, settings, owner, job_id).get(name)
     if found is None:
         raise Problem(404, ErrorCode.NOT_FOUND, f"Job {job_id} has no artifact '{name}'.")
     path, status = found

@@ -1,5 +1,10 @@
-"""The rules of jobs: the layer between the HTTP routes and the database tables."""
+"""The rules of jobs: the layer between the HTTP routes and the database tables.
 
+A caller sees the jobs of its own API key; a caller with the scope ``admin`` sees the jobs of all keys, and its writes to
+jobs of other keys are recorded.
+"""
+
+import logging
 import os
 import shutil
 import stat
@@ -13,18 +18,23 @@ from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
 from app.auth import repository as keys
+from app.auth.service import Caller
 from app.config import Settings
 from app.fleet import repository as fleet
 from app.http import idempotency, logs
+from app.http.etags import etag, names
 from app.http.problem import Problem, invalid
-from app.jobs import admission, leases, repository, tokens, transitions
+from app.jobs import admission, leases, repositories, repository, tokens, transitions
 from app.jobs.models import Job, JobEvent, JobStep
+from app.jobs.naming import repo_ids
 from app.jobs.schemas import JobFilter
-from app.jobs.transitions import Trigger
+from app.jobs.transitions import TransitionRefused, Trigger
 from secateur.catalog.request import JobRequest
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.jobs import DryRun
 from secateur.contract.states import TERMINAL, State
+
+log = logging.getLogger(__name__)
 
 TRASH = ".deleted"
 """Suffix of the name of a deleted job's folder."""
@@ -41,10 +51,12 @@ def dry_run(session: Session, settings: Settings, owner_id: uuid.UUID, request: 
         Problem: the service cannot serve the request.
         PruningError: the model cannot be pruned as requested; retryable if the Hub does not answer.
     """
-    token = tokens.for_request(session, settings, owner_id, request.hub_token)
+    access = tokens.for_request(session, settings, owner_id, request.hub_token)
     largest = fleet.largest(session, settings.worker_silence)
     session.rollback()  # returns the connection to the pool before the request to the Hub
-    return admission.dry_run(admission.admit(request, settings, token), settings, token, largest)
+    admitted = admission.admit(request, settings, access)
+    _check_repositories(session, owner_id, admitted)
+    return admission.dry_run(admitted, settings, access.token, largest)
 
 
 def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job:
@@ -59,12 +71,13 @@ def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: J
     if key is not None and (earlier := _replay(session, settings, owner_id, key, digest)):
         return earlier
     kept = tokens.keep(settings, request.hub_token)
-    token = tokens.for_request(session, settings, owner_id, request.hub_token)
+    access = tokens.for_request(session, settings, owner_id, request.hub_token)
     largest = fleet.largest(session, settings.worker_silence)
     session.rollback()  # returns the connection to the pool before the requests to the Hub
-    admitted = admission.admit(request, settings, token)
+    admitted = admission.admit(request, settings, access)
+    _check_repositories(session, owner_id, admitted)
     try:
-        revision = admission.dry_run(admitted, settings, token, largest).revision or request.revision
+        revision = admission.dry_run(admitted, settings, access.token, largest).revision or request.revision
     except PruningError as error:
         if not error.retryable:
             raise
@@ -89,17 +102,29 @@ def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: J
     return job
 
 
+def _check_repositories(session: Session, owner_id: uuid.UUID, admitted: JobRequest) -> None:
+    """Check that no other API key's job made a repository that the request publishes to; ends the transaction.
+
+    Raises:
+        PruningError: ``repository_taken``.
+    """
+    if admitted.publish is not None:
+        repositories.check(session, owner_id, repo_ids(admitted.publish.repo_id, admitted))
+        session.rollback()  # returns the connection to the pool before the request to the Hub
+
+
 def _check_room(session: Session, settings: Settings, owner_id: uuid.UUID) -> None:
     """Check that the API key may have one more job; other requests of the key wait here until this one is committed.
 
     Raises:
-        Problem: 429 if the key has as many open jobs as it may have.
+        Problem: 401 if the key was revoked meanwhile, 429 if it has as many open jobs as it may have.
     """
-    if settings.max_open_jobs is None:
-        return
-    keys.lock(session, owner_id)
-    if repository.open_count(session, owner_id) >= settings.max_open_jobs:
-        detail = f"This API key has {settings.max_open_jobs} jobs that have not ended, as many as it may have."
+    key = keys.lock(session, owner_id)
+    if key is None or key.revoked_at is not None:
+        raise Problem(401, ErrorCode.UNAUTHORIZED, "This API key was revoked.", headers={"WWW-Authenticate": "Bearer"})
+    most = settings.max_open_jobs if key.max_open_jobs is None else key.max_open_jobs
+    if most is not None and repository.open_count(session, owner_id) >= most:
+        detail = f"This API key has {most} jobs that have not ended, as many as it may have."
         raise Problem(429, ErrorCode.TOO_MANY_JOBS, detail, headers={"Retry-After": str(ROOM_AFTER)})
 
 
@@ -115,28 +140,33 @@ def _replay(session: Session, settings: Settings, owner_id: uuid.UUID, key: str,
     return repository.get(session, owner_id, used.job_id)
 
 
-def view(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, bare: bool = False) -> Row[Any]:
-    """Return the public columns of the owner's job as plain values; see :func:`app.jobs.repository.view`.
+def view(session: Session, caller: Caller, job_id: uuid.UUID, *, bare: bool = False) -> Row[Any]:
+    """Return the public columns of a job that the caller sees as plain values; see :func:`app.jobs.repository.view`.
 
     Raises:
-        Problem: 404 if the job does not exist or belongs to another owner.
+        Problem: 404 if the job does not exist or the caller does not see it.
     """
-    job = repository.view(session, owner_id, job_id, bare=bare)
+    job = repository.view(session, _seen(caller), job_id, bare=bare)
     if job is None:
         raise no_job(job_id)
     return job
 
 
-def get(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, locked: bool = False) -> Job:
-    """Return the owner's job; see :func:`app.jobs.repository.get`.
+def get(session: Session, caller: Caller, job_id: uuid.UUID, *, locked: bool = False) -> Job:
+    """Return a job that the caller sees; see :func:`app.jobs.repository.get`.
 
     Raises:
-        Problem: 404 if the job does not exist or belongs to another owner.
+        Problem: 404 if the job does not exist or the caller does not see it.
     """
-    job = repository.get(session, owner_id, job_id, locked=locked)
+    job = repository.get(session, _seen(caller), job_id, locked=locked)
     if job is None:
         raise no_job(job_id)
     return job
+
+
+def _seen(caller: Caller) -> uuid.UUID | None:
+    """Return the API key whose jobs the caller sees, or ``None`` for all keys."""
+    return None if caller.is_admin else caller.id
 
 
 def no_job(job_id: uuid.UUID) -> Problem:
@@ -146,13 +176,16 @@ def no_job(job_id: uuid.UUID) -> Problem:
 
 def page(
     session: Session,
-    owner_id: uuid.UUID,
+    owner_id: uuid.UUID | None,
     wanted: JobFilter,
     labels: Mapping[str, str],
     before: uuid.UUID | None,
     size: int,
 ) -> tuple[Sequence[Job], uuid.UUID | None]:
-    """Return up to ``size`` of the owner's jobs, newest first, and the cursor of the next page if there is one."""
+    """Return up to ``size`` of the owner's jobs, newest first, and the cursor of the next page if there is one.
+
+    An ``owner_id`` of ``None`` lists the jobs of all owners.
+    """
     jobs = repository.newest(
         session,
         owner_id,
@@ -166,37 +199,90 @@ def page(
     return jobs[:size], jobs[size - 1].id if len(jobs) > size else None
 
 
-def ask(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, trigger: Trigger) -> Job:
+def ask(session: Session, caller: Caller, job_id: uuid.UUID, trigger: Trigger) -> Job:
     """Cancel, pause, resume or retry a job; idempotent; commits.
 
     Raises:
-        Problem: 404 if the job does not exist or belongs to another owner.
+        Problem: 404 if the job does not exist or the caller does not see it.
         TransitionRefused: the job's state does not allow ``trigger``.
     """
-    job = get(session, owner_id, job_id, locked=True)
+    job = get(session, caller, job_id, locked=True)
     afresh: dict[str, Any] = {}
     if trigger is Trigger.RETRY and job.state in TERMINAL:
         afresh = {"failures": 0, "not_before": None}
     transitions.apply(session, job, trigger, **afresh)
+    _record_admin(session, caller, job, trigger)
     session.commit()
     return job
 
 
-def delete(session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Delete a finished job, commit, and remove its folder.
+def label(session: Session, caller: Caller, job_id: uuid.UUID, labels: Mapping[str, str], if_match: str | None) -> Job:
+    """Replace the labels of a job and return the job; commits. ``if_match`` is the value of ``If-Match``, if it was sent.
+
+    Raises:
+        Problem: 404 if the job does not exist or the caller does not see it, 412 if the job is not the one that
+            ``if_match`` names.
+    """
+    job = get(session, caller, job_id, locked=True)
+    if if_match is not None and not names(if_match, etag(job.version)):
+        detail = f"The job has changed; its entity tag is {etag(job.version)}."
+        raise Problem(412, ErrorCode.JOB_CHANGED, detail)
+    if job.labels != labels:
+        repository.label(session, job, labels)
+        _record_admin(session, caller, job, "label")
+    session.commit()
+    return job
+
+
+def _record_admin(session: Session, caller: Caller, job: Job, action: str) -> None:
+    """Append an event to a job of another API key on which an administrator acted."""
+    if caller.id != job.owner_id:
+        transitions.record_event(session, job, "admin", {"key_id": str(caller.id), "action": action})
+
+
+def cancel_all(session: Session, owner_id: uuid.UUID, actor_id: uuid.UUID | None) -> tuple[int, int]:
+    """Cancel all jobs of an API key that have not ended, and return how many are cancelled and how many go on.
+
+    A job that began to publish goes on, because its model may be published already. ``actor_id`` is the API key that
+    asked for this, or ``None`` for an operator at the command line. Each job is committed for itself.
+    """
+    cancelled = left = 0
+    for job_id in repository.open_ids(session, owner_id):
+        job = repository.get(session, owner_id, job_id, locked=True)
+        if job is None or job.state in TERMINAL:
+            session.rollback()
+            continue
+        try:
+            transitions.apply(session, job, Trigger.CANCEL)
+        except TransitionRefused:
+            session.rollback()
+            left += 1
+            continue
+        data = {"key_id": actor_id and str(actor_id), "action": str(Trigger.CANCEL)}
+        transitions.record_event(session, job, "admin", data)
+        session.commit()
+        cancelled += 1
+    session.rollback()
+    return cancelled, left
+
+
+def delete(session: Session, settings: Settings, caller: Caller, job_id: uuid.UUID) -> None:
+    """Delete a finished job, commit, and remove its folder; a log line records the deletion of another key's job.
 
     If the process is killed while it removes the folder, :func:`delete_trash` removes the rest.
 
     Raises:
-        Problem: 404 if the job does not exist or belongs to another owner, 409 if the job has not ended.
+        Problem: 404 if the job does not exist or the caller does not see it, 409 if the job has not ended.
     """
-    job = get(session, owner_id, job_id, locked=True)
+    job = get(session, caller, job_id, locked=True)
     if job.state not in TERMINAL:
         raise Problem(
             409, ErrorCode.WRONG_STATE, f"A job that is {job.state} cannot be deleted; cancel it.", state=job.state
         )
     repository.delete(session, job)
     session.commit()
+    if caller.id != job.owner_id:
+        log.warning("audit: admin key %s deleted job %s of key %s", caller.id, job_id, job.owner_id)
     folder = settings.job_dir(job_id)
     trash = folder.with_name(folder.name + TRASH)
     with suppress(FileNotFoundError):
@@ -236,42 +322,42 @@ def delete_trash(settings: Settings) -> None:
 
 
 def events(
-    session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, after: int, limit: int
+    session: Session, caller: Caller, job_id: uuid.UUID, after: int, limit: int
 ) -> tuple[Row[Any], Sequence[JobEvent]]:
     """Return the job and up to ``limit`` of its events after event ``after``.
 
     If the job has ended, its last event is already stored.
 
     Raises:
-        Problem: 404 if the job does not exist or belongs to another owner.
+        Problem: 404 if the job does not exist or the caller does not see it.
     """
-    job = view(session, owner_id, job_id, bare=True)
+    job = view(session, caller, job_id, bare=True)
     return job, repository.events(session, job_id, after, limit)
 
 
-def steps(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID) -> Sequence[JobStep]:
+def steps(session: Session, caller: Caller, job_id: uuid.UUID) -> Sequence[JobStep]:
     """Return the completed steps of the job.
 
     Raises:
-        Problem: 404 if the job does not exist or belongs to another owner.
+        Problem: 404 if the job does not exist or the caller does not see it.
     """
-    return repository.steps(session, get(session, owner_id, job_id).id)
+    return repository.steps(session, get(session, caller, job_id).id)
 
 
-def report(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID) -> dict[str, Any]:
+def report(session: Session, caller: Caller, job_id: uuid.UUID) -> dict[str, Any]:
     """Return the complete result of the job.
 
     Raises:
-        Problem: 404 if the job does not exist or belongs to another owner, 409 if the job has no report.
+        Problem: 404 if the job does not exist or the caller does not see it, 409 if the job has no report.
     """
-    job = get(session, owner_id, job_id)
+    job = get(session, caller, job_id)
     if job.report is None:
         raise Problem(409, ErrorCode.NO_REPORT, f"A job that is {job.state} has no report.", state=job.state)
     return job.report
 
 
 def artifacts(
-    session: Session, settings: Settings, owner_id: uuid.UUID, job_id: uuid.UUID
+    session: Session, settings: Settings, caller: Caller, job_id: uuid.UUID
 ) -> dict[str, tuple[Path, os.stat_result]]:
     """Return the files of the pruned model by name, with the status of each file.
 
@@ -279,9 +365,9 @@ def artifacts(
     Return no files until the job has succeeded.
 
     Raises:
-        Problem: 404 if the job does not exist or belongs to another owner.
+        Problem: 404 if the job does not exist or the caller does not see it.
     """
-    job = get(session, owner_id, job_id)
+    job = get(session, caller, job_id)
     folder = settings.job_dir(job_id) / "artifacts"
     if job.state != State.SUCCEEDED or not folder.is_dir():
         return {}

@@ -1,6 +1,10 @@
-"""The Hub token with which a job reads its model and publishes: its own, else its API key's, else the service's."""
+"""The Hub token with which a job reads its model and publishes: its own, else its API key's, else the service's.
+
+The service's token is lent only to API keys that an operator allows to use it.
+"""
 
 import uuid
+from dataclasses import dataclass
 
 from pydantic import SecretStr
 from sqlalchemy import select
@@ -12,6 +16,18 @@ from app.config import Settings
 from app.http.problem import invalid
 from app.jobs.models import Job
 from secateur.contract.errors import ErrorCode
+
+
+@dataclass(frozen=True)
+class HubAccess:
+    """What a request of an API key may read and write on the Hub."""
+
+    token: SecretStr | None
+    """The Hub token; ``None`` reads what is public."""
+    namespace: str
+    """The namespace of default repository names."""
+    restricted: bool
+    """Whether the key may write to ``namespace`` only, because it brings no token of its own."""
 
 
 def keep(settings: Settings, own: SecretStr | None) -> bytes | None:
@@ -26,16 +42,17 @@ def keep(settings: Settings, own: SecretStr | None) -> bytes | None:
         raise invalid("hub_token", str(error), code=ErrorCode.HUB_TOKENS_DISABLED) from None
 
 
-def for_request(session: Session, settings: Settings, owner_id: uuid.UUID, own: SecretStr | None) -> SecretStr | None:
-    """Return the Hub token with which a request of this API key is served.
+def for_request(session: Session, settings: Settings, owner_id: uuid.UUID, own: SecretStr | None) -> HubAccess:
+    """Return the access to the Hub with which a request of this API key is served; ``own`` is the request's token.
 
     Raises:
         VaultError: the API key's stored token cannot be read.
     """
-    if own is not None:
-        return own
-    stored = session.scalar(select(ApiKey.hub_token).where(ApiKey.id == owner_id))
-    return settings.hf_token if stored is None else vault.decrypt(settings, stored)
+    query = select(ApiKey.hub_token, ApiKey.lend_hub_token, ApiKey.namespace).where(ApiKey.id == owner_id)
+    stored, lent, namespace = session.execute(query).one()
+    token = vault.decrypt(settings, stored) if own is None and stored is not None else own
+    restricted = token is None or settings.hub_dir is not None
+    return HubAccess(settings.hf_token if token is None and lent else token, namespace, restricted)
 
 
 def of_job(session: Session, settings: Settings, job_id: uuid.UUID) -> SecretStr | None:
@@ -47,4 +64,4 @@ def of_job(session: Session, settings: Settings, job_id: uuid.UUID) -> SecretStr
     query = select(Job.hub_token, Job.owner_id).where(Job.id == job_id)
     stored, owner_id = session.execute(query).one()
     own = None if stored is None else vault.decrypt(settings, stored)
-    return for_request(session, settings, owner_id, own)
+    return for_request(session, settings, owner_id, own).token

@@ -13,9 +13,13 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from app.jobs import usage
 from app.jobs.models import Job, JobEvent
 from app.webhooks import repository as webhooks
 from secateur.contract.states import TERMINAL, State
+
+LIVE = (State.RUNNING, State.PUBLISHING, State.CANCELLING)
+"""The states in which a worker owns the job."""
 
 
 class Trigger(StrEnum):
@@ -104,6 +108,12 @@ def apply(session: Session, job: Job, trigger: Trigger, **values: Any) -> Job:
         requested = job.pause_requested
     if after is before and job.pause_requested == requested and not values:
         return job
+    if before in LIVE and after not in LIVE:
+        usage.count(session, job.owner_id, worker_seconds=usage.attempt_seconds(job))
+    if after is State.SUCCEEDED:
+        usage.count(session, job.owner_id, jobs_succeeded=1)
+    if after is State.FAILED:
+        usage.count(session, job.owner_id, jobs_failed=1)
     now = dt.datetime.now(dt.UTC)
     job.state = after
     job.pause_requested = requested
@@ -116,7 +126,9 @@ def apply(session: Session, job: Job, trigger: Trigger, **values: Any) -> Job:
             job.hub_token = None
         if after is State.QUEUED:
             job.dispatched_at = job.finished_at = job.error = None
-        if after not in (State.RUNNING, State.PUBLISHING, State.CANCELLING):
+        if trigger is Trigger.CLAIM:
+            job.claimed_at = func.now()
+        if after not in LIVE:
             job.lease_expires_at = job.worker = None
     for name, value in values.items():
         setattr(job, name, value)

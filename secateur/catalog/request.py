@@ -79,6 +79,8 @@ GgufFile = Annotated[
 LabelName = Annotated[str, StringConstraints(pattern=LABEL_NAME)]
 LabelValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{0,255}$")]
 
+Labels = Annotated[dict[LabelName, LabelValue], Field(max_length=32)]
+
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -92,6 +94,12 @@ class Publish(_Request):
         examples=["org/name"],
     )
     private: bool = Field(True, description="Whether a repository that the job creates is private.")
+
+
+class LabelChange(_Request):
+    """The request to change the labels of a job."""
+
+    labels: Labels = Field(description="All labels that the job has afterwards.")
 
 
 class ModelRef(_Request):
@@ -164,7 +172,7 @@ class JobRequest(ModelRef, PruningSpec):
         description="Gets a signed POST (Standard Webhooks) when the job ends. At a public address, or one that the operator allows.",
         examples=["https://example.org/hook"],
     )
-    labels: dict[LabelName, LabelValue] = Field({}, max_length=32, description="Names and values to find jobs by.")
+    labels: Labels = Field({}, description="Names and values to find jobs by.")
     max_runtime_seconds: float | None = Field(
         None, gt=0, le=LONGEST_RUN, description="Fail the job after this long in one run; unset: no limit."
     )

@@ -136,13 +136,14 @@ def locate(
     revision: str | None = None,
     gguf_file: str | None = None,
     models_dir: Path | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     endpoint: str | None = None,
     allow_paths: bool = False,
 ) -> ModelSource:
     """Find a model and read its config; for a local model, also check the headers of its weight files.
 
-    ``allow_paths`` also allows folders and GGUF files by path. The library and the command line set it, and the API
+    ``token`` is the Hub token; ``None`` sends the token that is stored on this machine, if there is one, and ``False``
+    sends none. ``allow_paths`` also allows folders and GGUF files by path. The library and the command line set it, and the API
     never does.
 
     Raises:
@@ -326,7 +327,7 @@ def _gguf_config(path: Path) -> dict[str, Any]:
 
 
 def _on_hub(
-    model_id: str, revision: str | None, gguf_file: str | None, token: str | None, endpoint: str | None
+    model_id: str, revision: str | None, gguf_file: str | None, token: str | bool | None, endpoint: str | None
 ) -> ModelSource:
     try:
         info = HfApi(endpoint=endpoint, token=token).model_info(model_id, revision=revision, timeout=HUB_TIMEOUT)

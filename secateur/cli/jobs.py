@@ -1,10 +1,11 @@
-"""The commands that call a service over HTTP: submit, status, watch, cancel, recipe."""
+"""The commands that call a service over HTTP: for jobs, for usage, and for the names that a request may use."""
 
 import datetime as dt
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,12 +16,14 @@ from secateur.cli.options import takes_recipe
 
 if TYPE_CHECKING:
     from secateur.client import Client, Job
-    from secateur.contract.jobs import JobView
+    from secateur.contract.jobs import JobSummary, JobView
 
 ENDED = {"succeeded": 0, "failed": FAILED, "cancelled": FAILED}
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 Url = Annotated[str, typer.Option("--url", envvar="SECATEUR_URL", help="The service's address.")]
+LARGEST_PAGE = 100
+KeyId = Annotated[str | None, typer.Option(help="Of another API key, or 'all'; needs a key with the scope 'admin'.")]
 ApiKey = Annotated[str, typer.Option("--api-key", envvar="SECATEUR_API_KEY", help="From 'secateur keys create'.")]
 
 
@@ -84,6 +87,110 @@ def cancel(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json:
     with _connect(url, api_key) as client:
         job = client.jobs.get(job_id).cancel().view
     typer.echo(job.model_dump_json() if as_json else _line(job))
+
+
+def delete(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
+    """Delete a job that has ended, with its files. A published model stays in its repository."""
+    with _connect(url, api_key) as client:
+        client.jobs.get(job_id).delete()
+    typer.echo(f"{job_id} is deleted.")
+
+
+def label(
+    job_id: JobId,
+    labels: Annotated[list[str] | None, typer.Argument(help="NAME=VALUE; all labels that the job has then.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = "",
+    as_json: Json = False,
+) -> None:
+    """Replace the labels of a job; without labels, remove them."""
+    with _connect(url, api_key) as client:
+        job = client.jobs.get(job_id).label(_labels(labels)).view
+    typer.echo(job.model_dump_json() if as_json else _summary(job))
+
+
+def jobs(
+    state: Annotated[list[str] | None, typer.Option(help="A state; several may be given.")] = None,
+    method: Annotated[str | None, typer.Option(help="A method.")] = None,
+    model: Annotated[str | None, typer.Option(help="A Hub id or 'local:NAME'.")] = None,
+    labels: Annotated[list[str] | None, typer.Option("--label", help="NAME=VALUE; several may be given.")] = None,
+    key_id: KeyId = None,
+    limit: Annotated[int, typer.Option(min=1, help="Largest number of jobs.")] = 50,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = "",
+    as_json: Json = False,
+) -> None:
+    """List jobs, newest first."""
+    with _connect(url, api_key) as client:
+        found = client.jobs.list(
+            state=state or (),
+            method=method,
+            model_id=model,
+            labels=_labels(labels),
+            key_id=key_id,
+            page_size=min(limit, LARGEST_PAGE),
+        )
+        for job in islice(found, limit):
+            typer.echo(job.model_dump_json() if as_json else _summary(job))
+
+
+def usage(
+    key_id: KeyId = None,
+    since: Annotated[
+        dt.datetime | None, typer.Option(formats=["%Y-%m-%d"], help="First day. Unset: 29 days ago.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = "",
+    as_json: Json = False,
+) -> None:
+    """Show what an API key used, by day (UTC)."""
+    with _connect(url, api_key) as client:
+        for day in client.usage(key_id=key_id, since=since and since.date()):
+            counts = f"{day.jobs_created} created, {day.jobs_succeeded} succeeded, {day.jobs_failed} failed"
+            line = (
+                f"{day.day}  {day.key_id}  {counts}  {day.worker_seconds:.0f} worker seconds  {day.bytes_stored} bytes"
+            )
+            typer.echo(day.model_dump_json() if as_json else line)
+
+
+def models(url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
+    """List the models in the service's models folder."""
+    with _connect(url, api_key) as client:
+        typer.echo("".join(f"{name}\n" for name in client.models()), nl=False)
+
+
+def texts(url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
+    """List the texts in the service's texts folder."""
+    with _connect(url, api_key) as client:
+        typer.echo("".join(f"{name}\n" for name in client.texts()), nl=False)
+
+
+def tasks(url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
+    """List the zero-shot tasks that the service knows."""
+    with _connect(url, api_key) as client:
+        typer.echo("".join(f"{name}\n" for name in client.tasks()), nl=False)
+
+
+def _labels(given: list[str] | None) -> dict[str, str]:
+    """Return the labels that arguments of the form NAME=VALUE give."""
+    parts = [each.partition("=") for each in given or ()]
+    if wrong := [name for name, equals, _ in parts if not equals]:
+        raise stop(f"'{wrong[0]}' is no label: write NAME=VALUE", REFUSED)
+    return {name: value for name, _, value in parts}
+
+
+def _summary(job: "JobSummary") -> str:
+    """Return the description of a job of a list in one line."""
+    labels = " ".join(f"{name}={value}" for name, value in job.labels.items())
+    parts = [
+        str(job.id),
+        str(job.state),
+        job.model_id,
+        job.method,
+        labels,
+        "" if job.key_id is None else f"key {job.key_id}",
+    ]
+    return "  ".join(part for part in parts if part)
 
 
 def watch(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: Json = False) -> None:

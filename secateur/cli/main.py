@@ -29,7 +29,10 @@ def _options(
     """Structured pruning of large language models, on this machine or by a service."""
 
 
-for command in (prune.prune, prune.inspect, jobs.submit, jobs.status, jobs.watch, jobs.cancel, jobs.recipe):
+for command in (
+    prune.prune, prune.inspect, jobs.submit, jobs.jobs, jobs.status, jobs.watch, jobs.cancel, jobs.delete, jobs.label,
+    jobs.recipe, jobs.usage, jobs.models, jobs.texts, jobs.tasks,
+):  # fmt: skip
     cli.command()(command)
 service.add_to(cli)
 

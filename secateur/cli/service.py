@@ -23,7 +23,7 @@ COMMANDS = {
     "worker": "Run a worker, which does one job at a time.",
     "scheduler": "Run a scheduler; any number may run.",
     "migrate": "Bring the database's schema up to date.",
-    "keys": "Create, list, rotate and revoke API keys.",
+    "keys": "Create, list, change, rotate and revoke API keys.",
     "doctor": "Check everything that the service needs.",
 }
 

@@ -1,4 +1,4 @@
-"""The bodies of the responses of ``/v1/methods`` and ``/v1/models/inspect``."""
+"""The bodies of the responses of ``/v1/methods``, ``/v1/models``, ``/v1/texts``, ``/v1/tasks`` and ``/v1/models/inspect``."""
 
 from typing import Any
 
@@ -42,6 +42,12 @@ class MethodList(BaseModel):
 
     items: list[MethodView]
     kinds: Kinds
+
+
+class NameList(BaseModel):
+    """Names, in the form in which a request names the things."""
+
+    items: list[str]
 
 
 class PrunedSize(BaseModel):

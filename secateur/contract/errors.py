@@ -77,6 +77,8 @@ class ErrorCode(StrEnum):
     # The Hub
     HUB_UNAVAILABLE = "hub_unavailable", "The Hub could not be reached or does not answer as it should.", "Try again later.", True
     HUB_FORBIDDEN = "hub_forbidden", "There is no Hub token, or the token may not write to the repository.", "Give a token that may write there, or another repository."
+    NAMESPACE_FORBIDDEN = "namespace_forbidden", "The API key may not publish to this namespace with what the service lends it.", "Publish to the namespace that the message names, bring a Hub token, or ask the operator: 'secateur keys set'."
+    REPOSITORY_TAKEN = "repository_taken", "A job of another API key made the repository.", "Choose another name for the repository."
     HUB_REFUSED = "hub_refused", "The Hub refused the repository or the commit.", "See the Hub's message."
     HUB_CONFLICT = "hub_conflict", "Others keep committing to the repository.", "Try again later.", True
     HUB_TOKENS_DISABLED = "hub_tokens_disabled", "This service does not keep Hub tokens.", "Ask the operator to set SECATEUR_SECRET_KEYS."
@@ -93,6 +95,7 @@ class ErrorCode(StrEnum):
     RANGE_NOT_SATISFIABLE = "range_not_satisfiable", "The file has no such range.", "See the 'Content-Range' header for the file's size."
     WRONG_STATE = "wrong_state", "The job's state does not allow the operation.", "See 'state'."
     NO_REPORT = "no_report", "The job has not succeeded, so it has no report.", "Wait until the job has succeeded."
+    JOB_CHANGED = "job_changed", "The job is not the one that 'If-Match' names.", "Read the job again, and send its new 'ETag'."
     JOB_DELETED = "job_deleted", "The job that this Idempotency-Key created was deleted.", "Use a new Idempotency-Key."
     IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused", "The Idempotency-Key was used with another body.", "Use a new Idempotency-Key."
     TOO_MANY_JOBS = "too_many_jobs", "The API key has as many unfinished jobs as it may have.", "Wait as long as 'Retry-After' says.", True

@@ -88,6 +88,9 @@ class JobSummary(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
     id: uuid.UUID
+    key_id: uuid.UUID | None = Field(
+        None, description="The API key that created the job; null for callers without the scope `admin`."
+    )
     state: State
     model_id: str
     method: str
@@ -159,7 +162,7 @@ class JobPage(BaseModel):
 
 
 class EventView(BaseModel):
-    """An event of a job: a change of state, a completed step, a warning or a retry."""
+    """An event of a job: a change of state, a completed step, a warning, a retry, or an act of an administrator."""
 
     model_config = ConfigDict(
         from_attributes=True,
@@ -177,7 +180,7 @@ class EventView(BaseModel):
     )
 
     id: int = Field(description="Grows with time; `Last-Event-ID` of the stream.")
-    type: str = Field(description="`state`, `step`, `warning`, `retry`.")
+    type: str = Field(description="`state`, `step`, `warning`, `retry`, `admin`.")
     attempt: int
     created_at: dt.datetime
     data: dict[str, Any]

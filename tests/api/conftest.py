@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from app.config import Settings, get_settings
 from app.http import rate
 from app.main import create_app
 from app.webhooks import service as webhooks
+from secateur.contract.keys import USER, KeySettings, Scope
 from tests import hub as fake
 from tests.patience import PATIENCE
 
@@ -74,12 +75,12 @@ def url(settings: Settings) -> Iterator[str]:
 
 
 @pytest.fixture
-def make_client(url: str, session: Session) -> Iterator[Callable[[str], httpx2.Client]]:
-    """A client with an API key of its own, for everything, by the key's name."""
+def make_client(url: str, session: Session) -> Iterator[Callable[..., httpx2.Client]]:
+    """A client with an API key of its own, by the key's name, scopes and settings."""
     clients = []
 
-    def make(name: str) -> httpx2.Client:
-        _, secret = auth.create(session, name, [*auth.Scope])
+    def make(name: str, scopes: Sequence[Scope] = USER, **key_settings: Any) -> httpx2.Client:
+        _, secret = auth.create(session, name, scopes, KeySettings(**key_settings))
         clients.append(httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {secret}"}, timeout=PATIENCE))
         return clients[-1]
 
@@ -89,8 +90,9 @@ def make_client(url: str, session: Session) -> Iterator[Callable[[str], httpx2.C
 
 
 @pytest.fixture
-def api(make_client: Callable[[str], httpx2.Client]) -> httpx2.Client:
-    return make_client("alice")
+def api(make_client: Callable[..., httpx2.Client]) -> httpx2.Client:
+    """A client that may read, submit, and publish with the service's token in the namespace ``org``."""
+    return make_client("alice", namespace="org", lend_hub_token=True)
 
 
 @pytest.fixture

@@ -5,9 +5,11 @@ from typing import Any
 
 import httpx2
 import pytest
+from cryptography.fernet import Fernet
 
 from app.config import Settings, get_settings
 from app.jobs.admission import admit
+from app.jobs.tokens import HubAccess
 from secateur.catalog.request import JobRequest
 from tests import hub as fake
 from tests.api.conftest import CONFIG
@@ -45,10 +47,24 @@ def test_what_the_hub_has_not(hub: fake.FakeHub, hub_api: httpx2.Client) -> None
 
 
 def test_who_may_publish_where(hub: fake.FakeHub, hub_api: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    response = hub_api.post("/v1/jobs", json=REQUEST | {"publish": {"repo_id": "org/out"}})
+    assert (response.status_code, response.json()["request"]["publish"]["repo_id"]) == (202, "org/out")
+    for repo_id in ("tester/out", "google/out"):
+        refused = hub_api.post("/v1/jobs", json=REQUEST | {"publish": {"repo_id": repo_id}})
+        assert (refused.status_code, refused.json()["code"]) == (422, "namespace_forbidden")
+        assert refused.json()["errors"][0]["allowed"] == "namespace org"
+
+
+def test_who_may_publish_where_with_a_token_of_its_own(
+    hub: fake.FakeHub, settings: Settings, make_client: Callable[..., httpx2.Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEUR_SECRET_KEYS", Fernet.generate_key().decode())
+    get_settings.cache_clear()
+    wanted, client = REQUEST | {"hub_token": fake.TOKEN}, make_client("bob")
     for repo_id in ("org/out", "tester/out"):
-        response = hub_api.post("/v1/jobs", json=REQUEST | {"publish": {"repo_id": repo_id}})
+        response = client.post("/v1/jobs", json=wanted | {"publish": {"repo_id": repo_id}})
         assert (response.status_code, response.json()["request"]["publish"]["repo_id"]) == (202, repo_id)
-    refused = hub_api.post("/v1/jobs", json=REQUEST | {"publish": {"repo_id": "google/out"}})
+    refused = client.post("/v1/jobs", json=wanted | {"publish": {"repo_id": "google/out"}})
     assert (refused.status_code, refused.json()["code"]) == (422, "hub_forbidden")
     assert refused.json()["errors"][0] == {
         "field": "publish.repo_id",
@@ -62,7 +78,7 @@ def test_each_of_several_repositories_is_checked(hub: fake.FakeHub, hub_api: htt
     accepted = hub_api.post("/v1/jobs?validate_only=true", json=several | {"publish": {"repo_id": "org/out"}})
     assert [target["repo_id"] for target in accepted.json()["targets"]] == ["org/out-20", "org/out-50"]
     refused = hub_api.post("/v1/jobs", json=several | {"publish": {"repo_id": "google/out"}})
-    assert (refused.status_code, refused.json()["code"]) == (422, "hub_forbidden")
+    assert (refused.status_code, refused.json()["code"]) == (422, "namespace_forbidden")
     unpublished = hub_api.post("/v1/jobs?validate_only=true", json=several).json()
     assert [target["repo_id"] for target in unpublished["targets"]] == [None, None]
 
@@ -93,14 +109,14 @@ def test_without_a_good_token(hub: fake.FakeHub, monkeypatch: pytest.MonkeyPatch
     get_settings.cache_clear()
     request = JobRequest.model_validate(REQUEST | {"publish": {"repo_id": "org/out"}})
     with pytest.raises(Exception, match=message) as refused:
-        admit(request, get_settings(), get_settings().hf_token)
+        admit(request, get_settings(), HubAccess(get_settings().hf_token, "org", True))
     assert refused.value.status == 422  # type: ignore[attr-defined]
 
 
 def test_a_hub_that_is_away_lets_jobs_in(
     hub: fake.FakeHub, hub_api: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = REQUEST | {"publish": {"repo_id": "google/out"}, "revision": "main"}
+    wanted = REQUEST | {"publish": {"repo_id": "org/out"}, "revision": "main"}
     hub.broken = True
     made = hub_api.post("/v1/jobs", json=wanted)
     assert made.status_code == 202, made.text
@@ -128,7 +144,7 @@ def test_names_for_the_folder_hub(settings: Settings, make_model: Callable[..., 
     for model_id, ratio, name in cases:
         target = {"goal" if isinstance(ratio, dict) else "target_ratio": ratio}
         request = JobRequest.model_validate({"model_id": model_id, "method": "piem"} | target)
-        publish = admit(request, settings, None).publish
+        publish = admit(request, settings, HubAccess(None, "secateur", True)).publish
         assert publish is not None and publish.repo_id == name
         assert JobRequest.model_validate(request.model_dump() | {"publish": {"repo_id": name}})
 

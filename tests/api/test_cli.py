@@ -91,13 +91,13 @@ def test_what_is_wrong_around_it_is_said_without_a_traceback(settings: Settings,
 
 
 def test_submit_status_cancel(service: str, body: dict[str, Any], tmp_path: Path) -> None:
-    submitted = run("submit", "local:tiny", "--ratio", "0.2", "--method", "piem", "--rounds", "2", "--repo-id", "a/b")
+    submitted = run("submit", "local:tiny", "--ratio", "0.2", "--method", "piem", "--rounds", "2", "--repo-id", "org/b")
     job_id = submitted.stdout.strip()
     assert submitted.returncode == 0, submitted.stderr
     shown = run("status", job_id, "--json")
     job = json.loads(shown.stdout)
     assert shown.returncode == 0
-    assert (job["state"], job["request"]["rounds"], job["request"]["publish"]["repo_id"]) == ("queued", 2, "a/b")
+    assert (job["state"], job["request"]["rounds"], job["request"]["publish"]["repo_id"]) == ("queued", 2, "org/b")
     assert "queued" in run("cancel", job_id).stdout or "cancelled" in run("status", job_id).stdout
     assert run("status", job_id).returncode == 1
     request = tmp_path / "request.json"

@@ -41,36 +41,55 @@ def with_scopes(url: str, session: Session) -> Iterator[Callable[..., httpx2.Cli
 
 def test_each_scope_opens_its_own_routes(with_scopes: Callable[..., httpx2.Client], body: dict[str, Any]) -> None:
     some = uuid.uuid4()
-    routes: dict[Scope, list[tuple[str, str, Any]]] = {
-        Scope.READ: [
-            ("GET", "/v1/jobs", None),
-            ("GET", f"/v1/jobs/{some}", None),
-            ("HEAD", f"/v1/jobs/{some}/artifacts/x", None),
-            ("GET", f"/v1/jobs/{some}/events/stream", None),
-            ("GET", "/v1/methods", None),
-            ("POST", "/v1/models/inspect", {"model_id": body["model_id"]}),
-        ],
-        Scope.SUBMIT: [
-            ("POST", "/v1/jobs", body),
-            *[("POST", f"/v1/jobs/{some}/{trigger}", None) for trigger in ("cancel", "pause", "resume", "retry")],
-            ("DELETE", f"/v1/jobs/{some}", None),
-        ],
-        Scope.ADMIN: [
-            ("GET", "/v1/keys", None),
-            ("POST", "/v1/keys", {"name": "new"}),
-            ("POST", f"/v1/keys/{some}/rotate", {}),
-            ("PUT", f"/v1/keys/{some}/hub-token", {"hub_token": None}),
-            ("DELETE", f"/v1/keys/{some}", None),
-        ],
-    }
+    admin, read, submit = Scope.ADMIN, Scope.READ, Scope.SUBMIT
+    routes: list[tuple[set[Scope], list[tuple[str, str, Any]]]] = [
+        (
+            {read, admin},
+            [
+                ("GET", "/v1/jobs", None),
+                ("GET", f"/v1/jobs/{some}", None),
+                ("HEAD", f"/v1/jobs/{some}/artifacts/x", None),
+                ("GET", f"/v1/jobs/{some}/report", None),
+                ("GET", f"/v1/jobs/{some}/events/stream", None),
+                ("GET", "/v1/usage", None),
+            ],
+        ),
+        (
+            {read},
+            [
+                *[("GET", f"/v1/{name}", None) for name in ("methods", "models", "texts", "tasks")],
+                ("POST", "/v1/models/inspect", {"model_id": body["model_id"]}),
+            ],
+        ),
+        ({submit}, [("POST", "/v1/jobs", body), ("POST", "/v1/jobs?validate_only=true", body)]),
+        (
+            {submit, admin},
+            [
+                *[("POST", f"/v1/jobs/{some}/{trigger}", None) for trigger in ("cancel", "pause", "resume", "retry")],
+                ("PATCH", f"/v1/jobs/{some}", {"labels": {}}),
+                ("DELETE", f"/v1/jobs/{some}", None),
+            ],
+        ),
+        (
+            {admin},
+            [
+                ("GET", "/v1/keys", None),
+                ("POST", "/v1/keys", {"name": "new"}),
+                ("PATCH", f"/v1/keys/{some}", {}),
+                ("POST", f"/v1/keys/{some}/rotate", {}),
+                ("PUT", f"/v1/keys/{some}/hub-token", {"hub_token": None}),
+                ("DELETE", f"/v1/keys/{some}", None),
+            ],
+        ),
+    ]
     for scope in Scope:
         client = with_scopes(scope)
-        for owner, cases in routes.items():
+        for allowed, cases in routes:
             for method, path, content in cases:
                 answer = client.request(method, path, json=content)
-                assert (answer.status_code == 403) == (owner is not scope), (scope, method, path, answer.text)
-                if owner is not scope:
-                    assert f'scope="{owner}"' in answer.headers["WWW-Authenticate"]
+                assert (answer.status_code == 403) == (scope not in allowed), (scope, method, path, answer.text)
+                if scope not in allowed:
+                    assert 'error="insufficient_scope", scope="' in answer.headers["WWW-Authenticate"]
                     assert method == "HEAD" or answer.json()["code"] == "insufficient_scope"
 
 
@@ -136,7 +155,7 @@ def test_whose_token_a_job_has(keyed: Settings, api: httpx2.Client, body: dict[s
         return found.get_secret_value()
 
     owner = session.query(ApiKey).one()
-    assert token_of() == "hf_service"
+    assert token_of() == "hf_service", "which the operator lends to this key"
     auth.keep_hub_token(session, keyed, owner.id, SecretStr("hf_of_the_key"))
     assert token_of() == "hf_of_the_key"
     assert token_of(hub_token=TOKEN) == TOKEN
@@ -215,7 +234,7 @@ def test_the_command_line(keyed: Settings, session: Session) -> None:
     assert rotated.returncode == 0 and auth.authenticate(session, rotated.stdout.strip()) is not None
     kept = run("keys", "hub-token", str(key.id), input=TOKEN + "\n")
     assert kept.returncode == 0 and TOKEN not in kept.stdout + kept.stderr
-    found = tokens.for_request(session, keyed, key.id, None)
+    found = tokens.for_request(session, keyed, key.id, None).token
     assert found is not None and found.get_secret_value() == TOKEN
     assert run("keys", "create", "x", "--scope", "root").returncode == 2
     assert run("keys", "rotate", str(uuid.uuid4())).returncode == 2

@@ -42,7 +42,7 @@ def change(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Change:
     return set_all
 
 
-def test_the_rate_is_by_key(change: Change, url: str, make_client: Callable[[str], httpx2.Client]) -> None:
+def test_the_rate_is_by_key(change: Change, url: str, make_client: Callable[..., httpx2.Client]) -> None:
     change(rate_limit="3/day")
     alice, bob = make_client("alice"), make_client("bob")
     answers = [alice.get("/v1/methods") for _ in range(4)]
@@ -69,7 +69,7 @@ def test_replicas_take_shares_of_a_large_rate(change: Change, monkeypatch: pytes
     assert 297 <= answered <= 300, "what one has taken is lost to the other"
 
 
-def test_without_the_broker_nobody_is_limited(change: Change, make_client: Callable[[str], httpx2.Client]) -> None:
+def test_without_the_broker_nobody_is_limited(change: Change, make_client: Callable[..., httpx2.Client]) -> None:
     change(rate_limit="1/minute", broker_url="redis://127.0.0.1:9/0")
     client = make_client("alice")
     answers = [client.get("/v1/methods") for _ in range(3)]
@@ -77,7 +77,7 @@ def test_without_the_broker_nobody_is_limited(change: Change, make_client: Calla
 
 
 def test_open_jobs(
-    change: Change, api: httpx2.Client, body: dict[str, Any], make_client: Callable[[str], httpx2.Client]
+    change: Change, api: httpx2.Client, body: dict[str, Any], make_client: Callable[..., httpx2.Client]
 ) -> None:
     change(max_open_jobs=2)
     first = api.post("/v1/jobs", json=body).json()
@@ -116,7 +116,7 @@ def sessions(settings: Settings) -> sessionmaker[Session]:
 
 
 def test_running_jobs(
-    api: httpx2.Client, body: dict[str, Any], session: Session, make_client: Callable[[str], httpx2.Client]
+    api: httpx2.Client, body: dict[str, Any], session: Session, make_client: Callable[..., httpx2.Client]
 ) -> None:
     bob = make_client("bob")
     ids = [uuid.UUID(client.post("/v1/jobs", json=body).json()["id"]) for client in (api, api, api, bob)]

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from app.auth import service as auth
 from app.config import Settings
 from app.db.migrate import upgrade
+from secateur.contract.keys import KeySettings
 from secateur.processes import spawn
 from tests import hub as fake_hub
 from tests.chaos.proxy import Proxy
@@ -176,7 +177,7 @@ def _start(world: World) -> None:
     )
     upgrade(world.database_url)
     with world.sessions()() as session:
-        _, world.secret = auth.create(session, "chaos")
+        _, world.secret = auth.create(session, "chaos", settings=KeySettings(namespace="org", lend_hub_token=True))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SECATEUR_", "HF_"))}
     environment |= {f"SECATEUR_{name}": value for name, value in TIMES.items()}
     environment |= {

@@ -20,6 +20,7 @@ from app.auth import service as auth
 from app.config import Settings, get_settings
 from app.jobs import leases
 from app.jobs.models import Job, JobEvent, JobStep
+from secateur.contract.keys import KeySettings
 from tests import hub as fake
 from tests.hub import TOKEN, FakeHub
 from tests.patience import PATIENCE, wait_for
@@ -168,7 +169,7 @@ MakeJob = Callable[..., JobHandle]
 @pytest.fixture
 def make_job(session: Session, settings: Settings) -> MakeJob:
     """``make_job(script={...}, **request)``: a queued job; ``script`` is for :mod:`tests.workers.standin`."""
-    owner, _ = auth.create(session, "test")
+    owner, _ = auth.create(session, "test", settings=KeySettings(namespace="org", lend_hub_token=True))
 
     def make(script: dict[str, Any] | None = None, **request: Any) -> JobHandle:
         request = {"model_id": "local:any", "target_ratio": 0.2, "method": "random", "rounds": 3, **request}

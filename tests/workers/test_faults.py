@@ -20,6 +20,7 @@ from app.db.migrate import upgrade
 from app.db.session import session_factory
 from app.jobs import leases
 from app.jobs.models import Job
+from secateur.contract.keys import KeySettings
 from tests.hub import FakeHub, Repository
 from tests.patience import PATIENCE, patient_engine
 from tests.workers.conftest import (
@@ -222,7 +223,7 @@ def test_a_database_that_restarts_during_publishing(
     engine = patient_engine(settings.database_url)
     request = {"model_id": "local:any", "target_ratio": 0.2, "method": "random", "rounds": 1}
     with Session(engine) as session:
-        owner, _ = auth.create(session, "test")
+        owner, _ = auth.create(session, "test", settings=KeySettings(namespace="org", lend_hub_token=True))
         made = Job(
             owner_id=owner.id, request=request | {"script": {}, "publish": PUBLISHED}, model_id="x", method="random"
         )

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
+from app.auth import service as auth
 from app.config import Settings
 from secateur.contract.errors import PruningError
+from secateur.contract.keys import KeySettings
 from secateur.hubs import FolderHub, HeadMoved, Hub, HuggingFaceHub, publish
 from tests import hub as fake
 from tests.hub import TOKEN, FakeHub, Repository
@@ -176,6 +179,32 @@ def test_a_forbidden_repository_fails_the_job(service_hub: FakeHub, make_job: Ma
     job = make_job(publish={"repo_id": "stranger/small", "private": True})
     start("tests.workers.one_attempt", job.id).wait()
     assert job.row.state == "failed" and job.row.error is not None and job.row.error["code"] == "hub_forbidden"
+
+
+def test_the_services_token_publishes_for_those_it_is_lent_to(
+    service_hub: FakeHub, make_job: MakeJob, start: Start, monkeypatch: pytest.MonkeyPatch, session: Session
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)  # which huggingface_hub would send by itself
+    job = make_job(publish={"repo_id": REPO, "private": True})
+    auth.change(session, job.row.owner_id, KeySettings(lend_hub_token=False))
+    start("tests.workers.one_attempt", job.id).wait()
+    assert job.row.state == "failed" and job.row.error is not None and job.row.error["code"] == "hub_forbidden"
+    assert not service_hub.repositories
+
+
+def test_a_repository_of_another_key_is_not_written(
+    service_hub: FakeHub, make_job: MakeJob, start: Start, session: Session
+) -> None:
+    first, second = (make_job(publish={"repo_id": REPO, "private": True}) for _ in range(2))
+    other, _ = auth.create(session, "other", settings=KeySettings(namespace="org", lend_hub_token=True))
+    second.sql(f"owner_id = '{other.id}'")
+    for job in (first, second):
+        start("tests.workers.one_attempt", job.id).wait()
+    row = second.row
+    assert first.row.state == "succeeded" and row.state == "failed" and row.error is not None
+    assert (row.error["code"], row.error["field"], row.failures) == ("repository_taken", "publish.repo_id", 1)
+    assert len(service_hub.repositories[REPO].commits) == 2, "the initial one, and the first job's"
+    assert not (second.folder / "artifacts").exists()
 
 
 def test_folder_a_second_job_replaces_the_first(tmp_path: Path, folder: Path) -> None:

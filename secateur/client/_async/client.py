@@ -3,6 +3,7 @@
 ``make client`` generates the synchronous client from this file; the generated file is never edited.
 """
 
+import datetime as dt
 import os
 import re
 import time
@@ -25,7 +26,7 @@ from secateur.client.errors import (
 from secateur.client.frames import Frame, Frames
 from secateur.client.pauses import ATTEMPTS, async_sleep, pause
 from secateur.client.report import Report
-from secateur.contract.catalog import Inspection, MethodList
+from secateur.contract.catalog import Inspection, MethodList, NameList
 from secateur.contract.jobs import (
     Artifact,
     ArtifactList,
@@ -39,7 +40,7 @@ from secateur.contract.jobs import (
     StepList,
     StepView,
 )
-from secateur.contract.keys import KeyList, KeyView, KeyWithSecret, Scope
+from secateur.contract.keys import DayOfUsage, KeyList, KeyView, KeyWithSecret, Scope, UsageList
 from secateur.contract.states import TERMINAL, State
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -92,6 +93,28 @@ class AsyncClient:
     async def methods(self) -> MethodList:
         """Return the pruning methods, and the kinds of component that can replace those of a method."""
         return MethodList.model_validate((await self.request("GET", "/v1/methods")).json())
+
+    async def models(self) -> Sequence[str]:
+        """Return the models of the service's models folder, as ``model_id`` names them."""
+        return NameList.model_validate((await self.request("GET", "/v1/models")).json()).items
+
+    async def texts(self) -> Sequence[str]:
+        """Return the texts of the service's texts folder, as ``dataset`` names them."""
+        return NameList.model_validate((await self.request("GET", "/v1/texts")).json()).items
+
+    async def tasks(self) -> Sequence[str]:
+        """Return the zero-shot tasks of the service, as ``evaluation.zero_shot`` names them."""
+        return NameList.model_validate((await self.request("GET", "/v1/tasks")).json()).items
+
+    async def usage(
+        self, *, key_id: uuid.UUID | str | None = None, since: dt.date | None = None
+    ) -> Sequence[DayOfUsage]:
+        """Return what this API key used by day (UTC), newest day first; ``since`` defaults to 29 days ago.
+
+        With the scope ``admin``, ``key_id`` is another API key, or ``"all"``.
+        """
+        parameters = _given(key_id=key_id and str(key_id), since=since and since.isoformat())
+        return UsageList.model_validate((await self.request("GET", "/v1/usage", params=parameters)).json()).items
 
     async def inspect(
         self, model_id: str, *, revision: str | None = None, gguf_file: str | None = None, hub_token: str | None = None
@@ -162,7 +185,7 @@ class AsyncJobs:
         return DryRun.model_validate(response.json())
 
     async def get(self, job_id: uuid.UUID | str) -> "AsyncJob":
-        """Return a job of this API key."""
+        """Return a job of this API key; with the scope ``admin``, of any API key."""
         return AsyncJob(self._client, await self._client.request("GET", f"/v1/jobs/{job_id}"))
 
     async def list(
@@ -172,10 +195,15 @@ class AsyncJobs:
         method: str | None = None,
         model_id: str | None = None,
         labels: Mapping[str, str] | None = None,
+        key_id: uuid.UUID | str | None = None,
         page_size: int = 100,
     ) -> AsyncIterator[JobSummary]:
-        """Yield the jobs of this API key, newest first; each page is requested when it is needed."""
-        parameters = _given(method=method, model_id=model_id, page_size=page_size, state=[str(each) for each in state])
+        """Yield the jobs of this API key, newest first; each page is requested when it is needed.
+
+        With the scope ``admin``, ``key_id`` is another API key, or ``"all"``.
+        """
+        parameters = _given(method=method, model_id=model_id, page_size=page_size, key_id=key_id and str(key_id))
+        parameters["state"] = [str(each) for each in state]
         parameters |= {f"label.{name}": value for name, value in (labels or {}).items()}
         while True:
             page = JobPage.model_validate((await self._client.request("GET", "/v1/jobs", params=parameters)).json())
@@ -287,6 +315,16 @@ class AsyncJob:
 
     async def _ask(self, what: str) -> Self:
         self._take(await self._client.request("POST", f"{self._path}/{what}"))
+        return self
+
+    async def label(self, labels: Mapping[str, str], *, if_unchanged: bool = False) -> Self:
+        """Replace the labels of the job; with ``if_unchanged``, only if the job is as this object shows it.
+
+        Raises:
+            ApiError: The job has changed (``job_changed``).
+        """
+        headers = {"If-Match": self._etag} if if_unchanged else {}
+        self._take(await self._client.request("PATCH", self._path, json={"labels": dict(labels)}, headers=headers))
         return self
 
     async def delete(self) -> None:
@@ -424,12 +462,22 @@ class AsyncKeys:
         """Return all API keys, oldest first."""
         return KeyList.model_validate((await self._client.request("GET", "/v1/keys")).json()).items
 
-    async def create(self, name: str, scopes: Sequence[Scope | str] | None = None) -> KeyWithSecret:
-        """Create an API key; the service shows the key's secret only in this response."""
-        body = _given(name=name, scopes=None if scopes is None else [str(scope) for scope in scopes])
+    async def create(self, name: str, scopes: Sequence[Scope | str] | None = None, **settings: Any) -> KeyWithSecret:
+        """Create an API key; the service shows the key's secret only in this response.
+
+        ``settings`` are the fields of :class:`secateur.contract.keys.KeySettings`.
+        """
+        body = _given(name=name, scopes=None if scopes is None else [str(scope) for scope in scopes]) | settings
         return KeyWithSecret.model_validate(
             (await self._client.request("POST", "/v1/keys", json=body, repeat=False)).json()
         )
+
+    async def change(self, key_id: uuid.UUID | str, **settings: Any) -> KeyView:
+        """Change the settings of an API key, the fields of :class:`secateur.contract.keys.KeySettings`.
+
+        A field that is left out keeps its value; ``None`` gives the field its default.
+        """
+        return KeyView.model_validate((await self._client.request("PATCH", f"/v1/keys/{key_id}", json=settings)).json())
 
     async def rotate(self, key_id: uuid.UUID | str, grace_seconds: float | None = None) -> KeyWithSecret:
         """Give an API key another secret; the previous secret stays valid for ``grace_seconds``."""
@@ -441,9 +489,10 @@ class AsyncKeys:
         """Set the Hub token of the API key's jobs; ``None`` removes the token."""
         await self._client.request("PUT", f"/v1/keys/{key_id}/hub-token", json={"hub_token": hub_token})
 
-    async def revoke(self, key_id: uuid.UUID | str) -> None:
-        """Revoke an API key for good."""
-        await self._client.request("DELETE", f"/v1/keys/{key_id}")
+    async def revoke(self, key_id: uuid.UUID | str, *, cancel_jobs: bool = False) -> None:
+        """Revoke an API key for good; with ``cancel_jobs``, also cancel the key's jobs that have not ended."""
+        parameters = {"cancel_jobs": "true"} if cancel_jobs else {}
+        await self._client.request("DELETE", f"/v1/keys/{key_id}", params=parameters)
 
 
 def _given(**fields: Any) -> dict[str, Any]:
