@@ -113,13 +113,13 @@ async def _wait(
         Problem: 401 when the API key is revoked meanwhile, 404 when the job is deleted.
     """
     deadline = time.monotonic() + seconds
-    with feed.bell(job_id) as bell:
+    with feed.signal(job_id) as signal:
         while True:
             job = await run_in_threadpool(_look, owner_id, job_id)
             left = deadline - time.monotonic()
             if done(job) or left <= 0:
                 return await run_in_threadpool(_read, owner_id, job_id)
-            await bell.wait(left)
+            await signal.wait(left)
 
 
 @router.post(
@@ -315,7 +315,7 @@ async def stream(
                 return None
             return service.events(session, owner.id, job_id, after, STREAM_BATCH)
 
-    with feed.bell(job_id) as bell:
+    with feed.signal(job_id) as signal:
         while True:
             answer = await run_in_threadpool(read)
             if answer is None:
@@ -333,7 +333,7 @@ async def stream(
             if job.progress is not None and job.progress != shown:
                 shown = job.progress
                 yield ServerSentEvent(data=JobSummary.model_validate(job).progress, event="progress")
-            await bell.wait(float("inf"))
+            await signal.wait(float("inf"))
 
 
 @router.get("/{job_id}/steps", response_model=StepList, responses=documented(404))
