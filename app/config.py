@@ -140,7 +140,7 @@ class Settings(LibrarySettings):
 
     @property
     def worker_silence(self) -> float:
-        """The number of seconds without a heartbeat after which a worker counts as lost."""
+        """The number of seconds without a heartbeat after which a worker or a scheduler counts as lost."""
         return MISSED_BEATS * self.heartbeat_interval
 
     @property

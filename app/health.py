@@ -32,6 +32,7 @@ class Readiness(BaseModel):
     database: str = Field(examples=["ok"])
     broker: str = Field(examples=["ok"])
     workers: str = Field(examples=["ok"])
+    scheduler: str = Field(examples=["ok"])
 
 
 @router.get("/healthz")
@@ -42,11 +43,12 @@ async def healthz() -> Health:
 
 @router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
 def readyz(response: Response, settings: SettingsDep) -> Readiness:
-    """Report whether a job could run: the database and the broker answer and at least one worker is live."""
+    """Report whether a job could run: database and broker answer, and at least one worker and one scheduler are live."""
     verdicts = {
         "database": _verdict(lambda: _ask_database()),
         "broker": _verdict(lambda: _ask_broker(settings)),
-        "workers": _verdict(lambda: _count_workers(settings)),
+        "workers": _verdict(lambda: _ask_fleet(settings, "worker")),
+        "scheduler": _verdict(lambda: _ask_fleet(settings, "scheduler")),
     }
     ready = set(verdicts.values()) == {"ok"}
     response.status_code = 200 if ready else 503
@@ -79,10 +81,10 @@ def _ask_broker(settings: Settings) -> None:
         client.ping()
 
 
-def _count_workers(settings: Settings) -> None:
+def _ask_fleet(settings: Settings, kind: str) -> None:
     with session_factory()() as session:
-        if not fleet.live(session, settings.worker_silence):
-            raise Unready("no live worker")
+        if not fleet.live(session, settings.worker_silence, kind):
+            raise Unready(f"no live {kind}")
 
 
 @router.get("/metrics", response_class=Response)
