@@ -65,7 +65,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
 
 
 def _database(settings: Settings) -> Finding:
-    engine = create_engine(settings.nearest_database_url(), connect_args={"connect_timeout": SECONDS})
+    engine = create_engine(settings.nearest().database_url, connect_args={"connect_timeout": SECONDS})
     try:
         with engine.connect() as connection:
             version = connection.execute(text("SHOW server_version")).scalar_one()
@@ -110,7 +110,7 @@ def _disk(settings: Settings) -> Finding:
 
 
 def _workers(settings: Settings) -> Finding:
-    engine = create_engine(settings.nearest_database_url(), connect_args={"connect_timeout": SECONDS})
+    engine = create_engine(settings.nearest().database_url, connect_args={"connect_timeout": SECONDS})
     try:
         with Session(engine) as session:
             live = fleet.live(session, settings.worker_silence)
