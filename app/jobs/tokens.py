@@ -1,9 +1,10 @@
 """The Hub token with which a job reads its model and publishes: its own, else its API key's, else the service's."""
 
 import uuid
+from collections.abc import Sequence
 
 from pydantic import SecretStr
-from sqlalchemy import select
+from sqlalchemy import select, union_all
 from sqlalchemy.orm import Session
 
 from app.auth import vault
@@ -36,6 +37,13 @@ def for_request(session: Session, settings: Settings, owner_id: uuid.UUID, own: 
         return own
     stored = session.scalar(select(ApiKey.hub_token).where(ApiKey.id == owner_id))
     return settings.hf_token if stored is None else vault.decrypt(settings, stored)
+
+
+def every(session: Session) -> Sequence[bytes]:
+    """Return the Hub tokens of all jobs and API keys, in encrypted form."""
+    jobs = select(Job.hub_token).where(Job.hub_token.is_not(None))
+    keys = select(ApiKey.hub_token).where(ApiKey.hub_token.is_not(None))
+    return [token for token in session.scalars(union_all(jobs, keys)) if token is not None]
 
 
 def of_job(session: Session, settings: Settings, job_id: uuid.UUID) -> SecretStr | None:
