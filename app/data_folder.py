@@ -22,7 +22,7 @@ def check(folder: Path) -> None:
     file = folder / FILE
     try:
         found = file.read_text().strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except (OSError, UnicodeDecodeError) as error:
         raise DataFolderError(f"The layout of the data folder {folder} is not known: {file}: {error}.") from None
