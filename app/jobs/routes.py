@@ -43,6 +43,8 @@ from secateur.contract.jobs import (
     JobPage,
     JobSummary,
     JobView,
+    LogLineView,
+    LogPage,
     StepList,
     StepView,
 )
@@ -285,6 +287,31 @@ def events(
     _, found = service.events(session, owner.id, job_id, after, page_size + 1)
     items = [EventView.model_validate(event) for event in found[:page_size]]
     return EventPage(items=items, next_page_token=pages.encode(items[-1].id) if len(found) > page_size else None)
+
+
+@router.get("/{job_id}/logs", response_model=LogPage, responses=documented(404))
+def logs(
+    job_id: uuid.UUID,
+    response: Response,
+    owner: Owner,
+    session: SessionDep,
+    page_size: PageSize = 50,
+    page_token: PageToken = None,
+) -> LogPage:
+    """List the newest lines that the job's processes wrote on their worker, oldest first.
+
+    A service keeps the last 1000 lines and 256 KiB of a job. While the job has not ended, the last page has a
+    `next_page_token`, too: it returns the lines that are written later. Workers send lines with their heartbeats.
+    """
+    after = pages.decode(page_token, pages.read_place) or (0, 0)
+    job, found = service.log(session, owner.id, job_id, after, page_size + 1)
+    items = [LogLineView.model_validate(line) for line in found[:page_size]]
+    if len(found) <= page_size and job.state not in TERMINAL:
+        response.headers["Retry-After"] = str(POLL_AFTER)
+    elif len(found) <= page_size:
+        return LogPage(items=items, next_page_token=None)
+    attempt, number = (items[-1].attempt, items[-1].number) if items else after
+    return LogPage(items=items, next_page_token=pages.encode(f"{attempt}.{number}"))
 
 
 def _must_exist(job_id: uuid.UUID, owner: Owner) -> None:

@@ -29,7 +29,7 @@ def _options(
     """Structured pruning of large language models, on this machine or by a service."""
 
 
-for command in (prune.prune, prune.inspect, jobs.submit, jobs.status, jobs.watch, jobs.cancel, jobs.recipe):
+for command in (prune.prune, prune.inspect, jobs.submit, jobs.status, jobs.logs, jobs.watch, jobs.cancel, jobs.recipe):
     cli.command()(command)
 service.add_to(cli)
 
