@@ -9,6 +9,8 @@ from app.jobs.leases import LogLine
 from app.jobs.repository import LOG_LINES
 from app.sanitise import Sanitiser
 
+MOST_WAITING = LOG_LINES - 1
+"""Largest number of lines that wait; one more line says how many were left out."""
 LONGEST = 1000
 """Largest number of characters of a line; the rest is left out."""
 LONGEST_RAW = 8 * LONGEST
@@ -26,7 +28,7 @@ class JobLog:
 
     def __init__(self, sanitiser: Sanitiser) -> None:
         self.sanitiser = sanitiser
-        self._waiting: deque[tuple[dt.datetime, str]] = deque(maxlen=LOG_LINES)
+        self._waiting: deque[tuple[dt.datetime, str]] = deque(maxlen=MOST_WAITING)
         self._taken: list[LogLine] = []
         self._count = self._lost = 0
         self._lock = threading.Lock()
@@ -38,7 +40,7 @@ class JobLog:
                 shown = line.rstrip().rpartition("\r")[2][:LONGEST_RAW]
                 if not shown:
                     continue
-                self._lost += len(self._waiting) == LOG_LINES
+                self._lost += len(self._waiting) == MOST_WAITING
                 self._waiting.append((dt.datetime.now(dt.UTC), shown))
 
     def take(self) -> list[LogLine]:
@@ -51,7 +53,7 @@ class JobLog:
             self._taken.append(self._line(waiting[0][0], f"({lost} lines are left out here.)"))
         self._taken += [self._line(written_at, text) for written_at, text in waiting]
         self._taken = self._taken[-LOG_LINES:]
-        return self._taken
+        return list(self._taken)
 
     def stored(self) -> None:
         """Forget the lines that the last call of :meth:`take` returned."""

@@ -146,7 +146,8 @@ def test_a_flood_says_what_it_washed_away(log: JobLog) -> None:
     for number in range(repository.LOG_LINES + 5):
         log.add(str(number))
     lines = log.take()
-    assert len(lines) <= repository.LOG_LINES and lines[-1].text == str(repository.LOG_LINES + 4)
+    assert len(lines) == repository.LOG_LINES and lines[-1].text == str(repository.LOG_LINES + 4)
+    assert lines[0].text == "(6 lines are left out here.)" and lines[1].text == "6"
     log.add("later")
     assert log.take()[-1].number == lines[-1].number + 1
 
