@@ -1,14 +1,15 @@
 """The service's settings: this module alone reads the service's environment variables (prefix ``SECATEUR_``)."""
 
 import os
+import re
 from base64 import b64decode, urlsafe_b64decode
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from limits import parse
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, StringConstraints, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
@@ -20,9 +21,20 @@ SECRETS_DIR = "SECATEUR_SECRETS_DIR"
 
 Each file has the name of the variable that it sets. An environment variable takes precedence over its file.
 """
-DATABASE_URL_FILE = "database-url"
-"""Name of the file in the data folder that holds the URL of the database that ``secateur up`` runs there."""
+STACK_FILES = {
+    "database_url": "database-url",
+    "broker_url": "broker-url",
+    "secret_keys": "secret-key",
+    "hub_dir": "hub-dir",
+}
+"""Settings of the service that ``secateur up`` runs, and the files in its data folder that hold them."""
+API_URL_FILE = "api-url"
+"""Name of the file in the data folder that holds the address of the API of ``secateur up``."""
+DEFAULT_API_URL = "http://127.0.0.1:8000"
 MISSED_BEATS = 3
+
+Seconds = Annotated[float, Field(gt=0, le=10 * 365 * 86_400, allow_inf_nan=False)]
+"""A duration of more than nothing and of at most ten years, which Postgres and Python can add to a date."""
 
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^/\s@]+)$")]
 """An origin as browsers send it (RFC 6454): scheme, host and port without a slash at the end; or ``*``."""
@@ -73,8 +85,17 @@ def _postgres_url(url: str) -> str:
     return url
 
 
+def _broker_url(url: str) -> str:
+    if not re.match(r"rediss?://[^/]", url):
+        raise ValueError("a broker URL is 'redis://:PASSWORD@HOST:PORT/0', or 'rediss://…' with TLS")
+    return url
+
+
 class Settings(LibrarySettings):
-    """Everything that an operator can set. Durations are in seconds. Folders are created on first use."""
+    """Everything that an operator can set. Durations are in seconds. Folders are created on first use.
+
+    Settings that contradict each other are refused.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="SECATEUR_",
@@ -86,9 +107,9 @@ class Settings(LibrarySettings):
     database_url: Annotated[str, AfterValidator(_postgres_url)] = (
         "postgresql+psycopg://secateur:secateur@localhost:5432/secateur"
     )
-    broker_url: str = "redis://localhost:6379/0"
+    broker_url: Annotated[str, AfterValidator(_broker_url)] = "redis://localhost:6379/0"
     # data_dir also holds ``jobs/`` (step checkpoints and artifacts), ``statistics/`` (statistics of earlier jobs'
-    # models) and, under ``secateur up``, the servers' files and ``database-url``.
+    # models) and, under ``secateur up``, the servers' files and :data:`STACK_FILES`.
     hub_dir: Path | None = None
     """Folder, laid out like a Hub cache, to which models are published instead of a Hugging Face Hub."""
 
@@ -96,28 +117,28 @@ class Settings(LibrarySettings):
     """Fernet keys that encrypt the Hub tokens of API keys and jobs: each is 32 random bytes in URL-safe base64, the
     newest comes first, and commas separate them. If this is unset, the service refuses requests that bring a token."""
 
-    lease_ttl: float = 60.0
-    heartbeat_interval: float = 10.0
-    lease_margin: float = 15.0
+    lease_ttl: Seconds = 60.0
+    heartbeat_interval: Seconds = 10.0
+    lease_margin: Seconds = 15.0
     """Number of seconds before the end of a lease by which its runner is stopped."""
-    scheduler_interval: float = 1.0
-    redispatch_after: float = 60.0
-    max_failures: int = 3
-    retry_backoff: float = 5.0
+    scheduler_interval: Seconds = 1.0
+    redispatch_after: Seconds = 60.0
+    max_failures: int = Field(3, ge=1)
+    retry_backoff: float = Field(5.0, ge=0, allow_inf_nan=False)
     """Wait before the second attempt at a failed job; every further failure doubles the wait."""
-    stall_timeout: float = 1800.0
+    stall_timeout: Seconds = 1800.0
     """Time without a report after which a runner counts as hung."""
-    idempotency_ttl: float = 86_400.0
+    idempotency_ttl: Seconds = 86_400.0
     rate_limit: Annotated[str, AfterValidator(_rate)] = "6000/minute"
     """Limit on requests for each API key: ``N/second``, ``N/minute``, ``N/hour`` or ``N/day``; empty means no limit."""
     max_open_jobs: int | None = Field(1000, ge=1)
     """Largest number of jobs of one API key that have not ended."""
     max_running_jobs: int | None = Field(None, ge=1)
     """Largest number of jobs of one API key that workers run at the same time."""
-    max_runtime_seconds: float | None = Field(None, gt=0)
+    max_runtime_seconds: Seconds | None = None
     """Longest duration of one run of a job, even if the request allows a longer one."""
     max_model_parameters: int | None = Field(None, ge=1)
-    retention: float | None = Field(None, gt=0)
+    retention: Seconds | None = None
     """Time after a job's end at which its artifacts and checkpoints are deleted; ``None`` keeps them until the job is
     deleted."""
     webhook_secret: Annotated[SecretStr, AfterValidator(_signing_secret)] | None = None
@@ -135,28 +156,71 @@ class Settings(LibrarySettings):
     dashboard: bool = True
     """Whether to serve the web page at ``/``."""
     log_format: Literal["text", "json"] = "text"
-    torch_threads: int | None = None
+    torch_threads: int | None = Field(None, ge=1)
     """Number of threads that torch uses in a runner; if unset, torch uses one thread for each core of the machine."""
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        """Refuse settings of which one makes another one useless or harmful."""
+        if self.lease_margin >= self.lease_ttl:
+            raise ValueError(
+                f"SECATEUR_LEASE_MARGIN ({self.lease_margin:g}) must be less than SECATEUR_LEASE_TTL ({self.lease_ttl:g}), "
+                "because a runner is stopped that long before the end of its lease"
+            )
+        if self.heartbeat_interval >= self.lease_ttl - self.lease_margin:
+            raise ValueError(
+                f"SECATEUR_HEARTBEAT_INTERVAL ({self.heartbeat_interval:g}) must be less than SECATEUR_LEASE_TTL "
+                f"({self.lease_ttl:g}) minus SECATEUR_LEASE_MARGIN ({self.lease_margin:g}), because a lease that is not renewed "
+                "by then stops its runner"
+            )
+        if self.scheduler_interval > self.redispatch_after:
+            raise ValueError(
+                f"SECATEUR_SCHEDULER_INTERVAL ({self.scheduler_interval:g}) must not exceed SECATEUR_REDISPATCH_AFTER "
+                f"({self.redispatch_after:g}), because the scheduler dispatches jobs only once in an interval"
+            )
+        if self.scheduler_interval > self.lease_ttl:
+            raise ValueError(
+                f"SECATEUR_SCHEDULER_INTERVAL ({self.scheduler_interval:g}) must not exceed SECATEUR_LEASE_TTL "
+                f"({self.lease_ttl:g}), because the scheduler looks for ended leases only once in an interval"
+            )
+        if self.max_running_jobs and self.max_open_jobs and self.max_running_jobs > self.max_open_jobs:
+            raise ValueError(
+                f"SECATEUR_MAX_RUNNING_JOBS ({self.max_running_jobs}) must not exceed SECATEUR_MAX_OPEN_JOBS "
+                f"({self.max_open_jobs}), because a running job is open"
+            )
+        if self.webhook_networks and self.webhook_secret is None:
+            raise ValueError(
+                "SECATEUR_WEBHOOK_NETWORKS allows webhooks, but without SECATEUR_WEBHOOK_SECRET every webhook is refused"
+            )
+        if self.hub_dir is not None and self.hub_dir.resolve().is_relative_to(self.jobs_dir.resolve()):
+            raise ValueError(
+                f"SECATEUR_HUB_DIR ({self.hub_dir}) must not be in the folder 'jobs' of SECATEUR_DATA_DIR ({self.data_dir}), "
+                "because the files of deleted jobs are removed there"
+            )
+        return self
 
     @property
     def worker_silence(self) -> float:
-        """The number of seconds without a heartbeat after which a worker counts as lost."""
+        """The number of seconds without a heartbeat after which a worker or a scheduler counts as lost."""
         return MISSED_BEATS * self.heartbeat_interval
 
     @property
     def jobs_dir(self) -> Path:
         return self.data_dir / "jobs"
 
-    def nearest_database_url(self) -> str:
-        """Return ``database_url`` if it is set.
+    def nearest(self) -> Self:
+        """Return these settings, with the values of the service that ``secateur up`` runs on this data folder.
 
-        Otherwise return the URL of the database that ``secateur up`` runs on this data folder, if the folder's
-        ``database-url`` file exists; if it does not, return the default of ``database_url``.
+        A setting that the environment names keeps its value. Settings whose file does not exist also do.
         """
-        file = self.data_dir / DATABASE_URL_FILE
-        if "database_url" in self.model_fields_set or not file.is_file():
-            return self.database_url
-        return file.read_text().strip()
+        files = {name: self.data_dir / file for name, file in STACK_FILES.items() if name not in self.model_fields_set}
+        found = {name: file.read_text().strip() for name, file in files.items() if file.is_file()}
+        return type(self)(**self.model_dump(exclude_unset=True) | found) if found else self
+
+    def nearest_api_url(self) -> str:
+        """Return the address of the API of ``secateur up`` on this data folder, or the default address."""
+        file = self.data_dir / API_URL_FILE
+        return file.read_text().strip() if file.is_file() else DEFAULT_API_URL
 
     def job_dir(self, job_id: object) -> Path:
         """Return the folder of one job's step checkpoints and artifacts, which workers and the API share."""

@@ -12,8 +12,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from app.auth.vault import VaultError
+from app.config import get_settings
 from app.http.problem import Problem, respond
 from app.jobs.transitions import TransitionRefused
+from app.sanitise import Sanitiser
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.field_error import FieldError
 
@@ -48,10 +50,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(PruningError)
     def pruning(request: Request, error: PruningError) -> JSONResponse:
-        errors = [FieldError(field=error.field, message=error.message)] if error.field else None
+        message = Sanitiser(get_settings())(error.message)  # a model or a text may be a file of the service
+        errors = [FieldError(field=error.field, message=message)] if error.field else None
         headers = {"Retry-After": "30"} if error.retryable else None
         status = 503 if error.retryable else 422
-        return respond(request, Problem(status, error.code, error.message, errors=errors, headers=headers))
+        return respond(request, Problem(status, error.code, message, errors=errors, headers=headers))
 
     @app.exception_handler(TransitionRefused)
     def refused(request: Request, error: TransitionRefused) -> JSONResponse:

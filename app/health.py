@@ -34,6 +34,7 @@ class Part(StrEnum):
     DATABASE = "database"
     BROKER = "broker"
     WORKERS = "workers"
+    SCHEDULER = "scheduler"
 
 
 class Readiness(BaseModel):
@@ -43,6 +44,7 @@ class Readiness(BaseModel):
     database: str = Field(examples=["ok"])
     broker: str = Field(examples=["ok"])
     workers: str = Field(examples=["ok"])
+    scheduler: str = Field(examples=["ok"])
 
 
 @router.get("/healthz")
@@ -57,14 +59,15 @@ def readyz(
     settings: SettingsDep,
     exclude: Annotated[list[Part], Query(description="Parts that are reported, but do not count.")] = [],  # noqa: B006
 ) -> Readiness:
-    """Report whether a job could run: the database and the broker answer and at least one worker is live.
+    """Report whether a job could run: database and broker answer, and at least one worker and one scheduler are live.
 
     The API itself needs the database alone, so a proxy that asks whether to send requests here excludes the others.
     """
     verdicts = {
         Part.DATABASE: _verdict(lambda: _ask_database()),
         Part.BROKER: _verdict(lambda: _ask_broker(settings)),
-        Part.WORKERS: _verdict(lambda: _count_workers(settings)),
+        Part.WORKERS: _verdict(lambda: _ask_fleet(settings, "worker")),
+        Part.SCHEDULER: _verdict(lambda: _ask_fleet(settings, "scheduler")),
     }
     ready = all(verdict == "ok" for part, verdict in verdicts.items() if part not in exclude)
     response.status_code = 200 if ready else 503
@@ -97,10 +100,10 @@ def _ask_broker(settings: Settings) -> None:
         client.ping()
 
 
-def _count_workers(settings: Settings) -> None:
+def _ask_fleet(settings: Settings, kind: str) -> None:
     with session_factory()() as session:
-        if not fleet.live(session, settings.worker_silence):
-            raise Unready("no live worker")
+        if not fleet.live(session, settings.worker_silence, kind):
+            raise Unready(f"no live {kind}")
 
 
 @router.get("/metrics", response_class=Response)

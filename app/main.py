@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 
-from app import catalog_routes, errors, health
+from app import catalog_routes, errors, health, startup
 from app.auth import routes as keys
 from app.config import get_settings
 from app.dashboard import routes as dashboard
@@ -39,9 +39,15 @@ CORS_RESPONSE_HEADERS = (
 
 
 def create_app() -> FastAPI:
-    """Return the application, configured with the settings of this process."""
-    settings = get_settings()
-    logs.configure(settings)
+    """Return the application, configured with the settings of this process.
+
+    Raises:
+        SystemExit: the process cannot start; the reason is printed.
+    """
+    with startup.refusing():
+        settings = get_settings()
+        logs.configure(settings)
+        startup.check(settings, owns_folder=False)
     feed, registry = Feed(), CollectorRegistry()
     registry.register(ServiceCollector(settings))
 

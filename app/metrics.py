@@ -28,8 +28,8 @@ KEY_NUMBERS = {
 
 
 class ServiceCollector(Collector):
-    """A Prometheus collector that shows whether the service is stuck (queue, workers, retries), slow (steps) or full
-    (memory, disk)."""
+    """A Prometheus collector that shows whether the service is stuck (queue, workers, schedulers, retries), slow
+    (steps) or full (memory, disk)."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -49,6 +49,7 @@ class ServiceCollector(Collector):
             running = jobs.running_by_worker(session)
             retries, steps = jobs.recent_retries(session), jobs.recent_steps(session)
             workers = fleet.live(session, self.settings.worker_silence)
+            schedulers = fleet.live(session, self.settings.worker_silence, "scheduler")
             pending, failed = webhooks.counts(session)
             used = usage.totals(session)
         yield _labelled(
@@ -63,6 +64,7 @@ class ServiceCollector(Collector):
             "secateur_queue_oldest_seconds", "Age of the oldest of them.", value=numbers.oldest_seconds
         )
         yield GaugeMetricFamily("secateur_workers_live", "Workers that beat.", value=len(workers))
+        yield GaugeMetricFamily("secateur_schedulers_live", "Schedulers that beat.", value=len(schedulers))
         yield _labelled("secateur_running_jobs", "Jobs that a worker owns.", "worker", running)
         yield _labelled(
             "secateur_retries_last_hour",

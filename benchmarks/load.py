@@ -232,7 +232,7 @@ class Load:
         self.bench = bench
         self.jobs = bench.make_jobs(JOBS)
         self.changed: dict[uuid.UUID, float] = {}
-        """By job, the time just before its newest change was committed."""
+        """The time just before the newest change of each job was committed."""
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.errors: list[str] = []
         self.ended = threading.Event()

@@ -45,8 +45,8 @@ class Hub(Protocol):
             HeadMoved: ``parent`` is not HEAD.
         """
 
-    def url(self, repo_id: str, commit: str) -> str:
-        """Return the URL of a commit for people."""
+    def url(self, repo_id: str, commit: str) -> str | None:
+        """Return the URL of a commit for people, or ``None`` if the place has none that other machines can open."""
 
 
 def publish(hub: Hub, repo_id: str, private: bool, folder: Path, message: str) -> str:
@@ -167,8 +167,8 @@ class FolderHub:
             self._link(repo_id, commit)
             return commit
 
-    def url(self, repo_id: str, commit: str) -> str:
-        return self._snapshot(repo_id, commit).as_uri()
+    def url(self, repo_id: str, commit: str) -> None:
+        return None
 
     def _repository(self, repo_id: str) -> Path:
         return self.root / f"models--{repo_id.replace('/', '--')}"

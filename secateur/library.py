@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.catalog.gguf import gguf_obstacle
+from secateur.catalog.methods import DEFAULT_METHOD
 from secateur.catalog.recipe import Recipe
 from secateur.catalog.spec import Format, Layout, PruningSpec
 from secateur.contract.errors import ErrorCode, PruningError
@@ -30,7 +31,6 @@ from secateur.hubs import HuggingFaceHub, publish
 from secateur.settings import get_settings
 from secateur.terminal_progress import TerminalProgress
 
-DEFAULT_METHOD = "secateur"
 STATE = "state.json"
 
 
@@ -187,7 +187,8 @@ def prune(
 
     ``model`` is a Hub id, a folder, a GGUF file, ``local:NAME``, or a loaded transformers model. With one ratio, a
     loaded model is pruned in place, on its device and in its dtype. With several ratios, the loaded model is not
-    changed, and each result is a copy. ``tokenizer`` is the tokenizer of a loaded model; by default, it is loaded from
+    changed, and each result is a copy. With the method ``dsgp``, a loaded model is not changed either: ``result.model``
+    is the dynamic model, another object than the model that was passed. ``tokenizer`` is the tokenizer of a loaded model; by default, it is loaded from
     the place that the model was loaded from.
 
     ``ratio`` is the request's ``target_ratio``: the share of the attention and feed-forward weights to remove. ``goal``

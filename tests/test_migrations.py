@@ -180,3 +180,27 @@ def test_keys_and_repositories_after_the_upgrade_to_0006(empty_database_url: str
     assert _differences(empty_database_url) == []
     downgrade(empty_database_url, "0005")
     upgrade(empty_database_url)
+
+
+def test_results_lose_paths_with_0007(empty_database_url: str) -> None:
+    upgrade(empty_database_url, "0005")
+    folder, web = {"repo_id": "a/b", "url": "file:///srv/hub/x"}, {"repo_id": "a/c", "url": "https://hub/a/c"}
+    results = [folder, web, {"targets": [folder, web]}, {"targets": [web]}, {"parameters": {}}, None]
+    engine = create_engine(empty_database_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO api_keys (id, name, secret_sha256, scopes) VALUES (gen_random_uuid(), 'a', 'x', '{read}')"
+        )
+        for number, result in enumerate(results):
+            connection.exec_driver_sql(
+                "INSERT INTO jobs (id, owner_id, state, version, request, model_id, method, labels, attempt, failures, "
+                "pause_requested, may_be_published, result) SELECT %s, id, 'succeeded', 1, '{}', 'm', 'x', '{}', 1, 0, false, "
+                "false, %s FROM api_keys",
+                (f"00000000-0000-0000-0000-{number:012}", json.dumps(result) if result else None),
+            )
+    upgrade(empty_database_url)
+    with engine.connect() as connection:
+        kept = connection.exec_driver_sql("SELECT result FROM jobs ORDER BY id").scalars().all()
+    engine.dispose()
+    bare = {"repo_id": "a/b"}
+    assert kept == [bare, web, {"targets": [bare, web]}, *results[3:]]

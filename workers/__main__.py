@@ -6,15 +6,28 @@
 import json
 import logging
 import signal
-import sys
-from typing import Annotated
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from app.auth.commands import keys
-from secateur.cli.common import FAILED, REFUSED, UNREACHABLE, Json, stop, variable
-from secateur.extras import MissingExtra, require
+from app.startup import refusing
+from secateur.cli.common import FAILED, REFUSED, Json, stop
+from secateur.extras import require
 from workers.roles import Role
+
+if TYPE_CHECKING:
+    from app.config import Settings
+
+
+class Place(StrEnum):
+    """A place to which ``secateur up`` publishes models."""
+
+    HUB = "hub"
+    FOLDER = "folder"
+
 
 WORKER_FLAGS = ("--without-gossip", "--without-mingle", "--without-heartbeat")
 
@@ -27,36 +40,8 @@ def main() -> None:
 
     An error that comes from settings, database or missing packages is printed in one line, without a traceback.
     """
-    try:
+    with refusing():
         cli(prog_name="secateur")
-    except MissingExtra as error:
-        typer.echo(error.message, err=True)
-        sys.exit(REFUSED)
-    except Exception as error:
-        explained = _explain(error)
-        if explained is None:
-            raise
-        message, code = explained
-        typer.echo(message, err=True)
-        sys.exit(code)
-
-
-def _explain(error: Exception) -> tuple[str, int] | None:
-    """Return what to tell the operator, and the exit code; return ``None`` for a defect of the service."""
-    from psycopg.errors import UndefinedColumn, UndefinedTable
-    from pydantic import ValidationError
-    from sqlalchemy.exc import OperationalError, ProgrammingError
-
-    from app.config import Settings
-
-    if isinstance(error, ValidationError) and error.title == Settings.__name__:
-        reasons = [f"{variable(str(item['loc'][0]))}: {item['msg']}" for item in error.errors()]
-        return "\n".join(reasons), REFUSED
-    if isinstance(error, OperationalError):
-        return f"The database cannot be reached: {error.orig}", UNREACHABLE
-    if isinstance(error, ProgrammingError) and isinstance(error.orig, UndefinedTable | UndefinedColumn):
-        return "The database's schema is not up to date: run 'secateur migrate'.", REFUSED
-    return None
 
 
 @cli.command()
@@ -65,33 +50,58 @@ def up(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Unset: 8000, or a free one when that is taken.")
     ] = None,
+    publish: Annotated[
+        Place | None, typer.Option(help="Where models are published. With a Hub token, say which; else: folder.")
+    ] = None,
 ) -> None:
     """Run the whole service on this machine until Ctrl-C: database, broker, API, scheduler and worker.
 
-    All data of the service is in the folder SECATEUR_DATA_DIR (default: .secateur). Models are published to the folder
-    SECATEUR_HUB_DIR (default: the folder hub in the data folder).
+    All data of the service is in the folder SECATEUR_DATA_DIR (default: .secateur). Models are published to the Hub, or
+    to the folder SECATEUR_HUB_DIR (default: the folder hub in the data folder).
     """
     require("engine", "'secateur up'")
     from app.config import get_settings
     from workers.embedded import EmbeddedError
-    from workers.stack import Stack, StackError
+    from workers.stack import API_KEY_FILE, Stack, StackError
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     settings = get_settings()
-    stack = Stack(settings.data_dir, settings.hub_dir or settings.data_dir / "hub", host, port)
+    stack = Stack(settings.data_dir, _hub_folder(settings, publish), host, port)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stack.end())
     try:
         with stack:
             typer.echo(f"Secateur is running at {stack.url}")
-            typer.echo(f"  web page       {stack.url}/#key={stack.api_key}")
+            typer.echo(f"  web page       {stack.url}/{f'#key={stack.api_key}' if stack.key_is_new else ''}")
             typer.echo(f"  documentation  {stack.url}/docs")
-            typer.echo(f"  API key        {stack.api_key}")
+            if stack.key_is_new:
+                typer.echo(f"  API key        {stack.api_key}  (shown this once)")
+            else:
+                typer.echo(
+                    f"  API key        in {stack.folder / API_KEY_FILE}; 'secateur keys create NAME' makes another"
+                )
+            typer.echo(f"  publishes to   {stack.hub_dir or 'the Hub'}")
             typer.echo(f"  data           {stack.folder}")
             typer.echo("Ctrl-C stops it.")
             stack.run()
     except (StackError, EmbeddedError, OSError) as error:
         raise stop(str(error), FAILED) from None
+
+
+def _hub_folder(settings: "Settings", place: Place | None) -> Path | None:
+    """Return the folder to which ``secateur up`` publishes models, or ``None`` for the Hub.
+
+    Raises:
+        typer.Exit: the choice is missing although there is a Hub token, or it contradicts the settings; the reason is
+            printed.
+    """
+    if place is Place.HUB and settings.hub_dir is not None:
+        raise stop("--publish hub contradicts SECATEUR_HUB_DIR, which names a folder: leave one of them out.", REFUSED)
+    if place is None and settings.hub_dir is None and settings.hf_token is not None:
+        reason = "There is a Hub token (HF_TOKEN), so say where models are published:"
+        choices = "'--publish hub' (the Hub), '--publish folder' (a folder of this machine), or SECATEUR_HUB_DIR"
+        raise stop(f"{reason} {choices}.", REFUSED)
+    return None if place is Place.HUB else settings.hub_dir or settings.data_dir / "hub"
 
 
 @cli.command()
@@ -100,9 +110,11 @@ def scheduler() -> None:
     from app.config import get_settings
     from app.db.session import session_factory
     from app.http import logs
+    from app.startup import check
     from workers.scheduler import run
 
     logs.configure(get_settings())
+    check(get_settings(), owns_folder=False)
     run(get_settings(), session_factory())
 
 
@@ -113,6 +125,10 @@ def worker() -> None:
     Run one worker for each GPU; the variable CUDA_VISIBLE_DEVICES chooses the GPU of a worker.
     """
     require("engine", "A worker")
+    from app.config import get_settings
+    from app.startup import check
+
+    check(get_settings(), owns_folder=True)
     from workers.celery_app import WORKER_NAME, app
 
     app.worker_main(["worker", "--loglevel", "INFO", "--hostname", f"secateur-{WORKER_NAME}", *WORKER_FLAGS])
@@ -161,10 +177,13 @@ def health(
 @cli.command()
 def migrate() -> None:
     """Bring the database's schema up to date."""
+    from app import data_folder
     from app.config import get_settings
     from app.db.migrate import upgrade
 
-    upgrade(get_settings().nearest_database_url())
+    settings = get_settings().nearest()
+    data_folder.check(settings.data_dir)
+    upgrade(settings.database_url)
     typer.echo("The schema is up to date.")
 
 

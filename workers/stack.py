@@ -3,6 +3,7 @@
 No process of the service outlives this process.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -23,8 +24,9 @@ import httpx2
 from cryptography.fernet import Fernet
 from sqlalchemy.orm import Session
 
+from app import data_folder
 from app.auth import service as auth
-from app.config import DATABASE_URL_FILE
+from app.config import API_URL_FILE, STACK_FILES
 from app.db.migrate import upgrade
 from app.db.session import make_engine
 from secateur.contract.keys import KeySettings
@@ -34,6 +36,8 @@ from workers.embedded import START_TIMEOUT, Server, free_port, start_postgres, s
 
 log = logging.getLogger(__name__)
 
+API_KEY_FILE = "api-key"
+"""Name of the file in the data folder that holds the API key that the first start made."""
 DEFAULT_PORT = 8000
 STOP_SECONDS = 20.0
 LONGEST_BACKOFF = 30.0
@@ -59,17 +63,21 @@ class Stack:
     """The whole service on one data folder.
 
     The service consists of Postgres, Valkey, migrations, the API, the scheduler, and a worker for each GPU (or one
-    worker). The stack is used as a context manager, from the main thread. ``url`` is the address of the API, and
-    ``api_key`` is a key for the API.
+    worker). The stack is used as a context manager, from the main thread. ``url`` is the address of the API,
+    ``api_key`` is a key for the API, and ``key_is_new`` says that this start made the key.
     """
 
     url: str
     api_key: str
+    key_is_new: bool
 
-    def __init__(self, folder: Path, hub_dir: Path, host: str = "127.0.0.1", port: int | None = None) -> None:
-        """Choose folders and address; without ``port``, the API uses port 8000, or a free port when 8000 is taken."""
+    def __init__(self, folder: Path, hub_dir: Path | None, host: str = "127.0.0.1", port: int | None = None) -> None:
+        """Choose folders and address; without ``port``, the API uses port 8000, or a free port when 8000 is taken.
+
+        Models are published to ``hub_dir``, or to a Hugging Face Hub if it is ``None``.
+        """
         self.folder = folder.resolve()
-        self.hub_dir = hub_dir.resolve()
+        self.hub_dir = None if hub_dir is None else hub_dir.resolve()
         self.host = host
         self.port = port
         self._ended = threading.Event()
@@ -81,6 +89,7 @@ class Stack:
 
         Raises:
             StackError, EmbeddedError: something does not start; everything that was started is stopped.
+        DataFolderError, SchemaError: the data folder or the database's schema is of another version; also then.
         """
         try:
             self._start()
@@ -105,24 +114,36 @@ class Stack:
         self._take_folder()
         port = _choose_port(self.host, self.port)
         self._start_servers()
-        assert self._database_url is not None
-        _write_private(self.folder / DATABASE_URL_FILE, self._database_url)
         upgrade(self._database_url)
-        self.api_key = self._keep_api_key()
-        environment = os.environ | {
-            "SECATEUR_DATABASE_URL": self._database_url,
-            "SECATEUR_BROKER_URL": self._broker_url,
-            "SECATEUR_DATA_DIR": str(self.folder),
-            "SECATEUR_HUB_DIR": str(self.hub_dir),
-            "SECATEUR_SECRET_KEYS": os.environ.get("SECATEUR_SECRET_KEYS") or self._keep_secret_key(),
-        }
+        self.api_key, self.key_is_new = self._keep_api_key()
+        self.url = f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{port}"
+        environment = os.environ | self._tell_settings()
         uvicorn = ["-m", "uvicorn", "app.main:create_app", "--factory", "--timeout-graceful-shutdown", "3"]
         self._add("api", [*uvicorn, "--host", self.host, "--port", str(port)], environment)
         self._add("scheduler", ["-m", "workers", "scheduler"], environment)
         for gpu in gpus() or [""]:  # without a GPU, one worker runs on the CPU
             self._add(f"worker{gpu}", ["-m", "workers", "worker"], environment | {"CUDA_VISIBLE_DEVICES": gpu})
-        self.url = f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{port}"
         self._wait_until_ready()
+
+    def _tell_settings(self) -> dict[str, str]:
+        """Return the variables of the service's processes, and write them to the files that other commands read.
+
+        :meth:`app.config.Settings.nearest` reads the files.
+        """
+        settings = {
+            "database_url": self._database_url,
+            "broker_url": self._broker_url,
+            "secret_keys": os.environ.get("SECATEUR_SECRET_KEYS") or self._keep_secret_key(),
+            "hub_dir": "" if self.hub_dir is None else str(self.hub_dir),
+        }
+        for name, value in settings.items():
+            if value:
+                _write_private(self.folder / STACK_FILES[name], value)
+            else:
+                (self.folder / STACK_FILES[name]).unlink(missing_ok=True)
+        _write_private(self.folder / API_URL_FILE, self.url)
+        variables = {f"SECATEUR_{name.upper()}": value for name, value in settings.items() if value}
+        return {**variables, "SECATEUR_DATA_DIR": str(self.folder)}
 
     def _start_servers(self) -> None:
         """Start Postgres and Valkey.
@@ -205,7 +226,7 @@ class Stack:
 
         The kernel releases the lock however this process ends.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        data_folder.claim(self.folder)
         self._lock = (self.folder / "lock").open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -218,25 +239,25 @@ class Stack:
         self._lock.flush()
 
     def _keep_secret_key(self) -> str:
-        path = self.folder / "secret-key"
+        path = self.folder / STACK_FILES["secret_keys"]
         if not path.exists():
             _write_private(path, Fernet.generate_key().decode())
         return path.read_text().strip()
 
-    def _keep_api_key(self) -> str:
-        """Return the key in the data folder if the database knows it, else a new key."""
-        path = self.folder / "api-key"
+    def _keep_api_key(self) -> tuple[str, bool]:
+        """Return the key in the data folder if the database knows it, else a new key; and whether it is new."""
+        path = self.folder / API_KEY_FILE
         engine = make_engine(self._database_url)
         with Session(engine, expire_on_commit=False) as session:
-            if path.exists() and auth.authenticate(session, path.read_text().strip()) is not None:
-                secret = path.read_text().strip()
-            else:
+            secret = path.read_text().strip() if path.exists() else ""
+            is_new = not secret or auth.authenticate(session, secret) is None
+            if is_new:
                 own = KeySettings(namespace="secateur", lend_hub_token=True)
                 secret = auth.create(session, "secateur up", [*auth.Scope], own)[1]
                 _write_private(path, secret)
             session.commit()
         engine.dispose()
-        return secret
+        return secret, is_new
 
 
 def _write_private(path: Path, line: str) -> None:
@@ -252,7 +273,8 @@ def _choose_port(host: str, port: int | None) -> int:
         try:
             probe.bind((host, port or DEFAULT_PORT))
         except OSError as error:
-            if port is not None:
-                raise StackError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+            if port is not None or error.errno != errno.EADDRINUSE:
+                chosen = f"{host} port {port or DEFAULT_PORT}"
+                raise StackError(f"cannot listen on {chosen}: {error.strerror}; choose --host and --port") from None
             return free_port()
     return port or DEFAULT_PORT

@@ -14,8 +14,9 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import SecretStr
 from sqlalchemy.exc import InterfaceError, OperationalError
@@ -27,12 +28,14 @@ from app.http import logs
 from app.jobs import leases, repository, tokens
 from app.jobs.leases import Beat, Claim, LeaseLost
 from app.jobs.transitions import TransitionRefused, Trigger
+from app.sanitise import Sanitiser
 from secateur.catalog.resolve import components
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.stages import Stage
 from secateur.contract.states import State
 from secateur.processes import describe_exit
+from workers.job_log import JobLog
 from workers.job_process import JobProcess
 from workers.supervisor_link import explain
 
@@ -74,6 +77,29 @@ class Reported(Failed):
     def __init__(self, error: dict[str, Any]) -> None:
         Exception.__init__(self, error["message"])
         self.error = error
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended, for the worker's log: the outcome, the code of an error, and the reason."""
+
+    outcome: Literal["succeeded", "paused", "cancelled", "released", "retried", "failed", "lease_lost"]
+    code: str | None = None
+    reason: str = ""
+
+    def tell(self) -> None:
+        """Write one line; a line of JSON has the outcome and the code as fields of their own."""
+        known = [str(part) for part in (self.outcome, self.code, " ".join(self.reason.split())) if part]
+        level = logging.WARNING if self.code else logging.INFO
+        log.log(
+            level, "the attempt has ended: %s", ": ".join(known), extra={"outcome": self.outcome, "code": self.code}
+        )
+
+
+RELEASED: dict[State, Any] = {State.QUEUED: "released", State.PAUSED: "paused", State.CANCELLED: "cancelled"}
+"""Outcomes of attempts that did not fail, by the state in which they leave the job."""
+FAILED: dict[State, Any] = {**RELEASED, State.QUEUED: "retried", State.FAILED: "failed"}
+"""Outcomes of attempts that failed, by the state in which they leave the job."""
 
 
 def supervise(
@@ -121,38 +147,55 @@ class Attempt:
         self.folder = settings.job_dir(claim.job_id).resolve()
         self.output = self.folder / f"attempt-{claim.attempt}"
         self.temporary = self.folder / f".{self.output.name}.tmp"
+        self.log = JobLog(Sanitiser(settings))
 
     def run(self, runner: list[str], publisher: list[str]) -> None:
         log.info("the attempt has begun")
+        self.log.add("the attempt has begun")
         try:
-            self._run(runner, publisher)
+            ending = self._run(runner, publisher)
         except (LeaseLost, DatabaseLost) as reason:
-            log.warning("the attempt is given up: %s", reason)
+            ending = Ending("lease_lost", ErrorCode.WORKER_LOST, str(reason))
         finally:
             # The output may be complete or half written.
             for leftover in (self.output, *self.folder.glob(f".{self.output.name}.*")):
                 shutil.rmtree(leftover, ignore_errors=True)
-        log.info("the attempt has ended")
+        ending.tell()
 
-    def _run(self, runner: list[str], publisher: list[str]) -> None:
-        """Make the attempt, and record what follows from the way it ended."""
-        settings = self.settings
+    def _run(self, runner: list[str], publisher: list[str]) -> Ending:
+        """Make the attempt, record what follows from the way it ended, and return the ending."""
         try:
             self._prune_and_publish(runner, publisher)
+            return Ending("succeeded")
         except Cancelled:
-            self._write(leases.move, Trigger.STOPPED)
-        except (Paused, ShuttingDown):
-            self._write(leases.release)
-        except DatabaseLost:
-            self.deadline += settings.lease_margin  # the children are dead, so the lease may be used to its end
-            self._write(leases.release)
+            return self._release("its owner cancelled the job", leases.move, Trigger.STOPPED)
+        except Paused:
+            return self._release("its owner paused the job", leases.release)
+        except ShuttingDown:
+            return self._release("the worker is shut down", leases.release)
+        except DatabaseLost as reason:
+            self.deadline += self.settings.lease_margin  # the children are dead, so the lease may be used to its end
+            return self._release(str(reason), leases.release)
         except LeaseLost:
             raise
         except Failed as failure:
-            self._write(leases.fail, failure.error, settings.max_failures, settings.retry_backoff)
+            return self._fail(failure.error)
         except Exception as error:
-            reason = explain(error, str(settings.data_dir))
-            self._write(leases.fail, reason, settings.max_failures, settings.retry_backoff)
+            return self._fail(self.log.sanitiser(explain(error, str(self.settings.data_dir))))
+
+    def _release(self, reason: str, operation: Callable[..., State], *values: Any) -> Ending:
+        self._store_log(f"the attempt ends: {reason}")
+        return Ending(RELEASED[self._write(operation, *values)], None, reason)
+
+    def _fail(self, error: dict[str, Any]) -> Ending:
+        self._store_log(f"the attempt ends: {error['code']}: {error['message']}")
+        state = self._write(leases.fail, error, self.settings.max_failures, self.settings.retry_backoff)
+        return Ending(FAILED[state], error["code"], error["message"])
+
+    def _store_log(self, last: str) -> None:
+        self.log.add(last)
+        self._write(leases.renew, self.settings.lease_ttl, self.log.take())
+        self.log.stored()
 
     def _prune_and_publish(self, runner: list[str], publisher: list[str]) -> None:
         self.progress["steps"] = components(PruningSpec.of_request(self.claim.request)).steps
@@ -162,6 +205,7 @@ class Attempt:
         steps = self._write(lambda session, job_id, attempt: repository.steps(session, job_id))
         checkpoints = [{"number": row.number, "path": row.path, "sha256": row.sha256} for row in reversed(steps)]
         token = self._write(lambda session, job_id, attempt: self._hub_token(session))
+        self.log.sanitiser = Sanitiser(self.settings, [token])
         job = {
             "hub_token": token and token.get_secret_value(),
             "job_id": str(self.claim.job_id),
@@ -174,6 +218,7 @@ class Attempt:
         report = self._follow(runner, {**job, "checkpoints": checkpoints})["report"]
         self._start_publishing()
         result = self._follow(publisher, {**job, "report": report})["result"]
+        self._store_log("the attempt ends: succeeded")
         done = {**self.progress, "stage": Stage.DONE, "share": 1.0, "stage_share": 1.0, "rate": None, "rate_unit": None}
         self._write(leases.move, Trigger.SUCCEED, result=result, report=report, progress=done)
         for checkpoint in self.folder.glob("step-*"):
@@ -198,7 +243,7 @@ class Attempt:
         """Run a child to its end and return its last message; whatever happens, the child is dead afterwards."""
         oom_kills = _oom_kills()
         self.temporary.mkdir(exist_ok=True)
-        child = JobProcess(argv, job, self.deadline, self.temporary)
+        child = JobProcess(argv, job, self.deadline, self.temporary, self.log.add)
         try:
             return self._listen(child)
         except EOFError:
@@ -226,6 +271,7 @@ class Attempt:
             if message is None:
                 continue
             heard = time.monotonic()
+            message = self.log.sanitiser(message)
             match message.pop("type"):
                 case "progress":
                     self._heed(child, self._report_progress(message))
@@ -249,7 +295,8 @@ class Attempt:
 
     def _beat(self, child: JobProcess) -> None:
         sent = time.monotonic()
-        beat = self._write(leases.renew, self.settings.lease_ttl)
+        beat = self._write(leases.renew, self.settings.lease_ttl, self.log.take())
+        self.log.stored()
         self.deadline = self._deadline(sent)
         self.next_beat = sent + self.settings.heartbeat_interval
         self._heed(child, beat)

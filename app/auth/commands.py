@@ -47,7 +47,7 @@ def _database() -> Iterator["Session"]:
     from app.config import get_settings
     from app.db.session import make_engine
 
-    with Session(make_engine(get_settings().nearest_database_url()), expire_on_commit=False) as session:
+    with Session(make_engine(get_settings().nearest().database_url), expire_on_commit=False) as session:
         yield session
 
 

@@ -35,6 +35,15 @@ def decrypt(settings: Settings, stored: bytes) -> SecretStr:
         raise VaultError("none of SECATEUR_SECRET_KEYS is the one that this was encrypted with") from None
 
 
+def readable(settings: Settings, stored: bytes) -> bool:
+    """Return whether the service has the key that ``stored`` was encrypted with."""
+    try:
+        decrypt(settings, stored)
+    except VaultError:
+        return False
+    return True
+
+
 def _cipher(settings: Settings) -> MultiFernet:
     if settings.secret_keys is None:
         raise VaultError("this service has no SECATEUR_SECRET_KEYS to keep tokens with")

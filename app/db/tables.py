@@ -4,10 +4,10 @@ from app.auth.models import ApiKey
 from app.db.base import Base
 from app.fleet.models import Worker
 from app.http.idempotency import IdempotencyKey
-from app.jobs.models import Job, JobEvent, JobStep
+from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
 from app.jobs.repositories import Repository
 from app.jobs.usage import Usage
 from app.webhooks.models import WebhookDelivery
 
 metadata = Base.metadata
-TABLES = (ApiKey, IdempotencyKey, Job, JobEvent, JobStep, Repository, Usage, WebhookDelivery, Worker)
+TABLES = (ApiKey, IdempotencyKey, Job, JobEvent, JobLogLine, JobStep, Repository, Usage, WebhookDelivery, Worker)

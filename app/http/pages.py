@@ -13,6 +13,7 @@ from app.http.problem import invalid
 
 LARGEST = 100
 LARGEST_ID = 2**63 - 1
+LARGEST_INTEGER = 2**31 - 1
 PageSize = Annotated[
     int,
     AfterValidator(lambda size: min(max(size, 1), LARGEST)),
@@ -37,6 +38,18 @@ def read_id(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > LARGEST_ID:
         raise ValueError(f"no id: {text}")
     return int(text)
+
+
+def read_place(text: str) -> tuple[int, int]:
+    """Return the two ``integer`` numbers that ``text`` contains, for use with :func:`decode`.
+
+    Raises:
+        ValueError: ``text`` is not such a place.
+    """
+    found = re.fullmatch(r"([0-9]{1,10})\.([0-9]{1,10})", text)
+    if found is None or max(int(found[1]), int(found[2])) > LARGEST_INTEGER:
+        raise ValueError(f"no place: {text}")
+    return int(found[1]), int(found[2])
 
 
 def decode(token: str | None, read: Callable[[str], Cursor]) -> Cursor | None:

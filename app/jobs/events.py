@@ -19,13 +19,13 @@ reconnects."""
 RECONNECT = 1.0
 
 
-class Bell:
+class Signal:
     """A wake-up signal for one waiter, set when a job may have changed."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
-    def ring(self) -> None:
+    def set(self) -> None:
         self._event.set()
 
     async def wait(self, seconds: float) -> None:
@@ -39,19 +39,19 @@ class Feed:
     """The distributor of notifications to the waiters of this process; it runs entirely on one event loop."""
 
     def __init__(self) -> None:
-        self._bells: defaultdict[uuid.UUID, set[Bell]] = defaultdict(set)
+        self._signals: defaultdict[uuid.UUID, set[Signal]] = defaultdict(set)
 
     @contextmanager
-    def bell(self, job_id: uuid.UUID) -> Iterator[Bell]:
+    def signal(self, job_id: uuid.UUID) -> Iterator[Signal]:
         """Yield a signal for ``job_id``; take the signal before reading the job, so that no change is missed."""
-        bell = Bell()
-        self._bells[job_id].add(bell)
+        signal = Signal()
+        self._signals[job_id].add(signal)
         try:
-            yield bell
+            yield signal
         finally:
-            self._bells[job_id].discard(bell)
-            if not self._bells[job_id]:
-                del self._bells[job_id]
+            self._signals[job_id].discard(signal)
+            if not self._signals[job_id]:
+                del self._signals[job_id]
 
     @asynccontextmanager
     async def listening(self, database_url: str) -> AsyncIterator[None]:
@@ -77,20 +77,20 @@ class Feed:
                     keepalives_count=2,
                 ) as connection:
                     await connection.execute(f"LISTEN {CHANNEL}")
-                    self._ring_all()
+                    self._set_all()
                     async for notification in connection.notifies():
-                        self._ring(notification.payload)
+                        self._set(notification.payload)
             except (psycopg.Error, OSError) as error:
                 log.warning("listener lost the database: %s", error)
             await asyncio.sleep(RECONNECT)
 
-    def _ring(self, payload: str) -> None:
+    def _set(self, payload: str) -> None:
         with suppress(ValueError):
-            for bell in self._bells.get(uuid.UUID(payload), ()):
-                bell.ring()
+            for signal in self._signals.get(uuid.UUID(payload), ()):
+                signal.set()
 
-    def _ring_all(self) -> None:
+    def _set_all(self) -> None:
         """Wake every waiter, because changes during an interruption of the listener are unknown."""
-        for bells in self._bells.values():
-            for bell in bells:
-                bell.ring()
+        for signals in self._signals.values():
+            for signal in signals:
+                signal.set()

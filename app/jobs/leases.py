@@ -14,8 +14,8 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app.auth import repository as keys
-from app.jobs import repositories, transitions
-from app.jobs.models import Job, JobStep
+from app.jobs import repositories, repository, transitions
+from app.jobs.models import Job, JobLogLine, JobStep
 from app.jobs.naming import published_repo_ids
 from app.jobs.transitions import LIVE, Trigger
 from secateur.contract.errors import ErrorCode, PruningError
@@ -38,6 +38,15 @@ class Claim:
     request: dict[str, Any]
     request_id: str | None = None
     """Id of the HTTP request that created the job."""
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """A line for the log of a job; ``number`` counts the lines of an attempt from 1."""
+
+    number: int
+    written_at: dt.datetime
+    text: str
 
 
 @dataclass(frozen=True)
@@ -102,14 +111,22 @@ def owned(session: Session, job_id: uuid.UUID, attempt: int) -> Job:
     return job
 
 
-def renew(session: Session, job_id: uuid.UUID, attempt: int, ttl: float) -> Beat:
+def renew(session: Session, job_id: uuid.UUID, attempt: int, ttl: float, lines: Sequence[LogLine] = ()) -> Beat:
     """Renew the lease: extend it to ``ttl`` seconds from now. This is the heartbeat of an attempt.
+
+    ``lines`` are added to the job's log, of which the newest :data:`~app.jobs.repository.LOG_LINES` lines and
+    :data:`~app.jobs.repository.LOG_BYTES` bytes are kept. Adding a line twice, because the first answer was lost,
+    changes nothing.
 
     Raises:
         LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
     """
     job = owned(session, job_id, attempt)
     job.lease_expires_at = _in(ttl)
+    if lines:
+        rows = [{"job_id": job_id, "attempt": attempt, **vars(line)} for line in lines]
+        session.execute(insert(JobLogLine).values(rows).on_conflict_do_nothing())
+        repository.trim_log(session, job_id)
     return _commit(session, job)
 
 

@@ -85,6 +85,23 @@ class JobEvent(Base):
     created_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
 
 
+class JobLogLine(Base):
+    """A line that a process of an attempt wrote, for the owner of the job: without secrets and paths of the service.
+
+    Only the newest lines of a job are kept, see :func:`app.jobs.leases.renew`.
+    """
+
+    __tablename__ = "job_logs"
+
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    """The number of the line in its attempt, from 1."""
+    written_at: Mapped[dt.datetime]
+    """The time at which the worker read the line, by the worker's clock."""
+    text: Mapped[str]
+
+
 class JobStep(Base):
     """A completed step of a job and its checkpoint, from which a later attempt resumes.
 

@@ -5,13 +5,14 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Boolean, Float, Row, bindparam, cast, func, or_, select
+from sqlalchemy import Boolean, Float, Row, bindparam, cast, func, or_, select, tuple_
+from sqlalchemy import delete as delete_from
 from sqlalchemy.orm import Session, defer
 
 from app.auth.models import ApiKey
 from app.auth.repository import FIND
 from app.jobs import usage
-from app.jobs.models import Job, JobEvent, JobStep
+from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
 from app.jobs.transitions import lock, record_event, wake
 from secateur.contract.keys import Scope
 from secateur.contract.states import TERMINAL, State
@@ -30,6 +31,10 @@ VIEW_WITH_KEY = FIND.add_columns(*SUMMARY, Job.request).outerjoin(
 )
 """One query that finds the API key and the job; the most frequent request uses it in place of two queries."""
 FINISHED_WITHIN = dt.timedelta(hours=1)
+LOG_LINES = 1000
+"""Largest number of lines that the log of a job keeps."""
+LOG_BYTES = 256 * 2**10
+"""Largest size of the lines that the log of a job keeps."""
 
 
 class QueueNumbers(NamedTuple):
@@ -139,6 +144,34 @@ def steps(session: Session, job_id: uuid.UUID) -> Sequence[JobStep]:
     return session.scalars(select(JobStep).where(JobStep.job_id == job_id).order_by(JobStep.number)).all()
 
 
+def log(session: Session, job_id: uuid.UUID, after: tuple[int, int], limit: int) -> Sequence[JobLogLine]:
+    """Return up to ``limit`` lines of the job's log after the line ``after`` (attempt, number), oldest first.
+
+    Only the owner of the lease adds lines, so a later line never has a lower attempt or number than an earlier one.
+    """
+    place = tuple_(JobLogLine.attempt, JobLogLine.number)
+    query = select(JobLogLine).where(JobLogLine.job_id == job_id, place > after)
+    return session.scalars(query.order_by(JobLogLine.attempt, JobLogLine.number).limit(limit)).all()
+
+
+def trim_log(session: Session, job_id: uuid.UUID) -> None:
+    """Delete the oldest lines of the job's log beyond ``LOG_LINES`` lines or ``LOG_BYTES`` bytes; the caller commits."""
+    newest_first = (JobLogLine.attempt.desc(), JobLogLine.number.desc())
+    count = func.row_number().over(order_by=newest_first)
+    size = func.sum(func.octet_length(JobLogLine.text)).over(order_by=newest_first)
+    lines = select(JobLogLine.attempt, JobLogLine.number, count.label("count"), size.label("size"))
+    counted = lines.where(JobLogLine.job_id == job_id).subquery()
+    beyond = select(counted.c.attempt, counted.c.number).where(
+        (counted.c.count > LOG_LINES) | (counted.c.size > LOG_BYTES)
+    )
+    place = tuple_(JobLogLine.attempt, JobLogLine.number)
+    session.execute(
+        delete_from(JobLogLine)
+        .where(JobLogLine.job_id == job_id, place.in_(beyond))
+        .execution_options(synchronize_session=False)
+    )
+
+
 def queue_numbers(session: Session) -> QueueNumbers:
     """Return the numbers of the queue that the metrics show."""
     recent = or_(Job.finished_at.is_(None), Job.finished_at > func.now() - FINISHED_WITHIN)
@@ -171,6 +204,6 @@ def recent_steps(session: Session) -> dict[str, float]:
 
 
 def delete(session: Session, job: Job) -> None:
-    """Delete the job and, by cascade, its events, steps and webhooks; the caller commits."""
+    """Delete the job and, by cascade, its events, log, steps and webhooks; the caller commits."""
     session.delete(job)
     session.flush()

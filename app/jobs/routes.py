@@ -54,6 +54,8 @@ from secateur.contract.jobs import (
     JobPage,
     JobSummary,
     JobView,
+    LogLineView,
+    LogPage,
     StepList,
     StepView,
 )
@@ -140,13 +142,13 @@ async def _wait(feed: FeedDep, caller: Caller, job_id: uuid.UUID, seconds: int, 
         Problem: 401 when the API key is revoked meanwhile, 404 when the job is deleted.
     """
     deadline = time.monotonic() + seconds
-    with feed.bell(job_id) as bell:
+    with feed.signal(job_id) as signal:
         while True:
             job = await run_in_threadpool(_look, caller, job_id)
             left = deadline - time.monotonic()
             if done(job) or left <= 0:
                 return await run_in_threadpool(_read, caller, job_id)
-            await bell.wait(left)
+            await signal.wait(left)
 
 
 async def create(
@@ -336,6 +338,31 @@ def events(
     return EventPage(items=items, next_page_token=pages.encode(items[-1].id) if len(found) > page_size else None)
 
 
+@router.get("/{job_id}/logs", response_model=LogPage, responses=documented(404))
+def logs(
+    job_id: uuid.UUID,
+    response: Response,
+    owner: Owner,
+    session: SessionDep,
+    page_size: PageSize = 50,
+    page_token: PageToken = None,
+) -> LogPage:
+    """List the newest lines that the job's processes wrote on their worker, oldest first.
+
+    A service keeps the last 1000 lines and 256 KiB of a job. While the job has not ended, the last page has a
+    `next_page_token`, too: it returns the lines that are written later. Workers send lines with their heartbeats.
+    """
+    after = pages.decode(page_token, pages.read_place) or (0, 0)
+    job, found = service.log_lines(session, owner, job_id, after, page_size + 1)
+    items = [LogLineView.model_validate(line) for line in found[:page_size]]
+    if len(found) <= page_size and job.state not in TERMINAL:
+        response.headers["Retry-After"] = str(POLL_AFTER)
+    elif len(found) <= page_size:
+        return LogPage(items=items, next_page_token=None)
+    attempt, number = (items[-1].attempt, items[-1].number) if items else after
+    return LogPage(items=items, next_page_token=pages.encode(f"{attempt}.{number}"))
+
+
 def _must_exist(job_id: uuid.UUID, owner: Owner) -> None:
     with reading() as session:
         service.view(session, owner, job_id, bare=True)
@@ -364,7 +391,7 @@ async def stream(
                 return None
             return service.events(session, owner, job_id, after, STREAM_BATCH)
 
-    with feed.bell(job_id) as bell:
+    with feed.signal(job_id) as signal:
         while True:
             answer = await run_in_threadpool(read)
             if answer is None:
@@ -382,7 +409,7 @@ async def stream(
             if job.progress is not None and job.progress != shown:
                 shown = job.progress
                 yield ServerSentEvent(data=JobSummary.model_validate(job).progress, event="progress")
-            await bell.wait(float("inf"))
+            await signal.wait(float("inf"))
 
 
 @router.get("/{job_id}/steps", response_model=StepList, responses=documented(404))

@@ -25,7 +25,7 @@ from app.http import idempotency, logs
 from app.http.etags import etag, names
 from app.http.problem import Problem, invalid
 from app.jobs import admission, leases, repositories, repository, tokens, transitions
-from app.jobs.models import Job, JobEvent, JobStep
+from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
 from app.jobs.naming import repo_ids
 from app.jobs.schemas import JobFilter
 from app.jobs.transitions import TransitionRefused, Trigger
@@ -333,6 +333,20 @@ def events(
     """
     job = view(session, caller, job_id, bare=True)
     return job, repository.events(session, job_id, after, limit)
+
+
+def log_lines(
+    session: Session, caller: Caller, job_id: uuid.UUID, after: tuple[int, int], limit: int
+) -> tuple[Row[Any], Sequence[JobLogLine]]:
+    """Return the job and up to ``limit`` lines of its log after the line ``after`` (attempt, number).
+
+    If the job has ended, its last line is already stored.
+
+    Raises:
+        Problem: 404 if the job does not exist or belongs to another owner.
+    """
+    job = view(session, caller, job_id, bare=True)
+    return job, repository.log(session, job_id, after, limit)
 
 
 def steps(session: Session, caller: Caller, job_id: uuid.UUID) -> Sequence[JobStep]:

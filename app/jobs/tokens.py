@@ -4,10 +4,11 @@ The service's token is lent only to API keys that an operator allows to use it.
 """
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import SecretStr
-from sqlalchemy import select
+from sqlalchemy import select, union_all
 from sqlalchemy.orm import Session
 
 from app.auth import vault
@@ -53,6 +54,13 @@ def for_request(session: Session, settings: Settings, owner_id: uuid.UUID, own: 
     token = vault.decrypt(settings, stored) if own is None and stored is not None else own
     restricted = token is None or settings.hub_dir is not None
     return HubAccess(settings.hf_token if token is None and lent else token, namespace, restricted)
+
+
+def every(session: Session) -> Sequence[bytes]:
+    """Return the Hub tokens of all jobs and API keys, in encrypted form."""
+    jobs = select(Job.hub_token).where(Job.hub_token.is_not(None))
+    keys = select(ApiKey.hub_token).where(ApiKey.hub_token.is_not(None))
+    return [token for token in session.scalars(union_all(jobs, keys)) if token is not None]
 
 
 def of_job(session: Session, settings: Settings, job_id: uuid.UUID) -> SecretStr | None:

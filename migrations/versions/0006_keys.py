@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0006_keys"
+revision = "0006"
 down_revision = "0005"
 
 # The key of 'secateur up' keeps the names of its repositories and the service's token. Every other key gets a namespace

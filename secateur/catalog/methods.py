@@ -13,6 +13,8 @@ from typing import Annotated, Literal, Protocol, TypeVar
 from pydantic import AfterValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+DEFAULT_METHOD = "secateur"
+"""The method of the library and the command line, unless the caller names another one."""
 DAMPING = 0.3
 """The damping of the least-squares recovery, unless the request or the method sets another value."""
 

@@ -38,7 +38,9 @@ ZERO_SHOT = {
 }
 """The zero-shot tasks of the papers, with the path of each task in ``lm_eval``."""
 
-Text = Annotated[str, Field(min_length=1, max_length=1_000_000, pattern=r"^[^\x00]*$")]
+LONGEST_TEXT = 1_000_000
+"""Largest number of characters of one text of a request."""
+Text = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT, pattern=r"^[^\x00]*$")]
 """A text without NUL characters, which Postgres cannot store."""
 DatasetName = Annotated[str, Field(max_length=255, pattern=r"^[^\x00]+$")]
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]

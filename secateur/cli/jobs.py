@@ -89,6 +89,20 @@ def cancel(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json:
     typer.echo(job.model_dump_json() if as_json else _line(job))
 
 
+def logs(
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = "",
+    as_json: Json = False,
+) -> None:
+    """Print the newest log lines of a job's processes. With --json, each line is an object."""
+    with _connect(url, api_key) as client:
+        for line in client.jobs.get(job_id).logs(follow=follow):
+            written_at = line.written_at.astimezone(dt.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+            typer.echo(line.model_dump_json() if as_json else f"{written_at}  [{line.attempt}]  {line.text}")
+
+
 def delete(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
     """Delete a job that has ended, with its files. A published model stays in its repository."""
     with _connect(url, api_key) as client:

@@ -30,7 +30,7 @@ def _options(
 
 
 for command in (
-    prune.prune, prune.inspect, jobs.submit, jobs.jobs, jobs.status, jobs.watch, jobs.cancel, jobs.delete, jobs.label,
+    prune.prune, prune.inspect, jobs.submit, jobs.jobs, jobs.status, jobs.logs, jobs.watch, jobs.cancel, jobs.delete, jobs.label,
     jobs.recipe, jobs.usage, jobs.models, jobs.texts, jobs.tasks,
 ):  # fmt: skip
     cli.command()(command)

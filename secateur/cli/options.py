@@ -12,11 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
+from secateur.catalog.methods import DEFAULT_METHOD
 from secateur.catalog.recipe import Recipe, RecipeInvalid
+from secateur.catalog.spec import LONGEST_TEXT
 from secateur.cli.common import REFUSED, stop
-
-DEFAULT_METHOD = "secateur"
-LONGEST_TEXT = 1_000_000
 
 
 def _options(

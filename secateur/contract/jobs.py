@@ -193,6 +193,31 @@ class EventPage(BaseModel):
     next_page_token: str | None = Field(description="Null when there are no more events so far.")
 
 
+class LogLineView(BaseModel):
+    """A line that a process of the job wrote on its worker."""
+
+    model_config = ConfigDict(
+        from_attributes=True,
+        json_schema_extra={
+            "examples": [
+                {"attempt": 1, "number": 7, "written_at": "2026-01-01T12:00:02Z", "text": "Loading weights: 100%"}
+            ]
+        },
+    )
+
+    attempt: int
+    number: int = Field(description="Number of the line in its attempt, from 1.")
+    written_at: dt.datetime = Field(description="By the clock of the worker.")
+    text: str = Field(description="Without secrets and paths of the service; a long line is cut off.")
+
+
+class LogPage(BaseModel):
+    """A page of a job's log, oldest first."""
+
+    items: list[LogLineView]
+    next_page_token: str | None = Field(description="Null when the job has ended and there are no more lines.")
+
+
 class StepView(BaseModel):
     """A completed step. Step 0 is the baseline, the measurement of the unpruned model.
 

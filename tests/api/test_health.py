@@ -34,12 +34,21 @@ def _ready(url: str, *exclude: str) -> tuple[int, dict[str, Any]]:
 
 
 def test_ready_with_a_live_worker(url: str, session: Session, settings: Settings) -> None:
-    assert _ready(url) == (503, {"ready": False, "database": "ok", "broker": "ok", "workers": "no live worker"})
+    parts = {"database": "ok", "broker": "ok", "workers": "ok", "scheduler": "ok"}
+    nobody = {"workers": "no live worker", "scheduler": "no live scheduler"}
+    assert _ready(url) == (503, {**parts, **nobody, "ready": False})
     fleet.beat(session, "scheduler-1", "scheduler", {})
     assert _ready(url)[0] == 503
     fleet.beat(session, "worker-1", "worker", {"device": "cpu"})
-    assert _ready(url) == (200, {"ready": True, "database": "ok", "broker": "ok", "workers": "ok"})
-    session.execute(update(Worker).values(last_seen_at=func.now() - func.make_interval(0, 0, 0, 0, 0, 10)))
+    assert _ready(url) == (200, {**parts, "ready": True})
+    fleet.leave(session, "scheduler-1")
+    assert _ready(url) == (503, {**parts, "ready": False, "scheduler": "no live scheduler"})
+    for name in ("scheduler-2", "scheduler-3"):
+        fleet.beat(session, name, "scheduler", {})
+    fleet.leave(session, "scheduler-2")
+    assert _ready(url)[0] == 200, "one scheduler of several is enough"
+    long_ago = func.now() - func.make_interval(0, 0, 0, 0, 0, 10)
+    session.execute(update(Worker).values(last_seen_at=long_ago).where(Worker.kind == "worker"))
     session.commit()
     assert _ready(url)[0] == 503
     fleet.beat(session, "worker-1", "worker", {"device": "cpu"})
@@ -53,7 +62,7 @@ def test_what_is_excluded_does_not_count(url: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SECATEUR_BROKER_URL", "redis://127.0.0.1:9/0")
     get_settings.cache_clear()
     assert _ready(url, "workers")[0] == 503
-    status, told = _ready(url, "workers", "broker")
+    status, told = _ready(url, "workers", "broker", "scheduler")
     assert (status, told["ready"], told["database"]) == (200, True, "ok")
     assert told["workers"] == "no live worker" and told["broker"].startswith("unreachable")
     assert _ready(url, "scheduler")[0] == 422
@@ -77,8 +86,8 @@ def test_not_ready_without_broker_or_database(url: str, monkeypatch: pytest.Monk
     session_factory.cache_clear()
     status, verdicts = _ready(url)
     assert status == 503
-    assert _ready(url, "workers", "broker")[0] == 503
-    assert all(verdicts[part].startswith("unreachable") for part in ("database", "broker", "workers"))
+    assert _ready(url, "workers", "broker", "scheduler")[0] == 503
+    assert all(verdicts[part].startswith("unreachable") for part in ("database", "broker", "workers", "scheduler"))
     assert "hidden" not in str(verdicts)
     assert httpx2.get(f"{url}/healthz").json() == {"status": "ok"}
     away = httpx2.get(f"{url}/v1/jobs", headers={"Authorization": "Bearer x"})
@@ -102,6 +111,8 @@ def test_metrics(api: httpx2.Client, url: str, body: dict[str, Any], session: Se
     api.post("/v1/jobs", json=body)
     play.start(session, first)
     fleet.beat(session, "worker-1", "worker", {})
+    for name in ("scheduler-1", "scheduler-2"):
+        fleet.beat(session, name, "scheduler", {})
     api.get(f"/v1/jobs/{first}")
     api.get("/no/such/path")
     samples = _samples(url)
@@ -109,6 +120,7 @@ def test_metrics(api: httpx2.Client, url: str, body: dict[str, Any], session: Se
     assert samples["secateur_jobs", "failed"] == 0
     assert samples["secateur_queue_depth", ""] == 1
     assert 0 < samples["secateur_queue_oldest_seconds", ""] < PATIENCE
+    assert samples["secateur_schedulers_live", ""] == 2
     assert samples["secateur_workers_live", ""] == samples["secateur_database_up", ""] == 1
     assert samples["secateur_http_request_duration_seconds_count", "/v1/jobs/{job_id}"] == 1
     assert samples["secateur_http_request_duration_seconds_count", "unmatched"] == 1

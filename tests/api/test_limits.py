@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -42,6 +43,13 @@ def change(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Change:
     return set_all
 
 
+@pytest.fixture
+def noon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop the clock of the rate limit at noon, so that no window of a day ends during the test."""
+    monkeypatch.setattr(rate, "time", SimpleNamespace(time=lambda: 20_000.5 * 86_400))
+
+
+@pytest.mark.usefixtures("noon")
 def test_the_rate_is_by_key(change: Change, url: str, make_client: Callable[..., httpx2.Client]) -> None:
     change(rate_limit="3/day")
     alice, bob = make_client("alice"), make_client("bob")
@@ -55,6 +63,7 @@ def test_the_rate_is_by_key(change: Change, url: str, make_client: Callable[...,
     assert httpx2.get(f"{url}/healthz").status_code == 200
 
 
+@pytest.mark.usefixtures("noon")
 def test_replicas_take_shares_of_a_large_rate(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, key_id = change(rate_limit="300/day"), uuid.uuid4()
     lone = [rate.count(settings, uuid.UUID(int=1))["RateLimit"].split(";")[1] for _ in range(300)]

@@ -35,12 +35,12 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Whoever waits for a job is in here, by the seconds he waits for, and waits until he is notified: he never looks for himself."""
     waiting: list[float] = []
 
-    async def wait(bell: events.Bell, seconds: float) -> None:
+    async def wait(signal: events.Signal, seconds: float) -> None:
         waiting.append(seconds)
-        await bell._event.wait()
-        bell._event.clear()
+        await signal._event.wait()
+        signal._event.clear()
 
-    monkeypatch.setattr(events.Bell, "wait", wait)
+    monkeypatch.setattr(events.Signal, "wait", wait)
     return waiting
 
 
@@ -276,13 +276,13 @@ class TestARevokedKey:
         """Nobody is notified of it: whoever waits, here for longer than the client does, looks for himself."""
         monkeypatch.setattr(prefer, "LONGEST", 10 * PATIENCE)
         monkeypatch.setattr(events, "POLL", 0.2)
-        look, waiting = events.Bell.wait, threading.Event()
+        look, waiting = events.Signal.wait, threading.Event()
 
-        async def wait(bell: events.Bell, seconds: float) -> None:
+        async def wait(signal: events.Signal, seconds: float) -> None:
             waiting.set()
-            await look(bell, seconds)
+            await look(signal, seconds)
 
-        monkeypatch.setattr(events.Bell, "wait", wait)
+        monkeypatch.setattr(events.Signal, "wait", wait)
 
         def revoke_when_waiting() -> None:
             if waiting.wait(PATIENCE):

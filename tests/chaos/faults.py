@@ -14,9 +14,9 @@ from tests.chaos.world import World
 
 Healing = tuple[float, Callable[[], object]]
 Fault = Callable[[World, random.Random], Healing | None]
-"""Nothing: there was nothing to strike."""
+"""A fault; it returns ``None`` if there was nothing to strike."""
 BRIEF, LONG = (1 / 30, 1 / 4), (7 / 6, 10 / 6)
-"""Leases: within one, and beyond it."""
+"""The lengths of outages, as multiples of a lease: some are shorter than a lease, and some are longer."""
 
 
 def kill_worker(world: World, dice: random.Random) -> Healing | None:
@@ -64,7 +64,7 @@ def kill_publisher(world: World, dice: random.Random) -> Healing | None:
 
 
 def kill_supervisor(world: World, dice: random.Random) -> Healing | None:
-    """The forked process of a worker that looks after the job."""
+    """Kill the forked process of a worker that supervises the job."""
     return _kill_child(world, dice, "tests.chaos.worker")
 
 
@@ -116,7 +116,7 @@ def cut_worker_from_database(world: World, dice: random.Random) -> Healing | Non
 
 
 def fill_disk(world: World, dice: random.Random) -> Healing | None:
-    """Only where the data folder is a file system of its own."""
+    """Fill the disk, but only if the data folder is a file system of its own."""
     if not os.path.ismount(world.data):
         return None
     ballast = world.data / "ballast"
@@ -140,7 +140,7 @@ def failing_hub(world: World, dice: random.Random) -> Healing | None:
 
 
 def mute_hub(world: World, dice: random.Random) -> Healing | None:
-    """It does what it is asked, and nobody hears that it did."""
+    """Make the Hub do what it is asked, and drop its answer."""
     world.hub.mute = True
     return dice.uniform(1.0, 6.0), lambda: setattr(world.hub, "mute", False)
 
@@ -173,7 +173,7 @@ FAULTS: dict[Fault, int] = {
     failing_hub: 2,
     mute_hub: 4,
 }
-"""Each with its weight."""
+"""The faults, each with its weight in the draw."""
 
 
 def _seconds(world: World, dice: random.Random) -> float:

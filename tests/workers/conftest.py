@@ -84,7 +84,7 @@ class JobHandle:
 
     @property
     def runner_pid(self) -> int:
-        """Of the runner that began a step last."""
+        """The process id of the runner that began a step last."""
         return wait_for(self._notes)[-1][2]
 
     def _notes(self) -> list[tuple[int, int, int]]:

@@ -42,6 +42,7 @@ def test_a_job_runs_to_its_end(make_job: MakeJob, supervise: Supervise) -> None:
     row = job.row
     assert (row.state, row.attempt, row.failures, row.error) == ("succeeded", 1, 0, None)
     assert row.result is not None and row.result["repo_id"] == "org/small" and row.result["parameters"]["after"] == 8
+    assert len(row.result["commit_sha"]) == 40 and "url" not in row.result, "a path is no address for others"
     assert row.report is not None and row.report["perplexity"] == {"before": 10.0, "after": None}, "NaN is no JSON"
     assert row.progress is not None and row.progress["share"] == 1.0 and row.progress["steps"] == 3
     assert [(r.number, r.data["perplexity"]) for r in job.steps] == [(0, 10.0), (1, 11.0), (2, 12.0), (3, 13.0)]

@@ -215,7 +215,7 @@ function describeFiles(files, result) {
   if (!files.length && !published.length) return [];
   return [
     h("h2", {}, "Model"),
-    published.length ? h("ul", {}, published.map((each) => h("li", {}, isWeb(each.url) ? h("a", { href: each.url, rel: "noreferrer" }, each.repo_id) : `${each.repo_id} in ${each.url}`, ` at ${each.commit_sha.slice(0, 12)}`))) : null,
+    published.length ? h("ul", {}, published.map((each) => h("li", {}, isWeb(each.url) ? h("a", { href: each.url, rel: "noreferrer" }, each.repo_id) : each.repo_id, ` at ${each.commit_sha.slice(0, 12)}`))) : null,
     files.length ? h("details", { class: "card", "data-details": "files" }, h("summary", {}, `Files (${files.length})`),
       table("Files", ["file", "size"], files.map((file) => [
         h("button", { type: "button", class: "plain", onclick: () => download(file.url, file.name.split("/").at(-1)) }, file.name), megabytes(file.size)]))) : null,

@@ -36,6 +36,8 @@ from secateur.contract.jobs import (
     JobPage,
     JobSummary,
     JobView,
+    LogLineView,
+    LogPage,
     Progress,
     StepList,
     StepView,
@@ -380,6 +382,25 @@ class AsyncJob:
                     raise Unreachable(f"The service at {self._client.url} cannot be reached: {error}") from error
             failures += 1
             await async_sleep(pause(failures, None))
+
+    async def logs(self, follow: bool = False) -> AsyncIterator[LogLineView]:
+        """Yield the newest lines that the job's processes wrote on their worker, oldest first.
+
+        With ``follow``, new lines are yielded as they come, until the job ends.
+        """
+        parameters: dict[str, Any] = {"page_size": 100}
+        while True:
+            response = await self._client.request("GET", f"{self._path}/logs", params=parameters)
+            page = LogPage.model_validate(response.json())
+            for item in page.items:
+                yield item
+            if page.next_page_token is None:
+                return
+            parameters["page_token"] = page.next_page_token
+            if "Retry-After" in response.headers:  # these are all lines so far
+                if not follow:
+                    return
+                await async_sleep(float(response.headers["Retry-After"]))
 
     async def steps(self) -> list[StepView]:
         """Return the completed steps of the job."""

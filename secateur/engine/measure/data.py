@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from secateur.catalog.spec import LONGEST_TEXT
 from secateur.contract.errors import ErrorCode, PruningError
 
-LONGEST_TEXT = 1_000_000
 """Largest number of characters in one text of a request."""
 MOST_WINDOWS = 65_536
 ALLOWED = (

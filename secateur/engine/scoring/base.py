@@ -60,7 +60,7 @@ class Context:
 
     @cached_property
     def gates(self) -> list[GateStatistics]:
-        """Gate statistics of every layer from one pass forward and backward, which scorer and allocator share."""
+        """Gate statistics of every layer from two forward passes and one backward pass, which scorer and allocator share."""
 
         def compute() -> list[Tensor]:
             found = gate_statistics(self.decoder, self.tokens, self.batch_windows, self.progress)
