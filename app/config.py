@@ -1,11 +1,13 @@
 """The service's settings: this module alone reads the service's environment variables (prefix ``SECATEUR_``)."""
 
+import json
 import os
 from base64 import b64decode, urlsafe_b64decode
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from limits import parse
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, StringConstraints
@@ -73,6 +75,28 @@ def _postgres_url(url: str) -> str:
     return url
 
 
+def _storage_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        known = parts.netloc in ("", "localhost") and parts.path.startswith("/") and parts.path != "/"
+    else:
+        known = parts.scheme in ("s3", "gs", "az") and bool(parts.netloc)
+    if not known:
+        allowed = "'s3://BUCKET/PREFIX', 'gs://BUCKET/PREFIX', 'az://CONTAINER/PREFIX' or 'file:///FOLDER'"
+        raise ValueError(f"a storage URL is {allowed}")
+    return url
+
+
+def _json_object(secret: SecretStr) -> SecretStr:
+    try:
+        known = isinstance(json.loads(secret.get_secret_value()), dict)
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError("""storage options are a JSON object, such as {"endpoint": "https://…"}""")
+    return secret
+
+
 class Settings(LibrarySettings):
     """Everything that an operator can set. Durations are in seconds. Folders are created on first use."""
 
@@ -87,8 +111,18 @@ class Settings(LibrarySettings):
         "postgresql+psycopg://secateur:secateur@localhost:5432/secateur"
     )
     broker_url: str = "redis://localhost:6379/0"
-    # data_dir also holds ``jobs/`` (step checkpoints and artifacts), ``statistics/`` (statistics of earlier jobs'
-    # models) and, under ``secateur up``, the servers' files and ``database-url``.
+    # data_dir also holds ``work/`` (the files of attempts while they run), ``statistics/`` (statistics of earlier jobs'
+    # models) and, under ``secateur up``, the servers' files and ``database-url``. Machines need not share data_dir.
+    storage_url: Annotated[str, AfterValidator(_storage_url)] | None = None
+    """Object store of the artifacts and of the checkpoints' tensors: ``s3://BUCKET/PREFIX``, ``gs://BUCKET/PREFIX``,
+    ``az://CONTAINER/PREFIX`` or ``file:///FOLDER``, which every process of the service must reach; if it is unset, the
+    folder ``storage`` in the data folder."""
+    storage_options: Annotated[SecretStr, AfterValidator(_json_object)] | None = None
+    """Options of the object store as a JSON object, such as ``{"endpoint": "https://…", "region": "…"}``; the provider's
+    own environment variables, such as ``AWS_ACCESS_KEY_ID``, are read as well."""
+    storage_redirect: bool = True
+    """Whether downloads of artifacts are redirected to signed URLs of the object store; otherwise the API streams the
+    files. A ``file://`` store has no signed URLs."""
     hub_dir: Path | None = None
     """Folder, laid out like a Hub cache, to which models are published instead of a Hugging Face Hub."""
 
@@ -102,7 +136,12 @@ class Settings(LibrarySettings):
     """Number of seconds before the end of a lease by which its runner is stopped."""
     scheduler_interval: float = 1.0
     redispatch_after: float = 60.0
-    max_failures: int = 3
+    max_failures: int = Field(3, ge=1)
+    """Number of failed attempts without a completed step between them at which a job fails."""
+    max_losses: int = Field(10, ge=1)
+    """Number of attempts without a completed step between them whose worker was lost at which a job fails."""
+    publish_patience: float = Field(6 * 3600.0, ge=0)
+    """Time for which a job whose model is ready tries again while the Hub does not answer."""
     retry_backoff: float = 5.0
     """Wait before the second attempt at a failed job; every further failure doubles the wait."""
     stall_timeout: float = 1800.0
@@ -117,9 +156,15 @@ class Settings(LibrarySettings):
     max_runtime_seconds: float | None = Field(None, gt=0)
     """Longest duration of one run of a job, even if the request allows a longer one."""
     max_model_parameters: int | None = Field(None, ge=1)
-    retention: float | None = Field(None, gt=0)
-    """Time after a job's end at which its artifacts and checkpoints are deleted; ``None`` keeps them until the job is
-    deleted."""
+    checkpoint_retention: float = Field(7 * 86_400.0, gt=0)
+    """Time after a job's end at which its checkpoints are deleted, from which a failed or cancelled job can resume. A
+    change holds for jobs that end afterwards."""
+    artifact_retention: float = Field(30 * 86_400.0, gt=0)
+    """Time after a job's end at which its artifacts are deleted if they were published. Artifacts that were never
+    published stay until the job is deleted."""
+    max_stored_bytes: int | None = Field(None, ge=1)
+    """Largest number of bytes that the artifacts of one API key's jobs may have together; a key that has reached the
+    number can create no more jobs until it deletes some."""
     webhook_secret: Annotated[SecretStr, AfterValidator(_signing_secret)] | None = None
     """Secret that signs webhooks: ``whsec_`` and 24 to 64 bytes in base64 (Standard Webhooks). If this is unset, the
     service refuses requests that name a ``webhook_url``."""
@@ -144,8 +189,13 @@ class Settings(LibrarySettings):
         return MISSED_BEATS * self.heartbeat_interval
 
     @property
-    def jobs_dir(self) -> Path:
-        return self.data_dir / "jobs"
+    def work_dir(self) -> Path:
+        """The folder of the files of attempts while they run; it is on the worker's own disk."""
+        return self.data_dir / "work"
+
+    def nearest_storage_url(self) -> str:
+        """Return ``storage_url`` if it is set, else the URL of the folder ``storage`` in the data folder."""
+        return self.storage_url or (self.data_dir / "storage").resolve().as_uri()
 
     def nearest_database_url(self) -> str:
         """Return ``database_url`` if it is set.
@@ -157,10 +207,6 @@ class Settings(LibrarySettings):
         if "database_url" in self.model_fields_set or not file.is_file():
             return self.database_url
         return file.read_text().strip()
-
-    def job_dir(self, job_id: object) -> Path:
-        """Return the folder of one job's step checkpoints and artifacts, which workers and the API share."""
-        return self.jobs_dir / str(job_id)
 
 
 @lru_cache

@@ -5,7 +5,19 @@ from app.db.base import Base
 from app.fleet.models import Worker
 from app.http.idempotency import IdempotencyKey
 from app.jobs.models import Job, JobEvent, JobStep
+from app.storage.models import Deletion, StorageIdentity, StoredFile
 from app.webhooks.models import WebhookDelivery
 
 metadata = Base.metadata
-TABLES = (ApiKey, IdempotencyKey, Job, JobEvent, JobStep, WebhookDelivery, Worker)
+TABLES = (
+    ApiKey,
+    Deletion,
+    IdempotencyKey,
+    Job,
+    JobEvent,
+    JobStep,
+    StorageIdentity,
+    StoredFile,
+    WebhookDelivery,
+    Worker,
+)
