@@ -31,6 +31,7 @@ from app.db.session import session_factory
 from app.fleet import repository as fleet
 from app.http import logs
 from app.jobs.dispatch import TRANSPORT_OPTIONS
+from app.storage.library import delete_unused
 from secateur.launch import die_with_parent
 from workers import scratch
 from workers.devices import device_memory
@@ -119,6 +120,7 @@ def _beat() -> None:
                 fleet.beat(session, WORKER_NAME, "worker", {**info, "disk_free_bytes": free})
                 if time.monotonic() - swept >= SWEEP_SECONDS:
                     scratch.delete_abandoned(session, settings)
+                    delete_unused(settings)
                     swept = time.monotonic()
         except Exception as error:
             log.warning("could not beat: %s", error)

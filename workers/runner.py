@@ -6,6 +6,7 @@ from typing import Any
 
 from app.config import get_settings
 from app.jobs.naming import repo_ids
+from app.storage.library import library_names, open_library
 from app.storage.service import tensors_folder
 from app.storage.store import ObjectDamaged, ObjectMissing, Store, open_store
 from secateur.catalog.spec import PruningSpec
@@ -46,10 +47,11 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
         supervisor.tell({**event.as_dict(), "state": event.state})
         tensors.delete_all_but(needed)
 
+    library = open_library(settings, *library_names(request))
     workspace = Workspace(
-        models_dir=settings.models_dir,
-        texts_dir=settings.texts_dir,
-        tasks_dir=settings.tasks_dir,
+        models_dir=library.models_dir,
+        texts_dir=library.texts_dir,
+        tasks_dir=library.tasks_dir,
         scratch=folder,
         statistics_dir=settings.data_dir / "statistics",
         token=job["hub_token"],

@@ -12,6 +12,8 @@ from pydantic import AnyHttpUrl, SecretStr
 from app.config import Settings
 from app.http.problem import invalid
 from app.jobs.naming import default_repo_id, repo_ids
+from app.storage import library
+from app.storage.library import library_names, open_library
 from app.webhooks.addresses import is_allowed_host
 from secateur.catalog import memory
 from secateur.catalog.architectures import ModelShape
@@ -40,7 +42,7 @@ def look(model: ModelRef, settings: Settings, token: SecretStr | None) -> tuple[
         model.model_id,
         revision=model.revision,
         gguf_file=model.gguf_file,
-        models_dir=settings.models_dir,
+        models_dir=open_library(settings, *library_names({"model_id": model.model_id}), outline=True).models_dir,
         token=token.get_secret_value() if token else None,
         endpoint=settings.hf_endpoint,
     )
@@ -127,8 +129,9 @@ def admit(request: JobRequest, settings: Settings, token: SecretStr | None) -> J
     for index, name in enumerate(request.evaluation.perplexity):
         _check_dataset(f"evaluation.perplexity.{index}", name, settings)
     for index, name in enumerate(request.evaluation.zero_shot):
-        if name not in ZERO_SHOT and not (settings.tasks_dir / f"{name}.jsonl").is_file():
-            known = [*ZERO_SHOT, *sorted(file.stem for file in settings.tasks_dir.glob("*.jsonl"))]
+        own = [] if name in ZERO_SHOT else [file.removesuffix(".jsonl") for file in library.names(settings, "tasks")]
+        if name not in ZERO_SHOT and name not in own:
+            known = [*ZERO_SHOT, *own]
             message = f"there is no task '{name}'"
             raise invalid(
                 f"evaluation.zero_shot.{index}", message, code=ErrorCode.TASK_NOT_FOUND, allowed=", ".join(known)
@@ -157,8 +160,8 @@ def _check_dataset(field: str, dataset: str, settings: Settings) -> None:
     """
     if dataset.startswith(LOCAL_PREFIX):
         name = dataset.removeprefix(LOCAL_PREFIX)
-        if not LOCAL_NAME.fullmatch(name) or not (settings.texts_dir / name).is_file():
-            known = sorted(file.name for file in settings.texts_dir.glob("*") if file.is_file())
+        known = library.names(settings, "texts")
+        if not LOCAL_NAME.fullmatch(name) or name not in known:
             message = f"there is no text '{dataset}'"
             raise invalid(
                 field, message, code=ErrorCode.TEXT_NOT_FOUND, allowed=", ".join(map(LOCAL_PREFIX.__add__, known))
