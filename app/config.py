@@ -1,5 +1,6 @@
 """The service's settings: this module alone reads the service's environment variables (prefix ``SECATEUR_``)."""
 
+import json
 import os
 import re
 from base64 import b64decode, urlsafe_b64decode
@@ -7,6 +8,7 @@ from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from limits import parse
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, StringConstraints, model_validator
@@ -91,6 +93,28 @@ def _broker_url(url: str) -> str:
     return url
 
 
+def _storage_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        known = parts.netloc in ("", "localhost") and parts.path.startswith("/") and parts.path != "/"
+    else:
+        known = parts.scheme in ("s3", "gs", "az") and bool(parts.netloc)
+    if not known:
+        allowed = "'s3://BUCKET/PREFIX', 'gs://BUCKET/PREFIX', 'az://CONTAINER/PREFIX' or 'file:///FOLDER'"
+        raise ValueError(f"a storage URL is {allowed}")
+    return url
+
+
+def _json_object(secret: SecretStr) -> SecretStr:
+    try:
+        known = isinstance(json.loads(secret.get_secret_value()), dict)
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError("""storage options are a JSON object, such as {"endpoint": "https://…"}""")
+    return secret
+
+
 class Settings(LibrarySettings):
     """Everything that an operator can set. Durations are in seconds. Folders are created on first use.
 
@@ -108,8 +132,18 @@ class Settings(LibrarySettings):
         "postgresql+psycopg://secateur:secateur@localhost:5432/secateur"
     )
     broker_url: Annotated[str, AfterValidator(_broker_url)] = "redis://localhost:6379/0"
-    # data_dir also holds ``jobs/`` (step checkpoints and artifacts), ``statistics/`` (statistics of earlier jobs'
-    # models) and, under ``secateur up``, the servers' files and :data:`STACK_FILES`.
+    # data_dir also holds ``work/`` (the files of attempts while they run), ``statistics/`` (statistics of earlier jobs'
+    # models) and, under ``secateur up``, the servers' files and :data:`STACK_FILES`. Machines need not share data_dir.
+    storage_url: Annotated[str, AfterValidator(_storage_url)] | None = None
+    """Object store of the artifacts and of the checkpoints' tensors: ``s3://BUCKET/PREFIX``, ``gs://BUCKET/PREFIX``,
+    ``az://CONTAINER/PREFIX`` or ``file:///FOLDER``, which every process of the service must reach; if it is unset, the
+    folder ``storage`` in the data folder."""
+    storage_options: Annotated[SecretStr, AfterValidator(_json_object)] | None = None
+    """Options of the object store as a JSON object, such as ``{"endpoint": "https://…", "region": "…"}``; the provider's
+    own environment variables, such as ``AWS_ACCESS_KEY_ID``, are read as well."""
+    storage_redirect: bool = True
+    """Whether downloads of artifacts are redirected to signed URLs of the object store; otherwise the API streams the
+    files. A ``file://`` store has no signed URLs."""
     hub_dir: Path | None = None
     """Folder, laid out like a Hub cache, to which models are published instead of a Hugging Face Hub."""
 
@@ -124,6 +158,11 @@ class Settings(LibrarySettings):
     scheduler_interval: Seconds = 1.0
     redispatch_after: Seconds = 60.0
     max_failures: int = Field(3, ge=1)
+    """Number of failed attempts without a completed step between them at which a job fails."""
+    max_losses: int = Field(10, ge=1)
+    """Number of attempts without a completed step between them whose worker was lost at which a job fails."""
+    publish_patience: float = Field(6 * 3600.0, ge=0, allow_inf_nan=False)
+    """Time for which a job whose model is ready tries again while the Hub does not answer."""
     retry_backoff: float = Field(5.0, ge=0, allow_inf_nan=False)
     """Wait before the second attempt at a failed job; every further failure doubles the wait."""
     stall_timeout: Seconds = 1800.0
@@ -138,9 +177,15 @@ class Settings(LibrarySettings):
     max_runtime_seconds: Seconds | None = None
     """Longest duration of one run of a job, even if the request allows a longer one."""
     max_model_parameters: int | None = Field(None, ge=1)
-    retention: Seconds | None = None
-    """Time after a job's end at which its artifacts and checkpoints are deleted; ``None`` keeps them until the job is
-    deleted."""
+    checkpoint_retention: Seconds = 7 * 86_400.0
+    """Time after a job's end at which its checkpoints are deleted, from which a failed or cancelled job can resume. A
+    change holds for jobs that end afterwards."""
+    artifact_retention: Seconds = 30 * 86_400.0
+    """Time after a job's end at which its artifacts are deleted if they were published. Artifacts that were never
+    published stay until the job is deleted."""
+    max_stored_bytes: int | None = Field(None, ge=1)
+    """Largest number of bytes that the artifacts of one API key's jobs may have together; a key that has reached the
+    number can create no more jobs until it deletes some."""
     webhook_secret: Annotated[SecretStr, AfterValidator(_signing_secret)] | None = None
     """Secret that signs webhooks: ``whsec_`` and 24 to 64 bytes in base64 (Standard Webhooks). If this is unset, the
     service refuses requests that name a ``webhook_url``."""
@@ -192,10 +237,10 @@ class Settings(LibrarySettings):
             raise ValueError(
                 "SECATEUR_WEBHOOK_NETWORKS allows webhooks, but without SECATEUR_WEBHOOK_SECRET every webhook is refused"
             )
-        if self.hub_dir is not None and self.hub_dir.resolve().is_relative_to(self.jobs_dir.resolve()):
+        if self.hub_dir is not None and self.hub_dir.resolve().is_relative_to(self.work_dir.resolve()):
             raise ValueError(
-                f"SECATEUR_HUB_DIR ({self.hub_dir}) must not be in the folder 'jobs' of SECATEUR_DATA_DIR ({self.data_dir}), "
-                "because the files of deleted jobs are removed there"
+                f"SECATEUR_HUB_DIR ({self.hub_dir}) must not be in the folder 'work' of SECATEUR_DATA_DIR ({self.data_dir}), "
+                "because the files of ended attempts are removed there"
             )
         return self
 
@@ -205,8 +250,13 @@ class Settings(LibrarySettings):
         return MISSED_BEATS * self.heartbeat_interval
 
     @property
-    def jobs_dir(self) -> Path:
-        return self.data_dir / "jobs"
+    def work_dir(self) -> Path:
+        """The folder of the files of attempts while they run; it is on the worker's own disk."""
+        return self.data_dir / "work"
+
+    def nearest_storage_url(self) -> str:
+        """Return ``storage_url`` if it is set, else the URL of the folder ``storage`` in the data folder."""
+        return self.storage_url or (self.data_dir / "storage").resolve().as_uri()
 
     def nearest(self) -> Self:
         """Return these settings, with the values of the service that ``secateur up`` runs on this data folder.
@@ -221,10 +271,6 @@ class Settings(LibrarySettings):
         """Return the address of the API of ``secateur up`` on this data folder, or the default address."""
         file = self.data_dir / API_URL_FILE
         return file.read_text().strip() if file.is_file() else DEFAULT_API_URL
-
-    def job_dir(self, job_id: object) -> Path:
-        """Return the folder of one job's step checkpoints and artifacts, which workers and the API share."""
-        return self.jobs_dir / str(job_id)
 
 
 @lru_cache

@@ -1,6 +1,7 @@
-"""The names of the models, texts and tasks in the service's folders, as requests name them."""
+"""The names of the operator's models, texts and tasks, as requests name them."""
 
 from app.config import Settings
+from app.storage import library
 from secateur.catalog.sources import LOCAL_NAME, LOCAL_PREFIX
 from secateur.catalog.spec import ZERO_SHOT
 
@@ -8,23 +9,16 @@ TASK_SUFFIX = ".jsonl"
 
 
 def models(settings: Settings) -> list[str]:
-    """Return ``local:NAME`` of each folder of the models folder, in order."""
-    return sorted(
-        f"{LOCAL_PREFIX}{path.name}" for path in settings.models_dir.glob("*") if path.is_dir() and _named(path.name)
-    )
+    """Return ``local:NAME`` of each model, in order."""
+    return [LOCAL_PREFIX + name for name in library.names(settings, "models") if LOCAL_NAME.fullmatch(name)]
 
 
 def texts(settings: Settings) -> list[str]:
-    """Return ``local:NAME`` of each file of the texts folder, in order."""
-    return sorted(
-        f"{LOCAL_PREFIX}{path.name}" for path in settings.texts_dir.glob("*") if path.is_file() and _named(path.name)
-    )
+    """Return ``local:NAME`` of each text, in order."""
+    return [LOCAL_PREFIX + name for name in library.names(settings, "texts") if LOCAL_NAME.fullmatch(name)]
 
 
 def tasks(settings: Settings) -> list[str]:
-    """Return the names of the zero-shot tasks: those of the library, then those of the tasks folder, in order."""
-    return [*ZERO_SHOT, *sorted(path.stem for path in settings.tasks_dir.glob(f"*{TASK_SUFFIX}"))]
-
-
-def _named(name: str) -> bool:
-    return LOCAL_NAME.fullmatch(name) is not None
+    """Return the names of the zero-shot tasks: those of the library ``lm_eval``'s form, then the operator's, in order."""
+    own = library.names(settings, "tasks")
+    return [*ZERO_SHOT, *(name.removesuffix(TASK_SUFFIX) for name in own if name.endswith(TASK_SUFFIX))]

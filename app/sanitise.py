@@ -1,5 +1,6 @@
 """Removal of the service's paths and secrets from text that the owner of a job sees: errors, reports and log lines."""
 
+import json
 import os
 import re
 import sys
@@ -36,7 +37,13 @@ class Sanitiser:
     def __init__(self, settings: Settings, secrets: Iterable[SecretStr | None] = ()) -> None:
         """Read the secrets from the settings and the environment; ``secrets`` are further ones, such as a job's token."""
         known = {value for name, value in os.environ.items() if SECRET_VARIABLE.search(name)}
-        for secret in (settings.hf_token, settings.webhook_secret, settings.secret_keys, *secrets):
+        for secret in (
+            settings.hf_token,
+            settings.webhook_secret,
+            settings.secret_keys,
+            *_values(settings.storage_options),
+            *secrets,
+        ):
             known |= set() if secret is None else set(secret.get_secret_value().split(","))
         known |= {str(make_url(url).password or "") for url in (settings.database_url, settings.broker_url)}
         self._secrets = _any_of(secret for secret in known if len(secret) >= SHORTEST_SECRET)
@@ -65,6 +72,13 @@ class Sanitiser:
         if self._folders is not None:
             text = self._folders.sub("…", text)
         return PATH.sub(r"…/\1", text)
+
+
+def _values(options: SecretStr | None) -> list[SecretStr]:
+    """Return the values of a JSON object of options, each of which may be a credential."""
+    return (
+        [] if options is None else [SecretStr(str(value)) for value in json.loads(options.get_secret_value()).values()]
+    )
 
 
 def _folders(settings: Settings) -> Iterable[str | Path]:

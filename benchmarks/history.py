@@ -18,12 +18,12 @@ Query = Callable[[Session], object]
 
 FILL = """
 WITH made AS (
-    INSERT INTO jobs (id, owner_id, state, version, request, model_id, method, labels, attempt, failures, pause_requested,
-        may_be_published, result, report, created_at, started_at, finished_at)
+    INSERT INTO jobs (id, owner_id, state, version, request, model_id, method, labels, attempt, failures, losses, pause_requested,
+        may_be_published, expired, result, report, created_at, started_at, finished_at)
     SELECT uuidv7(-make_interval(hours => 1, secs => number)), :owner_id,
         (ARRAY['succeeded', 'succeeded', 'failed', 'cancelled'])[1 + number % 4], 9, '{"rounds": 3}',
         'org/model-' || number % 7, (ARRAY['piem-lsps', 'flap', 'wanda'])[1 + number % 3],
-        jsonb_build_object('team', 'team-' || number % 5, 'run', number::text), 1, 0, false, number % 4 < 2,
+        jsonb_build_object('team', 'team-' || number % 5, 'run', number::text), 1, 0, 0, false, number % 4 < 2, false,
         '{"repo_id": "org/pruned"}', jsonb_build_object('text', repeat('x', 1000)),
         now() - make_interval(hours => 1, secs => number), now() - make_interval(hours => 1, secs => number),
         now() - make_interval(hours => 1, secs => number)
@@ -39,8 +39,8 @@ WITH made AS (
     INSERT INTO idempotency_keys (owner_id, key, request_sha256, job_id)
     SELECT :owner_id, id::text, repeat('0', 64), id FROM made
 )
-INSERT INTO job_steps (job_id, number, attempt, path, sha256, data)
-SELECT id, number, 1, 'step-' || number, repeat('0', 64), '{"perplexity": 30.5}' FROM made, generate_series(0, 2) AS number
+INSERT INTO job_steps (job_id, number, attempt, data)
+SELECT id, number, 1, '{"perplexity": 30.5}' FROM made, generate_series(0, 2) AS number
 """
 
 
@@ -106,7 +106,8 @@ def queries(settings: Settings, owner_id: uuid.UUID) -> dict[str, Query]:
         "events of a job": events,
         "create and claim a job": claim,
         "scheduler: jobs to dispatch again": lambda session: leases.due(session, settings.redispatch_after),
-        "scheduler: lost workers": lambda session: leases.reap(session, settings.max_failures, settings.retry_backoff),
+        "scheduler: expired files": lambda session: repository.with_expired_files(session, 100),
+        "scheduler: lost workers": lambda session: leases.reap(session, leases.Patience.of(settings)),
         "scheduler: webhooks": lambda session: webhooks.claim_due(session, (), 10),
         "scheduler: idempotency keys": lambda session: idempotency.delete_expired(session, settings.idempotency_ttl),
         "metrics: queue": repository.queue_numbers,

@@ -5,6 +5,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from secateur.contract.states import State
 from tests.patience import PATIENCE
 
 TTL = 60.0
+LIMITS = leases.Patience(max_failures=3, max_losses=10, publish=3600, backoff=0)
+FILE = {"name": "a", "key": "jobs/x/artifacts/1/a", "size": 1, "sha256": "00"}
 LOST = {"code": "x", "message": "x", "retryable": True}
 
 
@@ -90,10 +93,10 @@ def _writes(session: Session, job_id: uuid.UUID, attempt: int) -> list[Callable[
         lambda: leases.renew(session, job_id, attempt, TTL),
         lambda: leases.report_progress(session, job_id, attempt, {"share": 0.5}),
         lambda: leases.report_progress(session, job_id, attempt, {}, {"type": "warning", "data": {"message": "m"}}),
-        lambda: leases.record_step(session, job_id, attempt, 1, "p", "0", {}),
+        lambda: leases.record_step(session, job_id, attempt, 1, {}, {}),
         lambda: leases.move(session, job_id, attempt, Trigger.PUBLISH),
         lambda: leases.release(session, job_id, attempt),
-        lambda: leases.fail(session, job_id, attempt, LOST, 3, 1),
+        lambda: leases.fail(session, job_id, attempt, LOST, LIMITS),
     ]
 
 
@@ -128,15 +131,18 @@ def test_the_owner_writes(session: Session, queued: uuid.UUID) -> None:
     later = _job(session, queued).lease_expires_at
     assert soon is not None and later is not None and (later - soon).total_seconds() > 500
     leases.report_progress(session, queued, 1, {"share": 0.5})
-    leases.record_step(session, queued, 1, 1, "step-1", "aa", {"ratio": 0.1})
-    leases.record_step(session, queued, 1, 1, "step-1b", "bb", {"ratio": 0.2})
-    assert leases.move(session, queued, 1, Trigger.PUBLISH) == State.PUBLISHING
-    assert leases.move(session, queued, 1, Trigger.SUCCEED, result={"a": 1}, report={"b": 2}) == State.SUCCEEDED
+    for ratio in (0.1, 0.2, 0.2):
+        leases.record_step(session, queued, 1, 1, {"ratio": ratio}, {"ratio": ratio})
+    assert leases.newest_state(session, queued, 1) == {"ratio": 0.2}
+    for _ in range(2):
+        leases.record_export(session, queued, 1, {"b": 2}, [FILE])
+    assert leases.exported(session, queued, 1) == ({"b": 2}, [FILE])
+    assert leases.succeed(session, queued, 1, {"a": 1}, {"share": 1.0}) == State.SUCCEEDED
     job = _job(session, queued)
-    assert (job.progress, job.result, job.report) == ({"share": 0.5}, {"a": 1}, {"b": 2})
+    assert (job.progress, job.result, job.report) == ({"share": 1.0}, {"a": 1}, {"b": 2})
     assert job.lease_expires_at is None and job.finished_at is not None
     [row] = session.scalars(select(JobStep))
-    assert (row.path, row.sha256, row.data) == ("step-1b", "bb", {"ratio": 0.2})
+    assert (row.state, row.data) == (None, {"ratio": 0.2})
     types = [event.type for event in session.scalars(select(JobEvent).order_by(JobEvent.id))]
     assert types == ["state", "step", "step", "state", "state"]
     with pytest.raises(LeaseLost):
@@ -170,9 +176,9 @@ def test_stepping_aside(session: Session, queued: uuid.UUID, asked: bool, state:
 def test_failures_are_counted_and_end(session: Session, queued: uuid.UUID) -> None:
     for attempt in (1, 2):
         leases.claim(session, queued, "w", TTL)
-        assert leases.fail(session, queued, attempt, LOST, 3, 0) == State.QUEUED
+        assert leases.fail(session, queued, attempt, LOST, LIMITS) == State.QUEUED
     leases.claim(session, queued, "w", TTL)
-    assert leases.fail(session, queued, 3, LOST, 3, 0) == State.FAILED
+    assert leases.fail(session, queued, 3, LOST, LIMITS) == State.FAILED
     job = _job(session, queued)
     assert (job.failures, job.error) == (3, LOST)
 
@@ -180,12 +186,12 @@ def test_failures_are_counted_and_end(session: Session, queued: uuid.UUID) -> No
 def test_a_round_clears_the_count_of_failures_and_is_recorded_once(session: Session, queued: uuid.UUID) -> None:
     for attempt in (1, 2):
         leases.claim(session, queued, "w", TTL)
-        leases.fail(session, queued, attempt, LOST, 3, 0)
+        leases.fail(session, queued, attempt, LOST, LIMITS)
     leases.claim(session, queued, "w", TTL)
-    leases.record_step(session, queued, 3, 0, "step-0", "a", {})
+    leases.record_step(session, queued, 3, 0, {}, {})
     assert _job(session, queued).failures == 2, "measuring the unpruned model is no progress"
     for _ in range(2):
-        leases.record_step(session, queued, 3, 1, "step-1", "b", {})
+        leases.record_step(session, queued, 3, 1, {}, {})
     assert _job(session, queued).failures == 0
     events = session.scalars(select(JobEvent).where(JobEvent.type == "step")).all()
     assert [event.data["number"] for event in events] == [0, 1]
@@ -195,27 +201,64 @@ def test_backoff_doubles(session: Session, queued: uuid.UUID) -> None:
     waits = []
     for attempt in (1, 2, 3):
         leases.claim(session, queued, "w", TTL)
-        leases.fail(session, queued, attempt, LOST, 9, 100)
+        leases.fail(session, queued, attempt, LOST, replace(LIMITS, max_failures=9, backoff=100))
         waits.append(session.scalar(select(func.extract("epoch", Job.not_before - func.now()))))
         session.execute(update(Job).values(not_before=None))
         session.commit()
     assert [round(float(wait), -2) for wait in waits if wait is not None] == [100, 200, 400]
 
 
+def test_lost_workers_use_up_no_failures(session: Session, queued: uuid.UUID) -> None:
+    for attempt in range(1, LIMITS.max_losses):
+        leases.claim(session, queued, "w", TTL)
+        _expire(session, queued)
+        leases.reap(session, LIMITS)
+        job = _job(session, queued)
+        assert (job.state, job.failures, job.losses) == (State.QUEUED, 0, attempt)
+        assert job.last_error is not None and job.last_error["code"] == "worker_lost"
+    leases.claim(session, queued, "w", TTL)
+    leases.record_step(session, queued, LIMITS.max_losses, 1, {}, {})
+    assert _job(session, queued).losses == 0, "a completed step begins a new budget"
+
+
+def test_a_hub_that_does_not_answer_has_a_budget_of_its_own(session: Session, queued: uuid.UUID) -> None:
+    away = {"code": "hub_unavailable", "message": "m", "retryable": True}
+    leases.claim(session, queued, "w", TTL)
+    leases.record_export(session, queued, 1, {}, [FILE])
+    for attempt in range(1, 9):
+        assert leases.fail(session, queued, attempt, away, LIMITS) == State.QUEUED
+        job = _job(session, queued)
+        assert (job.failures, job.last_error, job.error) == (0, away, None)
+        session.execute(update(Job).values(not_before=None))
+        claim = leases.claim(session, queued, "w", TTL)
+        assert claim is not None and claim.exported
+        assert _job(session, queued).last_error is None
+    session.execute(update(Job).values(waiting_since=func.now() - dt.timedelta(seconds=LIMITS.publish + 1)))
+    session.commit()
+    assert leases.fail(session, queued, 9, away, LIMITS) == State.FAILED
+    assert _job(session, queued).error == away
+
+
+def test_a_hub_that_does_not_answer_before_the_export_counts_as_a_failure(session: Session, queued: uuid.UUID) -> None:
+    leases.claim(session, queued, "w", TTL)
+    leases.fail(session, queued, 1, {"code": "hub_unavailable", "message": "m", "retryable": True}, LIMITS)
+    assert _job(session, queued).failures == 1
+
+
 def test_what_is_not_retryable_fails_at_once(session: Session, queued: uuid.UUID) -> None:
     leases.claim(session, queued, "w", TTL)
-    assert leases.fail(session, queued, 1, {**LOST, "retryable": False}, 3, 0) == State.FAILED
+    assert leases.fail(session, queued, 1, {**LOST, "retryable": False}, LIMITS) == State.FAILED
 
 
 def test_reaping(session: Session, queued: uuid.UUID) -> None:
     leases.claim(session, queued, "w", TTL)
-    assert leases.reap(session, 2, 0) == []
+    assert leases.reap(session, replace(LIMITS, max_losses=2)) == []
     _expire(session, queued)
-    assert leases.reap(session, 2, 0) == [queued]
+    assert leases.reap(session, replace(LIMITS, max_losses=2)) == [queued]
     assert _job(session, queued).state == State.QUEUED
     leases.claim(session, queued, "w", TTL)
     _expire(session, queued)
-    assert leases.reap(session, 2, 0) == [queued]
+    assert leases.reap(session, replace(LIMITS, max_losses=2)) == [queued]
     job = _job(session, queued)
     assert job.state == State.FAILED and job.error is not None and job.error["code"] == "worker_lost"
 
@@ -227,7 +270,7 @@ def test_a_cancelling_job_whose_worker_died_is_cancelled(session: Session, queue
     transitions.apply(session, job, Trigger.CANCEL)
     session.commit()
     _expire(session, queued)
-    assert leases.reap(session, 1, 0) == [queued]
+    assert leases.reap(session, replace(LIMITS, max_losses=1)) == [queued]
     assert _job(session, queued).state == State.CANCELLED
 
 
@@ -236,9 +279,9 @@ def test_reapers_at_once_count_one_failure(
 ) -> None:
     leases.claim(session, queued, "w", TTL)
     _expire(session, queued)
-    reaped = _at_once(sessions, *([lambda s: leases.reap(s, 9, 0)] * 6))
+    reaped = _at_once(sessions, *([lambda s: leases.reap(s, LIMITS)] * 6))
     assert sum(reaped, []) == [queued]
-    assert _job(session, queued).failures == 1
+    assert (_job(session, queued).failures, _job(session, queued).losses) == (0, 1)
 
 
 def test_reap_and_renew_agree(sessions: sessionmaker[Session], session: Session, queued: uuid.UUID) -> None:
@@ -250,11 +293,11 @@ def test_reap_and_renew_agree(sessions: sessionmaker[Session], session: Session,
         renewed, reaped = _at_once(
             sessions,
             lambda s, attempt=attempt: leases.renew(s, queued, attempt, TTL),  # type: ignore[misc]
-            lambda s: leases.reap(s, 99, 0),
+            lambda s: leases.reap(s, replace(LIMITS, max_losses=99)),
         )
         state = _job(session, queued).state
         if isinstance(renewed, LeaseLost):
-            assert reaped == [queued] or leases.reap(session, 99, 0) == [queued]
+            assert reaped == [queued] or leases.reap(session, replace(LIMITS, max_losses=99)) == [queued]
         else:
             kept += 1
             assert reaped == [] and state == State.RUNNING
@@ -269,7 +312,7 @@ def test_a_renewal_that_waited_for_the_reaper_is_lost(
     session.scalars(select(Job).where(Job.id == queued).with_for_update()).one()
     with sessions() as other, ThreadPoolExecutor(1) as pool:
         renewal = pool.submit(leases.renew, other, queued, 1, TTL)
-        leases.reap(session, 9, 0)
+        leases.reap(session, LIMITS)
         with pytest.raises(LeaseLost):
             renewal.result(timeout=PATIENCE)
 

@@ -115,6 +115,7 @@ def scheduler() -> None:
 
     logs.configure(get_settings())
     check(get_settings(), owns_folder=False)
+    _join_storage()
     run(get_settings(), session_factory())
 
 
@@ -129,9 +130,25 @@ def worker() -> None:
     from app.startup import check
 
     check(get_settings(), owns_folder=True)
+    _join_storage()
     from workers.celery_app import WORKER_NAME, app
 
     app.worker_main(["worker", "--loglevel", "INFO", "--hostname", f"secateur-{WORKER_NAME}", *WORKER_FLAGS])
+
+
+def _join_storage() -> None:
+    """Refuse to start on an object store that is not the service's."""
+    from app.config import get_settings
+    from app.db.session import session_factory
+    from app.storage.service import StorageMismatch
+    from workers.joining import join_storage
+
+    try:
+        join_storage(get_settings(), session_factory())
+    except StorageMismatch as error:
+        raise stop(str(error), REFUSED) from None
+    session_factory().kw["bind"].dispose()
+    session_factory.cache_clear()  # connections do not survive the forks of a worker
 
 
 @cli.command()

@@ -4,6 +4,7 @@ A Celery message only wakes a worker; the jobs are in Postgres.
 """
 
 import logging
+import math
 import mmap
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import shutil
 import socket
 import tempfile
 import threading
+import time
 from typing import Any
 
 from celery import Celery
@@ -29,10 +31,15 @@ from app.db.session import session_factory
 from app.fleet import repository as fleet
 from app.http import logs
 from app.jobs.dispatch import TRANSPORT_OPTIONS
+from app.storage.library import delete_unused
 from secateur.launch import die_with_parent
+from workers import scratch
 from workers.devices import device_memory
 
 log = logging.getLogger(__name__)
+
+SWEEP_SECONDS = 60.0
+"""Time between two searches for folders that killed attempts left behind."""
 
 # While another process holds the pipe of a killed child, epoll keeps reporting the pipe, and the worker spins
 # (celery #1845). poll does not report closed pipes.
@@ -101,15 +108,20 @@ def _stop_beating(**_: Any) -> None:
 
 
 def _beat() -> None:
-    """Write the heartbeat of this worker into the fleet table, whether the worker is idle or busy."""
+    """Write the heartbeat of this worker into the fleet table, whether the worker is idle or busy, and keep its disk clean."""
     settings = get_settings()
     info = {"devices": os.environ.get("CUDA_VISIBLE_DEVICES", "all"), "cpus": os.cpu_count(), **device_memory()}
     settings.data_dir.mkdir(parents=True, exist_ok=True)
+    swept = -math.inf
     while True:
         try:
             free = shutil.disk_usage(settings.data_dir).free
             with session_factory()() as session:
                 fleet.beat(session, WORKER_NAME, "worker", {**info, "disk_free_bytes": free})
+                if time.monotonic() - swept >= SWEEP_SECONDS:
+                    scratch.delete_abandoned(session, settings)
+                    delete_unused(settings)
+                    swept = time.monotonic()
         except Exception as error:
             log.warning("could not beat: %s", error)
         if _ended.wait(settings.heartbeat_interval):

@@ -67,8 +67,8 @@ class JobProcess:
     def renew(self, deadline: float, pause: bool, recorded: bool = False) -> None:
         """Let the process live until ``deadline``, and tell it whether to stop at the end of the step.
 
-        ``deadline`` is a time of ``time.monotonic()``. ``recorded`` says that the step that the process reported last
-        is recorded, and that the process may go on.
+        ``deadline`` is a time of ``time.monotonic()``. ``recorded`` says that the step or export that the process
+        reported last is recorded, and that the process may go on.
         """
         if self._process.poll() is None:
             self.deadline = deadline

@@ -1,10 +1,9 @@
-"""Publish a job's model: the supervisor starts ``python -m workers.publisher`` when the pruned files exist.
+"""Store and publish a job's model: the supervisor starts ``python -m workers.publisher`` when the pruned files exist.
 
 A job is published once, whichever process is killed and whenever. The commit is a compare-and-swap on HEAD. If a commit
 in the history names this job, an earlier attempt has made that commit, and it is adopted, whoever has committed since.
 """
 
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 from app.config import get_settings
 from app.jobs.naming import repo_ids
+from app.storage.service import artifacts_folder
+from app.storage.store import Store, open_store
 from secateur.catalog.spec import PruningSpec, target_folder
 from secateur.contract.stages import Stage
 from secateur.hubs import FolderHub, Hub, HuggingFaceHub, publish
@@ -25,16 +26,25 @@ SUMMARY = ("parameters", "ratio", "perplexity", "benchmarks", "retained_accuracy
 
 
 def work(supervisor: SupervisorLink) -> dict[str, Any]:
-    """Publish ``output`` if the job requests it, and keep ``output`` as the job's artifacts.
+    """Store the files of ``output`` as the job's artifacts, and publish them if the job requests it.
 
-    Return the message with the result.
+    If an earlier attempt has stored the artifacts, they are published instead of ``output``. Return the message with the
+    result.
     """
-    job = supervisor.job
+    job, store = supervisor.job, open_store(get_settings())
     output, request, report = Path(job["output"]), job["request"], job["report"]
     wanted, spec = request.get("publish"), PruningSpec.of_request(request)
+    files = job["files"]
+    if files is None:
+        paths = [path for path in sorted(output.rglob("*")) if path.is_file()]
+        show(supervisor, sum(path.stat().st_size for path in paths) * (3 if wanted else 1))
+        files = store_files(store, output, paths, artifacts_folder(job["job_id"], job["attempt"]))
+    elif wanted is not None:
+        show(supervisor, sum(file["size"] for file in files) * 3)
+        for file in files:
+            store.get_file(file["key"], output / file["name"], file["sha256"])
+    supervisor.tell({"type": "exported", "report": report, "files": files})
     reports = report["targets"] if spec.several else [report]
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    threading.Thread(target=show_life, args=(supervisor, size), daemon=True).start()
     folders = [output / target_folder(each["ratio"]["target"]) if spec.several else output for each in reports]
     results = [{name: report[name] for name in SUMMARY} for report in reports]
     if wanted is not None:
@@ -44,13 +54,25 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
             commit = publish(hub, repo_id, wanted["private"], folder, message)
             url = hub.url(repo_id, commit)
             result |= {"repo_id": repo_id, "commit_sha": commit} | ({} if url is None else {"url": url})
-    artifacts = Path(job["folder"]) / "artifacts"
-    shutil.rmtree(artifacts, ignore_errors=True)
-    output.rename(artifacts)
     if not spec.several:
         return {"type": "result", "result": results[0]}
     targets = [{"target_ratio": result["ratio"]["target"], **result} for result in results]
     return {"type": "result", "result": {"targets": targets}}
+
+
+def store_files(store: Store, folder: Path, paths: list[Path], prefix: str) -> list[dict[str, Any]]:
+    """Store files of ``folder`` and return what the database records of them: {name, key, size, sha256}."""
+    found = []
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        digest = store.put_file(path, prefix + name)
+        found.append({"name": name, "key": prefix + name, "size": digest.size, "sha256": digest.sha256})
+    return found
+
+
+def show(supervisor: SupervisorLink, size: int) -> None:
+    """Report progress from now on; the attempt reads about ``size`` bytes until it ends."""
+    threading.Thread(target=show_life, args=(supervisor, size), daemon=True).start()
 
 
 def configured_hub(token: str | None) -> Hub:
@@ -64,8 +86,8 @@ def configured_hub(token: str | None) -> Hub:
 def show_life(supervisor: SupervisorLink, size: int) -> None:
     """Report progress while files are read.
 
-    An upload may take hours, and an upload that hangs reads nothing. Each of the ``size`` bytes is read twice: to be
-    hashed and to be sent.
+    An upload may take hours, and an upload that hangs reads nothing. ``size`` is the number of bytes to be read in all:
+    each file is read once to be stored, once to be hashed for the Hub and once to be sent.
     """
 
     def read() -> int:
@@ -77,7 +99,7 @@ def show_life(supervisor: SupervisorLink, size: int) -> None:
         now = read()
         if now - seen >= LIFE_SIGN_BYTES:
             seen = now
-            share = min((now - first) / (2 * size), 1.0)
+            share = min((now - first) / max(size, 1), 1.0)
             rate = size * share / max(time.monotonic() - began, 1e-9)
             supervisor.tell(
                 {

@@ -1,15 +1,16 @@
 """Prune a job's model: the supervisor starts ``python -m workers.runner`` for one attempt at one job."""
 
-import hashlib
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from app.config import get_settings
 from app.jobs.naming import repo_ids
+from app.storage.library import library_names, open_library
+from app.storage.service import tensors_folder
+from app.storage.store import ObjectDamaged, ObjectMissing, Store, open_store
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.events import Event, StepEvent
-from secateur.files import write_whole
 from workers import supervisor_link
 from workers.supervisor_link import SupervisorLink
 
@@ -22,6 +23,7 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
     import torch
 
     from secateur.engine.run.run import NamedModel, prune_to_folder
+    from secateur.engine.run.state import RunState
     from secateur.engine.run.workspace import Listener, Paused, Workspace
 
     settings, job = get_settings(), supervisor.job
@@ -34,16 +36,22 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
     def provenance(index: int) -> dict[str, Any]:
         return {"job_id": job["job_id"], "repo_id": names and names[index]}
 
-    def on_event(event: Event) -> None:
-        message = event.as_dict()
-        if isinstance(event, StepEvent):
-            message |= save_checkpoint(folder, event.step.number, job["attempt"], event.state)
-        supervisor.tell(message)
+    tensors = Tensors(open_store(settings), tensors_folder(job["job_id"]), folder)
 
+    def on_event(event: Event) -> None:
+        if not isinstance(event, StepEvent):
+            supervisor.tell(event.as_dict())
+            return
+        needed = {reference.file for reference in RunState.load(event.state).references()}
+        tensors.store(needed)
+        supervisor.tell({**event.as_dict(), "state": event.state})
+        tensors.delete_all_but(needed)
+
+    library = open_library(settings, *library_names(request))
     workspace = Workspace(
-        models_dir=settings.models_dir,
-        texts_dir=settings.texts_dir,
-        tasks_dir=settings.tasks_dir,
+        models_dir=library.models_dir,
+        texts_dir=library.texts_dir,
+        tasks_dir=library.tasks_dir,
         scratch=folder,
         statistics_dir=settings.data_dir / "statistics",
         token=job["hub_token"],
@@ -51,6 +59,15 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
         allow_paths=False,
         max_parameters=settings.max_model_parameters,
     )
+    resume = job["state"]
+    if resume is not None:
+        try:
+            for reference in RunState.load(resume).references():
+                tensors.fetch(reference.file, reference.sha256)
+        except (ObjectMissing, ObjectDamaged):
+            message = "The tensors of the last checkpoint are missing or damaged in the storage; the job begins anew."
+            supervisor.tell({"type": "warning", "message": message})
+            resume = None
     try:
         reports = prune_to_folder(
             NamedModel(request["model_id"], request.get("revision"), request.get("gguf_file")),
@@ -58,7 +75,7 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
             Path(job["output"]),
             workspace,
             Listener(on_event, supervisor.wants_pause),
-            resume=load_checkpoint(folder, job["checkpoints"], supervisor),
+            resume=resume,
             provenance=provenance,
         )
     except Paused:
@@ -67,35 +84,35 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
     return {"type": "result", "report": {"targets": found} if spec.several else found[0]}
 
 
-def save_checkpoint(folder: Path, number: int, attempt: int, state: dict[str, Any]) -> dict[str, str]:
-    """Write a step's state so that the file is either complete or absent.
+class Tensors:
+    """The tensors of a job's checkpoints: files in ``folder``, and objects in the folder ``prefix`` of the store."""
 
-    Return the file's ``path`` in ``folder`` and its ``sha256``.
-    """
-    name = f"step-{number}.attempt-{attempt}.json"
-    content = json.dumps(state).encode()
-    write_whole(folder / name, content)
-    return {"path": name, "sha256": hashlib.sha256(content).hexdigest()}
+    def __init__(self, store: Store, prefix: str, folder: Path) -> None:
+        self._store, self._prefix, self._folder = store, prefix, folder
+        self._stored: set[str] = set()
 
+    def store(self, names: Iterable[str]) -> None:
+        """Store the files that this attempt has neither stored nor fetched yet."""
+        for name in names:
+            if name not in self._stored:
+                self._store.put_file(self._folder / name, self._prefix + name)
+                self._stored.add(name)
 
-def load_checkpoint(
-    folder: Path, checkpoints: list[dict[str, Any]], supervisor: SupervisorLink
-) -> dict[str, Any] | None:
-    """Return the state in the first of ``checkpoints`` (newest first) whose file is as its row says.
+    def fetch(self, name: str, sha256: str) -> None:
+        """Write the object of a file to the folder.
 
-    ``None`` means that the job starts anew.
-    """
-    for checkpoint in checkpoints:
-        try:
-            content = (folder / checkpoint["path"]).read_bytes()
-        except FileNotFoundError:
-            content = b""
-        if hashlib.sha256(content).hexdigest() == checkpoint["sha256"]:
-            state: dict[str, Any] = json.loads(content)
-            return state
-        message = f"The checkpoint of step {checkpoint['number']} is missing or damaged; an earlier one is used."
-        supervisor.tell({"type": "warning", "message": message})
-    return None
+        Raises:
+            ObjectMissing, ObjectDamaged: the store does not have the content that was stored.
+        """
+        self._store.get_file(self._prefix + name, self._folder / name, sha256)
+        self._stored.add(name)
+
+    def delete_all_but(self, names: set[str]) -> None:
+        """Delete the objects that no checkpoint needs any more."""
+        unused = [name for name in self._stored if name not in names]
+        if unused:
+            self._store.delete([self._prefix + name for name in unused])
+            self._stored -= set(unused)
 
 
 if __name__ == "__main__":

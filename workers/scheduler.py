@@ -16,8 +16,10 @@ from sqlalchemy.orm import Session, sessionmaker
 from app.config import Settings
 from app.fleet import repository as fleet
 from app.http import idempotency
-from app.jobs import dispatch, leases
-from app.jobs import service as jobs
+from app.jobs import dispatch, leases, retention
+from app.jobs.leases import Patience
+from app.storage.service import delete_requested
+from app.storage.store import open_store
 from app.webhooks import service as webhooks
 
 log = logging.getLogger(__name__)
@@ -86,7 +88,7 @@ def _repeat(
 
 def reap(session: Session, settings: Settings) -> None:
     """Take jobs from workers that stopped answering."""
-    for job_id in leases.reap(session, settings.max_failures, settings.retry_backoff):
+    for job_id in leases.reap(session, Patience.of(settings)):
         log.info("job %s: its worker is lost", job_id)
 
 
@@ -108,9 +110,8 @@ def deliver_webhooks(session: Session, settings: Settings) -> None:
 
 
 def delete_leftovers(session: Session, settings: Settings) -> None:
-    """Delete expired records and files, and what is left of attempts and of deleted jobs."""
+    """Delete expired records and files, and the files of deleted jobs."""
     idempotency.delete_expired(session, settings.idempotency_ttl)
     fleet.delete_silent(session, FORGET_WORKERS_AFTER)
-    jobs.delete_abandoned_attempts(session, settings)
-    jobs.delete_expired_files(session, settings)
-    jobs.delete_trash(settings)
+    retention.delete_expired(session)
+    delete_requested(session, open_store(settings))

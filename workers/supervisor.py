@@ -25,8 +25,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from app.auth.vault import VaultError
 from app.config import Settings
 from app.http import logs
-from app.jobs import leases, repository, tokens
-from app.jobs.leases import Beat, Claim, LeaseLost
+from app.jobs import leases, tokens
+from app.jobs.leases import Beat, Claim, LeaseLost, Patience
 from app.jobs.transitions import TransitionRefused, Trigger
 from app.sanitise import Sanitiser
 from secateur.catalog.resolve import components
@@ -35,6 +35,7 @@ from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.stages import Stage
 from secateur.contract.states import State
 from secateur.processes import describe_exit
+from workers import scratch
 from workers.job_log import JobLog
 from workers.job_process import JobProcess
 from workers.supervisor_link import explain
@@ -144,9 +145,9 @@ class Attempt:
         self.longest_run = min((limit for limit in limits if limit is not None), default=math.inf)
         self.time_limit = claimed + self.longest_run
         self.progress: dict[str, Any] = {"stage": Stage.STARTING, "step": 0, "share": 0.0, "stage_share": 0.0}
-        self.folder = settings.job_dir(claim.job_id).resolve()
-        self.output = self.folder / f"attempt-{claim.attempt}"
-        self.temporary = self.folder / f".{self.output.name}.tmp"
+        self.folder = scratch.folder_of(settings, claim.job_id, claim.attempt)
+        self.output = self.folder / "output"
+        self.temporary = self.folder / "tmp"
         self.log = JobLog(Sanitiser(settings))
 
     def run(self, runner: list[str], publisher: list[str]) -> None:
@@ -157,9 +158,7 @@ class Attempt:
         except (LeaseLost, DatabaseLost) as reason:
             ending = Ending("lease_lost", ErrorCode.WORKER_LOST, str(reason))
         finally:
-            # The output may be complete or half written.
-            for leftover in (self.output, *self.folder.glob(f".{self.output.name}.*")):
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
         ending.tell()
 
     def _run(self, runner: list[str], publisher: list[str]) -> Ending:
@@ -189,7 +188,7 @@ class Attempt:
 
     def _fail(self, error: dict[str, Any]) -> Ending:
         self._store_log(f"the attempt ends: {error['code']}: {error['message']}")
-        state = self._write(leases.fail, error, self.settings.max_failures, self.settings.retry_backoff)
+        state = self._write(leases.fail, error, Patience.of(self.settings))
         return Ending(FAILED[state], error["code"], error["message"])
 
     def _store_log(self, last: str) -> None:
@@ -200,10 +199,6 @@ class Attempt:
     def _prune_and_publish(self, runner: list[str], publisher: list[str]) -> None:
         self.progress["steps"] = components(PruningSpec.of_request(self.claim.request)).steps
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in (*self.folder.glob("attempt-*"), *self.folder.glob(".attempt-*")):
-            shutil.rmtree(leftover, ignore_errors=True)
-        steps = self._write(lambda session, job_id, attempt: repository.steps(session, job_id))
-        checkpoints = [{"number": row.number, "path": row.path, "sha256": row.sha256} for row in reversed(steps)]
         token = self._write(lambda session, job_id, attempt: self._hub_token(session))
         self.log.sanitiser = Sanitiser(self.settings, [token])
         job = {
@@ -215,14 +210,15 @@ class Attempt:
             "folder": str(self.folder),
             "output": str(self.output),
         }
-        report = self._follow(runner, {**job, "checkpoints": checkpoints})["report"]
-        self._start_publishing()
-        result = self._follow(publisher, {**job, "report": report})["result"]
+        files = None
+        if self.claim.exported:
+            report, files = self._write(leases.exported)
+        else:
+            report = self._follow(runner, {**job, "state": self._write(leases.newest_state)})["report"]
+        result = self._follow(publisher, {**job, "report": report, "files": files})["result"]
         self._store_log("the attempt ends: succeeded")
         done = {**self.progress, "stage": Stage.DONE, "share": 1.0, "stage_share": 1.0, "rate": None, "rate_unit": None}
-        self._write(leases.move, Trigger.SUCCEED, result=result, report=report, progress=done)
-        for checkpoint in self.folder.glob("step-*"):
-            checkpoint.unlink(missing_ok=True)  # the job may have been deleted meanwhile
+        self._write(leases.succeed, result, done)
 
     def _hub_token(self, session: Session) -> SecretStr | None:
         try:
@@ -230,14 +226,13 @@ class Attempt:
         except VaultError as error:
             raise Failed(ErrorCode.HUB_TOKEN_UNREADABLE, f"The Hub token cannot be read: {error}.") from None
 
-    def _start_publishing(self) -> None:
+    def _start_publishing(self, report: dict[str, Any], files: list[dict[str, Any]]) -> Beat:
         try:
-            self._write(leases.start_publishing)
+            beat: Beat = self._write(leases.record_export, report, files)
         except TransitionRefused as refused:
-            if refused.state is State.CANCELLING:
-                raise Cancelled from refused
-            # Otherwise the job is publishing already: the first try was committed, and only its answer was lost.
+            raise Cancelled from refused
         self.time_limit = math.inf  # a commit may exist, so publishing can only be completed
+        return beat
 
     def _follow(self, argv: list[str], job: dict[str, Any]) -> dict[str, Any]:
         """Run a child to its end and return its last message; whatever happens, the child is dead afterwards."""
@@ -271,7 +266,8 @@ class Attempt:
             if message is None:
                 continue
             heard = time.monotonic()
-            message = self.log.sanitiser(message)
+            # The state is for the next attempt alone, which compares it with the request.
+            message = {name: part if name == "state" else self.log.sanitiser(part) for name, part in message.items()}
             match message.pop("type"):
                 case "progress":
                     self._heed(child, self._report_progress(message))
@@ -280,6 +276,8 @@ class Attempt:
                     self._heed(child, self._write(leases.report_progress, self.progress, event))
                 case "step":
                     self._heed(child, self._write(leases.record_step, **message), recorded=True)
+                case "exported":
+                    self._heed(child, self._start_publishing(**message), recorded=True)
                 case "paused":
                     raise Paused
                 case "error":

@@ -22,6 +22,9 @@ from secateur.contract.errors import ErrorCode, PruningError
 
 log = logging.getLogger(__name__)
 
+RECORDED = ("step", "exported")
+"""The types of the messages that the supervisor records in the database and acknowledges."""
+
 
 class SupervisorLink:
     """The supervisor, as its child process sees it."""
@@ -39,14 +42,14 @@ class SupervisorLink:
         threading.Thread(target=self._obey, daemon=True).start()
 
     def tell(self, message: dict[str, Any]) -> None:
-        """Send one message; after a message of type ``step``, wait until the step is recorded.
+        """Send one message; after a message of a type in :data:`RECORDED`, wait until the database has what it says.
 
-        Files that only earlier steps need may be deleted when the step is recorded.
+        Files that only earlier steps need may be deleted when a step is recorded.
         """
         with self._lock:
             self._out.write(json.dumps(_storable(message)) + "\n")
             self._out.flush()
-        if message["type"] == "step":
+        if message["type"] in RECORDED:
             self._recorded.acquire()
 
     def wants_pause(self) -> bool:

@@ -7,7 +7,22 @@ from app.http.idempotency import IdempotencyKey
 from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
 from app.jobs.repositories import Repository
 from app.jobs.usage import Usage
+from app.storage.models import Deletion, StorageIdentity, StoredFile
 from app.webhooks.models import WebhookDelivery
 
 metadata = Base.metadata
-TABLES = (ApiKey, IdempotencyKey, Job, JobEvent, JobLogLine, JobStep, Repository, Usage, WebhookDelivery, Worker)
+TABLES = (
+    ApiKey,
+    Deletion,
+    IdempotencyKey,
+    Job,
+    JobEvent,
+    JobLogLine,
+    JobStep,
+    Repository,
+    StorageIdentity,
+    StoredFile,
+    Usage,
+    WebhookDelivery,
+    Worker,
+)

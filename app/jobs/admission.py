@@ -14,13 +14,13 @@ from app.config import Settings
 from app.http.problem import invalid
 from app.jobs.naming import default_repo_id, repo_ids
 from app.jobs.tokens import HubAccess
+from app.storage.library import library_names, open_library
 from app.webhooks.addresses import is_allowed_host
 from secateur.catalog import memory
 from secateur.catalog.architectures import ModelShape
 from secateur.catalog.request import JobRequest, ModelRef, Publish, check_repo_id
 from secateur.catalog.resolve import Resolved, components, resolve
-from secateur.catalog.sources import LOCAL_NAME, LOCAL_PREFIX, ModelSource, check_size, locate, read_shape
-from secateur.catalog.spec import ZERO_SHOT
+from secateur.catalog.sources import LOCAL_PREFIX, ModelSource, check_size, locate, read_shape
 from secateur.contract.errors import ErrorCode
 from secateur.contract.jobs import DryRun, PlannedTarget, Publication
 
@@ -42,7 +42,7 @@ def look(model: ModelRef, settings: Settings, token: SecretStr | None) -> tuple[
         model.model_id,
         revision=model.revision,
         gguf_file=model.gguf_file,
-        models_dir=settings.models_dir,
+        models_dir=open_library(settings, *library_names({"model_id": model.model_id}), outline=True).models_dir,
         token=token.get_secret_value() if token else False,  # None would send the token of the service's machine
         endpoint=settings.hf_endpoint,
     )
@@ -129,9 +129,11 @@ def admit(request: JobRequest, settings: Settings, access: HubAccess) -> JobRequ
     for index, name in enumerate(request.evaluation.perplexity):
         _check_dataset(f"evaluation.perplexity.{index}", name, settings)
     for index, name in enumerate(request.evaluation.zero_shot):
-        if name not in ZERO_SHOT and not (settings.tasks_dir / f"{name}.jsonl").is_file():
-            message, known = f"there is no task '{name}'", ", ".join(local_names.tasks(settings))
-            raise invalid(f"evaluation.zero_shot.{index}", message, code=ErrorCode.TASK_NOT_FOUND, allowed=known)
+        if name not in (known := local_names.tasks(settings)):
+            message = f"there is no task '{name}'"
+            raise invalid(
+                f"evaluation.zero_shot.{index}", message, code=ErrorCode.TASK_NOT_FOUND, allowed=", ".join(known)
+            )
     if request.publish is None:
         if settings.hub_dir is None:
             return request
@@ -168,10 +170,9 @@ def _check_dataset(field: str, dataset: str, settings: Settings) -> None:
         Problem: 422 if the text does not exist or the name is not that of a data set.
     """
     if dataset.startswith(LOCAL_PREFIX):
-        name = dataset.removeprefix(LOCAL_PREFIX)
-        if not LOCAL_NAME.fullmatch(name) or not (settings.texts_dir / name).is_file():
-            message, known = f"there is no text '{dataset}'", ", ".join(local_names.texts(settings))
-            raise invalid(field, message, code=ErrorCode.TEXT_NOT_FOUND, allowed=known)
+        if dataset not in (known := local_names.texts(settings)):
+            message = f"there is no text '{dataset}'"
+            raise invalid(field, message, code=ErrorCode.TEXT_NOT_FOUND, allowed=", ".join(known))
     else:
         try:
             validate_repo_id(dataset.partition(":")[0])

@@ -4,25 +4,32 @@ The database's clock sets all times, so that a worker whose clock jumps can neit
 """
 
 import datetime as dt
+import json
 import uuid
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
-from sqlalchemy import func, select, text, true
+from sqlalchemy import func, select, text, true, update
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, undefer
 
 from app.auth import repository as keys
-from app.jobs import repositories, repository, transitions
+from app.config import Settings
+from app.jobs import repositories, repository, transitions, usage
 from app.jobs.models import Job, JobLogLine, JobStep
 from app.jobs.naming import published_repo_ids
 from app.jobs.transitions import LIVE, Trigger
+from app.storage import repository as storage
+from app.storage.service import artifacts_folder, tensors_folder
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.states import State
 
 UNWRITTEN = (ErrorCode.HUB_FORBIDDEN, ErrorCode.HUB_REFUSED)
 """Codes of the errors with which the Hub refuses to write a repository."""
+WAITS_FOR_HUB = (ErrorCode.HUB_UNAVAILABLE, ErrorCode.STORAGE_UNAVAILABLE)
+LONGEST_WAIT = 600.0
 
 
 class LeaseLost(Exception):
@@ -38,6 +45,24 @@ class Claim:
     request: dict[str, Any]
     request_id: str | None = None
     """Id of the HTTP request that created the job."""
+    exported: bool = False
+    """Whether the pruned model is complete in the object store, so that only publishing remains."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """The limits on further attempts at a job; durations are in seconds."""
+
+    max_failures: int
+    max_losses: int
+    publish: float
+    backoff: float
+    """Wait before the second attempt; every further attempt doubles the wait, up to :data:`LONGEST_WAIT`."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Return the limits that the operator set."""
+        return cls(settings.max_failures, settings.max_losses, settings.publish_patience, settings.retry_backoff)
 
 
 @dataclass(frozen=True)
@@ -89,7 +114,7 @@ def claim(session: Session, job_id: uuid.UUID, worker: str, ttl: float, most: in
         started_at=job.started_at or dt.datetime.now(dt.UTC),
     )
     session.commit()
-    return Claim(job.id, job.attempt, job.request, job.request_id)
+    return Claim(job.id, job.attempt, job.request, job.request_id, job.exported_at is not None)
 
 
 def _owned_count(session: Session, owner_id: uuid.UUID) -> int:
@@ -155,31 +180,108 @@ def report_progress(
 
 
 def record_step(
-    session: Session, job_id: uuid.UUID, attempt: int, number: int, path: str, sha256: str, data: dict[str, Any]
+    session: Session, job_id: uuid.UUID, attempt: int, number: int, data: dict[str, Any], state: dict[str, Any]
 ) -> Beat:
-    """Record that a step is complete and its checkpoint is on disk. This write is fenced.
+    """Record that a step is complete, with the state from which a later attempt resumes. This write is fenced.
 
-    A later attempt resumes from this row, not from a listing of files. A completed step (except step 0) resets the
-    count of failures, because ``max_failures`` limits attempts that make no progress. Recording the same step twice,
-    because the first answer was lost, changes nothing.
+    A completed step (except step 0) resets the counts of failures and of lost workers, because ``max_failures`` and
+    ``max_losses`` limit attempts that make no progress. Recording the same step twice, because the first answer was
+    lost, changes nothing. The states of other steps are removed.
 
     Raises:
         LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
     """
     job = owned(session, job_id, attempt)
-    known = session.get(JobStep, (job_id, number))
-    if known is not None and (known.attempt, known.sha256) == (attempt, sha256):
+    packed = zlib.compress(json.dumps(state).encode())
+    known = session.get(JobStep, (job_id, number), options=[undefer(JobStep.state)])
+    if known is not None and (known.attempt, known.state) == (attempt, packed):
         return _commit(session, job)
-    row = {"attempt": attempt, "path": path, "sha256": sha256, "data": data}
+    row = {"attempt": attempt, "data": data, "state": packed}
     session.execute(
         insert(JobStep)
         .values(job_id=job_id, number=number, **row)
         .on_conflict_do_update(index_elements=["job_id", "number"], set_=row)
     )
+    session.execute(update(JobStep).where(JobStep.job_id == job_id, JobStep.number != number).values(state=None))
     job.version += 1
-    job.failures = 0 if number else job.failures
+    if number:
+        job.failures = job.losses = 0
     transitions.record_event(session, job, "step", {"number": number, **data})
     return _commit(session, job)
+
+
+def newest_state(session: Session, job_id: uuid.UUID, attempt: int) -> dict[str, Any] | None:
+    """Return the state of the newest completed step of the job that ``attempt`` owns, or ``None``.
+
+    Raises:
+        LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
+    """
+    owned(session, job_id, attempt)
+    query = select(JobStep.state).where(JobStep.job_id == job_id, JobStep.state.is_not(None))
+    packed = session.scalar(query.order_by(JobStep.number.desc()).limit(1))
+    session.rollback()
+    state: dict[str, Any] | None = None if packed is None else json.loads(zlib.decompress(packed))
+    return state
+
+
+def record_export(
+    session: Session, job_id: uuid.UUID, attempt: int, report: dict[str, Any], files: Sequence[dict[str, Any]]
+) -> Beat:
+    """Record that the pruned model is complete in the object store, and begin to publish it. This write is fenced.
+
+    The repositories are claimed for the job's API key.
+    ``files`` are the stored files {name, key, size, sha256}. From then on, every attempt at the job publishes these files.
+    Recording the same export twice, because the first answer was lost, changes nothing.
+
+    Raises:
+        LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
+        TransitionRefused: the job is being cancelled.
+        PruningError: ``repository_taken`` if a job of another API key made one of the repositories meanwhile.
+    """
+    job = owned(session, job_id, attempt)
+    if job.state != State.PUBLISHING:
+        repositories.claim(session, job.owner_id, job.id, published_repo_ids(job.request))
+        if job.exported_at is None:
+            storage.record(session, job.owner_id, job_id, files)
+            usage.count(session, job.owner_id, bytes_stored=sum(file["size"] for file in files))
+            job.exported_at, job.report = dt.datetime.now(dt.UTC), report
+            job.failures = job.losses = 0
+        transitions.apply(session, job, Trigger.PUBLISH)
+    return _commit(session, job)
+
+
+def exported(session: Session, job_id: uuid.UUID, attempt: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the report and the stored files {name, key, size, sha256} of the job that ``attempt`` owns.
+
+    Raises:
+        LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
+    """
+    job = owned(session, job_id, attempt)
+    columns = ("name", "key", "size", "sha256")
+    files = [{name: getattr(file, name) for name in columns} for file in storage.files(session, job_id)]
+    report = job.report
+    session.rollback()
+    assert report is not None, "an exported job has a report"
+    return report, files
+
+
+def succeed(
+    session: Session, job_id: uuid.UUID, attempt: int, result: dict[str, Any], progress: dict[str, Any]
+) -> State:
+    """Record that the job has succeeded, and request the deletion of what it stored on the way. This write is fenced.
+
+    Raises:
+        LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
+    """
+    job = transitions.apply(session, owned(session, job_id, attempt), Trigger.SUCCEED, result=result, progress=progress)
+    kept = {file.key for file in storage.files(session, job_id)}
+    folders = [artifacts_folder(job_id, number) for number in range(1, attempt + 1)]
+    unused = [folder for folder in folders if not any(key.startswith(folder) for key in kept)]
+    storage.request_deletion(session, [tensors_folder(job_id), *unused])
+    session.execute(update(JobStep).where(JobStep.job_id == job_id).values(state=None))
+    state = State(job.state)
+    session.commit()
+    return state
 
 
 def move(session: Session, job_id: uuid.UUID, attempt: int, trigger: Trigger, **values: Any) -> State:
@@ -196,21 +298,6 @@ def move(session: Session, job_id: uuid.UUID, attempt: int, trigger: Trigger, **
     return state
 
 
-def start_publishing(session: Session, job_id: uuid.UUID, attempt: int) -> State:
-    """Claim the repositories of the job for its API key, and move the job to ``publishing``. This write is fenced.
-
-    Raises:
-        LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
-        TransitionRefused: the job is being cancelled, or is publishing already.
-        PruningError: ``repository_taken`` if a job of another API key made one of the repositories meanwhile.
-    """
-    job = transitions.apply(session, owned(session, job_id, attempt), Trigger.PUBLISH)
-    repositories.claim(session, job.owner_id, job.id, published_repo_ids(job.request))
-    state = State(job.state)
-    session.commit()
-    return state
-
-
 def release(session: Session, job_id: uuid.UUID, attempt: int) -> State:
     """Requeue the job without counting a failure, at a shutdown, a deploy or a pause at a step's end; fenced.
 
@@ -220,44 +307,61 @@ def release(session: Session, job_id: uuid.UUID, attempt: int) -> State:
     return move(session, job_id, attempt, Trigger.REQUEUE)
 
 
-def fail(
-    session: Session, job_id: uuid.UUID, attempt: int, error: dict[str, Any], max_failures: int, backoff: float
-) -> State:
+def fail(session: Session, job_id: uuid.UUID, attempt: int, error: dict[str, Any], patience: Patience) -> State:
     """Record that the attempt failed with ``error`` {code, message, retryable}, and return the new state; fenced.
 
-    Requeue the job if the error is retryable and the job has failed fewer than ``max_failures`` times; otherwise fail
-    it. The wait before the next attempt is ``backoff`` seconds, doubled with every failure.
+    Requeue the job if ``patience`` allows another attempt; otherwise fail the job.
 
     Raises:
         LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
     """
-    state = _fail(session, owned(session, job_id, attempt), error, max_failures, backoff)
+    state = _fail(session, owned(session, job_id, attempt), error, patience)
     session.commit()
     return state
 
 
-def _fail(session: Session, job: Job, error: dict[str, Any], max_failures: int, backoff: float) -> State:
-    failures = job.failures + 1
-    if job.state != State.CANCELLING and error["retryable"] and failures < max_failures:
-        wait = _in(backoff * 2 ** (failures - 1))
-        transitions.apply(session, job, Trigger.REQUEUE, failures=failures, not_before=wait)
-        transitions.record_event(session, job, "retry", {"error": error, "failures": failures})
-    elif job.state == State.CANCELLING:
+def _fail(session: Session, job: Job, error: dict[str, Any], patience: Patience) -> State:
+    """Requeue or fail the job after ``error``.
+
+    Three budgets limit the attempts at a job. A lost worker counts against ``max_losses``, because the job is rarely
+    the cause. A Hub that does not answer counts against ``publish`` seconds in a row, because the pruned model is ready. Every other retryable error counts against ``max_failures``.
+    """
+    if job.state == State.CANCELLING:
         transitions.apply(session, job, Trigger.FAIL)
+        return State(job.state)
+    now = dt.datetime.now(dt.UTC)
+    failures, losses, again, waiting_since = job.failures, job.losses, bool(error["retryable"]), None
+    if error["code"] == ErrorCode.WORKER_LOST:
+        losses += 1
+        again, wait = losses < patience.max_losses, patience.backoff * 2 ** (losses - 1)
+    elif error["code"] in WAITS_FOR_HUB and job.exported_at is not None:
+        waiting_since = job.waiting_since or now
+        waited = (now - waiting_since).total_seconds()
+        again, wait = waited < patience.publish, max(patience.backoff, waited / 4)
     else:
-        transitions.apply(session, job, Trigger.FAIL, failures=failures, error=error)
+        failures += 1
+        again, wait = again and failures < patience.max_failures, patience.backoff * 2 ** (failures - 1)
+    if again:
+        counts = {"failures": failures, "losses": losses, "waiting_since": waiting_since}
+        wait = min(wait, LONGEST_WAIT)
+        transitions.apply(session, job, Trigger.REQUEUE, **counts, not_before=_in(wait), last_error=error)
+        transitions.record_event(session, job, "retry", {"error": error, "failures": failures, "losses": losses})
+    else:
+        transitions.apply(session, job, Trigger.FAIL, failures=failures, losses=losses, error=error)
         if error["code"] in UNWRITTEN:
             repositories.release(session, job.id)
     return State(job.state)
 
 
-def owned_ids(session: Session) -> Sequence[uuid.UUID]:
-    """Return the ids of the jobs that a worker owns, or owned until its lease ran out a moment ago."""
-    return session.scalars(select(Job.id).where(Job.state.in_(LIVE))).all()
+def owners(session: Session) -> list[tuple[uuid.UUID, int]]:
+    """Return the job and the number of each attempt that owns its job, or owned it until its lease ran out."""
+    return [
+        (job_id, attempt) for job_id, attempt in session.execute(select(Job.id, Job.attempt).where(Job.state.in_(LIVE)))
+    ]
 
 
-def reap(session: Session, max_failures: int, backoff: float, limit: int = 100) -> list[uuid.UUID]:
-    """Requeue the jobs whose lease ran out, or fail them at ``max_failures``, and return their ids.
+def reap(session: Session, patience: Patience, limit: int = 100) -> list[uuid.UUID]:
+    """Requeue the jobs whose lease ran out, or fail them at ``patience.max_losses``, and return their ids.
 
     Several callers may run this at the same time. At most ``limit`` jobs are reaped in one call.
     """
@@ -275,7 +379,7 @@ def reap(session: Session, max_failures: int, backoff: float, limit: int = 100) 
         if job.state == State.CANCELLING:
             transitions.apply(session, job, Trigger.REQUEUE)
         else:
-            _fail(session, job, error, max_failures, backoff)
+            _fail(session, job, error, patience)
         reaped.append(job.id)
     session.commit()
     return reaped

@@ -29,6 +29,7 @@ class Job(Base):
         Index("ix_jobs_owner_id_model_id", "owner_id", "model_id", "id"),
         Index("ix_jobs_labels", "labels", postgresql_using="gin"),
         Index("ix_jobs_finished_at", "finished_at"),
+        Index("ix_jobs_expires_at", "expires_at", postgresql_where=text("expires_at IS NOT NULL AND NOT expired")),
     )
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
@@ -44,6 +45,9 @@ class Job(Base):
 
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)
+    """Number of failed attempts since the last completed step."""
+    losses: Mapped[int] = mapped_column(default=0)
+    """Number of attempts since the last completed step whose worker was lost."""
     worker: Mapped[str | None]
     claimed_at: Mapped[dt.datetime | None]
     """Time at which the last attempt claimed the job; the worker seconds of the attempt count from it."""
@@ -57,15 +61,26 @@ class Job(Base):
     hub_token: Mapped[bytes | None] = mapped_column(deferred=True)
     """The request's Hub token, encrypted (see :mod:`app.auth.vault`); removed when the job has succeeded."""
 
+    exported_at: Mapped[dt.datetime | None]
+    """Time at which the pruned model was complete in the object store; then only publishing remains."""
+
     progress: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]
+    last_error: Mapped[dict[str, Any] | None]
+    """The error for which a queued job waits for its next attempt."""
+    waiting_since: Mapped[dt.datetime | None]
+    """Time of the first of the attempts in a row at which the Hub or the store did not answer a job that is exported."""
     result: Mapped[dict[str, Any] | None]
-    report: Mapped[dict[str, Any] | None]
+    report: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
 
     created_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     updated_at: Mapped[dt.datetime] = mapped_column(server_default=func.now(), onupdate=func.now())
     started_at: Mapped[dt.datetime | None]
     finished_at: Mapped[dt.datetime | None]
+    expires_at: Mapped[dt.datetime | None]
+    """Time at which the artifacts of a published job, or the checkpoints of a failed or cancelled job, are deleted."""
+    expired: Mapped[bool] = mapped_column(default=False)
+    """Whether the files were deleted at ``expires_at``."""
 
 
 class JobEvent(Base):
@@ -114,8 +129,7 @@ class JobStep(Base):
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)
     attempt: Mapped[int]
-    path: Mapped[str]
-    """Path of the checkpoint file, relative to the job's folder."""
-    sha256: Mapped[str]
     data: Mapped[dict[str, Any]]
+    state: Mapped[bytes | None] = mapped_column(deferred=True)
+    """The state of the run after the step, as JSON that zlib compressed; only the newest step needs one."""
     created_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())

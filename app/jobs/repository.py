@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Boolean, Float, Row, bindparam, cast, func, or_, select, tuple_
+from sqlalchemy import Boolean, Float, Row, bindparam, cast, func, or_, select, tuple_, update
 from sqlalchemy import delete as delete_from
 from sqlalchemy.orm import Session, defer
 
@@ -19,8 +19,9 @@ from secateur.contract.states import TERMINAL, State
 
 # These statements are built once: pollers use them often, and building one takes longer than the database's answer.
 SUMMARY = (
-    Job.id, Job.owner_id, Job.state, Job.version, Job.model_id, Job.method, Job.labels, Job.attempt, Job.failures, Job.pause_requested,
-    Job.progress, Job.error, Job.result, Job.created_at, Job.started_at, Job.finished_at,
+    Job.id, Job.owner_id, Job.state, Job.version, Job.model_id, Job.method, Job.labels, Job.attempt, Job.failures,
+    Job.pause_requested, Job.progress, Job.error, Job.last_error, Job.not_before, Job.result, Job.created_at,
+    Job.started_at, Job.finished_at, Job.expires_at,
 )  # fmt: skip
 VIEW_BARE = select(*SUMMARY).where(
     Job.id == bindparam("job_id"), (Job.owner_id == bindparam("owner_id")) | bindparam("all_keys", type_=Boolean)
@@ -58,9 +59,9 @@ def add(session: Session, job: Job) -> None:
 def get(session: Session, owner_id: uuid.UUID | None, job_id: uuid.UUID, *, locked: bool = False) -> Job | None:
     """Return the owner's job, or ``None``; with ``locked``, its row is locked until the transaction ends.
 
-    An ``owner_id`` of ``None`` finds the jobs of all owners. Without ``locked``, the report is read from the database only when it is accessed.
+    An ``owner_id`` of ``None`` finds the jobs of all owners.
     """
-    job = lock(session, job_id) if locked else session.get(Job, job_id, options=[defer(Job.report)])
+    job = lock(session, job_id) if locked else session.get(Job, job_id)
     return job if job is not None and owner_id in (None, job.owner_id) else None
 
 
@@ -90,11 +91,15 @@ def label(session: Session, job: Job, labels: Mapping[str, str]) -> None:
     wake(session, job)
 
 
-def ended_before(session: Session, seconds: float, among: Sequence[uuid.UUID]) -> Sequence[uuid.UUID]:
-    """Return the ids of those jobs in ``among`` that ended more than ``seconds`` ago."""
-    since = func.now() - dt.timedelta(seconds=seconds)
-    ended = Job.state.in_(TERMINAL), Job.finished_at < since
-    return session.scalars(select(Job.id).where(Job.id == func.any(list(among)), *ended)).all()
+def with_expired_files(session: Session, limit: int) -> Sequence[Job]:
+    """Return up to ``limit`` jobs whose files are kept no longer, locked until the transaction ends."""
+    query = select(Job).where(Job.expires_at <= func.now(), ~Job.expired).order_by(Job.expires_at)
+    return session.scalars(query.limit(limit).with_for_update(skip_locked=True)).all()
+
+
+def forget_states(session: Session, job_ids: Sequence[uuid.UUID]) -> None:
+    """Remove the states from which the jobs resume; the caller commits."""
+    session.execute(update(JobStep).where(JobStep.job_id.in_(job_ids)).values(state=None))
 
 
 def newest(
@@ -112,8 +117,7 @@ def newest(
 
     An ``owner_id`` of ``None`` lists the jobs of all owners. If ``before`` is given, the list starts with the newest job that was created before job ``before``.
     """
-    columns = defer(Job.request, raiseload=True), defer(Job.report, raiseload=True)
-    query = select(Job).options(*columns).order_by(Job.id.desc()).limit(limit)
+    query = select(Job).options(defer(Job.request, raiseload=True)).order_by(Job.id.desc()).limit(limit)
     if owner_id is not None:
         query = query.where(Job.owner_id == owner_id)
     if states:

@@ -7,17 +7,15 @@ clients hold neither a thread nor a database connection.
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
+from itertools import chain
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, RedirectResponse
+from fastapi.responses import RedirectResponse, StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import StringConstraints, TypeAdapter, ValidationError
-from starlette import types as asgi
-from starlette.datastructures import Headers
-from starlette.types import Message, Receive, Send
 
 from app.auth import service as auth
 from app.auth.service import Caller
@@ -34,7 +32,7 @@ from app.deps import (
     chosen_key,
     unauthorized,
 )
-from app.http import pages
+from app.http import pages, ranges
 from app.http.etags import etag, matches
 from app.http.pages import PageSize, PageToken
 from app.http.prefer import Wait
@@ -42,6 +40,7 @@ from app.http.problem import Problem, documented, invalid
 from app.jobs import dispatch, repository, service
 from app.jobs.schemas import JobFilter
 from app.jobs.transitions import Trigger
+from app.storage.store import ObjectMissing, open_store
 from secateur.catalog.recipe import Recipe
 from secateur.catalog.request import JobRequest, LabelChange, LabelName, LabelValue
 from secateur.contract.errors import ErrorCode
@@ -67,7 +66,7 @@ POLL_AFTER = 2
 """Number of seconds after which a client should poll again (``Retry-After``)."""
 STREAM_BATCH = 100
 
-RANGE_PROBLEMS = {400: ErrorCode.RANGE_MALFORMED, 416: ErrorCode.RANGE_NOT_SATISFIABLE}
+SIGNED_SECONDS = 3600.0
 
 
 class JobRoute(KeyedRoute):
@@ -296,9 +295,9 @@ def change_labels(
 
 
 @router.delete("/{job_id}", status_code=204, responses=documented(404, 409))
-def delete(job_id: uuid.UUID, owner: Owner, session: SessionDep, settings: SettingsDep) -> None:
+def delete(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> None:
     """Delete a job that has ended, together with its artifacts. Published models remain."""
-    service.delete(session, settings, owner, job_id)
+    service.delete(session, owner, job_id)
 
 
 def _ask(trigger: Trigger, summary: str) -> None:
@@ -458,48 +457,61 @@ router.add_api_route(
 
 
 @router.get("/{job_id}/artifacts", response_model=ArtifactList, responses=documented(404))
-def artifacts(job_id: uuid.UUID, owner: Owner, session: SessionDep, settings: SettingsDep) -> ArtifactList:
-    """List the files of the pruned model. The list is empty until the job has succeeded."""
-    found = service.artifacts(session, settings, owner, job_id)
+def artifacts(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> ArtifactList:
+    """List the files of the pruned model. The list is empty until the model is written and checked."""
     prefix = f"/v1/jobs/{job_id}/artifacts"
+    found = service.artifacts(session, owner, job_id)
     return ArtifactList(
         items=[
-            Artifact(name=name, size=status.st_size, url=f"{prefix}/{quote(name)}")
-            for name, (_, status) in found.items()
+            Artifact(name=file.name, size=file.size, sha256=file.sha256, url=f"{prefix}/{quote(file.name)}")
+            for file in found
         ]
     )
 
 
-class ArtifactResponse(FileResponse):
-    """A file response that answers with problem details when a requested range cannot be served."""
-
-    async def __call__(self, scope: asgi.Scope, receive: Receive, send: Send) -> None:
-        async def checked(message: Message) -> None:
-            code = RANGE_PROBLEMS.get(message["status"]) if message["type"] == "http.response.start" else None
-            if code is not None:
-                extent = Headers(raw=message["headers"]).get("content-range")
-                detail = f"Range '{Headers(scope=scope)['range']}' is none of this file: 'bytes=0-99' is its first 100."
-                headers = {"Content-Range": extent} if extent else None
-                raise Problem(message["status"], code, detail, headers=headers)
-            await send(message)
-
-        await super().__call__(scope, receive, checked)
-
-
-@router.head("/{job_id}/artifacts/{name:path}", response_class=ArtifactResponse, include_in_schema=False)
+@router.head("/{job_id}/artifacts/{name:path}", response_class=Response, include_in_schema=False)
 @router.get(
     "/{job_id}/artifacts/{name:path}",
-    response_class=ArtifactResponse,
+    response_class=Response,
     responses={
         200: {"description": "The file.", "content": FILE_CONTENT},
-        206: {"description": "The part asked for by `Range`.", "content": FILE_CONTENT},
+        206: {"description": "The part that `Range` names.", "content": FILE_CONTENT},
+        307: {"description": "The file is at the signed URL `Location`, without an API key, for an hour."},
         **documented(400, 404, 416),
     },
 )
-def artifact(job_id: uuid.UUID, name: str, owner: Owner, session: SessionDep, settings: SettingsDep) -> FileResponse:
-    """Return one file of the pruned model. `Range` requests are supported."""
-    found = service.artifacts(session, settings, owner, job_id).get(name)
-    if found is None:
-        raise Problem(404, ErrorCode.NOT_FOUND, f"Job {job_id} has no artifact '{name}'.")
-    path, status = found
-    return ArtifactResponse(path, media_type=FILE_TYPE, filename=path.name, stat_result=status)
+def artifact(
+    job_id: uuid.UUID, name: str, request: Request, owner: Owner, session: SessionDep, settings: SettingsDep
+) -> Response:
+    """Return one file of the pruned model, or redirect to it. `Range` requests are supported."""
+    file, store = service.artifact(session, owner, job_id, name), open_store(settings)
+    if settings.storage_redirect and (url := store.signed_url(file.key, SIGNED_SECONDS)):
+        return RedirectResponse(url, 307)
+    headers = {
+        "Accept-Ranges": "bytes",
+        "Content-Disposition": f"attachment; filename*=utf-8''{quote(name.rpartition('/')[2])}",
+        "ETag": f'"{file.sha256}"',
+    }
+    start, end, status = 0, file.size, 200
+    if (asked := request.headers.get("range")) and matches(
+        request.headers.get("if-range", headers["ETag"]), headers["ETag"]
+    ):
+        try:
+            part = ranges.parse(asked, file.size)
+        except (ranges.RangeMalformed, ranges.RangeNotSatisfiable) as error:
+            wrong = isinstance(error, ranges.RangeMalformed)
+            status, code = (400, ErrorCode.RANGE_MALFORMED) if wrong else (416, ErrorCode.RANGE_NOT_SATISFIABLE)
+            detail = f"Range '{asked[:100]}' is none of this file; 'bytes=0-99' names its first 100 bytes."
+            raise Problem(status, code, detail, headers={"Content-Range": f"bytes */{file.size}"}) from None
+        if part is not None:
+            (start, end), status = part, 206
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size}"
+    headers["Content-Length"] = str(end - start)
+    if request.method == "HEAD" or start == end:
+        return Response(status_code=status, headers=headers, media_type=FILE_TYPE)
+    chunks = store.stream(file.key, start, end)
+    try:
+        first = next(chunks)
+    except ObjectMissing:
+        raise Problem(404, ErrorCode.NOT_FOUND, f"The artifact '{name[:200]}' is no longer in the storage.") from None
+    return StreamingResponse(chain([first], chunks), status, headers, FILE_TYPE)

@@ -5,13 +5,8 @@ jobs of other keys are recorded.
 """
 
 import logging
-import os
-import shutil
-import stat
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Row
@@ -24,24 +19,23 @@ from app.fleet import repository as fleet
 from app.http import idempotency, logs
 from app.http.etags import etag, names
 from app.http.problem import Problem, invalid
-from app.jobs import admission, leases, repositories, repository, tokens, transitions
+from app.jobs import admission, repositories, repository, tokens, transitions
 from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
 from app.jobs.naming import repo_ids
 from app.jobs.schemas import JobFilter
 from app.jobs.transitions import TransitionRefused, Trigger
+from app.storage import repository as storage
+from app.storage.models import StoredFile
+from app.storage.service import job_folder
 from secateur.catalog.request import JobRequest
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.jobs import DryRun
-from secateur.contract.states import TERMINAL, State
+from secateur.contract.states import TERMINAL
 
 log = logging.getLogger(__name__)
 
-TRASH = ".deleted"
-"""Suffix of the name of a deleted job's folder."""
 ROOM_AFTER = 60
 """Number of seconds after which the API key may have room for one more job (``Retry-After``)."""
-LEFTOVERS = ("attempt-*", ".attempt-*", "step-*.tmp")
-"""Patterns of the files and folders that killed workers leave in a job's folder."""
 
 
 def dry_run(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest) -> DryRun:
@@ -117,11 +111,16 @@ def _check_room(session: Session, settings: Settings, owner_id: uuid.UUID) -> No
     """Check that the API key may have one more job; other requests of the key wait here until this one is committed.
 
     Raises:
-        Problem: 401 if the key was revoked meanwhile, 429 if it has as many open jobs as it may have.
+        Problem: 401 if the key was revoked meanwhile, 429 if it has as many open jobs as it may have, 403 if the
+            artifacts of its jobs have as many bytes as they may have.
     """
     key = keys.lock(session, owner_id)
     if key is None or key.revoked_at is not None:
         raise Problem(401, ErrorCode.UNAUTHORIZED, "This API key was revoked.", headers={"WWW-Authenticate": "Bearer"})
+    largest = settings.max_stored_bytes
+    if largest is not None and (stored := storage.bytes_of(session, owner_id)) >= largest:
+        detail = f"The artifacts of this API key's jobs have {stored:,} bytes; {largest:,} are allowed. Delete some of the jobs."
+        raise Problem(403, ErrorCode.STORAGE_QUOTA_EXCEEDED, detail)
     most = settings.max_open_jobs if key.max_open_jobs is None else key.max_open_jobs
     if most is not None and repository.open_count(session, owner_id) >= most:
         detail = f"This API key has {most} jobs that have not ended, as many as it may have."
@@ -209,7 +208,7 @@ def ask(session: Session, caller: Caller, job_id: uuid.UUID, trigger: Trigger) -
     job = get(session, caller, job_id, locked=True)
     afresh: dict[str, Any] = {}
     if trigger is Trigger.RETRY and job.state in TERMINAL:
-        afresh = {"failures": 0, "not_before": None}
+        afresh = {"failures": 0, "losses": 0, "waiting_since": None, "not_before": None}
     transitions.apply(session, job, trigger, **afresh)
     _record_admin(session, caller, job, trigger)
     session.commit()
@@ -266,10 +265,10 @@ def cancel_all(session: Session, owner_id: uuid.UUID, actor_id: uuid.UUID | None
     return cancelled, left
 
 
-def delete(session: Session, settings: Settings, caller: Caller, job_id: uuid.UUID) -> None:
-    """Delete a finished job, commit, and remove its folder; a log line records the deletion of another key's job.
+def delete(session: Session, caller: Caller, job_id: uuid.UUID) -> None:
+    """Delete a finished job; commits. A log line records the deletion of another key's job.
 
-    If the process is killed while it removes the folder, :func:`delete_trash` removes the rest.
+    The scheduler then deletes the job's files in the object store.
 
     Raises:
         Problem: 404 if the job does not exist or the caller does not see it, 409 if the job has not ended.
@@ -279,46 +278,11 @@ def delete(session: Session, settings: Settings, caller: Caller, job_id: uuid.UU
         raise Problem(
             409, ErrorCode.WRONG_STATE, f"A job that is {job.state} cannot be deleted; cancel it.", state=job.state
         )
+    storage.request_deletion(session, [job_folder(job_id)])
     repository.delete(session, job)
     session.commit()
     if caller.id != job.owner_id:
         log.warning("audit: admin key %s deleted job %s of key %s", caller.id, job_id, job.owner_id)
-    folder = settings.job_dir(job_id)
-    trash = folder.with_name(folder.name + TRASH)
-    with suppress(FileNotFoundError):
-        folder.rename(trash)  # the rename is atomic, so no request lists a half-deleted folder
-    shutil.rmtree(trash, ignore_errors=True)
-
-
-def delete_abandoned_attempts(session: Session, settings: Settings) -> None:
-    """Remove the files that killed workers left of attempts at jobs that no worker owns any more."""
-    leftovers = [path for pattern in LEFTOVERS for path in settings.jobs_dir.glob(f"*/{pattern}")]
-    owned = {str(job_id) for job_id in leases.owned_ids(session)}
-    for leftover in leftovers:  # listed before the owned jobs: a later file may belong to a new attempt
-        if leftover.parent.name in owned:
-            continue
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
-
-
-def delete_expired_files(session: Session, settings: Settings) -> None:
-    """Remove the files of jobs that ended longer ago than the retention time; the jobs themselves stay."""
-    if settings.retention is None or not settings.jobs_dir.is_dir():
-        return
-    kept = []
-    for folder in settings.jobs_dir.iterdir():
-        with suppress(ValueError):
-            kept.append(uuid.UUID(folder.name))
-    for job_id in repository.ended_before(session, settings.retention, kept):
-        shutil.rmtree(settings.job_dir(job_id), ignore_errors=True)
-
-
-def delete_trash(settings: Settings) -> None:
-    """Remove the folders of deleted jobs whose removal was interrupted."""
-    for trash in settings.jobs_dir.glob(f"*{TRASH}"):
-        shutil.rmtree(trash, ignore_errors=True)
 
 
 def events(
@@ -359,7 +323,8 @@ def steps(session: Session, caller: Caller, job_id: uuid.UUID) -> Sequence[JobSt
 
 
 def report(session: Session, caller: Caller, job_id: uuid.UUID) -> dict[str, Any]:
-    """Return the complete result of the job.
+    """Return the complete result of the job, which exists as soon as the pruned model is written and checked.
+
 
     Raises:
         Problem: 404 if the job does not exist or the caller does not see it, 409 if the job has no report.
@@ -370,23 +335,22 @@ def report(session: Session, caller: Caller, job_id: uuid.UUID) -> dict[str, Any
     return job.report
 
 
-def artifacts(
-    session: Session, settings: Settings, caller: Caller, job_id: uuid.UUID
-) -> dict[str, tuple[Path, os.stat_result]]:
-    """Return the files of the pruned model by name, with the status of each file.
-
-    A name is the file's path below the artifacts folder, with ``/``.
-    Return no files until the job has succeeded.
+def artifacts(session: Session, caller: Caller, job_id: uuid.UUID) -> Sequence[StoredFile]:
+    """Return the files of the pruned model by name; there are none before the model is written and checked.
 
     Raises:
         Problem: 404 if the job does not exist or the caller does not see it.
     """
-    job = get(session, caller, job_id)
-    folder = settings.job_dir(job_id) / "artifacts"
-    if job.state != State.SUCCEEDED or not folder.is_dir():
-        return {}
-    try:
-        found = {path.relative_to(folder).as_posix(): (path, path.lstat()) for path in sorted(folder.rglob("*"))}
-    except FileNotFoundError:  # the job was deleted during the listing
-        raise no_job(job_id) from None
-    return {name: (path, status) for name, (path, status) in found.items() if stat.S_ISREG(status.st_mode)}
+    return storage.files(session, get(session, caller, job_id).id)
+
+
+def artifact(session: Session, caller: Caller, job_id: uuid.UUID, name: str) -> StoredFile:
+    """Return one file of the pruned model.
+
+    Raises:
+        Problem: 404 if the job does not exist or the caller does not see it, or the job has no such file.
+    """
+    found = storage.file(session, get(session, caller, job_id).id, name)
+    if found is None:
+        raise Problem(404, ErrorCode.NOT_FOUND, f"Job {job_id} has no artifact '{name}'.")
+    return found

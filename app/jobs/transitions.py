@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from app.config import get_settings
 from app.jobs import usage
 from app.jobs.models import Job, JobEvent
 from app.webhooks import repository as webhooks
@@ -120,14 +121,17 @@ def apply(session: Session, job: Job, trigger: Trigger, **values: Any) -> Job:
     job.may_be_published = job.may_be_published or trigger is Trigger.PUBLISH
     job.version += 1
     if after is not before:
+        job.expires_at = None
         if after in TERMINAL:
             job.finished_at = now
+            job.expires_at = _expiry(job, now)
         if after is State.SUCCEEDED:
             job.hub_token = None
         if after is State.QUEUED:
             job.dispatched_at = job.finished_at = job.error = None
         if trigger is Trigger.CLAIM:
             job.claimed_at = func.now()
+        job.last_error = None
         if after not in LIVE:
             job.lease_expires_at = job.worker = None
     for name, value in values.items():
@@ -136,6 +140,18 @@ def apply(session: Session, job: Job, trigger: Trigger, **values: Any) -> Job:
     if after is not before and after in TERMINAL:
         webhooks.owe(session, job)
     return job
+
+
+def _expiry(job: Job, now: dt.datetime) -> dt.datetime | None:
+    """Return the time at which the files of a job that ends now are deleted; ``None`` if they stay.
+
+    The only copy of a pruned model stays: artifacts that are not published are kept until the job is deleted.
+    """
+    settings = get_settings()
+    if job.state == State.SUCCEEDED:
+        published = job.request.get("publish") is not None
+        return now + dt.timedelta(seconds=settings.artifact_retention) if published else None
+    return None if job.exported_at else now + dt.timedelta(seconds=settings.checkpoint_retention)
 
 
 def lock(session: Session, job_id: uuid.UUID) -> Job | None:

@@ -102,6 +102,8 @@ class ErrorCode(StrEnum):
     RATE_LIMITED = "rate_limited", "The API key sent more requests than it may send.", "Wait as long as 'Retry-After' says.", True
     WEBHOOKS_DISABLED = "webhooks_disabled", "This service does not send webhooks.", "Ask the operator to set SECATEUR_WEBHOOK_SECRET."
     WEBHOOK_URL_FORBIDDEN = "webhook_url_forbidden", "Webhooks may not be sent to this address.", "Use a public address, or ask the operator to set SECATEUR_WEBHOOK_NETWORKS."
+    STORAGE_UNAVAILABLE = "storage_unavailable", "The service's object store does not answer as it should.", "Try again later; the operator sees the reason in the log and in 'secateur doctor'.", True
+    STORAGE_QUOTA_EXCEEDED = "storage_quota_exceeded", "The artifacts of the API key's jobs have as many bytes as they may have.", "Delete jobs whose artifacts are no longer needed."
     DATABASE_UNAVAILABLE = "database_unavailable", "The service's database does not answer.", "Wait as long as 'Retry-After' says; nothing was changed that was not confirmed.", True
     # fmt: on
 

@@ -100,6 +100,10 @@ class JobSummary(BaseModel):
     pause_requested: bool = Field(description="The job pauses at the end of the step it is in.")
     progress: Progress | None = None
     error: JobError | None = None
+    last_error: JobError | None = Field(
+        None, description="The error for which a queued job waits until `not_before` for its next attempt."
+    )
+    not_before: dt.datetime | None = Field(None, description="The earliest time of a queued job's next attempt.")
     result: dict[str, Any] | None = Field(
         None,
         description="On success: repo_id, commit_sha, parameters, perplexity and latency before and after, widths; for a list of target ratios `targets`, with these and `target_ratio` in each.",
@@ -107,6 +111,10 @@ class JobSummary(BaseModel):
     created_at: dt.datetime
     started_at: dt.datetime | None = None
     finished_at: dt.datetime | None = None
+    expires_at: dt.datetime | None = Field(
+        None,
+        description="The time at which the artifacts of a published job, or the checkpoints of a failed or cancelled job, are deleted; null: not before the job is deleted.",
+    )
 
 
 class JobView(JobSummary):
@@ -248,6 +256,7 @@ class Artifact(BaseModel):
         examples=["config.json"],
     )
     size: int = Field(description="Bytes.", examples=[1024])
+    sha256: str = Field(description="The SHA-256 hash of the content, in hexadecimal.")
     url: str = Field(examples=["/v1/jobs/0199a0c6-3f5c-7d3e-9a53-0d8f4c1b2a10/artifacts/config.json"])
 
 

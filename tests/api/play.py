@@ -1,5 +1,6 @@
 """Plays the worker: moves jobs as a worker would, through leases."""
 
+import hashlib
 import uuid
 from typing import Any
 
@@ -7,9 +8,12 @@ from sqlalchemy.orm import Session
 
 from app.config import Settings
 from app.jobs import leases
-from app.jobs.transitions import Trigger
+from app.storage.service import artifacts_folder
+from app.storage.store import open_store
 
 REPORT = {"ratio": {"target": 0.2, "reached": 0.2}, "perplexity": {"before": 10.0, "after": 11.0}}
+CONTENTS = {"config.json": b'{"a": 1}', "model.safetensors": bytes(range(256)) * 40}
+LIMITS = leases.Patience(max_failures=3, max_losses=10, publish=3600, backoff=0)
 RESULT = {"repo_id": "secateur/tiny", "commit_sha": "abc"}
 
 
@@ -27,20 +31,30 @@ def progress(session: Session, job_id: str, attempt: int, share: float) -> None:
 
 def finish_round(session: Session, job_id: str, attempt: int, number: int) -> None:
     data = {"kind": "round", "ratio": 0.1 * number, "perplexity": 10.0 + number, "seconds": 2.0}
-    leases.record_step(session, uuid.UUID(job_id), attempt, number, f"step-{number}", "00", data)
+    leases.record_step(session, uuid.UUID(job_id), attempt, number, data, {"step": number})
 
 
-def succeed(session: Session, settings: Settings, job_id: str, attempt: int) -> None:
-    folder = settings.job_dir(job_id) / "artifacts"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text('{"a": 1}')
-    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 40)
-    (folder / "nested").mkdir()
-    (settings.job_dir(job_id) / "secret.json").write_text("no artifact")
-    leases.move(session, uuid.UUID(job_id), attempt, Trigger.PUBLISH)
-    leases.move(session, uuid.UUID(job_id), attempt, Trigger.SUCCEED, result=RESULT, report=REPORT)
+def succeed(
+    session: Session, settings: Settings, job_id: str, attempt: int, contents: dict[str, bytes] | None = None
+) -> None:
+    contents = CONTENTS if contents is None else contents
+    (settings.data_dir / "storage" / "jobs" / job_id).mkdir(parents=True)
+    (settings.data_dir / "storage" / "jobs" / job_id / "secret.json").write_text("no artifact")
+    files = store_files(settings, job_id, attempt, contents)
+    leases.record_export(session, uuid.UUID(job_id), attempt, REPORT, files)
+    leases.succeed(session, uuid.UUID(job_id), attempt, RESULT, {"stage": "done", "steps": 2, "share": 1.0})
+
+
+def store_files(settings: Settings, job_id: str, attempt: int, contents: dict[str, bytes]) -> list[dict[str, Any]]:
+    """Store files as a worker does; returns what it records of them."""
+    files = []
+    for name, content in contents.items():
+        key = artifacts_folder(job_id, attempt) + name
+        open_store(settings).create(key, content)
+        files.append({"name": name, "key": key, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+    return files
 
 
 def fail(session: Session, job_id: str, attempt: int) -> None:
     error = {"code": "nan_weights", "message": "The weights have NaN.", "retryable": False, "field": "model_id"}
-    leases.fail(session, uuid.UUID(job_id), attempt, error, 3, 0)
+    leases.fail(session, uuid.UUID(job_id), attempt, error, LIMITS)

@@ -168,7 +168,7 @@ def test_metrics_of_trouble(api: httpx2.Client, url: str, body: dict[str, Any], 
     play.finish_round(session, job_id, attempt, 1)
     session.execute(update(Job).values(lease_expires_at=func.now()))
     session.commit()
-    leases.reap(session, 3, 0.0)
+    leases.reap(session, play.LIMITS)
     fleet.beat(session, "w", "worker", {"device": "cpu", "memory_bytes": 8, "disk_free_bytes": 9})
     text = httpx2.get(f"{url}/metrics").text
     for line in (

@@ -1,11 +1,11 @@
 """Making, finding, steering and deleting jobs over HTTP."""
 
+import hashlib
 import json
 import shutil
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -19,8 +19,10 @@ from app.config import Settings
 from app.db.session import session_factory
 from app.http import idempotency, pages
 from app.http.idempotency import IdempotencyKey
-from app.jobs import service
+from app.jobs import leases, service
 from app.jobs.models import Job, JobEvent, JobStep
+from app.storage.models import Deletion, StoredFile
+from app.storage.store import Store
 from tests.api import play
 from tests.api.conftest import CONFIG
 from workers import scheduler
@@ -34,12 +36,12 @@ def _make(api: httpx2.Client, body: Body, **headers: str) -> dict[str, Any]:
     return response.json()
 
 
-def _delete(session: Session, settings: Settings, job_id: str) -> None:
+def _delete(session: Session, job_id: str) -> None:
     job = session.get_one(Job, uuid.UUID(job_id))
-    service.delete(session, settings, Caller(job.owner_id, ()), job.id)
+    service.delete(session, Caller(job.owner_id, ()), job.id)
 
 
-def _away(session: Session) -> None:
+def _away(*_: object) -> None:
     raise OperationalError("COMMIT", None, Exception("the database went away"))
 
 
@@ -310,12 +312,12 @@ class TestSteering:
         play.finish_round(session, job_id, attempt, 0)
         play.succeed(session, settings, job_id, attempt)
         assert api.delete(f"/v1/jobs/{job_id}").status_code == 204
-        assert not settings.job_dir(job_id).exists()
+        scheduler.delete_leftovers(session, settings)
         assert api.get(f"/v1/jobs/{job_id}").status_code == 404
         assert api.delete(f"/v1/jobs/{job_id}").status_code == 404
-        for table in (Job, JobEvent, JobStep):
+        for table in (Job, JobEvent, JobStep, StoredFile, Deletion):
             assert session.scalar(select(func.count()).select_from(table)) == 0
-        assert list((settings.data_dir / "jobs").iterdir()) == []
+        assert list((settings.data_dir / "storage" / "jobs").iterdir()) == []
 
     def test_a_delete_that_is_not_committed_loses_nothing(
         self, api: httpx2.Client, body: Body, session: Session, settings: Settings, monkeypatch: pytest.MonkeyPatch
@@ -325,34 +327,36 @@ class TestSteering:
         with monkeypatch.context() as patch:
             patch.setattr(Session, "commit", _away)
             with pytest.raises(OperationalError):
-                _delete(session, settings, job_id)
+                _delete(session, job_id)
         session.rollback()
+        scheduler.delete_leftovers(session, settings)
         assert len(api.get(f"/v1/jobs/{job_id}/artifacts").json()["items"]) == 2
 
     def test_what_a_kill_leaves_of_a_deleted_job_is_removed(
         self, api: httpx2.Client, body: Body, session: Session, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         live, job_id = _make(api, body)["id"], _make(api, body)["id"]
-        settings.job_dir(live).mkdir(parents=True)
-        play.succeed(session, settings, job_id, play.start(session, job_id))
+        for each in (live, job_id):
+            play.succeed(session, settings, each, play.start(session, each))
+        _delete(session, job_id)
         with monkeypatch.context() as patch:
-            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
-            _delete(session, settings, job_id)
-        assert len(list(settings.jobs_dir.iterdir())) == 2
+            patch.setattr(Store, "delete_folder", _away)
+            with pytest.raises(OperationalError):
+                scheduler.delete_leftovers(session, settings)
+        folder = settings.data_dir / "storage" / "jobs"
+        assert len(list(folder.iterdir())) == 2
         scheduler.delete_leftovers(session, settings)
-        assert list(settings.jobs_dir.iterdir()) == [settings.job_dir(live)]
+        assert list(folder.iterdir()) == [folder / live]
 
     def test_delete_at_once(self, api: httpx2.Client, body: Body, session: Session, settings: Settings) -> None:
         job_id = _make(api, body)["id"]
-        play.succeed(session, settings, job_id, play.start(session, job_id))
-        for number in range(300):
-            (settings.job_dir(job_id) / "artifacts" / f"model-{number}").write_bytes(b"x")
+        contents = {f"model-{number}": b"x" for number in range(300)}
+        play.succeed(session, settings, job_id, play.start(session, job_id), contents)
         with ThreadPoolExecutor(8) as pool:
             deleted = [pool.submit(api.delete, f"/v1/jobs/{job_id}") for _ in range(4)]
             listed = [pool.submit(api.get, f"/v1/jobs/{job_id}/artifacts") for _ in range(8)]
         assert sorted(answer.result().status_code for answer in deleted) == [204, 404, 404, 404]
         assert {answer.result().status_code for answer in listed} <= {200, 404}
-        assert list((settings.data_dir / "jobs").iterdir()) == []
 
 
 class TestResults:
@@ -406,28 +410,23 @@ class TestResults:
         assert api.head(f"{done}/artifacts/none").status_code == 404
 
     def test_artifacts_of_several_targets(
-        self, api: httpx2.Client, done: str, settings: Settings, tmp_path: Path
+        self, api: httpx2.Client, body: Body, session: Session, settings: Settings
     ) -> None:
-        folder = settings.job_dir(done.rpartition("/")[2]) / "artifacts"
-        for ratio in ("0.2", "0.5"):
-            (folder / f"ratio-{ratio}").mkdir()
-            (folder / f"ratio-{ratio}" / "model.safetensors").write_bytes(ratio.encode() * 100)
-        (tmp_path / "outside.json").write_text("no artifact")
-        (folder / "ratio-0.2" / "link.json").symlink_to(tmp_path / "outside.json")
-        (folder / "linked").symlink_to(tmp_path)
+        job_id = _make(api, body)["id"]
+        contents = {f"ratio-{ratio}/model.safetensors": ratio.encode() * 100 for ratio in ("0.2", "0.5")}
+        play.succeed(session, settings, job_id, play.start(session, job_id), play.CONTENTS | contents)
+        done = f"/v1/jobs/{job_id}"
         items = {item["name"]: item for item in api.get(f"{done}/artifacts").json()["items"]}
         nested = "ratio-0.5/model.safetensors"
         assert list(items) == ["config.json", "model.safetensors", "ratio-0.2/model.safetensors", nested]
         assert (items[nested]["url"], items[nested]["size"]) == (f"{done}/artifacts/{nested}", 300)
         part = api.get(items[nested]["url"], headers={"Range": "bytes=0-2"})
         assert (part.status_code, part.content) == (206, b"0.5")
-        assert 'filename="model.safetensors"' in part.headers["Content-Disposition"]
+        assert "filename*=utf-8''model.safetensors" in part.headers["Content-Disposition"]
         assert api.head(items[nested]["url"]).headers["Content-Length"] == "300"
         for name in (
             "ratio-0.2",
             "ratio-0.2/",
-            "ratio-0.2/link.json",
-            "linked/outside.json",
             "ratio-0.2//model.safetensors",
             "ratio-0.2/%2e%2e/config.json",
             "ratio-0.2/..%2f..%2f..%2fsecret.json",
@@ -449,13 +448,13 @@ class TestResults:
             assert response.headers.get("Content-Range") == ("bytes */10240" if status == 416 else None)
 
     def test_a_download_holds_no_connection(
-        self, api: httpx2.Client, done: str, session: Session, settings: Settings
+        self, api: httpx2.Client, body: Body, session: Session, settings: Settings
     ) -> None:
-        job_id = done.rpartition("/")[2]
-        with (settings.job_dir(job_id) / "artifacts" / "large").open("wb") as large:
-            large.truncate(64 * 2**20)  # more than the sockets buffer
+        job_id = _make(api, body)["id"]
+        large = {"large": bytes(64 * 2**20)}  # more than the sockets buffer
+        play.succeed(session, settings, job_id, play.start(session, job_id), large)
         session.close()
-        with api.stream("GET", f"{done}/artifacts/large") as response:
+        with api.stream("GET", f"/v1/jobs/{job_id}/artifacts/large") as response:
             assert next(response.iter_raw())
             assert session_factory().kw["bind"].pool.checkedout() == 0
 
@@ -464,12 +463,30 @@ class TestResults:
             response = api.get(f"{done}/artifacts/{name}")
             assert (response.status_code, response.json()["code"]) == (404, "not_found"), name
 
-    def test_none_before_success(self, api: httpx2.Client, body: Body, settings: Settings) -> None:
+    def test_none_before_the_export(self, api: httpx2.Client, body: Body, session: Session, settings: Settings) -> None:
         job_id = _make(api, body)["id"]
-        (settings.job_dir(job_id) / "artifacts").mkdir(parents=True)
-        (settings.job_dir(job_id) / "artifacts" / "config.json").write_text("half")
+        play.store_files(settings, job_id, play.start(session, job_id), {"config.json": b"half"})
         assert api.get(f"/v1/jobs/{job_id}/artifacts").json() == {"items": []}
         assert api.get(f"/v1/jobs/{job_id}/artifacts/config.json").status_code == 404
+
+    def test_artifacts_outlive_a_hub_that_refuses(
+        self, api: httpx2.Client, body: Body, session: Session, settings: Settings
+    ) -> None:
+        job_id = _make(api, body)["id"]
+        attempt = play.start(session, job_id)
+        files = play.store_files(settings, job_id, attempt, play.CONTENTS)
+        leases.record_export(session, uuid.UUID(job_id), attempt, play.REPORT, files)
+        play.fail(session, job_id, attempt)
+        assert api.get(f"/v1/jobs/{job_id}").json()["state"] == "failed"
+        assert api.get(f"/v1/jobs/{job_id}/report").json() == play.REPORT
+        [config, _] = api.get(f"/v1/jobs/{job_id}/artifacts").json()["items"]
+        assert hashlib.sha256(api.get(config["url"]).content).hexdigest() == config["sha256"]
+
+    def test_an_object_that_is_gone(self, api: httpx2.Client, done: str, settings: Settings) -> None:
+        [item, _] = api.get(f"{done}/artifacts").json()["items"]
+        shutil.rmtree(settings.data_dir / "storage" / "jobs")
+        gone = api.get(item["url"])
+        assert (gone.status_code, gone.json()["code"]) == (404, "not_found")
 
 
 def test_another_keys_job_is_not_there(make_client: Callable[..., httpx2.Client], body: Body, url: str) -> None:

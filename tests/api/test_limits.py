@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from sqlalchemy import text
+from sqlalchemy import update
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.auth.models import ApiKey
@@ -22,10 +22,14 @@ from app.db.session import session_factory
 from app.http import rate
 from app.http.problem import Problem
 from app.jobs import leases, service
-from app.jobs.transitions import Trigger
+from app.jobs.models import Job
+from app.storage.service import tensors_folder
+from app.storage.store import open_store
 from secateur.catalog.request import JobRequest
+from tests.api import play
 from tests.test_leases import _at_once
 from tests.workers.conftest import ROOT
+from workers import scheduler
 
 Change = Callable[..., Settings]
 
@@ -156,27 +160,46 @@ def test_size(change: Change, api: httpx2.Client, body: dict[str, Any]) -> None:
     assert refused.json()["errors"][0]["field"] == "model_id"
 
 
-def test_files_are_kept_for_so_long(change: Change, api: httpx2.Client, body: dict[str, Any], session: Session) -> None:
-    old, young, live = (uuid.UUID(api.post("/v1/jobs", json=body).json()["id"]) for _ in range(3))
-    settings = change(retention=3600)
-    for job_id in (old, young, live):
-        artifact = settings.job_dir(job_id) / "artifacts" / "config.json"
-        artifact.parent.mkdir(parents=True)
-        artifact.touch()
-    for job_id in (old, young):
-        leases.claim(session, job_id, "w", 60)
-        leases.move(session, job_id, 1, Trigger.PUBLISH)
-        leases.move(session, job_id, 1, Trigger.SUCCEED)
-    session.execute(
-        text("UPDATE jobs SET finished_at = :then WHERE id = :id"),
-        {"then": dt.datetime.now(dt.UTC) - dt.timedelta(hours=2), "id": old},
-    )
+def test_files_are_kept_for_so_long(
+    change: Change, api: httpx2.Client, body: dict[str, Any], session: Session, settings: Settings
+) -> None:
+    settings = change(artifact_retention=3600, checkpoint_retention=3600)
+    published = {**body, "publish": {"repo_id": "org/small"}}
+    names = {"old": published, "young": published, "unpublished": body, "failed": body}
+    jobs = {name: api.post("/v1/jobs", json=request).json()["id"] for name, request in names.items()}
+    for name, job_id in jobs.items():
+        attempt = play.start(session, job_id)
+        play.finish_round(session, job_id, attempt, 1)
+        open_store(settings).create(f"{tensors_folder(job_id)}step", b"x")
+        if name == "failed":
+            play.fail(session, job_id, attempt)
+        else:
+            play.succeed(session, settings, job_id, attempt)
+    expired = update(Job).values(expires_at=Job.expires_at - dt.timedelta(hours=2))
+    session.execute(expired.where(Job.id != jobs["young"]))
     session.commit()
-    service.delete_expired_files(session, settings)
-    assert [settings.job_dir(job_id).exists() for job_id in (old, young, live)] == [False, True, True]
-    assert api.get(f"/v1/jobs/{old}/artifacts").json()["items"] == []
-    assert len(api.get(f"/v1/jobs/{young}/artifacts").json()["items"]) == 1
-    assert api.get(f"/v1/jobs/{old}").json()["state"] == "succeeded"
+    scheduler.delete_leftovers(session, settings)
+    left = {name: len(api.get(f"/v1/jobs/{job_id}/artifacts").json()["items"]) for name, job_id in jobs.items()}
+    assert left == {"old": 0, "young": 2, "unpublished": 2, "failed": 0}
+    stored = {found.key.split("/")[1] for found in open_store(settings).listing("jobs")}
+    assert stored == {jobs["young"], jobs["unpublished"]}
+    shown = {name: api.get(f"/v1/jobs/{job_id}").json() for name, job_id in jobs.items()}
+    assert {name for name, job in shown.items() if job["expires_at"] is None} == {"unpublished"}
+    ends = [dt.datetime.fromisoformat(shown["young"][name]) for name in ("finished_at", "expires_at")]
+    assert ends[1] - ends[0] == dt.timedelta(hours=1)
+
+
+def test_a_key_that_stores_too_much_makes_no_more_jobs(
+    change: Change, api: httpx2.Client, body: dict[str, Any], session: Session
+) -> None:
+    settings = change(max_stored_bytes=10_000)
+    job_id = api.post("/v1/jobs", json=body).json()["id"]
+    play.succeed(session, settings, job_id, play.start(session, job_id))
+    refused = api.post("/v1/jobs", json=body)
+    assert (refused.status_code, refused.json()["code"]) == (403, "storage_quota_exceeded")
+    assert "10,248 bytes; 10,000 are allowed" in refused.json()["detail"]
+    assert api.delete(f"/v1/jobs/{job_id}").status_code == 204
+    assert api.post("/v1/jobs", json=body).status_code == 202
 
 
 def test_bad_settings(change: Change) -> None:

@@ -19,7 +19,11 @@ from sqlalchemy.orm import Session
 from app.auth import service as auth
 from app.config import Settings, get_settings
 from app.jobs import leases
+from app.jobs.leases import Patience
 from app.jobs.models import Job, JobEvent, JobStep
+from app.storage import repository as storage
+from app.storage.models import StoredFile
+from app.storage.store import open_store
 from secateur.contract.keys import KeySettings
 from tests import hub as fake
 from tests.hub import TOKEN, FakeHub
@@ -52,12 +56,13 @@ def alive(pid: int) -> bool:
 
 
 class JobHandle:
-    """A job in the database, and what its stand-in runner noted in the job's folder."""
+    """A job in the database, and what its stand-in runner noted in a folder of its own."""
 
     def __init__(self, session: Session, settings: Settings, job_id: uuid.UUID) -> None:
         self.session = session
         self.id = job_id
-        self.folder = settings.job_dir(job_id)
+        self.folder = settings.data_dir / "notes" / str(job_id)
+        self.folder.mkdir(parents=True)
 
     @property
     def row(self) -> Job:
@@ -71,6 +76,15 @@ class JobHandle:
         self.session.rollback()
         query = select(JobStep).where(JobStep.job_id == self.id).order_by(JobStep.number)
         return list(self.session.scalars(query, execution_options={"populate_existing": True}))
+
+    @property
+    def artifacts(self) -> dict[str, StoredFile]:
+        """The recorded files of the pruned model, all of which are in the object store."""
+        self.session.rollback()
+        found = {file.name: file for file in storage.files(self.session, self.id)}
+        store = open_store(get_settings())
+        assert all(len(store.read(file.key, 2**30)) == file.size for file in found.values())
+        return found
 
     def events(self, type: str) -> list[dict[str, Any]]:
         self.session.rollback()
@@ -134,7 +148,7 @@ def reap(job: JobHandle) -> None:
     """End the lease of a job whose worker is dead or frozen, and take the job from it as the scheduler does."""
     expire(job)
     settings = get_settings()
-    wait_for(lambda: leases.reap(job.session, settings.max_failures, settings.retry_backoff))
+    wait_for(lambda: leases.reap(job.session, Patience.of(settings)))
 
 
 def shorten_lease(job: JobHandle, worker: subprocess.Popen[bytes]) -> None:

@@ -118,7 +118,7 @@ def test_the_runner_is_dead_before_the_lease_ends_when_the_database_is_gone(
         session.commit()
         job_id = job.id
     worker = start("tests.workers.one_attempt", job_id)
-    notes = settings.job_dir(job_id) / "notes"
+    notes = settings.data_dir / "notes" / str(job_id) / "notes"
     wait_for(lambda: notes.exists() and notes.read_text().count("\n") == 2)
     pid = int(notes.read_text().split()[-1])
     with Session(engine) as session:

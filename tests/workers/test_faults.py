@@ -19,6 +19,7 @@ from app.config import get_settings
 from app.db.migrate import upgrade
 from app.db.session import session_factory
 from app.jobs import leases
+from app.jobs.leases import Patience
 from app.jobs.models import Job
 from secateur.contract.keys import KeySettings
 from tests.hub import FakeHub, Repository
@@ -111,7 +112,7 @@ def test_a_commit_that_was_long_on_its_way_is_refused(
 def test_a_kill_between_the_checkpoint_and_its_row(make_job: MakeJob, supervise: Supervise) -> None:
     job = make_job({"kill_worker_after_checkpoint": 2})
     supervise(job).wait()
-    assert (job.folder / "step-2.attempt-1.json").exists() and [row.number for row in job.steps] == [0, 1]
+    assert (job.folder / "told-2").exists() and [row.number for row in job.steps] == [0, 1]
     reap(job)
     supervise(job).wait()
     assert job.row.state == "succeeded"
@@ -189,7 +190,7 @@ def test_a_clock_that_jumps_neither_keeps_nor_loses_a_lease(
         "by the database's clock"
     )
     job.session.rollback()
-    assert not leases.reap(job.session, 3, 0.0)
+    assert not leases.reap(job.session, Patience.of(get_settings()))
     job.let_go()
     worker.wait()
     assert (job.row.state, job.row.attempt, job.row.failures) == ("succeeded", 1, 0)

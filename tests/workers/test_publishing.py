@@ -160,7 +160,7 @@ def test_several_targets_are_published_once_each(service_hub: FakeHub, make_job:
         assert (target["target_ratio"], target["ratio"]["reached"]) == (ratio, ratio)
         assert (target["repo_id"], target["commit_sha"]) == (f"{REPO}-{name}", repository.head.sha)
         assert target["url"].endswith(f"/{REPO}-{name}/tree/{repository.head.sha}")
-        assert (job.folder / "artifacts" / f"ratio-{ratio:g}" / "model.safetensors").is_file()
+        assert f"ratio-{ratio:g}/model.safetensors" in job.artifacts
     assert row.result["targets"][0]["commit_sha"] == first
     assert [report["ratio"]["target"] for report in row.report["targets"]] == [0.125, 0.5]
 
@@ -171,7 +171,7 @@ def test_several_targets_without_publishing(make_job: MakeJob, start: Start, set
     assert job.row.state == "succeeded" and job.row.result is not None
     [target] = job.row.result["targets"]
     assert target["target_ratio"] == 0.2 and "repo_id" not in target
-    assert (job.folder / "artifacts" / "ratio-0.2" / "model.safetensors").is_file()
+    assert "ratio-0.2/model.safetensors" in job.artifacts
     assert settings.hub_dir is not None and not settings.hub_dir.exists()
 
 

@@ -17,7 +17,7 @@ from app.fleet import repository as fleet
 from app.jobs import dispatch
 from tests.patience import PATIENCE
 from tests.workers.conftest import MakeJob, Start, alive, expire, wait_for
-from workers import scheduler
+from workers import scheduler, scratch
 from workers.__main__ import WORKER_FLAGS
 
 StartWorker = Callable[[], subprocess.Popen[bytes]]
@@ -152,9 +152,8 @@ def test_what_a_killed_worker_left_of_a_cancelled_job_goes(
     ended.sql("state = 'cancelled'")
     live.sql("state = 'running'")
     for job in (ended, live):
-        for name in ("attempt-1", ".attempt-1.tmp", "artifacts"):
-            (job.folder / name).mkdir(parents=True)
-        (job.folder / "step-1.json.abc.tmp").touch()
-    scheduler.delete_leftovers(session, settings)
-    assert [path.name for path in ended.folder.iterdir()] == ["artifacts"]
-    assert len(list(live.folder.iterdir())) == 4
+        for attempt in (0, 1):
+            (scratch.folder_of(settings, job.id, attempt) / "output").mkdir(parents=True)
+    live.sql("attempt = 1")
+    scratch.delete_abandoned(session, settings)
+    assert [path.name for path in settings.work_dir.iterdir()] == [f"{live.id}.1"]

@@ -152,8 +152,11 @@ class AsyncClient:
             await async_sleep(pause(attempt, response))
 
     def stream(self, path: str, headers: Mapping[str, str]) -> Any:
-        """Return an open response to a GET request, as a context manager."""
-        return self._http.stream("GET", path, headers=headers)
+        """Return an open response to a GET request, as a context manager.
+
+        A redirect to the object store is followed; the API key is sent to the service alone.
+        """
+        return self._http.stream("GET", path, headers=headers, follow_redirects=True)
 
 
 class AsyncJobs:
@@ -431,7 +434,7 @@ class AsyncJob:
         return [Report(each) for each in found.get("targets", [found])]
 
     async def artifacts(self) -> list[Artifact]:
-        """Return the files of the pruned model; there are none before the job has succeeded."""
+        """Return the files of the pruned model; there are none before the model is written and checked."""
         return ArtifactList.model_validate((await self._client.request("GET", f"{self._path}/artifacts")).json()).items
 
     async def download(self, folder: Path | str) -> Path:
