@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from transformers.utils import logging as transformers_logging
 
 from secateur.catalog.architectures import check_config
-from secateur.catalog.sources import ModelSource, check_size, check_weight_files, hub_error, locate
+from secateur.catalog.sources import ModelSource, check_files, check_size, check_weight_files, hub_error, locate
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model import chatglm
 from secateur.engine.model.decoder import Decoder
@@ -65,8 +65,9 @@ def download(
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
         raise hub_error(error, source.model_id) from None
     if source.gguf_file is None:
-        check_weight_files(source.model_id, Path(folder))
-        return replace(source, path=Path(folder))
+        source = replace(source, path=Path(folder))
+        check_files(source)
+        return source
     local = locate(folder, gguf_file=source.gguf_file, allow_paths=True)
     return replace(source, path=Path(folder), config=local.config)
 
