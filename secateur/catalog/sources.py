@@ -43,7 +43,8 @@ FEWEST = 0.5
 by tensor."""
 HALF_DTYPES = ("bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "ice_text.model")
-BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.txt")
+TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+BESIDE_TOKENIZER = (*TOKENIZER_CONFIGS, "merges.txt", "vocab.txt")
 
 # GGUF metadata keys ("{architecture}.…") by config.json's names (GGUF specification, "Standardized key-value pairs").
 GGUF_KEYS = {
@@ -243,20 +244,44 @@ def check_files(source: ModelSource) -> None:
             sizes = [math.prod(shard.get_slice(name).get_shape()) for name in shard.keys()]  # noqa: SIM118
         tensors, elements = tensors + len(sizes), elements + sum(sizes)
     _check_declared(source.model_id, source.config, tensors, elements)
-    if not any((source.path / name).is_file() for name in TOKENIZER_FILES):
+    _check_generation_config(source.model_id, source.path / "generation_config.json")
+    _check_tokenizer_files(source.model_id, source.path)
+
+
+def _check_generation_config(model_id: str, path: Path) -> None:
+    if not path.exists():
+        return
+    try:
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        raise PruningError(
+            ErrorCode.CONFIG_INVALID, f"{path.name} of {model_id} cannot be read: {error}", field="model_id"
+        ) from None
+    check_values(found, path.name)
+
+
+def _check_tokenizer_files(model_id: str, folder: Path) -> None:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise PruningError(
             ErrorCode.TOKENIZER_MISSING,
-            f"{source.model_id} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
+            f"{model_id} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
             field="model_id",
         )
     for name in (*TOKENIZER_FILES, *BESIDE_TOKENIZER):
-        path = source.path / name
-        if path.is_file() and path.stat().st_size > LARGEST_TOKENIZER:
+        path = folder / name
+        try:
+            if path.exists() and not path.is_file():
+                raise ValueError("it is no regular file")
+            if path.exists() and path.stat().st_size > LARGEST_TOKENIZER:
+                raise ValueError(f"it has {path.stat().st_size:,} bytes; allowed: {LARGEST_TOKENIZER:,}")
+            if path.exists() and name in TOKENIZER_CONFIGS:
+                read_json(path)
+        except (OSError, ValueError) as error:
             raise PruningError(
-                ErrorCode.TOKENIZER_UNUSABLE,
-                f"{name} of {source.model_id} has {path.stat().st_size:,} bytes; allowed: {LARGEST_TOKENIZER:,}.",
-                field="model_id",
-            )
+                ErrorCode.TOKENIZER_UNUSABLE, f"{name} of {model_id} cannot be read: {error}", field="model_id"
+            ) from None
 
 
 def _check_declared(model_id: str, config: Mapping[str, Any], tensors: int, elements: int) -> None:

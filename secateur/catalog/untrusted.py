@@ -34,7 +34,16 @@ COUNTS = re.compile(r"^(n|num|max)_|(?<!chunk)_size$|(^|_)(head|ffn|proj)_dim$")
 """Keys of counts."""
 OBJECTS = ("rope_scaling", "rope_parameters", "full_attention", "sliding_attention")
 LISTS = ("architectures", "layer_types", "mlp_only_layers")
-TEXTS = ("model_type", "hidden_act", "hidden_activation", "activation_function", "rope_type", "type", "dtype", "torch_dtype")
+TEXTS = (
+    "model_type",
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "rope_type",
+    "type",
+    "dtype",
+    "torch_dtype",
+)
 NUMBERS = ("partial_rotary_factor", "query_pre_attn_scalar", "rope_ratio")
 
 
@@ -69,12 +78,12 @@ def _parts(value: Any) -> Iterator[Any]:
     return (part for part in parts if isinstance(part, dict | list))
 
 
-def check_values(config: Mapping[str, Any]) -> None:
+def check_values(config: Mapping[str, Any], file: str = "config.json") -> None:
     """Check the type and the size of all values of a config, at every level.
 
     Counts, such as sizes and numbers of layers, are whole numbers from 0 to :data:`LARGEST_NUMBER`, or lists of them.
     Any other whole number has at most this magnitude, and every number is finite. The keys that this project reads have
-    the type that it expects.
+    the type that it expects. ``file`` is the name of the config's file in the message.
 
     Raises:
         PruningError: ``config_invalid``; the message names the key, the value and what is allowed.
@@ -85,7 +94,9 @@ def check_values(config: Mapping[str, Any]) -> None:
         path, key, value = open_values.pop()
         if (allowed := _allowed(key, value)) is not None:
             raise PruningError(
-                ErrorCode.CONFIG_INVALID, f"config.json: '{path}' must be {allowed}, not {shown(value)}.", field="model_id"
+                ErrorCode.CONFIG_INVALID,
+                f"{file}: '{path}' must be {allowed}, not {shown(value)}.",
+                field="model_id",
             )
         inner: list[tuple[str, str, Any]] = []
         if isinstance(value, Mapping):
@@ -96,7 +107,7 @@ def check_values(config: Mapping[str, Any]) -> None:
         if left < 0:
             raise PruningError(
                 ErrorCode.CONFIG_INVALID,
-                f"config.json has too many values; allowed: {MOST_VALUES:,}.",
+                f"{file} has too many values; allowed: {MOST_VALUES:,}.",
                 field="model_id",
             )
         open_values += inner

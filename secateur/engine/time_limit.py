@@ -3,7 +3,7 @@
 import contextvars
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from secateur.contract.errors import ErrorCode, PruningError
 
@@ -11,9 +11,12 @@ TOKENIZER_SECONDS = 120.0
 CHARACTERS_PER_SECOND = 20_000
 """Speed below which a tokenizer counts as hung; usual ones are a hundred times as fast."""
 BUILD_SECONDS = 300.0
+"""Time in which a model without an adapter is built without weights."""
+
+T = TypeVar("T")
 
 
-def within[T](seconds: float, refusal: PruningError, work: Callable[[], T]) -> T:
+def within(seconds: float, refusal: PruningError, work: Callable[[], T]) -> T:
     """Return the result of ``work``, or raise ``refusal`` if there is none after ``seconds``.
 
     Python cannot stop a thread. After a refusal the thread of ``work`` goes on until the process ends; it keeps no
@@ -43,7 +46,7 @@ def within[T](seconds: float, refusal: PruningError, work: Callable[[], T]) -> T
     return results[0]
 
 
-def with_tokenizer[T](characters: int, work: Callable[[], T]) -> T:
+def with_tokenizer(characters: int, work: Callable[[], T]) -> T:
     """Return the result of ``work``, in which a tokenizer is loaded or reads a text of ``characters`` characters.
 
     Raises:

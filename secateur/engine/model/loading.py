@@ -24,6 +24,7 @@ from secateur.engine.model import chatglm
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.generic import sizes_of, verify
 from secateur.engine.model.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM
+from secateur.engine.time_limit import with_tokenizer
 
 # The pattern is not *.safetensors, because some repositories hold a second copy of the model under other names.
 HUB_FILES = [
@@ -97,7 +98,7 @@ def load(source: ModelSource, dtype: str, device: torch.device, max_parameters: 
 
     Raises:
         PruningError: ``model_too_large``, ``unsupported_architecture``, ``config_invalid``, ``weights_missing``,
-            ``weights_corrupt``, ``weights_not_finite``, ``tokenizer_missing``.
+            ``weights_corrupt``, ``weights_not_finite``, ``tokenizer_missing``, ``tokenizer_unusable``.
     """
     assert source.path is not None
     transformers_logging.disable_progress_bar()
@@ -161,19 +162,26 @@ def adopt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Mo
 
 def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     assert source.path is not None
-    try:
+    path, gguf_file = source.path, source.gguf_file
+
+    def read() -> PreTrainedTokenizerBase:
         if source.chatglm:
             return chatglm.load_tokenizer(source)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.path, gguf_file=source.gguf_file, trust_remote_code=False
+            path, gguf_file=gguf_file, trust_remote_code=False
         )
+        return tokenizer
+
+    try:
+        return with_tokenizer(0, read)
+    except PruningError:
+        raise
     except Exception as error:  # the loaders pass on any exception of their parsers
         raise PruningError(
             ErrorCode.TOKENIZER_MISSING,
             f"The tokenizer of {source.model_id} cannot be loaded: {error}",
             field="model_id",
         ) from error
-    return tokenizer
 
 
 def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel:
