@@ -117,6 +117,11 @@ class Settings(LibrarySettings):
     max_runtime_seconds: float | None = Field(None, gt=0)
     """Longest duration of one run of a job, even if the request allows a longer one."""
     max_model_parameters: int | None = Field(None, ge=1)
+    max_child_memory_bytes: int | None = Field(None, ge=1)
+    """Largest amount of memory that the child process of a job and its own children use; ``None`` is the memory of the
+    machine or of the container. Mapped files do not count."""
+    max_job_disk_bytes: int | None = Field(None, ge=1)
+    """Largest size of a job's folder, and of any single file that a child process of a job writes."""
     retention: float | None = Field(None, gt=0)
     """Time after a job's end at which its artifacts and checkpoints are deleted; ``None`` keeps them until the job is
     deleted."""

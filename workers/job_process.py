@@ -16,7 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from secateur.contract.errors import PruningError
 from secateur.processes import spawn
+from workers.limits import Limits
 
 STDERR_LINES = 40
 END = object()
@@ -30,17 +32,20 @@ class JobProcess:
     :meth:`kill`; each of the three is enough.
     """
 
-    def __init__(self, argv: list[str], job: dict[str, Any], deadline: float, temporary: Path) -> None:
+    def __init__(self, argv: list[str], job: dict[str, Any], deadline: float, temporary: Path, limits: Limits) -> None:
         """Start ``argv`` and send it ``job``.
 
-        The process dies at ``deadline`` (``time.monotonic()``) unless it is renewed. The temporary files of the process
-        and its libraries are in the folder ``temporary``.
+        The process dies at ``deadline`` (``time.monotonic()``) unless it is renewed, and when it exceeds ``limits``. The
+        temporary files of the process and its libraries are in the folder ``temporary``.
         """
+        self.excess: PruningError | None = None
+        """The limit for which the process was killed."""
         self.deadline = deadline
         """The last deadline that the process was given while it lived."""
         self._process = spawn(
             argv,
             timer=max(0.001, deadline - time.monotonic()),
+            file_size=limits.disk,
             env=os.environ | {"TMPDIR": str(temporary)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -51,6 +56,7 @@ class JobProcess:
         self._readers = [
             threading.Thread(target=self._read_messages, args=(self._process.stdout,), daemon=True),
             threading.Thread(target=self._read_stderr, args=(self._process.stderr,), daemon=True),
+            threading.Thread(target=self._keep_within, args=(limits,), daemon=True),
         ]
         for reader in self._readers:
             reader.start()
@@ -107,6 +113,19 @@ class JobProcess:
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # the process is dead, and receive() reports that
+
+    def _keep_within(self, limits: Limits) -> None:
+        self.excess = limits.watch(self._process.pid, self._has_ended)
+        if self.excess is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _has_ended(self) -> bool:
+        """Return whether the process has ended, and leave its return code and its id to :meth:`kill`."""
+        try:
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True
 
     def _read_messages(self, pipe: IO[bytes]) -> None:
         with pipe:

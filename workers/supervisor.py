@@ -33,7 +33,9 @@ from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.stages import Stage
 from secateur.contract.states import State
 from secateur.processes import describe_exit
+from workers.devices import host_memory
 from workers.job_process import JobProcess
+from workers.limits import Limits
 from workers.supervisor_link import explain
 
 log = logging.getLogger(__name__)
@@ -61,10 +63,14 @@ class DatabaseLost(Exception):
 
 
 class Failed(Exception):
-    """The attempt failed; ``error`` is what the job records."""
+    """The attempt failed; ``error`` is what the job records.
 
-    def __init__(self, code: ErrorCode, message: str) -> None:
+    ``outside`` says that the cause was outside the child, so that the same failure at the same place may be chance.
+    """
+
+    def __init__(self, code: ErrorCode, message: str, outside: bool = False) -> None:
         super().__init__(message)
+        self.outside = outside
         self.error = PruningError(code, message).as_dict()
 
 
@@ -73,6 +79,7 @@ class Reported(Failed):
 
     def __init__(self, error: dict[str, Any]) -> None:
         Exception.__init__(self, error["message"])
+        self.outside = False
         self.error = error
 
 
@@ -136,7 +143,6 @@ class Attempt:
 
     def _run(self, runner: list[str], publisher: list[str]) -> None:
         """Make the attempt, and record what follows from the way it ended."""
-        settings = self.settings
         try:
             self._prune_and_publish(runner, publisher)
         except Cancelled:
@@ -144,15 +150,19 @@ class Attempt:
         except (Paused, ShuttingDown):
             self._write(leases.release)
         except DatabaseLost:
-            self.deadline += settings.lease_margin  # the children are dead, so the lease may be used to its end
+            self.deadline += self.settings.lease_margin  # the children are dead, so the lease may be used to its end
             self._write(leases.release)
         except LeaseLost:
             raise
         except Failed as failure:
-            self._write(leases.fail, failure.error, settings.max_failures, settings.retry_backoff)
+            self._fail(failure.error, failure.outside)
         except Exception as error:
-            reason = explain(error, str(settings.data_dir))
-            self._write(leases.fail, reason, settings.max_failures, settings.retry_backoff)
+            reason = explain(error, str(self.settings.data_dir))
+            self._fail(reason)
+
+    def _fail(self, error: dict[str, Any], outside: bool = False) -> None:
+        place = None if outside else {name: self.progress[name] for name in ("stage", "step")}
+        self._write(leases.fail, error, self.settings.max_failures, self.settings.retry_backoff, place)
 
     def _prune_and_publish(self, runner: list[str], publisher: list[str]) -> None:
         self.progress["steps"] = components(PruningSpec.of_request(self.claim.request)).steps
@@ -198,7 +208,7 @@ class Attempt:
         """Run a child to its end and return its last message; whatever happens, the child is dead afterwards."""
         oom_kills = _oom_kills()
         self.temporary.mkdir(exist_ok=True)
-        child = JobProcess(argv, job, self.deadline, self.temporary)
+        child = JobProcess(argv, job, self.deadline, self.temporary, Limits.of(self.settings, self.folder))
         try:
             return self._listen(child)
         except EOFError:
@@ -272,14 +282,21 @@ class Attempt:
         code = child.kill()
         if code == -signal.SIGALRM and time.monotonic() >= child.deadline:
             return DatabaseLost("the lease could not be renewed in time")
+        if child.excess is not None:
+            return Reported(child.excess.as_dict())
         message = f"The worker's process {describe_exit(code)}."
-        if code == -signal.SIGKILL:
-            known = _oom_kills() > oom_kills
-            message += f" The machine {'ran' if known else 'probably ran'} out of memory."
-        if code == -signal.SIGALRM:
+        failed = Failed(ErrorCode.RUNNER_DIED, message)
+        if code == -signal.SIGKILL and _oom_kills() > oom_kills:
+            message += f" The machine ran out of memory; it has {host_memory():,} bytes."
+            failed = Failed(ErrorCode.OUT_OF_MEMORY, message)
+        elif code == -signal.SIGKILL:  # no process sends itself this signal
+            message += " The machine probably ran out of memory."
+            failed = Failed(ErrorCode.RUNNER_DIED, message, outside=True)
+        elif code == -signal.SIGALRM:
             message += " It was hung: it did not read its renewals."
+            failed = Failed(ErrorCode.RUNNER_DIED, message)
         log.warning("%s Its last words:\n%s", message, child.stderr_tail)  # the owner must not see the service's paths
-        return Failed(ErrorCode.RUNNER_DIED, message)
+        return failed
 
     def _write(self, operation: Callable[..., Any], *values: Any, **named: Any) -> Any:
         """Run a fenced operation of :mod:`app.jobs.leases`.

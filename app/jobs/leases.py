@@ -15,11 +15,13 @@ from sqlalchemy.orm import Session
 
 from app.auth import repository as keys
 from app.jobs import transitions
-from app.jobs.models import Job, JobStep
+from app.jobs.models import Job, JobEvent, JobStep
 from app.jobs.transitions import Trigger
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.states import State
 
+OWN_FAULTS = (ErrorCode.RUNNER_DIED, ErrorCode.RUNNER_STALLED, ErrorCode.INTERNAL_ERROR)
+"""Errors whose cause is in the job's own processes; all other errors that are tried again come from outside."""
 LIVE = (State.RUNNING, State.PUBLISHING, State.CANCELLING)
 
 
@@ -187,32 +189,57 @@ def release(session: Session, job_id: uuid.UUID, attempt: int) -> State:
 
 
 def fail(
-    session: Session, job_id: uuid.UUID, attempt: int, error: dict[str, Any], max_failures: int, backoff: float
+    session: Session,
+    job_id: uuid.UUID,
+    attempt: int,
+    error: dict[str, Any],
+    max_failures: int,
+    backoff: float,
+    place: dict[str, Any] | None = None,
 ) -> State:
     """Record that the attempt failed with ``error`` {code, message, retryable}, and return the new state; fenced.
 
     Requeue the job if the error is retryable and the job has failed fewer than ``max_failures`` times; otherwise fail
-    it. The wait before the next attempt is ``backoff`` seconds, doubled with every failure.
+    it. ``place`` {stage, step} says where the attempt was: an error of the job's own processes that comes a second time
+    at the same place, with no step completed in between, fails the job at once. The wait before the next attempt is ``backoff`` seconds, doubled with every failure.
 
     Raises:
         LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
     """
-    state = _fail(session, owned(session, job_id, attempt), error, max_failures, backoff)
+    state = _fail(session, owned(session, job_id, attempt), error, max_failures, backoff, place)
     session.commit()
     return state
 
 
-def _fail(session: Session, job: Job, error: dict[str, Any], max_failures: int, backoff: float) -> State:
+def _fail(
+    session: Session,
+    job: Job,
+    error: dict[str, Any],
+    max_failures: int,
+    backoff: float,
+    place: dict[str, Any] | None = None,
+) -> State:
     failures = job.failures + 1
+    if job.failures and _repeats(session, job, error, place):
+        error = {**error, "retryable": False, "message": f"{error['message']} It happened twice at the same place."}
     if job.state != State.CANCELLING and error["retryable"] and failures < max_failures:
         wait = _in(backoff * 2 ** (failures - 1))
         transitions.apply(session, job, Trigger.REQUEUE, failures=failures, not_before=wait)
-        transitions.record_event(session, job, "retry", {"error": error, "failures": failures})
+        transitions.record_event(session, job, "retry", {"error": error, "failures": failures, "place": place})
     elif job.state == State.CANCELLING:
         transitions.apply(session, job, Trigger.FAIL)
     else:
         transitions.apply(session, job, Trigger.FAIL, failures=failures, error=error)
     return State(job.state)
+
+
+def _repeats(session: Session, job: Job, error: dict[str, Any], place: dict[str, Any] | None) -> bool:
+    """Return whether the job's last failure was the same error of its own processes at the same place."""
+    if place is None or error["code"] not in OWN_FAULTS:
+        return False
+    query = select(JobEvent.data).where(JobEvent.job_id == job.id, JobEvent.type == "retry")
+    last = session.scalars(query.order_by(JobEvent.id.desc()).limit(1)).one_or_none() or {}
+    return bool(last.get("place") == place and last["error"]["code"] == error["code"])
 
 
 def owned_ids(session: Session) -> Sequence[uuid.UUID]:
