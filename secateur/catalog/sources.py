@@ -229,23 +229,31 @@ def _local(model_id: str, folder: Path, revision: str | None, gguf_file: str | N
 
 
 def check_files(source: ModelSource) -> None:
-    """Check the files of a safetensors model on this machine, before anything is built from its config.
+    """Check the files of a safetensors model on this machine.
 
     Raises:
-        PruningError: ``weights_missing``, ``weights_corrupt``, ``config_invalid`` if the config declares far more than
-            the weight files hold, ``tokenizer_missing``, or ``tokenizer_unusable`` if a file of the tokenizer is too
-            large.
+        PruningError: ``weights_missing``, ``weights_corrupt``, ``config_invalid``, ``tokenizer_missing`` or
+            ``tokenizer_unusable``.
+    """
+    assert source.path is not None
+    check_weight_files(source.model_id, source.path)
+    _check_generation_config(source.model_id, source.path / "generation_config.json")
+    _check_tokenizer_files(source.model_id, source.path)
+
+
+def check_declared(source: ModelSource) -> None:
+    """Check that the weight files hold about as much as the config declares, before anything is built from the config.
+
+    Raises:
+        PruningError: ``config_invalid``.
     """
     assert source.path is not None and source.config is not None
     tensors = elements = 0
-    files = check_weight_files(source.model_id, source.path)
-    for file in sorted(set(files.values())):
+    for file in sorted(set(check_weight_files(source.model_id, source.path).values())):
         with safe_open(file, framework="numpy") as shard:
             sizes = [math.prod(shard.get_slice(name).get_shape()) for name in shard.keys()]  # noqa: SIM118
         tensors, elements = tensors + len(sizes), elements + sum(sizes)
-    _check_declared(source.model_id, source.config, tensors, elements)
-    _check_generation_config(source.model_id, source.path / "generation_config.json")
-    _check_tokenizer_files(source.model_id, source.path)
+    _compare(source.model_id, source.config, tensors, elements)
 
 
 def _check_generation_config(model_id: str, path: Path) -> None:
@@ -284,12 +292,7 @@ def _check_tokenizer_files(model_id: str, folder: Path) -> None:
             ) from None
 
 
-def _check_declared(model_id: str, config: Mapping[str, Any], tensors: int, elements: int) -> None:
-    """Check that the weight files hold about as much as the config declares.
-
-    Raises:
-        PruningError: ``config_invalid``.
-    """
+def _compare(model_id: str, config: Mapping[str, Any], tensors: int, elements: int) -> None:
     layers, parameters = declared_parameters(config)
     if layers > tensors or elements < FEWEST * parameters:
         raise PruningError(
@@ -426,7 +429,7 @@ def _gguf_config(path: Path) -> dict[str, Any]:
     config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
     check_values(config)
     shape_from_config(config)
-    _check_declared(path.name, config, len(header.tensors), sum(header.tensors.values()))
+    _compare(path.name, config, len(header.tensors), sum(header.tensors.values()))
     return config
 
 

@@ -16,12 +16,14 @@ from transformers import PreTrainedTokenizerFast
 
 from secateur.catalog import sources
 from secateur.catalog.architectures import shape_from_config
-from secateur.catalog.sources import check_files, locate
+from secateur.catalog.sources import locate
+from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine import time_limit
 from secateur.engine.model.generic import _build
-from secateur.engine.model.loading import load
+from secateur.engine.model.loading import download, load
 from tests.engine.models import SIZES, make_model, save
+from tests.engine.running import prune
 
 LLAMA = "llama"
 UNADAPTED = "stablelm"
@@ -79,9 +81,6 @@ def test_sizes_of_every_wrong_kind(family: str, key: str, folders: dict[str, Pat
         ({"hidden_act": {}}, "hidden_act"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"labels": list(range(300_000))}, "too many values"),
-        ({"num_hidden_layers": 1000}, "declares 1,000 layers"),
-        ({"intermediate_size": 2**20}, "declares"),
-        ({"vocab_size": 2**24}, "declares"),
     ],
 )
 def test_values_of_a_config(
@@ -93,6 +92,20 @@ def test_values_of_a_config(
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     error = refused(folder)
     assert error.code == "config_invalid" and key in error.message and error.field == "model_id"
+
+
+@pytest.mark.parametrize("family", [LLAMA, UNADAPTED])
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 1000}, {"intermediate_size": 2**20}, {"vocab_size": 2**24}])
+def test_a_config_that_declares_more_than_the_files_hold(
+    family: str, changes: dict[str, int], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders[family], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(PruningError, match=r"declares [0-9,]+ layers and [0-9,]+ parameters") as caught:
+        download(locate(str(folder), allow_paths=True), None, None, lambda *_: None)
+    assert caught.value.code == "config_invalid" and not caught.value.retryable
 
 
 def test_a_model_that_grows_while_it_is_built() -> None:
@@ -182,15 +195,6 @@ def test_a_safetensors_header_that_is_too_large(folders: dict[str, Path], tmp_pa
         file.truncate(2**30)
     error = refused(folder)
     assert error.code == "weights_corrupt" and "header" in error.message
-
-
-def test_files_of_the_hub_are_checked_against_the_config(folders: dict[str, Path]) -> None:
-    """What a download brought passes the same checks."""
-    source = locate(str(folders[LLAMA]), allow_paths=True)
-    assert source.config is not None
-    source.config["num_hidden_layers"] = 800
-    with pytest.raises(PruningError, match="800 layers"):
-        check_files(source)
 
 
 def text(value: str) -> bytes:
@@ -291,6 +295,25 @@ def test_a_tokenizer_that_backtracks(
     with pytest.raises(PruningError, match=re.escape(says)) as caught:
         time_limit.encode(spoiled(tokenizer, pattern, part), long)
     assert caught.value.code == ErrorCode.TOKENIZER_UNUSABLE and not caught.value.retryable
+
+
+def test_a_run_with_a_tokenizer_that_backtracks(
+    folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run ends with the reason, wherever the text comes from; the supervisor of a job reports the same error."""
+    monkeypatch.setattr(time_limit, "TOKENIZER_SECONDS", 10.0)
+    folder = tmp_path / "model"
+    shutil.copytree(folders[LLAMA], folder)
+    spoiled(tokenizer, HANGING, "pre_tokenizer").save_pretrained(folder)
+    spec = PruningSpec(
+        target_ratio=0.3,
+        method="magnitude",
+        calibration=Calibration(texts=[LINES], sequence_length=32),
+        evaluation=Evaluation(samples=4, sequence_length=32, latency=False),
+    )
+    with pytest.raises(PruningError, match="tokenizer did not finish") as caught:
+        prune(str(folder), spec, tmp_path / "out")
+    assert caught.value.code == "tokenizer_unusable" and not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_file_that_is_too_large(

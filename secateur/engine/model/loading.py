@@ -18,7 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from transformers.utils import logging as transformers_logging
 
 from secateur.catalog.architectures import check_config
-from secateur.catalog.sources import ModelSource, check_files, check_size, check_weight_files, hub_error, locate
+from secateur.catalog.sources import (
+    ModelSource,
+    check_declared,
+    check_files,
+    check_size,
+    check_weight_files,
+    hub_error,
+    locate,
+)
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model import chatglm
 from secateur.engine.model.decoder import Decoder
@@ -43,7 +51,7 @@ HUB_FILES = [
 def download(
     source: ModelSource, token: str | None, endpoint: str | None, told: Callable[[int, int], None]
 ) -> ModelSource:
-    """Download the files of a source and return the source with its local path.
+    """Download the files of a source, check them against its config, and return the source with its local path.
 
     The Hub cache keeps files that were downloaded before. ``told`` is called with the number of bytes that are on this
     machine, and with the number of bytes of all files that are known so far.
@@ -52,6 +60,8 @@ def download(
         PruningError: ``hub_unavailable`` (retryable), ``weights_missing``, ``weights_corrupt``, ``config_invalid``.
     """
     if source.path is not None:
+        if source.gguf_file is None:
+            check_declared(source)
         return source
     patterns = HUB_FILES if source.gguf_file is None else [source.gguf_file, *HUB_FILES[-4:]]
     try:
@@ -68,6 +78,7 @@ def download(
     if source.gguf_file is None:
         source = replace(source, path=Path(folder))
         check_files(source)
+        check_declared(source)
         return source
     local = locate(folder, gguf_file=source.gguf_file, allow_paths=True)
     return replace(source, path=Path(folder), config=local.config)
