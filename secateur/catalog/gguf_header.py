@@ -125,7 +125,7 @@ class _Reader:
         return list(struct.unpack(f"{self._order}{length}{form}", self._take(length * struct.calcsize(f"={form}"))))
 
     def _count(self, what: str, most: int, form: str = "Q") -> int:
-        count = self._number(form)
+        count: int = self._number(form)
         if count > most:
             raise ValueError(f"it declares {count:,} {what}; allowed: {most:,}")
         return count
