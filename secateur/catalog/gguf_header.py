@@ -44,8 +44,10 @@ class Skipped:
     length: int
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, blocks: Mapping[int, tuple[int, int]]) -> Header:
     """Read the header of a GGUF file, and check that all that it declares can be in the file.
+
+    ``blocks`` has, for each kind of tensor, the number of elements and of bytes in a block.
 
     Raises:
         OSError: The file cannot be read.
@@ -54,12 +56,13 @@ def read_header(path: Path) -> Header:
     if not path.is_file():  # reading a pipe might never end
         raise ValueError("it is no regular file")
     with path.open("rb") as file:
-        return _Reader(file, path.stat().st_size).header()
+        return _Reader(file, path.stat().st_size, blocks).header()
 
 
 class _Reader:
-    def __init__(self, file: IO[bytes], size: int) -> None:
+    def __init__(self, file: IO[bytes], size: int, blocks: Mapping[int, tuple[int, int]]) -> None:
         self._file = file
+        self._blocks = blocks
         self._size = size
         self._order = "<"
         self._elements = 0
@@ -82,8 +85,6 @@ class _Reader:
         return Header(values, self._tensors(tensors))
 
     def _tensors(self, count: int) -> dict[str, int]:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
         found: dict[str, int] = {}
         ends = []
         for _ in range(count):
@@ -92,7 +93,9 @@ class _Reader:
                 raise ValueError(f"it has the tensor '{name[:100]}' twice")
             dimensions = [self._number("Q") for _ in range(self._count("dimensions", MOST_DIMENSIONS, "I"))]
             elements, kind, offset = math.prod(dimensions), self._number("I"), self._number("Q")
-            block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            if kind not in self._blocks:
+                raise ValueError(f"its tensor '{name[:100]}' is of the unknown kind {kind}")
+            block, size = self._blocks[kind]
             ends.append((name, offset + elements * size // block))
             found[name] = elements
         begin = self._file.tell()

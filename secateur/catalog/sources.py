@@ -403,8 +403,10 @@ def _check_header_size(path: Path) -> None:
 def _gguf_config(path: Path) -> dict[str, Any]:
     """Return the sizes in a GGUF file's metadata, under the names of config.json."""
     require("engine", "Reading a GGUF file", "gguf", field="gguf_file")
+    from gguf.constants import GGML_QUANT_SIZES
+
     try:
-        header = read_header(path)
+        header = read_header(path, GGML_QUANT_SIZES)
         architecture = header.values["general.architecture"]
         if not isinstance(architecture, str):
             raise ValueError("its 'general.architecture' is no text")
