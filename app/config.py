@@ -186,6 +186,11 @@ class Settings(LibrarySettings):
     max_stored_bytes: int | None = Field(None, ge=1)
     """Largest number of bytes that the artifacts of one API key's jobs may have together; a key that has reached the
     number can create no more jobs until it deletes some."""
+    max_child_memory_bytes: int | None = Field(None, ge=1)
+    """Largest amount of memory that the child process of a job and its own children use; ``None`` is the memory of the
+    machine or of the container. Mapped files do not count."""
+    max_job_disk_bytes: int | None = Field(None, ge=1)
+    """Largest size of a job's folder, and of any single file that a child process of a job writes."""
     webhook_secret: Annotated[SecretStr, AfterValidator(_signing_secret)] | None = None
     """Secret that signs webhooks: ``whsec_`` and 24 to 64 bytes in base64 (Standard Webhooks). If this is unset, the
     service refuses requests that name a ``webhook_url``."""

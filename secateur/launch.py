@@ -8,6 +8,7 @@ deadlock.
 import ctypes
 import json
 import os
+import resource
 import signal
 import sys
 
@@ -63,6 +64,8 @@ def main() -> None:
         become(*options["user"])
     # A change of user clears the death signal, so the signal is set after the change.
     die_with_parent(options["parent"], options["death_signal"])
+    if options["file_size"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (options["file_size"], options["file_size"]))
     if options["timer"] is not None:
         signal.setitimer(signal.ITIMER_REAL, options["timer"])
     os.execv(argv[0], argv)

@@ -17,6 +17,7 @@ def spawn(
     death_signal: int = signal.SIGKILL,
     timer: float | None = None,
     user: tuple[int, int, int | None] | None = None,
+    file_size: int | None = None,
     **popen: Any,
 ) -> subprocess.Popen[bytes]:
     """Start ``argv``, whose first item is an absolute path, in a session of its own.
@@ -24,9 +25,16 @@ def spawn(
     The kernel sends ``death_signal`` to the child when the calling thread ends, for whatever reason; long-lived
     children must therefore be started from the main thread. The kernel kills the child after ``timer`` seconds unless
     the child sets ITIMER_REAL again. ``user`` is (uid, gid, capability to keep), as in :func:`secateur.launch.become`.
+    Neither the child nor its own children can write a file of more than ``file_size`` bytes (RLIMIT_FSIZE).
     ``popen`` holds further arguments of :class:`subprocess.Popen`.
     """
-    options = {"parent": os.getpid(), "death_signal": int(death_signal), "timer": timer, "user": user}
+    options = {
+        "parent": os.getpid(),
+        "death_signal": int(death_signal),
+        "timer": timer,
+        "user": user,
+        "file_size": file_size,
+    }
     return subprocess.Popen(
         [sys.executable, "-I", "-S", LAUNCH, json.dumps(options), *argv], start_new_session=True, **popen
     )

@@ -27,9 +27,14 @@ def device_memory() -> dict[str, Any]:
         if found and found[0].strip().isdigit():
             return {"device": "cuda", "memory_bytes": int(found[0]) * 2**20}
         return {"device": "cuda"}
+    return {"device": "cpu", "memory_bytes": host_memory()}
+
+
+def host_memory() -> int:
+    """Return the bytes of memory that the machine or the container has."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limits = [path.read_text().strip() for path in CGROUP_LIMITS if path.is_file()]
-    return {"device": "cpu", "memory_bytes": min([machine, *(int(limit) for limit in limits if limit.isdigit())])}
+    return min([machine, *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def _nvidia_smi(*arguments: str) -> list[str]:

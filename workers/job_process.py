@@ -17,7 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from secateur.contract.errors import PruningError
 from secateur.processes import spawn
+from workers.limits import Limits
 
 STDERR_LINES = 40
 LONGEST_LINE = 2**16
@@ -34,19 +36,28 @@ class JobProcess:
     """
 
     def __init__(
-        self, argv: list[str], job: dict[str, Any], deadline: float, temporary: Path, heard: Callable[[str], object]
+        self,
+        argv: list[str],
+        job: dict[str, Any],
+        deadline: float,
+        temporary: Path,
+        heard: Callable[[str], object],
+        limits: Limits,
     ) -> None:
         """Start ``argv`` and send it ``job``.
 
-        The process dies at ``deadline`` (``time.monotonic()``) unless it is renewed. The temporary files of the process
-        and its libraries are in the folder ``temporary``. ``heard`` is called with each line that the process writes to
-        stderr, from a thread.
+        The process dies at ``deadline`` (``time.monotonic()``) unless it is renewed, and when it exceeds ``limits``. The
+        temporary files of the process and its libraries are in the folder ``temporary``. ``heard`` is called with each
+        line that the process writes to stderr, from a thread.
         """
+        self.excess: PruningError | None = None
+        """The limit for which the process was killed."""
         self.deadline = deadline
         """The last deadline that the process was given while it lived."""
         self._process = spawn(
             argv,
             timer=max(0.001, deadline - time.monotonic()),
+            file_size=limits.disk,
             # A process without a Hub token must not find the service's token in the environment or on the disk.
             env=os.environ | {"TMPDIR": str(temporary), "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"},
             stdin=subprocess.PIPE,
@@ -59,6 +70,7 @@ class JobProcess:
         self._readers = [
             threading.Thread(target=self._read_messages, args=(self._process.stdout,), daemon=True),
             threading.Thread(target=self._read_stderr, args=(self._process.stderr,), daemon=True),
+            threading.Thread(target=self._keep_within, args=(limits,), daemon=True),
         ]
         for reader in self._readers:
             reader.start()
@@ -115,6 +127,19 @@ class JobProcess:
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # the process is dead, and receive() reports that
+
+    def _keep_within(self, limits: Limits) -> None:
+        self.excess = limits.watch(self._process.pid, self._has_ended)
+        if self.excess is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _has_ended(self) -> bool:
+        """Return whether the process has ended, and leave its return code and its id to :meth:`kill`."""
+        try:
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True
 
     def _read_messages(self, pipe: IO[bytes]) -> None:
         with pipe:

@@ -36,8 +36,10 @@ from secateur.contract.stages import Stage
 from secateur.contract.states import State
 from secateur.processes import describe_exit
 from workers import scratch
+from workers.devices import host_memory
 from workers.job_log import JobLog
 from workers.job_process import JobProcess
+from workers.limits import Limits
 from workers.supervisor_link import explain
 
 log = logging.getLogger(__name__)
@@ -65,10 +67,14 @@ class DatabaseLost(Exception):
 
 
 class Failed(Exception):
-    """The attempt failed; ``error`` is what the job records."""
+    """The attempt failed; ``error`` is what the job records.
 
-    def __init__(self, code: ErrorCode, message: str) -> None:
+    ``outside`` says that the cause was outside the child, so that the same failure at the same place may be chance.
+    """
+
+    def __init__(self, code: ErrorCode, message: str, outside: bool = False) -> None:
         super().__init__(message)
+        self.outside = outside
         self.error = PruningError(code, message).as_dict()
 
 
@@ -77,6 +83,7 @@ class Reported(Failed):
 
     def __init__(self, error: dict[str, Any]) -> None:
         Exception.__init__(self, error["message"])
+        self.outside = False
         self.error = error
 
 
@@ -178,7 +185,7 @@ class Attempt:
         except LeaseLost:
             raise
         except Failed as failure:
-            return self._fail(failure.error)
+            return self._fail(failure.error, failure.outside)
         except Exception as error:
             return self._fail(self.log.sanitiser(explain(error, str(self.settings.data_dir))))
 
@@ -186,9 +193,10 @@ class Attempt:
         self._store_log(f"the attempt ends: {reason}")
         return Ending(RELEASED[self._write(operation, *values)], None, reason)
 
-    def _fail(self, error: dict[str, Any]) -> Ending:
+    def _fail(self, error: dict[str, Any], outside: bool = False) -> Ending:
         self._store_log(f"the attempt ends: {error['code']}: {error['message']}")
-        state = self._write(leases.fail, error, Patience.of(self.settings))
+        place = None if outside else {name: self.progress[name] for name in ("stage", "step")}
+        state = self._write(leases.fail, error, Patience.of(self.settings), place)
         return Ending(FAILED[state], error["code"], error["message"])
 
     def _store_log(self, last: str) -> None:
@@ -238,7 +246,8 @@ class Attempt:
         """Run a child to its end and return its last message; whatever happens, the child is dead afterwards."""
         oom_kills = _oom_kills()
         self.temporary.mkdir(exist_ok=True)
-        child = JobProcess(argv, job, self.deadline, self.temporary, self.log.add)
+        limits = Limits.of(self.settings, self.folder)
+        child = JobProcess(argv, job, self.deadline, self.temporary, self.log.add, limits)
         try:
             return self._listen(child)
         except EOFError:
@@ -317,14 +326,21 @@ class Attempt:
         code = child.kill()
         if code == -signal.SIGALRM and time.monotonic() >= child.deadline:
             return DatabaseLost("the lease could not be renewed in time")
+        if child.excess is not None:
+            return Reported(child.excess.as_dict())
         message = f"The worker's process {describe_exit(code)}."
-        if code == -signal.SIGKILL:
-            known = _oom_kills() > oom_kills
-            message += f" The machine {'ran' if known else 'probably ran'} out of memory."
-        if code == -signal.SIGALRM:
+        failed = Failed(ErrorCode.RUNNER_DIED, message)
+        if code == -signal.SIGKILL and _oom_kills() > oom_kills:
+            message += f" The machine ran out of memory; it has {host_memory():,} bytes."
+            failed = Failed(ErrorCode.OUT_OF_MEMORY, message)
+        elif code == -signal.SIGKILL:  # no process sends itself this signal
+            message += " The machine probably ran out of memory."
+            failed = Failed(ErrorCode.RUNNER_DIED, message, outside=True)
+        elif code == -signal.SIGALRM:
             message += " It was hung: it did not read its renewals."
+            failed = Failed(ErrorCode.RUNNER_DIED, message)
         log.warning("%s Its last words:\n%s", message, child.stderr_tail)  # the owner must not see the service's paths
-        return Failed(ErrorCode.RUNNER_DIED, message)
+        return failed
 
     def _write(self, operation: Callable[..., Any], *values: Any, **named: Any) -> Any:
         """Run a fenced operation of :mod:`app.jobs.leases`.

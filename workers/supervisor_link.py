@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 from app.config import get_settings
 from app.http import logs
 from secateur.contract.errors import ErrorCode, PruningError
+from workers.limits import disk_excess
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +101,8 @@ def explain(error: Exception, folder: str) -> dict[str, Any]:
         free = shutil.disk_usage(folder).free
         message = f"The worker's disk is full ({free} bytes are free under the data folder): make room and retry."
         return PruningError(ErrorCode.DISK_FULL, message).as_dict()
+    if getattr(error, "errno", None) == errno.EFBIG or "os error 27" in text:
+        return disk_excess(resource.getrlimit(resource.RLIMIT_FSIZE)[0]).as_dict()
     message = f"The pruning process failed unexpectedly ({type(error).__name__}); the worker's log has the details."
     return PruningError(ErrorCode.INTERNAL_ERROR, message).as_dict()
 

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, undefer
 from app.auth import repository as keys
 from app.config import Settings
 from app.jobs import repositories, repository, transitions, usage
-from app.jobs.models import Job, JobLogLine, JobStep
+from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
 from app.jobs.naming import published_repo_ids
 from app.jobs.transitions import LIVE, Trigger
 from app.storage import repository as storage
@@ -30,6 +30,8 @@ UNWRITTEN = (ErrorCode.HUB_FORBIDDEN, ErrorCode.HUB_REFUSED)
 """Codes of the errors with which the Hub refuses to write a repository."""
 WAITS_FOR_HUB = (ErrorCode.HUB_UNAVAILABLE, ErrorCode.STORAGE_UNAVAILABLE)
 LONGEST_WAIT = 600.0
+OWN_FAULTS = (ErrorCode.RUNNER_DIED, ErrorCode.RUNNER_STALLED, ErrorCode.INTERNAL_ERROR)
+"""Errors whose cause is in the job's own processes; all other errors that are tried again come from outside."""
 
 
 class LeaseLost(Exception):
@@ -307,25 +309,39 @@ def release(session: Session, job_id: uuid.UUID, attempt: int) -> State:
     return move(session, job_id, attempt, Trigger.REQUEUE)
 
 
-def fail(session: Session, job_id: uuid.UUID, attempt: int, error: dict[str, Any], patience: Patience) -> State:
+def fail(
+    session: Session,
+    job_id: uuid.UUID,
+    attempt: int,
+    error: dict[str, Any],
+    patience: Patience,
+    place: dict[str, Any] | None = None,
+) -> State:
     """Record that the attempt failed with ``error`` {code, message, retryable}, and return the new state; fenced.
 
-    Requeue the job if ``patience`` allows another attempt; otherwise fail the job.
+    Requeue the job if ``patience`` allows another attempt; otherwise fail the job. ``place`` {stage, step} says where the
+    attempt was: an error of the job's own processes that comes a second time at the same place, with no step completed
+    in between, fails the job at once.
 
     Raises:
         LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
     """
-    state = _fail(session, owned(session, job_id, attempt), error, patience)
+    state = _fail(session, owned(session, job_id, attempt), error, patience, place)
     session.commit()
     return state
 
 
-def _fail(session: Session, job: Job, error: dict[str, Any], patience: Patience) -> State:
+def _fail(
+    session: Session, job: Job, error: dict[str, Any], patience: Patience, place: dict[str, Any] | None = None
+) -> State:
     """Requeue or fail the job after ``error``.
 
     Three budgets limit the attempts at a job. A lost worker counts against ``max_losses``, because the job is rarely
-    the cause. A Hub that does not answer counts against ``publish`` seconds in a row, because the pruned model is ready. Every other retryable error counts against ``max_failures``.
+    the cause. A Hub that does not answer counts against ``publish`` seconds in a row, because the pruned model is ready.
+    Every other retryable error counts against ``max_failures``.
     """
+    if job.failures and _repeats(session, job, error, place):
+        error = {**error, "retryable": False, "message": f"{error['message']} It happened twice at the same place."}
     if job.state == State.CANCELLING:
         transitions.apply(session, job, Trigger.FAIL)
         return State(job.state)
@@ -345,12 +361,22 @@ def _fail(session: Session, job: Job, error: dict[str, Any], patience: Patience)
         counts = {"failures": failures, "losses": losses, "waiting_since": waiting_since}
         wait = min(wait, LONGEST_WAIT)
         transitions.apply(session, job, Trigger.REQUEUE, **counts, not_before=_in(wait), last_error=error)
-        transitions.record_event(session, job, "retry", {"error": error, "failures": failures, "losses": losses})
+        data = {"error": error, "failures": failures, "losses": losses, "place": place}
+        transitions.record_event(session, job, "retry", data)
     else:
         transitions.apply(session, job, Trigger.FAIL, failures=failures, losses=losses, error=error)
         if error["code"] in UNWRITTEN:
             repositories.release(session, job.id)
     return State(job.state)
+
+
+def _repeats(session: Session, job: Job, error: dict[str, Any], place: dict[str, Any] | None) -> bool:
+    """Return whether the job's last failure was the same error of its own processes at the same place."""
+    if place is None or error["code"] not in OWN_FAULTS:
+        return False
+    query = select(JobEvent.data).where(JobEvent.job_id == job.id, JobEvent.type == "retry")
+    last = session.scalars(query.order_by(JobEvent.id.desc()).limit(1)).one_or_none() or {}
+    return bool(last.get("place") == place and last["error"]["code"] == error["code"])
 
 
 def owners(session: Session) -> list[tuple[uuid.UUID, int]]:

@@ -4,8 +4,9 @@ The module reads configs and file headers but never weights, so that a request c
 """
 
 import hashlib
-import json
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,35 @@ from huggingface_hub import HfApi, errors, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from secateur.catalog.architectures import ModelShape, chatglm, check_config, family_of, shape_from_config
+from secateur.catalog.architectures import (
+    ModelShape,
+    chatglm,
+    check_config,
+    declared_parameters,
+    family_of,
+    shape_from_config,
+)
+from secateur.catalog.gguf_header import Skipped, read_header
+from secateur.catalog.untrusted import check_values, read_json
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.extras import require
 
 LOCAL_PREFIX = "local:"
 LOCAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 HUB_TIMEOUT = 10.0
-LARGEST_JSON = 64 * 2**20
+LARGEST_HEADER = 32 * 2**20
+"""Largest header of a safetensors file in bytes; a tensor takes about 150."""
+MOST_SHARDS, MOST_TENSORS = 4096, 2**18
+"""Largest numbers of safetensors files and of tensors of a model."""
+LARGEST_TOKENIZER = 128 * 2**20
+"""Largest file of a tokenizer in bytes; the largest published ones have about 40 MB."""
+FEWEST = 0.5
+"""Share of the parameters that a config declares that must be in the weight files, before the files are compared tensor
+by tensor."""
 HALF_DTYPES = ("bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "ice_text.model")
+TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+BESIDE_TOKENIZER = (*TOKENIZER_CONFIGS, "merges.txt", "vocab.txt")
 
 # GGUF metadata keys ("{architecture}.…") by config.json's names (GGUF specification, "Standardized key-value pairs").
 GGUF_KEYS = {
@@ -149,7 +169,7 @@ def locate(
     Raises:
         PruningError: ``model_not_found``, ``model_id_invalid``, ``revision_not_found``, ``model_gated``,
             ``hub_unavailable`` (retryable), ``config_invalid``, ``weights_missing``, ``weights_corrupt``,
-            ``weights_quantized``, ``tokenizer_missing``, ``unsupported_architecture``.
+            ``weights_quantized``, ``tokenizer_missing``, ``tokenizer_unusable``, ``unsupported_architecture``.
     """
     if model_id.startswith(LOCAL_PREFIX):
         name = model_id.removeprefix(LOCAL_PREFIX)
@@ -205,43 +225,98 @@ def _local(model_id: str, folder: Path, revision: str | None, gguf_file: str | N
             )
         return ModelSource(model_id, folder, None, gguf_file, _gguf_config(folder / gguf_file))
     source = _described(ModelSource(model_id, folder, None, None, _read_config(model_id, folder / "config.json")))
-    check_weight_files(model_id, folder)
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    check_files(source)
+    return source
+
+
+def check_files(source: ModelSource) -> None:
+    """Check the files of a safetensors model on this machine.
+
+    Raises:
+        PruningError: ``weights_missing``, ``weights_corrupt``, ``config_invalid``, ``tokenizer_missing`` or
+            ``tokenizer_unusable``.
+    """
+    assert source.path is not None
+    check_weight_files(source.model_id, source.path)
+    _check_generation_config(source.model_id, source.path / "generation_config.json")
+    _check_tokenizer_files(source.model_id, source.path)
+
+
+def check_declared(source: ModelSource) -> None:
+    """Check that the weight files hold about as much as the config declares, before anything is built from the config.
+
+    Raises:
+        PruningError: ``config_invalid``.
+    """
+    assert source.path is not None and source.config is not None
+    tensors = elements = 0
+    for file in sorted(set(check_weight_files(source.model_id, source.path).values())):
+        with safe_open(file, framework="numpy") as shard:
+            sizes = [math.prod(shard.get_slice(name).get_shape()) for name in shard.keys()]  # noqa: SIM118
+        tensors, elements = tensors + len(sizes), elements + sum(sizes)
+    _compare(source.model_id, source.config, tensors, elements)
+
+
+def _check_generation_config(model_id: str, path: Path) -> None:
+    if not path.exists():
+        return
+    try:
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        raise PruningError(
+            ErrorCode.CONFIG_INVALID, f"{path.name} of {model_id} cannot be read: {error}", field="model_id"
+        ) from None
+    check_values(found, path.name)
+
+
+def _check_tokenizer_files(model_id: str, folder: Path) -> None:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise PruningError(
             ErrorCode.TOKENIZER_MISSING,
             f"{model_id} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
             field="model_id",
         )
-    return source
+    for name in (*TOKENIZER_FILES, *BESIDE_TOKENIZER):
+        path = folder / name
+        try:
+            if path.exists() and not path.is_file():
+                raise ValueError("it is no regular file")
+            if path.exists() and path.stat().st_size > LARGEST_TOKENIZER:
+                raise ValueError(f"it has {path.stat().st_size:,} bytes; allowed: {LARGEST_TOKENIZER:,}")
+            if path.exists() and name in TOKENIZER_CONFIGS:
+                read_json(path)
+        except (OSError, ValueError) as error:
+            raise PruningError(
+                ErrorCode.TOKENIZER_UNUSABLE, f"{name} of {model_id} cannot be read: {error}", field="model_id"
+            ) from None
+
+
+def _compare(model_id: str, config: Mapping[str, Any], tensors: int, elements: int) -> None:
+    layers, parameters = declared_parameters(config)
+    if layers > tensors or elements < FEWEST * parameters:
+        raise PruningError(
+            ErrorCode.CONFIG_INVALID,
+            f"The config of {model_id} declares {layers:,} layers and {parameters:,} parameters or more, and its weight "
+            f"files hold {tensors:,} tensors with {elements:,} parameters.",
+            field="model_id",
+        )
 
 
 def _described(source: ModelSource) -> ModelSource:
     """Return the source with its config in the form of transformers, after a check that the model can be pruned."""
     assert source.config is not None
     if source.config.get("model_type") == chatglm.MODEL_TYPE:
+        check_values(source.config)
         source = replace(source, config=chatglm.translate(source.config), chatglm=True)
     check_config(source.config or {})
     return source
 
 
-def _read_json(path: Path) -> Any:
-    """Read a JSON file of at most :data:`LARGEST_JSON` bytes.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: The file is not JSON, or is too large.
-    """
-    if path.stat().st_size > LARGEST_JSON:
-        raise ValueError(f"it has {path.stat().st_size} bytes, more than {LARGEST_JSON}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
 def _read_config(model_id: str, path: Path) -> dict[str, Any]:
     try:
-        config = _read_json(path)
+        config = read_json(path)
     except FileNotFoundError:
         raise PruningError(ErrorCode.MODEL_NOT_FOUND, f"{model_id} has no config.json.", field="model_id") from None
     except (OSError, ValueError) as error:
@@ -264,13 +339,14 @@ def check_weight_files(model_id: str, folder: Path) -> dict[str, Path]:
     """
     index = folder / "model.safetensors.index.json"
     try:
-        wanted: dict[str, str] = _read_json(index)["weight_map"] if index.exists() else {}
-        if not all(isinstance(name, str) for name in wanted.values()):
-            raise TypeError("a shard's name is no text")
+        wanted = _weight_map(index) if index.exists() else {}
         files = sorted(set(wanted.values())) or sorted(file.name for file in folder.glob("*.safetensors"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if len(files) > MOST_SHARDS:
+            raise ValueError(f"it names {len(files):,} files; allowed: {MOST_SHARDS:,}")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise PruningError(
-            ErrorCode.WEIGHTS_CORRUPT, f"{index.name} of {model_id} cannot be read: {error}", field="model_id"
+            ErrorCode.WEIGHTS_CORRUPT, f"{index.name} of {model_id} cannot be read: {reason}", field="model_id"
         ) from None
     if not files:
         raise PruningError(
@@ -283,9 +359,12 @@ def check_weight_files(model_id: str, folder: Path) -> dict[str, Path]:
         if Path(name).name != name or not (folder / name).is_file():
             raise PruningError(ErrorCode.WEIGHTS_MISSING, f"{model_id} lacks the shard {name}.", field="model_id")
         try:
+            _check_header_size(folder / name)
             with safe_open(folder / name, framework="numpy") as shard:
                 present |= dict.fromkeys(shard.keys(), folder / name)
-        except (SafetensorError, OSError) as error:
+            if len(present) > MOST_TENSORS:
+                raise ValueError(f"the model has more than {MOST_TENSORS:,} tensors")
+        except (SafetensorError, OSError, ValueError) as error:
             raise PruningError(
                 ErrorCode.WEIGHTS_CORRUPT, f"{name} of {model_id} is corrupt or truncated: {error}", field="model_id"
             ) from None
@@ -294,36 +373,73 @@ def check_weight_files(model_id: str, folder: Path) -> dict[str, Path]:
     return present
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return the file of each tensor, as an index of shards names them.
+
+    Raises:
+        OSError: The index cannot be read.
+        ValueError: The index is not as it should be.
+    """
+    found = read_json(index)
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(names, dict):
+        raise ValueError("it is no object with an object 'weight_map'")
+    if not all(isinstance(name, str) for name in names.values()):
+        raise ValueError("a shard's name is no text")
+    return names
+
+
+def _check_header_size(path: Path) -> None:
+    """Check the size that a safetensors file gives for its header (safetensors format: 8 bytes, little-endian).
+
+    Raises:
+        ValueError: The header is too large.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if LARGEST_HEADER < size < path.stat().st_size:  # safetensors itself reports a header that ends behind the file
+        raise ValueError(f"its header has {size:,} bytes; allowed: {LARGEST_HEADER:,}")
+
+
 def _gguf_config(path: Path) -> dict[str, Any]:
     """Return the sizes in a GGUF file's metadata, under the names of config.json."""
     require("engine", "Reading a GGUF file", "gguf", field="gguf_file")
-    from gguf import GGUFReader
+    from gguf.constants import GGML_QUANT_SIZES
 
     try:
-        reader = GGUFReader(path)
-        architecture = reader.fields["general.architecture"].contents()
+        header = read_header(path, dict(GGML_QUANT_SIZES))
+        architecture = header.values["general.architecture"]
+        if not isinstance(architecture, str):
+            raise ValueError("its 'general.architecture' is no text")
         config: dict[str, Any] = {"model_type": architecture}
         for name, key in GGUF_KEYS.items():
-            field = reader.fields.get(f"{architecture}.{key}")
-            if field is not None:
-                value = field.contents()
-                config[name] = value if isinstance(value, list) else int(value)
-        config.setdefault("vocab_size", len(reader.fields["tokenizer.ggml.tokens"].data))
-        names = {tensor.name for tensor in reader.tensors}
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise PruningError(
-            ErrorCode.WEIGHTS_CORRUPT, f"{path.name} is no readable GGUF file: {error}", field="gguf_file"
-        ) from None
-    if f"{architecture}.expert_count" in reader.fields:
+            value = header.values.get(f"{architecture}.{key}")
+            if value is not None:
+                config[name] = value
+        tokens = header.values.get("tokenizer.ggml.tokens")
+        config.setdefault("vocab_size", tokens.length if isinstance(tokens, Skipped) else None)
+    except KeyError as error:
+        raise _unreadable(path, f"it has no {error}") from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, str(error)) from None
+    if f"{architecture}.expert_count" in header.values:
         raise PruningError(
             ErrorCode.UNSUPPORTED_ARCHITECTURE,
             f"{path.name} holds a mixture of experts, which is read from safetensors alone.",
             field="gguf_file",
         )
-    config["tie_word_embeddings"] = "output.weight" not in names
-    config["attention_bias"] = "blk.0.attn_q.bias" in names
+    config["tie_word_embeddings"] = "output.weight" not in header.tensors
+    config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
+    check_values(config)
     shape_from_config(config)
+    _compare(path.name, config, len(header.tensors), sum(header.tensors.values()))
     return config
+
+
+def _unreadable(path: Path, reason: str) -> PruningError:
+    return PruningError(
+        ErrorCode.WEIGHTS_CORRUPT, f"{path.name} is no readable GGUF file: {reason}.", field="gguf_file"
+    )
 
 
 def _on_hub(

@@ -42,6 +42,7 @@ class ErrorCode(StrEnum):
     WEIGHTS_NOT_FINITE = "weights_not_finite", "A tensor of the model holds NaN or infinity.", "Repair the checkpoint, or use another dtype."
     TOKENIZER_MISSING = "tokenizer_missing", "The model has no tokenizer that transformers can load.", "Put the tokenizer's files beside the weights."
     TOKENIZER_MISMATCH = "tokenizer_mismatch", "The tokenizer makes tokens that the model has no embeddings for.", "Use the tokenizer that belongs to the model."
+    TOKENIZER_UNUSABLE = "tokenizer_unusable", "The tokenizer does not finish within its time, fails on a text, or has a file that is too large.", "Repair the tokenizer; see the message."
     UNSUPPORTED_ARCHITECTURE = "unsupported_architecture", "This kind of model cannot be pruned.", "See the message for the reason and the documentation for the supported families."
     SOURCE_CHANGED = "source_changed", "The model or the request changed since the run that is to be resumed began.", "Start anew, without the saved state."
     STATE_INVALID = "state_invalid", "The saved state of a run cannot be read by this version.", "Start anew, without the saved state."
@@ -67,11 +68,12 @@ class ErrorCode(StrEnum):
     LOSS_NOT_FINITE = "loss_not_finite", "The loss or a gradient became NaN or infinite.", "Use dtype 'float32' or 'bfloat16', or a smaller learning rate."
     OUT_OF_MEMORY = "out_of_memory", "The model does not fit into the worker's memory.", "Use a smaller dtype, fewer or shorter calibration samples, or a larger worker."
     DISK_FULL = "disk_full", "The disk has no room for the result.", "Make room; the job may then be retried.", True
+    DISK_LIMIT_EXCEEDED = "disk_limit_exceeded", "The job's files take more space than SECATEUR_MAX_JOB_DISK_BYTES allows.", "Use a smaller model or a larger target ratio, or ask the operator to raise the limit."
     EXPORT_INVALID = "export_invalid", "The written checkpoint does not compute what the pruned model computes.", "Report a defect; nothing was published."
     CHECKPOINT_DAMAGED = "checkpoint_damaged", "A file that a run is to be resumed from is missing or damaged.", "Start anew."
     INTERNAL_ERROR = "internal_error", "The pruning process failed in a way that was not foreseen.", "See the worker's log; retry, and report a defect if it happens again.", True
-    RUNNER_DIED = "runner_died", "The worker's process was killed or crashed.", "The job is retried; see the worker's log.", True
-    RUNNER_STALLED = "runner_stalled", "The worker's process reported nothing for SECATEUR_STALL_TIMEOUT seconds.", "The job is retried; see the worker's log.", True
+    RUNNER_DIED = "runner_died", "The worker's process was killed or crashed.", "The job is retried, unless the process crashed twice at the same place; see the worker's log.", True
+    RUNNER_STALLED = "runner_stalled", "The worker's process reported nothing for SECATEUR_STALL_TIMEOUT seconds.", "The job is retried, unless the process hung twice at the same place; see the worker's log.", True
     WORKER_LOST = "worker_lost", "The worker that ran the job stopped answering.", "The job is retried; see whether the worker's machine is well.", True
     MAX_RUNTIME_EXCEEDED = "max_runtime_exceeded", "The job ran longer than its limit.", "Raise 'max_runtime_seconds', or ask for less."
     # The Hub

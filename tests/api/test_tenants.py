@@ -4,6 +4,7 @@ import datetime as dt
 import logging
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -56,7 +57,7 @@ def refused(client: httpx2.Client, body: Body, **changes: Any) -> dict[str, Any]
 def publish(session: Session, job_id: str) -> None:
     """Play a worker that publishes the job."""
     attempt = play.start(session, job_id)
-    leases.start_publishing(session, uuid.UUID(job_id), attempt)
+    leases.record_export(session, uuid.UUID(job_id), attempt, {}, [])
     leases.move(session, uuid.UUID(job_id), attempt, Trigger.SUCCEED, result=play.RESULT, report=play.REPORT)
 
 
@@ -139,7 +140,7 @@ class TestRepositories:
         def begin(job_id: uuid.UUID, attempt: int) -> Callable[[Session], str]:
             def call(session: Session) -> str:
                 try:
-                    return leases.start_publishing(session, job_id, attempt)
+                    return leases.record_export(session, job_id, attempt, {}, [])
                 except PruningError as error:
                     return error.code
 
@@ -154,10 +155,10 @@ class TestRepositories:
         alice, bob = (make_client(name, namespace="team") for name in ("alice", "bob"))
         job_id = submit(alice, body)
         attempt = play.start(session, job_id)
-        leases.start_publishing(session, uuid.UUID(job_id), attempt)
+        leases.record_export(session, uuid.UUID(job_id), attempt, {}, [])
         assert refused(bob, body)["code"] == "repository_taken"
         error = {"code": "hub_forbidden", "message": "No.", "retryable": False, "field": None}
-        leases.fail(session, uuid.UUID(job_id), attempt, error, 3, 0)
+        leases.fail(session, uuid.UUID(job_id), attempt, error, play.LIMITS)
         submit(bob, body)
 
     def test_claims_of_several_are_all_or_none(self, session: Session) -> None:
@@ -246,7 +247,7 @@ class TestAdministrator:
         other = submit(bob, body)
         play.start(session, running)
         alice.post(f"/v1/jobs/{paused}/pause").raise_for_status()
-        leases.start_publishing(session, uuid.UUID(publishing), play.start(session, publishing))
+        leases.record_export(session, uuid.UUID(publishing), play.start(session, publishing), {}, [])
         alice_id = key_id(session, "alice")
         assert admin.delete(f"/v1/keys/{alice_id}", params={"cancel_jobs": "true"}).status_code == 204
         states = {item["id"]: item["state"] for item in admin.get("/v1/jobs?key_id=all").json()["items"]}
@@ -289,11 +290,13 @@ class TestUsage:
         ended = func.now() - dt.timedelta(minutes=30)
         session.execute(update(Job).where(Job.id == uuid.UUID(lost)).values(lease_expires_at=ended))
         session.commit()
-        assert leases.reap(session, 3, 0) == [uuid.UUID(lost)]
+        assert leases.reap(session, play.LIMITS) == [uuid.UUID(lost)]
         for job_id in (good, bad):
             assert alice.delete(f"/v1/jobs/{job_id}").status_code == 204
         [day] = alice.get("/v1/usage").json()["items"]
-        assert day["key_id"] == str(key_id(session, "alice")) and day["bytes_stored"] == 0
+        assert day["key_id"] == str(key_id(session, "alice")) and day["bytes_stored"] == sum(
+            map(len, play.CONTENTS.values())
+        )
         assert (day["jobs_created"], day["jobs_succeeded"], day["jobs_failed"]) == (4, 1, 1)
         assert 9000 <= day["worker_seconds"] < 9000 + 3600, (
             "two hours, and the half hour up to the end of the lost lease"
@@ -334,8 +337,9 @@ class TestUsage:
                 play.start(session, submit(client, body))
         session.execute(update(Job).values(lease_expires_at=func.now() - dt.timedelta(seconds=1)))
         session.commit()
-        reaped = _at_once(session_factory(), *[lambda s: leases.reap(s, 1, 0, limit=4) for _ in range(4)])
-        while more := leases.reap(session, 1, 0):
+        once = replace(play.LIMITS, max_losses=1)
+        reaped = _at_once(session_factory(), *[lambda s: leases.reap(s, once, limit=4) for _ in range(4)])
+        while more := leases.reap(session, once):
             reaped.append(more)
         assert sum(map(len, reaped)) == 12
         failed = [client.get("/v1/usage").json()["items"][0]["jobs_failed"] for client, _ in owners]

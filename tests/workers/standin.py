@@ -1,9 +1,12 @@
 """A runner without an engine: its rounds are as long, and it ends as badly, as the job's ``script`` says."""
 
 import ctypes
+import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,14 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
             os.kill(os.getpid(), signal.SIGKILL)
         if number == script.get("hang_in_round") and first_attempt:
             time.sleep(3600)
+        if number == script.get("crash_in_round"):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if number == script.get("grow_in_round"):
+            grow(script.get("in_a_child", False))
+        if number == script.get("fill_in_round"):
+            fill(folder, script["fill_in_round_with"])
+        if number == script.get("stall_in_round"):
+            time.sleep(3600)
         if number == script.get("error_in_round"):
             raise PruningError(ErrorCode.WEIGHTS_NOT_FINITE, "The model has NaN weights.", field="model_id")
         if number == script.get("bug_in_round"):
@@ -80,6 +91,21 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
         if ratio is not None
     ]
     return {"type": "result", "report": {"targets": reports} if spec.several else reports[0]}
+
+
+def grow(in_a_child: bool) -> None:
+    """Take memory until the process is killed, itself or, as the check of an export does, in a session of its own."""
+    code = "taken = []\nwhile True:\n    taken.append(bytearray(b'x' * 2**22))"
+    if in_a_child:
+        subprocess.run([sys.executable, "-c", code], start_new_session=True)
+    exec(code)
+
+
+def fill(folder: Path, how: str) -> None:
+    """Write into the folder until the process is killed: one file without end, or files of a mebibyte."""
+    for number in itertools.count():
+        with (folder / ("one" if how == "one file" else f"file-{number}")).open("ab") as file:
+            file.write(bytes(2**20))
 
 
 def write_model(folder: Path, ratio: float, job_id: str) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from typing import Any
 
 from secateur.catalog.architectures import chatglm
 from secateur.catalog.architectures.base import (
-    MOST_LAYERS,
+    MOST_CHANNELS,
+    MOST_EXPERTS,
+    MOST_HEADS,
     Family,
     LayerShape,
     ModelShape,
@@ -24,6 +26,7 @@ from secateur.catalog.architectures.mixtral import MIXTRAL
 from secateur.catalog.architectures.opt import OPT
 from secateur.catalog.architectures.phi3 import PHI3
 from secateur.catalog.architectures.qwen3_moe import QWEN3_MOE
+from secateur.catalog.untrusted import LARGEST_NUMBER, MOST_LAYERS, check_values
 from secateur.contract.errors import ErrorCode, PruningError
 
 FAMILIES: tuple[Family, ...] = (
@@ -106,11 +109,34 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         PruningError: ``unsupported_architecture``, ``weights_quantized`` or ``config_invalid``.
     """
+    check_values(config)
     family = family_of(config)
     if family is None:
         _check_weights(config)
+        _check_sizes(config)
     else:
         shape_of(family, config)
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    """Check the sizes of a model without an adapter, which are needed before its modules are built."""
+    most = {"num_hidden_layers": MOST_LAYERS, "num_attention_heads": MOST_HEADS, "intermediate_size": MOST_CHANNELS}
+    for size in SIZES:
+        read_size(config, size, most=most.get(size, LARGEST_NUMBER))
+
+
+def declared_parameters(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the numbers of layers and of parameters that a checked config declares.
+
+    For a model without an adapter, the second number counts only one embedding and two feed-forward projections of each
+    layer, so that no such model has fewer parameters.
+    """
+    family = family_of(config)
+    if family is not None:
+        shape = shape_of(family, config)
+        return len(shape.layers), shape.parameters
+    hidden, width, _, depth, vocabulary = (config[size] for size in SIZES)
+    return depth, vocabulary * hidden + 2 * depth * hidden * width
 
 
 def _check_weights(config: Mapping[str, Any]) -> None:
@@ -143,7 +169,7 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
         )
     hidden, heads = (
         read_size(config, family.name_of("hidden_size")),
-        read_size(config, family.name_of("num_attention_heads")),
+        read_size(config, family.name_of("num_attention_heads"), most=MOST_HEADS),
     )
     if config.get("head_dim") is None and hidden % heads:
         raise PruningError(
@@ -154,7 +180,10 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
     head_dim = read_size(config, "head_dim", hidden // heads)
     groups = read_size(config, family.name_of("num_key_value_heads"), heads)
     width = read_size(
-        config, family.name_of("intermediate_size"), family.default_width and family.default_width * hidden
+        config,
+        family.name_of("intermediate_size"),
+        family.default_width and family.default_width * hidden,
+        most=MOST_CHANNELS,
     )
     if heads % groups:
         raise PruningError(
@@ -163,7 +192,7 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
             field="model_id",
         )
     depth = read_size(config, family.name_of("num_hidden_layers"), most=MOST_LAYERS)
-    experts = next((read_size(config, key) for key in family.experts if key in config), 1)
+    experts = next((read_size(config, key, most=MOST_EXPERTS) for key in family.experts if key in config), 1)
     layers = (LayerShape(groups, heads, head_dim, width, experts),) * depth
     biased = family.biased(config)
     per_group = layers[0].heads_per_group * head_dim
@@ -201,6 +230,7 @@ __all__ = [
     "UnitCost",
     "channel_steps",
     "check_config",
+    "declared_parameters",
     "family_of",
     "nearest_groups",
     "shape_from_config",

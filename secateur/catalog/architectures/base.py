@@ -6,24 +6,25 @@ transformers uses them.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal
 
+from secateur.catalog.untrusted import LARGEST_NUMBER, shown
 from secateur.contract.errors import ErrorCode, PruningError
 
 WIDE_INTERMEDIATE = 4096
 """The feed-forward width from which a step of 256 channels is fine enough (K-quants need multiples of 256)."""
 NEAR = 0.01
 """A share of the prunable parameters: a ratio that is missed by at most this share counts as near enough."""
-MOST_LAYERS = 1024
-LARGEST_SIZE = 2**24
-"""A bound beyond the sizes of all models; a config is untrusted input, and its sizes determine memory use."""
+MOST_HEADS, MOST_EXPERTS, MOST_CHANNELS = 1024, 4096, 2**20
+"""Bounds beyond all models; a config is untrusted input, and these sizes determine the time that planning takes."""
 
 
-def read_size(config: Mapping[str, Any], key: str, default: int | None = None, most: int = LARGEST_SIZE) -> int:
+def read_size(config: Mapping[str, Any], key: str, default: int | None = None, most: int = LARGEST_NUMBER) -> int:
     """Return the size that a config gives under ``key``.
 
     Raises:
@@ -34,7 +35,7 @@ def read_size(config: Mapping[str, Any], key: str, default: int | None = None, m
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise PruningError(
             ErrorCode.CONFIG_INVALID,
-            f"config.json: '{key}' must be an integer from 1 to {most}, not {repr(value)[:40]}.",
+            f"config.json: '{key}' must be an integer from 1 to {most}, not {shown(value)}.",
             field="model_id",
         )
     return value
@@ -236,7 +237,7 @@ class ModelShape:
 
     def removable(self, layer: LayerShape, multiple: int) -> tuple[int, int]:
         """Return how many KV groups and channels a layer can lose: one group and one block of channels stay."""
-        return layer.kv_groups - 1, sum(channel_steps(layer.channels_per_expert, multiple))
+        return layer.kv_groups - 1, max(layer.channels_per_expert - multiple, 0)
 
     def takes_heads(self, layer: LayerShape) -> bool:
         """Return whether the stock class allows every layer to have the number of heads of ``layer``."""
@@ -266,14 +267,16 @@ class ModelShape:
         share = ratio * sum(layer.kv_groups for layer in self.layers)
         if uniform:
             price = self.cost.channel * len(self.layers)
-            steps = accumulate(channel_steps(self.layers[0].channels_per_expert, multiple), initial=0)
-            pairs = [(count, float(step * price)) for step in steps for count in choices]
-            misses = [abs(count * self.cost.kv_group + channels - wanted) for count, channels in pairs]
-            near = max(min(misses), min(NEAR * self.prunable_parameters, self.block(width_multiple, uniform) / 2))
-            found = [
-                (abs(pair[0] - share), miss, pair) for pair, miss in zip(pairs, misses, strict=True) if miss <= near
-            ]
-            return min(found)[2]
+            steps = list(accumulate(channel_steps(self.layers[0].channels_per_expert, multiple), initial=0))
+            found = []
+            for count in choices:
+                above = bisect_left(steps, (wanted - count * self.cost.kv_group) / price)
+                for step in steps[max(above - 1, 0) : above + 1]:  # any other misses by more
+                    miss = abs(count * self.cost.kv_group + step * price - wanted)
+                    found.append((abs(count - share), miss, (count, float(step * price))))
+            least = min(miss for _, miss, _ in found)
+            near = max(least, min(NEAR * self.prunable_parameters, self.block(width_multiple, uniform) / 2))
+            return min(each for each in found if each[1] <= near)[2]
         count = nearest_groups(share, choices, channels, wanted, self.cost)
         return count, min(max(wanted - count * self.cost.kv_group, 0.0), channels * self.cost.channel)
 

@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from secateur.catalog.architectures.base import MOST_LAYERS, read_size
+from secateur.catalog.architectures.base import read_size
+from secateur.catalog.untrusted import MOST_LAYERS
 from secateur.contract.errors import ErrorCode, PruningError
 
 MODEL_TYPE = "chatglm"

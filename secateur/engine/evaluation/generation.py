@@ -7,6 +7,7 @@ from transformers import GenerationConfig
 
 from secateur.engine.measure.texts import plain_generation
 from secateur.engine.model.decoder import Decoder
+from secateur.engine.time_limit import encode
 
 NEW_TOKENS = 32
 PROMPTS = ("The capital of France is", "Once upon a time, in a small village,", "To keep bread fresh for longer,")
@@ -20,7 +21,7 @@ def generations(decoder: Decoder, prompts: Sequence[str]) -> list[str]:
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=end)
     written = []
     for prompt in prompts:
-        tokens = decoder.tokenizer(prompt, return_tensors="pt")["input_ids"].to(decoder.device)
+        tokens = torch.tensor([encode(decoder.tokenizer, prompt)], device=decoder.device)
         tokens = tokens[:, -(decoder.shape.max_positions - NEW_TOKENS) :]
         with plain_generation(decoder.model):
             output = decoder.model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=config)

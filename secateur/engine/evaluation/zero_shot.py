@@ -23,6 +23,7 @@ from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.report import TaskScore
 from secateur.engine.dynamic.runtime import Runtime
 from secateur.engine.model.decoder import Decoder
+from secateur.engine.time_limit import with_tokenizer
 from secateur.extras import require
 
 BATCH = {"cuda": 16}
@@ -76,7 +77,16 @@ def zero_shot(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    class Watched(HFLM):
+    class Bounded(HFLM):
+        """A model whose tokenizer has a bounded time for each text."""
+
+        def tok_encode(self, string: str, *arguments: Any, **options: Any) -> list[int]:
+            tokens: list[int] = with_tokenizer(
+                len(string), lambda: HFLM.tok_encode(self, string, *arguments, **options)
+            )
+            return tokens
+
+    class Watched(Bounded):
         """A model that reports how many questions are done; some questions need no forward pass of their own."""
 
         questions, done = 1, 0
@@ -91,7 +101,7 @@ def zero_shot(
             progress(self.done / self.questions)
             return logits
 
-    class Written(HFLM):
+    class Written(Bounded):
         """A dynamic model, whose answers are scored with the units that their context needs.
 
         All units of the model read the context.

@@ -21,6 +21,7 @@ from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.export.check import TOLERANCE
 from secateur.engine.export.gguf_tokenizer import write_tokenizer
 from secateur.engine.model.decoder import Decoder, Layer
+from secateur.engine.time_limit import encode
 from secateur.processes import run
 
 ARCHITECTURES = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -100,7 +101,7 @@ def check_ready(decoder: Decoder, source: ModelSource) -> None:
         _write(writer, list, torch.float32)
         found = json.loads(_run(TOKENIZE, str(path), json.dumps(TEXTS)))
     for text, tokens in zip(TEXTS, found, strict=True):
-        if decoder.tokenizer(text, add_special_tokens=False).input_ids != tokens:
+        if encode(decoder.tokenizer, text, add_special_tokens=False) != tokens:
             raise unsupported(f"llama.cpp makes other tokens of {text!r} than its tokenizer")
 
 

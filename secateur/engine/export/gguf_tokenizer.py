@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.catalog.gguf import unsupported
 from secateur.catalog.sources import ModelSource
+from secateur.engine.time_limit import encode
 
 GPT2, DIGITS = "GPT-2's words", "single digits"
 LLAMA3 = (
@@ -67,7 +68,7 @@ def write_tokenizer(
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = gguf.SpecialVocab(source.path, load_merges=not pieces.is_file(), n_vocab=vocab_size)
-    bare, dressed = (tokenizer("x", add_special_tokens=dress).input_ids for dress in (False, True))
+    bare, dressed = (encode(tokenizer, "x", add_special_tokens=dress) for dress in (False, True))
     special.add_special_token = {"bos": dressed[0] != bare[0], "eos": dressed[-1] != bare[-1]}
     special.add_to_gguf(writer, quiet=True)
 

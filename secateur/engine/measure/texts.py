@@ -16,6 +16,7 @@ from secateur.catalog.spec import Calibration, Evaluation, TextSource
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.report import Text
 from secateur.engine.model.decoder import Decoder
+from secateur.engine.time_limit import encode
 
 HELD_OUT_SHARE = 0.2
 EVALUATION_SEED_OFFSET = 1_000_003
@@ -78,7 +79,7 @@ def read_windows(
 
     Raises:
         PruningError: ``calibration_too_short``, ``evaluation_too_short``, ``text_not_found``, ``text_invalid``,
-            ``tokenizer_mismatch``, ``hub_unavailable`` (retryable).
+            ``tokenizer_mismatch``, ``tokenizer_unusable``, ``hub_unavailable`` (retryable).
     """
     if given is not None:
         return _given_windows(decoder, given, calibration, evaluation, seed, texts_dir, token, progress, allow_paths)
@@ -211,7 +212,7 @@ def _stream(
         texts = [_read_file(source.dataset, purpose, texts_dir)]
     else:
         texts = _read_dataset(source.dataset, purpose, enough, token)
-    ids = decoder.tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = encode(decoder.tokenizer, "\n\n".join(texts), add_special_tokens=False, verbose=False)
     if ids:
         _check_ids(decoder, max(ids))
     return torch.tensor(ids, dtype=torch.long)

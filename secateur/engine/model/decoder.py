@@ -15,6 +15,7 @@ from secateur.catalog.architectures import Family, LayerShape, ModelShape
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.experts import Experts
 from secateur.engine.model.fused import Fused
+from secateur.engine.time_limit import encode
 
 Structure = Literal["kv_groups", "channels"]
 STRUCTURES: tuple[Structure, Structure] = ("kv_groups", "channels")
@@ -134,7 +135,7 @@ class Decoder:
         self.model = model
         self.tokenizer = tokenizer
         self.shape = shape
-        opening = tokenizer("")["input_ids"] if shape.family.opened else []
+        opening = encode(tokenizer, "") if shape.family.opened else []
         self.opening = torch.tensor(opening, dtype=torch.long)
         """Token ids ``[opening]`` with which every window begins: the special tokens that the tokenizer puts before a
         text. They are empty unless the model's family needs them."""

@@ -4,19 +4,22 @@ All decoder layers must be alike. A layer needs query, key, value and output pro
 and a gated or plain feed-forward block. Everything else in a layer must be a norm that does not span heads or channels.
 """
 
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from secateur.catalog.architectures import SUPPORTED, Family, ModelShape, family_of, shape_of
 from secateur.catalog.sources import ModelSource, read_shape
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.cutting import cut
 from secateur.engine.model.decoder import STRUCTURES, Decoder, Structure, gated
+from secateur.engine.time_limit import BUILD_SECONDS, within
 
 QUERY, KEY, VALUE = (
     {f"{name}_proj", f"{name}_linear", f"w{name}", name, long}
@@ -28,6 +31,8 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
 """Attributes in which attention modules keep their numbers of heads and of KV heads."""
 TOKENS = 24
+MOST_MODULES = 100_000
+"""Largest number of modules of a model; a decoder with a thousand layers has about 20,000."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest allowed difference of logits, relative to the largest logit."""
 
@@ -43,10 +48,11 @@ def sizes_of(source: ModelSource) -> ModelShape:
 
 
 def _discover(config: Mapping[str, Any]) -> ModelShape:
+    slow = _refusal(config, f"transformers does not build it within {BUILD_SECONDS:.0f} seconds")
     try:
-        loaded = AutoConfig.for_model(**config)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(loaded)
+        loaded, model = within(BUILD_SECONDS, slow, lambda: _build(config))
+    except PruningError:
+        raise
     except Exception as error:  # the constructors may raise any exception
         _refuse(
             config,
@@ -93,6 +99,29 @@ def _discover(config: Mapping[str, Any]) -> ModelShape:
     return replace(shape, other_parameters=total - shape.prunable_parameters)
 
 
+def _build(config: Mapping[str, Any]) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """Build a model without weights.
+
+    Raises:
+        PruningError: ``unsupported_architecture`` when it has more than :data:`MOST_MODULES` modules.
+    """
+    thread, count = threading.get_ident(), 0
+
+    def counted(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > MOST_MODULES:
+            _refuse(config, f"it has more than {MOST_MODULES:,} modules")
+
+    loaded = AutoConfig.for_model(**config)
+    hook = register_module_module_registration_hook(counted)
+    try:
+        with torch.device("meta"):
+            return loaded, AutoModelForCausalLM.from_config(loaded)
+    finally:
+        hook.remove()
+
+
 def _layers(model: PreTrainedModel, config: Mapping[str, Any]) -> tuple[str, nn.ModuleList]:
     lists = {
         name: module
@@ -131,7 +160,11 @@ def _check_rest(layer: nn.Module, linears: Mapping[str, nn.Linear], sizes: set[i
 
 
 def _refuse(config: Mapping[str, Any], reason: str) -> NoReturn:
-    raise PruningError(
+    raise _refusal(config, reason)
+
+
+def _refusal(config: Mapping[str, Any], reason: str) -> PruningError:
+    return PruningError(
         ErrorCode.UNSUPPORTED_ARCHITECTURE,
         f"Models of type {config.get('model_type')!r} have no adapter, and this one is not built like Llama: {reason}. "
         f"With an adapter: {SUPPORTED}.",

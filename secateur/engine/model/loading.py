@@ -18,12 +18,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from transformers.utils import logging as transformers_logging
 
 from secateur.catalog.architectures import check_config
-from secateur.catalog.sources import ModelSource, check_size, check_weight_files, hub_error, locate
+from secateur.catalog.sources import (
+    ModelSource,
+    check_declared,
+    check_files,
+    check_size,
+    check_weight_files,
+    hub_error,
+    locate,
+)
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model import chatglm
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.generic import sizes_of, verify
 from secateur.engine.model.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM
+from secateur.engine.time_limit import with_tokenizer
 
 # The pattern is not *.safetensors, because some repositories hold a second copy of the model under other names.
 HUB_FILES = [
@@ -42,7 +51,7 @@ HUB_FILES = [
 def download(
     source: ModelSource, token: str | None, endpoint: str | None, told: Callable[[int, int], None]
 ) -> ModelSource:
-    """Download the files of a source and return the source with its local path.
+    """Download the files of a source, check them against its config, and return the source with its local path.
 
     The Hub cache keeps files that were downloaded before. ``told`` is called with the number of bytes that are on this
     machine, and with the number of bytes of all files that are known so far.
@@ -51,6 +60,8 @@ def download(
         PruningError: ``hub_unavailable`` (retryable), ``weights_missing``, ``weights_corrupt``, ``config_invalid``.
     """
     if source.path is not None:
+        if source.gguf_file is None:
+            check_declared(source)
         return source
     patterns = HUB_FILES if source.gguf_file is None else [source.gguf_file, *HUB_FILES[-4:]]
     try:
@@ -65,8 +76,10 @@ def download(
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
         raise hub_error(error, source.model_id) from None
     if source.gguf_file is None:
-        check_weight_files(source.model_id, Path(folder))
-        return replace(source, path=Path(folder))
+        source = replace(source, path=Path(folder))
+        check_files(source)
+        check_declared(source)
+        return source
     local = locate(folder, gguf_file=source.gguf_file, allow_paths=True)
     return replace(source, path=Path(folder), config=local.config)
 
@@ -96,7 +109,7 @@ def load(source: ModelSource, dtype: str, device: torch.device, max_parameters: 
 
     Raises:
         PruningError: ``model_too_large``, ``unsupported_architecture``, ``config_invalid``, ``weights_missing``,
-            ``weights_corrupt``, ``weights_not_finite``, ``tokenizer_missing``.
+            ``weights_corrupt``, ``weights_not_finite``, ``tokenizer_missing``, ``tokenizer_unusable``.
     """
     assert source.path is not None
     transformers_logging.disable_progress_bar()
@@ -160,19 +173,26 @@ def adopt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Mo
 
 def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     assert source.path is not None
-    try:
+    path, gguf_file = source.path, source.gguf_file
+
+    def read() -> PreTrainedTokenizerBase:
         if source.chatglm:
             return chatglm.load_tokenizer(source)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.path, gguf_file=source.gguf_file, trust_remote_code=False
+            path, gguf_file=gguf_file, trust_remote_code=False
         )
+        return tokenizer
+
+    try:
+        return with_tokenizer(0, read)
+    except PruningError:
+        raise
     except Exception as error:  # the loaders pass on any exception of their parsers
         raise PruningError(
             ErrorCode.TOKENIZER_MISSING,
             f"The tokenizer of {source.model_id} cannot be loaded: {error}",
             field="model_id",
         ) from error
-    return tokenizer
 
 
 def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel:
