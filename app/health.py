@@ -10,9 +10,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.config import Settings
-from app.db.session import session_factory
+from app.db.session import reading, session_factory
 from app.deps import SettingsDep
 from app.fleet import repository as fleet
+from app.jobs import repository as jobs
 
 router = APIRouter(tags=["health"])
 
@@ -32,6 +33,9 @@ class Readiness(BaseModel):
     database: str = Field(examples=["ok"])
     broker: str = Field(examples=["ok"])
     workers: str = Field(examples=["ok"])
+    unheld_jobs: int | None = Field(
+        None, description="Queued jobs that no live worker can hold; null: the database does not answer."
+    )
 
 
 @router.get("/healthz")
@@ -50,7 +54,8 @@ def readyz(response: Response, settings: SettingsDep) -> Readiness:
     }
     ready = set(verdicts.values()) == {"ok"}
     response.status_code = 200 if ready else 503
-    return Readiness(ready=ready, **verdicts)
+    unheld = _count_unheld(settings) if verdicts["database"] == "ok" else None
+    return Readiness(ready=ready, unheld_jobs=unheld, **verdicts)
 
 
 class Unready(Exception):
@@ -83,6 +88,14 @@ def _count_workers(settings: Settings) -> None:
     with session_factory()() as session:
         if not fleet.live(session, settings.worker_silence):
             raise Unready("no live worker")
+
+
+def _count_unheld(settings: Settings) -> int | None:
+    try:
+        with reading() as session:
+            return jobs.count_unheld(session, fleet.offers(session, settings.worker_silence))
+    except SQLAlchemyError:
+        return None
 
 
 @router.get("/metrics", response_class=Response)

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from app.auth.commands import keys
+from app.fleet.commands import workers
 from secateur.cli.common import FAILED, REFUSED, UNREACHABLE, Json, stop, variable
 from secateur.extras import MissingExtra, require
 from workers.roles import Role
@@ -20,6 +21,7 @@ WORKER_FLAGS = ("--without-gossip", "--without-mingle", "--without-heartbeat")
 
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 cli.add_typer(keys, name="keys")
+cli.add_typer(workers, name="workers")
 
 
 def main() -> None:

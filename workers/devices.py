@@ -20,16 +20,21 @@ def gpus() -> list[str]:
 def device_memory() -> dict[str, Any]:
     """Return ``device`` (``cuda`` or ``cpu``) and, where it is known, ``memory_bytes``.
 
-    The memory is that of the first GPU to use, or what the machine or the container has.
+    The memory is that of the first GPU to use, or that of the machine.
     """
     if visible := gpus():
         found = _nvidia_smi("--query-gpu=memory.total", "--format=csv,noheader,nounits", f"--id={visible[0]}")
         if found and found[0].strip().isdigit():
             return {"device": "cuda", "memory_bytes": int(found[0]) * 2**20}
         return {"device": "cuda"}
+    return {"device": "cpu", "memory_bytes": host_memory()}
+
+
+def host_memory() -> int:
+    """Return the bytes of memory that the machine or the container has."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limits = [path.read_text().strip() for path in CGROUP_LIMITS if path.is_file()]
-    return {"device": "cpu", "memory_bytes": min([machine, *(int(limit) for limit in limits if limit.isdigit())])}
+    return min([machine, *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def _nvidia_smi(*arguments: str) -> list[str]:

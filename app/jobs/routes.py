@@ -81,10 +81,11 @@ LABEL_PARAMETER = {
 
 
 def _view(job: Any, response: Response) -> JobView:
+    """Return the job as clients see it; this reads the database if the job is queued."""
     response.headers["ETag"] = etag(job.version)
     if job.state not in TERMINAL:
         response.headers["Retry-After"] = str(POLL_AFTER)
-    return JobView.model_validate(job)
+    return JobView.model_validate(job).model_copy(update={"waiting_for": service.waiting_for(get_settings(), job)})
 
 
 def _read(owner_id: uuid.UUID, job_id: uuid.UUID) -> Any:
@@ -157,13 +158,13 @@ async def create(
 
     job = await run_in_threadpool(make)
     if wait is None:
-        background.add_task(dispatch.wake_worker, job.id)
+        background.add_task(dispatch.wake_worker)
     else:
-        await run_in_threadpool(dispatch.wake_worker, job.id)
+        await run_in_threadpool(dispatch.wake_worker)
         job = await _wait(feed, owner.id, job.id, wait, lambda job: job.state in TERMINAL)
         response.headers["Preference-Applied"] = f"wait={wait}"
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return _view(job, response)
+    return await run_in_threadpool(_view, job, response)
 
 
 @router.get("", response_model=JobPage, openapi_extra={"parameters": [LABEL_PARAMETER]})
@@ -229,7 +230,7 @@ async def get(
         job = await _wait(
             feed, owner.id, job_id, wait, lambda job: job.state in TERMINAL or not matches(seen, etag(job.version))
         )
-    view = _view(job, response)
+    view = await run_in_threadpool(_view, job, response) if job.state == State.QUEUED else _view(job, response)
     if if_none_match is not None and matches(if_none_match, etag(job.version)):
         return Response(status_code=304, headers=dict(response.headers))
     return view
@@ -258,7 +259,7 @@ def _ask(trigger: Trigger, summary: str) -> None:
     ) -> JobView:
         job = service.ask(session, owner.id, job_id, trigger)
         if job.state == State.QUEUED:
-            background.add_task(dispatch.wake_worker, job.id)
+            background.add_task(dispatch.wake_worker)
         return _view(job, response)
 
     router.post(

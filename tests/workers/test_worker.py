@@ -14,7 +14,9 @@ from sqlalchemy.orm import Session
 
 from app.config import Settings
 from app.fleet import repository as fleet
-from app.jobs import dispatch
+from app.fleet import service as workers
+from app.jobs import dispatch, leases
+from secateur.contract.workers import Drain
 from tests.patience import PATIENCE
 from tests.workers.conftest import MakeJob, Start, alive, expire, wait_for
 from workers import scheduler
@@ -45,7 +47,7 @@ def test_shutdown_gives_the_job_back_and_the_next_worker_goes_on(
 ) -> None:
     worker = start_worker()
     job = make_job({"hang_in_round": 2})
-    dispatch.wake_worker(job.id)
+    dispatch.wake_worker()
     job.wait_for_round(1)
     pid = job.runner_pid
     worker.terminate()
@@ -64,7 +66,7 @@ def test_a_signal_to_the_whole_group_gives_the_job_back_too(make_job: MakeJob, s
     worker = start_worker()
     [prefork] = children(worker.pid)
     job = make_job({"hang_in_round": 1})
-    dispatch.wake_worker(job.id)
+    dispatch.wake_worker()
     job.wait_for_round(0)
     for pid in (prefork, worker.pid):
         os.kill(pid, signal.SIGTERM)
@@ -78,7 +80,7 @@ def test_kill_9_of_a_worker_leaves_nothing_running_and_loses_nothing(
     worker = start_worker()
     [prefork] = children(worker.pid)
     job = make_job({"hang_in_round": 2})
-    dispatch.wake_worker(job.id)
+    dispatch.wake_worker()
     job.wait_for_round(1)
     pid = job.runner_pid
     worker.kill()
@@ -96,7 +98,7 @@ def test_a_worker_replaces_the_process_that_supervises(
     worker = start_worker()
     [prefork] = children(worker.pid)
     job = make_job({"hang_in_round": 1})
-    dispatch.wake_worker(job.id)
+    dispatch.wake_worker()
     pid = job.runner_pid
     os.kill(prefork, signal.SIGKILL)
     wait_for(lambda: not alive(pid))  # its lease is longer than this waits
@@ -113,9 +115,8 @@ def test_a_broker_that_loses_every_message_loses_no_job(
     make_job: MakeJob, start_worker: StartWorker, start: Start, settings: Settings
 ) -> None:
     jobs = [make_job() for _ in range(3)]
-    for job in jobs:
-        dispatch.wake_worker(job.id)
-        dispatch.wake_worker(job.id)
+    for _ in range(2 * len(jobs)):
+        dispatch.wake_worker()
     with redis.Redis.from_url(settings.broker_url) as broker:
         broker.flushall()
     start_worker()
@@ -125,22 +126,42 @@ def test_a_broker_that_loses_every_message_loses_no_job(
         assert job.row.attempt == 1, "a second ring finds nothing to do"
 
 
-def test_the_scheduler_does_not_fill_the_broker(make_job: MakeJob, session: Session, settings: Settings) -> None:
+def test_the_scheduler_wakes_the_idle_workers_that_may_take_a_job(
+    make_job: MakeJob, session: Session, settings: Settings
+) -> None:
     job = make_job()
+    job.sql("required_memory_bytes = 100")
     with redis.Redis.from_url(settings.broker_url) as broker:
-        broker.rpush(scheduler.QUEUE, *["waiting"] * scheduler.MOST_WAITING)
-        scheduler.dispatch_due(session, settings)
-        assert job.row.dispatched_at is None
-        broker.lpop(scheduler.QUEUE)
-        scheduler.dispatch_due(session, settings)
-        assert job.row.dispatched_at is not None
-        assert broker.llen(scheduler.QUEUE) == scheduler.MOST_WAITING
+
+        def woken() -> int:
+            scheduler.wake_workers(session, settings)
+            return int(broker.llen(scheduler.QUEUE))
+
+        assert woken() == 0, "no worker is live"
+        for name, memory in (("small", 50), ("large", 100), ("busy", 200)):
+            fleet.beat(session, name, "worker", {"memory_bytes": memory})
+        running = make_job()
+        leases.claim(session, running.id, "busy", 600)
+        assert woken() == 2, "the idle ones, because any of them may read the first message"
+        assert woken() == 2, "the messages wait already"
+        broker.flushall()
+        job.sql("required_memory_bytes = 300")
+        assert woken() == 0, "no worker can hold it"
+        job.sql("required_memory_bytes = 100")
+        workers.set_drain(session, "large", Drain.FINISH)
+        assert woken() == 0, "the small one cannot hold it"
+        workers.set_drain(session, "large", None)
+        assert woken() == 2
 
 
-def test_sigterm_ends_the_scheduler(start: Start, make_job: MakeJob) -> None:
-    job = make_job()
+def test_sigterm_ends_the_scheduler(start: Start, session: Session) -> None:
     process = start("workers", "scheduler")
-    wait_for(lambda: job.row.dispatched_at is not None)
+
+    def beats() -> bool:
+        session.rollback()
+        return bool(fleet.live(session, 3600, "scheduler"))
+
+    wait_for(beats)
     process.terminate()
     assert process.wait(PATIENCE) == 0
 
