@@ -53,8 +53,10 @@ def holds(offer: Offer) -> ColumnElement[bool]:
 
     A job whose need of memory is not known fits every worker, and a worker whose memory is not known holds every job.
     """
-    fits = or_(Job.required_memory_bytes.is_(None), Job.required_memory_bytes <= offer.memory_bytes)
-    return and_(Job.required_labels.contained_by(offer.labels), true() if offer.memory_bytes is None else fits)
+    labelled = Job.required_labels.contained_by(offer.labels)
+    if offer.memory_bytes is None:
+        return labelled
+    return and_(labelled, or_(Job.required_memory_bytes.is_(None), Job.required_memory_bytes <= offer.memory_bytes))
 
 
 def first(
