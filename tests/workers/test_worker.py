@@ -10,12 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from app.auth import service as auth
 from app.config import Settings
 from app.fleet import repository as fleet
 from app.fleet import service as workers
 from app.jobs import dispatch, leases
+from app.jobs.models import Attempt, Job
 from secateur.contract.workers import Drain
 from tests.patience import PATIENCE
 from tests.workers.conftest import MakeJob, Start, alive, expire, wait_for
@@ -127,8 +130,9 @@ def test_a_broker_that_loses_every_message_loses_no_job(
 
 
 def test_the_scheduler_wakes_the_idle_workers_that_may_take_a_job(
-    make_job: MakeJob, session: Session, settings: Settings
+    make_job: MakeJob, session: Session, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(settings, "heartbeat_interval", 3600.0)
     job = make_job()
     job.sql("required_memory_bytes = 100")
     with redis.Redis.from_url(settings.broker_url) as broker:
@@ -179,3 +183,43 @@ def test_what_a_killed_worker_left_of_a_cancelled_job_goes(
     scheduler.delete_leftovers(session, settings)
     assert [path.name for path in ended.folder.iterdir()] == ["artifacts"]
     assert len(list(live.folder.iterdir())) == 4
+
+
+def test_the_second_key_is_next_and_nothing_waits_for_a_second_message(
+    make_job: MakeJob, start_worker: StartWorker, session: Session, settings: Settings
+) -> None:
+    first, *others = [make_job({"wait_in_round": 1} if number == 0 else {}, rounds=1) for number in range(5)]
+    start_worker()
+    dispatch.wake_worker()
+    first.wait_for_round(0)
+    other, _ = auth.create(session, "other")
+    late = make_job(rounds=1)
+    session.execute(update(Job).where(Job.id == late.id).values(owner_id=other.id))
+    session.commit()
+    first.let_go()
+    for job in (first, late, *others):  # without a scheduler: the worker wakes itself after each job
+        job.wait_for_state("succeeded")
+    session.rollback()
+    began = session.scalars(select(Attempt.job_id).order_by(Attempt.started_at)).all()
+    assert list(began) == [job.id for job in (first, late, *others)]
+
+
+def test_a_drained_worker_releases_its_job_at_the_end_of_the_step(
+    make_job: MakeJob, start_worker: StartWorker, session: Session, start: Start
+) -> None:
+    worker = start_worker()
+    job = make_job({"wait_in_round": 1})
+    dispatch.wake_worker()
+    job.wait_for_round(0)
+    name = job.row.worker
+    drain = start("workers", "workers", "drain", str(name), "--now")
+    assert drain.wait(PATIENCE) == 0
+    job.wait_for_renewal()  # tells the runner
+    job.let_go()
+    job.wait_for_state("queued")
+    assert (job.row.failures, [row.number for row in job.steps]) == (0, [0, 1])
+    start("workers", "scheduler")
+    start_worker()
+    job.wait_for_state("succeeded")
+    assert job.row.attempt == 2 and job.worked[-1] == (2, 3)
+    assert worker.poll() is None
