@@ -9,7 +9,7 @@ import datetime as dt
 import uuid
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, Integer, Select, and_, bindparam, func, or_, select, true
+from sqlalchemy import ColumnElement, Integer, Interval, Select, and_, bindparam, func, or_, select, true
 from sqlalchemy.orm import Session
 
 from app.auth.models import ApiKey
@@ -30,13 +30,12 @@ _RUNNING = (
     .group_by(Job.owner_id)
     .subquery("running")
 )
-_SECONDS = func.sum(
-    func.extract(
-        "epoch", func.coalesce(Attempt.ended_at, func.now()) - func.greatest(Attempt.started_at, func.now() - WINDOW)
-    )
+_TIME = func.sum(
+    func.coalesce(Attempt.ended_at, func.now()) - func.greatest(Attempt.started_at, func.now() - WINDOW),
+    type_=Interval,
 )
 _USED = (
-    select(Attempt.owner_id, _SECONDS.label("seconds"))
+    select(Attempt.owner_id, _TIME.label("time"))
     .where(or_(Attempt.ended_at.is_(None), Attempt.ended_at > func.now() - WINDOW))
     .group_by(Attempt.owner_id)
     .subquery("used")
@@ -87,5 +86,5 @@ def order(offer: Offer, passed: Sequence[uuid.UUID]) -> Select[uuid.UUID]:
         .outerjoin(_RUNNING, _RUNNING.c.owner_id == ApiKey.id)
         .outerjoin(_USED, _USED.c.owner_id == ApiKey.id)
         .where(or_(limit.is_(None), running < limit))
-        .order_by(running, func.coalesce(_USED.c.seconds, 0), head.c.id)
+        .order_by(running, func.coalesce(_USED.c.time, dt.timedelta()), head.c.id)
     )
