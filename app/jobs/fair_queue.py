@@ -30,15 +30,12 @@ _RUNNING = (
     .group_by(Job.owner_id)
     .subquery("running")
 )
-_TIME = func.sum(
-    func.coalesce(Attempt.ended_at, func.now()) - func.greatest(Attempt.started_at, func.now() - WINDOW),
-    type_=Interval,
-)
+_SINCE = func.now() - WINDOW
+_TIME = func.coalesce(Attempt.ended_at, func.now()) - func.greatest(Attempt.started_at, _SINCE)
 _USED = (
-    select(Attempt.owner_id, _TIME.label("time"))
-    .where(or_(Attempt.ended_at.is_(None), Attempt.ended_at > func.now() - WINDOW))
-    .group_by(Attempt.owner_id)
-    .subquery("used")
+    select(func.coalesce(func.sum(_TIME, type_=Interval), dt.timedelta()))
+    .where(Attempt.owner_id == ApiKey.id, or_(Attempt.ended_at.is_(None), Attempt.ended_at > _SINCE))
+    .scalar_subquery()
 )
 
 
@@ -84,7 +81,6 @@ def order(offer: Offer, passed: Sequence[uuid.UUID]) -> Select[uuid.UUID]:
         .select_from(ApiKey)
         .join(head, true())
         .outerjoin(_RUNNING, _RUNNING.c.owner_id == ApiKey.id)
-        .outerjoin(_USED, _USED.c.owner_id == ApiKey.id)
         .where(or_(limit.is_(None), running < limit))
-        .order_by(running, func.coalesce(_USED.c.time, dt.timedelta()), head.c.id)
+        .order_by(running, _USED, head.c.id)
     )

@@ -78,10 +78,7 @@ class Attempt(Base):
     """
 
     __tablename__ = "attempts"
-    __table_args__ = (
-        Index("ix_attempts_owner_id", "owner_id", "started_at"),
-        Index("ix_attempts_ended_at", "ended_at"),
-    )
+    __table_args__ = (Index("ix_attempts_owner_id_ended_at", "owner_id", "ended_at"),)
 
     job_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     attempt: Mapped[int] = mapped_column(primary_key=True)

@@ -25,8 +25,7 @@ def upgrade() -> None:
         sa.Column("error_code", sa.String),
         sa.PrimaryKeyConstraint("job_id", "attempt", name="pk_attempts"),
     )
-    op.create_index("ix_attempts_owner_id", "attempts", ["owner_id", "started_at"])
-    op.create_index("ix_attempts_ended_at", "attempts", ["ended_at"])
+    op.create_index("ix_attempts_owner_id_ended_at", "attempts", ["owner_id", "ended_at"])
     # The attempts that go on have a row, so that their end is recorded; their time counts from this upgrade.
     op.execute(
         "INSERT INTO attempts (job_id, attempt, owner_id, worker)"
