@@ -281,7 +281,7 @@ def test_worker_time_by_key_is_a_plain_query(session: Session, owners: list[uuid
         times = {"started_at": day, "ended_at": day + dt.timedelta(seconds=seconds)}
         session.add(Attempt(job_id=uuid.uuid4(), attempt=1, owner_id=owner_id, worker="w", **times))
     query = select(Attempt.owner_id, func.sum(attempts.SECONDS)).group_by(Attempt.owner_id)
-    assert dict(session.execute(query).all()) == {owners[0]: 15, owners[1]: 7}  # type: ignore[arg-type]
+    assert dict(session.execute(query).all()) == {owners[0]: 15, owners[1]: 7}
 
 
 def test_a_claim_reads_one_row_of_the_queue_for_each_key(session: Session, owners: list[uuid.UUID]) -> None:

@@ -54,7 +54,7 @@ def get(session: Session, name: str) -> Worker | None:
     return session.scalars(select(Worker).where(Worker.name == name, Worker.kind == "worker")).one_or_none()
 
 
-def every(session: Session, within_seconds: float) -> Sequence[Row[tuple[Worker, bool]]]:
+def every(session: Session, within_seconds: float) -> Sequence[Row[Worker, bool]]:
     """Return each worker, ordered by name, with whether it sent a heartbeat within the last ``within_seconds``."""
     is_live = Worker.last_seen_at > func.now() - dt.timedelta(seconds=within_seconds)
     return session.execute(select(Worker, is_live).where(Worker.kind == "worker").order_by(Worker.name)).all()
