@@ -16,6 +16,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
+from secateur.catalog.request import LabelName, LabelValue
 from secateur.settings import LibrarySettings
 
 SECRETS_DIR = "SECATEUR_SECRETS_DIR"
@@ -45,6 +46,16 @@ Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^/\s@]+)$")]
 def _listed(value: Any) -> Any:
     """Split an environment variable's comma-separated text (``a,b``) into a list."""
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+def _named(value: Any) -> Any:
+    """Split an environment variable's text of names and values (``a=1,b=2``) into a dictionary."""
+    if not isinstance(value, str):
+        return value
+    items = [item.partition("=") for item in _listed(value)]
+    if not all(equals for _, equals, _ in items):
+        raise ValueError("labels are 'NAME=VALUE', with commas between")
+    return {name.strip(): content.strip() for name, _, content in items}
 
 
 def _signing_secret(secret: SecretStr) -> SecretStr:
@@ -156,7 +167,6 @@ class Settings(LibrarySettings):
     lease_margin: Seconds = 15.0
     """Number of seconds before the end of a lease by which its runner is stopped."""
     scheduler_interval: Seconds = 1.0
-    redispatch_after: Seconds = 60.0
     max_failures: int = Field(3, ge=1)
     """Number of failed attempts without a completed step between them at which a job fails."""
     max_losses: int = Field(10, ge=1)
@@ -206,6 +216,11 @@ class Settings(LibrarySettings):
     dashboard: bool = True
     """Whether to serve the web page at ``/``."""
     log_format: Literal["text", "json"] = "text"
+    worker_labels: Annotated[dict[LabelName, LabelValue], NoDecode, BeforeValidator(_named)] = {}
+    """Labels that the workers of this machine announce, such as ``gpu=h100,zone=a``; a job may require labels."""
+    database_pool: int = Field(19, ge=1)
+    """Largest number of database connections that a process keeps for its threads. A process of the API opens one more,
+    on which it listens for changes of jobs."""
     torch_threads: int | None = Field(None, ge=1)
     """Number of threads that torch uses in a runner; if unset, torch uses one thread for each core of the machine."""
 
@@ -222,11 +237,6 @@ class Settings(LibrarySettings):
                 f"SECATEUR_HEARTBEAT_INTERVAL ({self.heartbeat_interval:g}) must be less than SECATEUR_LEASE_TTL "
                 f"({self.lease_ttl:g}) minus SECATEUR_LEASE_MARGIN ({self.lease_margin:g}), because a lease that is not renewed "
                 "by then stops its runner"
-            )
-        if self.scheduler_interval > self.redispatch_after:
-            raise ValueError(
-                f"SECATEUR_SCHEDULER_INTERVAL ({self.scheduler_interval:g}) must not exceed SECATEUR_REDISPATCH_AFTER "
-                f"({self.redispatch_after:g}), because the scheduler dispatches jobs only once in an interval"
             )
         if self.scheduler_interval > self.lease_ttl:
             raise ValueError(

@@ -73,6 +73,10 @@ def install(app: FastAPI) -> None:
         )
 
     @app.exception_handler(PoolTimeout)
+    def busy(request: Request, error: PoolTimeout) -> JSONResponse:
+        detail = "All database connections of this process are in use. Nothing was changed; try again."
+        return respond(request, Problem(503, ErrorCode.DATABASE_UNAVAILABLE, detail, headers={"Retry-After": "1"}))
+
     @app.exception_handler(OperationalError)
     @app.exception_handler(InterfaceError)
     def database(request: Request, error: SQLAlchemyError) -> JSONResponse:

@@ -12,10 +12,11 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.config import Settings
-from app.db.session import session_factory
+from app.db.session import reading, session_factory
 from app.deps import SettingsDep
 from app.fleet import repository as fleet
 from app.http.problem import documented
+from app.jobs import repository as jobs
 
 router = APIRouter(tags=["health"])
 
@@ -45,6 +46,9 @@ class Readiness(BaseModel):
     broker: str = Field(examples=["ok"])
     workers: str = Field(examples=["ok"])
     scheduler: str = Field(examples=["ok"])
+    unheld_jobs: int | None = Field(
+        None, description="Queued jobs that no live worker can hold; null: the database does not answer."
+    )
 
 
 @router.get("/healthz")
@@ -71,7 +75,8 @@ def readyz(
     }
     ready = all(verdict == "ok" for part, verdict in verdicts.items() if part not in exclude)
     response.status_code = 200 if ready else 503
-    return Readiness(ready=ready, **verdicts)
+    unheld = _count_unheld(settings) if verdicts["database"] == "ok" else None
+    return Readiness(ready=ready, unheld_jobs=unheld, **verdicts)
 
 
 class Unready(Exception):
@@ -104,6 +109,14 @@ def _ask_fleet(settings: Settings, kind: str) -> None:
     with session_factory()() as session:
         if not fleet.live(session, settings.worker_silence, kind):
             raise Unready(f"no live {kind}")
+
+
+def _count_unheld(settings: Settings) -> int | None:
+    try:
+        with reading() as session:
+            return jobs.count_unheld(session, fleet.offers(session, settings.worker_silence))
+    except SQLAlchemyError:
+        return None
 
 
 @router.get("/metrics", response_class=Response)

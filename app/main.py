@@ -14,6 +14,7 @@ from app import catalog_routes, errors, health, startup
 from app.auth import routes as keys
 from app.config import get_settings
 from app.dashboard import routes as dashboard
+from app.fleet import routes as workers
 from app.http import logs
 from app.http.body_limit import BodyLimit
 from app.http.browser_rules import DASHBOARD, DOCS, BrowserRules
@@ -76,7 +77,9 @@ def create_app() -> FastAPI:
     app.add_middleware(Observe, registry=registry)
     app.add_middleware(BrowserRules, private="/v1/", pages={"/docs": DOCS, "/redoc": DOCS, "/": DASHBOARD})
     errors.install(app)
-    for router in (jobs.router, catalog_routes.router, keys.router, keys.usage_router, health.router):
+    for router in (
+        jobs.router, catalog_routes.router, keys.router, keys.usage_router, workers.router, health.router,
+    ):  # fmt: skip
         app.include_router(router)
     if settings.dashboard:
         dashboard.install(app)

@@ -46,10 +46,11 @@ class ServiceCollector(Collector):
     def _read(self) -> Iterator[Metric]:
         with reading() as session:
             numbers = jobs.queue_numbers(session)
-            running = jobs.running_by_worker(session)
+            running = jobs.owned_by_worker(session)
             retries, steps = jobs.recent_retries(session), jobs.recent_steps(session)
             workers = fleet.live(session, self.settings.worker_silence)
             schedulers = fleet.live(session, self.settings.worker_silence, "scheduler")
+            unheld = jobs.count_unheld(session, fleet.offers(session, self.settings.worker_silence))
             pending, failed = webhooks.counts(session)
             used = usage.totals(session)
         yield _labelled(
@@ -63,9 +64,12 @@ class ServiceCollector(Collector):
         yield GaugeMetricFamily(
             "secateur_queue_oldest_seconds", "Age of the oldest of them.", value=numbers.oldest_seconds
         )
+        yield GaugeMetricFamily("secateur_queue_unheld", "Queued jobs that no live worker can hold.", value=unheld)
         yield GaugeMetricFamily("secateur_workers_live", "Workers that beat.", value=len(workers))
         yield GaugeMetricFamily("secateur_schedulers_live", "Schedulers that beat.", value=len(schedulers))
-        yield _labelled("secateur_running_jobs", "Jobs that a worker owns.", "worker", running)
+        draining = sum(worker.drain is not None for worker in workers)
+        yield GaugeMetricFamily("secateur_workers_draining", "Live workers that take no new job.", value=draining)
+        yield _labelled("secateur_running_jobs", "Jobs that a worker owns.", "worker", dict.fromkeys(running, 1.0))
         yield _labelled(
             "secateur_retries_last_hour",
             "Attempts of the last hour that failed and were queued again, by the error's code: worker_lost is a lease that ran "

@@ -8,8 +8,9 @@ from sqlalchemy.orm import Session
 
 from app.config import Settings
 from app.fleet import repository as fleet
+from app.fleet.repository import Offer
 from app.http import idempotency
-from app.jobs import leases, repository
+from app.jobs import fair_queue, leases, repository
 from app.jobs.models import Job
 from app.webhooks import repository as webhooks
 from secateur.contract.states import State
@@ -84,7 +85,8 @@ def queries(settings: Settings, owner_id: uuid.UUID) -> dict[str, Query]:
         job = Job(owner_id=owner_id, request={"rounds": 3}, model_id="org/model-1", method="flap", labels={})
         repository.add(session, job)
         session.commit()
-        return leases.claim(session, job.id, "worker", 60)
+        fleet.beat(session, "worker", "worker", {"memory_bytes": 2**40})
+        return leases.claim_next(session, "worker", 60, 1000)
 
     def events(session: Session) -> object:
         newest = select(Job.id).where(Job.owner_id == owner_id).order_by(Job.id.desc()).limit(1)
@@ -105,7 +107,7 @@ def queries(settings: Settings, owner_id: uuid.UUID) -> dict[str, Query]:
         "list, state, method and label": listing(states=(State.FAILED,), method="wanda", labels={"team": "team-2"}),
         "events of a job": events,
         "create and claim a job": claim,
-        "scheduler: jobs to dispatch again": lambda session: leases.due(session, settings.redispatch_after),
+        "scheduler: a job for an idle worker": lambda session: fair_queue.first(session, Offer({}, 2**40, "cpu"), None),
         "scheduler: expired files": lambda session: repository.with_expired_files(session, 100),
         "scheduler: lost workers": lambda session: leases.reap(session, leases.Patience.of(settings)),
         "scheduler: webhooks": lambda session: webhooks.claim_due(session, (), 10),

@@ -315,23 +315,3 @@ def test_a_renewal_that_waited_for_the_reaper_is_lost(
         leases.reap(session, LIMITS)
         with pytest.raises(LeaseLost):
             renewal.result(timeout=PATIENCE)
-
-
-def test_due_jobs_are_marked_once(sessions: sessionmaker[Session], session: Session, queued: uuid.UUID) -> None:
-    found = _at_once(sessions, *([lambda s: leases.due(s, 60)] * 4))
-    assert sum(found, []) == [queued]
-    assert leases.due(session, 60) == []
-    session.execute(update(Job).values(dispatched_at=func.now() - dt.timedelta(seconds=61)))
-    session.commit()
-    assert leases.due(session, 60) == [queued]
-    session.execute(update(Job).values(dispatched_at=None, not_before=func.now() + dt.timedelta(hours=1)))
-    session.commit()
-    assert leases.due(session, 60) == []
-
-
-def test_a_requeued_job_is_due_at_once(session: Session, queued: uuid.UUID) -> None:
-    assert leases.due(session, 60) == [queued]
-    leases.claim(session, queued, "w", TTL)
-    assert leases.due(session, 0) == []
-    leases.release(session, queued, 1)
-    assert leases.due(session, 60) == [queued]

@@ -92,7 +92,7 @@ def test_cell(shared: Any, state: State, trigger: Trigger, cell: str) -> None:
             assert (refused.value.state, refused.value.trigger) == (state, trigger)
             after = state
         else:
-            transitions.apply(session, job, trigger)
+            transitions.apply(session, job, trigger, **({"worker": "w"} if trigger is Trigger.CLAIM else {}))
             after = {"=": state, "asks": state}.get(cell) or State(cell)
         session.commit()
         session.refresh(job)

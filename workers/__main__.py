@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from app.auth.commands import keys
+from app.fleet.commands import workers
 from app.startup import refusing
 from secateur.cli.common import FAILED, REFUSED, Json, stop
 from secateur.extras import require
@@ -33,6 +34,7 @@ WORKER_FLAGS = ("--without-gossip", "--without-mingle", "--without-heartbeat")
 
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 cli.add_typer(keys, name="keys")
+cli.add_typer(workers, name="workers")
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from app.jobs.dispatch import TRANSPORT_OPTIONS
 from app.storage.library import delete_unused
 from secateur.launch import die_with_parent
 from workers import scratch
-from workers.devices import device_memory
+from workers.devices import device_memory, host_memory
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,13 @@ def _stop_beating(**_: Any) -> None:
 def _beat() -> None:
     """Write the heartbeat of this worker into the fleet table, whether the worker is idle or busy, and keep its disk clean."""
     settings = get_settings()
-    info = {"devices": os.environ.get("CUDA_VISIBLE_DEVICES", "all"), "cpus": os.cpu_count(), **device_memory()}
+    info = {
+        "devices": os.environ.get("CUDA_VISIBLE_DEVICES", "all"),
+        "cpus": os.cpu_count(),
+        "host_memory_bytes": host_memory(),
+        "labels": settings.worker_labels,
+        **device_memory(),
+    }
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     swept = -math.inf
     while True:

@@ -20,7 +20,7 @@ def gpus() -> list[str]:
 def device_memory() -> dict[str, Any]:
     """Return ``device`` (``cuda`` or ``cpu``) and, where it is known, ``memory_bytes``.
 
-    The memory is that of the first GPU to use, or what the machine or the container has.
+    The memory is that of the first GPU to use, or that of the machine.
     """
     if visible := gpus():
         found = _nvidia_smi("--query-gpu=memory.total", "--format=csv,noheader,nounits", f"--id={visible[0]}")

@@ -15,8 +15,9 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app.config import Settings
 from app.fleet import repository as fleet
+from app.fleet import service as workers
 from app.http import idempotency
-from app.jobs import dispatch, leases, retention
+from app.jobs import dispatch, fair_queue, leases, retention
 from app.jobs.leases import Patience
 from app.storage.service import delete_requested
 from app.storage.store import open_store
@@ -25,11 +26,6 @@ from app.webhooks import service as webhooks
 log = logging.getLogger(__name__)
 
 QUEUE = "celery"
-MOST_WAITING = 1000
-"""Largest number of dispatch messages that wait in the broker.
-
-More messages would wake nobody: while all workers are busy, no message is read.
-"""
 HOUSEKEEPING_SECONDS = 60.0
 LONGEST_BACKOFF = 30.0
 FORGET_WORKERS_AFTER = 86_400.0
@@ -50,7 +46,7 @@ def run(settings: Settings, sessions: sessionmaker[Session]) -> None:
         threading.Thread(target=_repeat, args=(duty, interval, settings, sessions, ended))
         for duty, interval in (
             (reap, settings.scheduler_interval),
-            (dispatch_due, settings.scheduler_interval),
+            (wake_workers, settings.scheduler_interval),
             (deliver_webhooks, settings.scheduler_interval),
             (delete_leftovers, HOUSEKEEPING_SECONDS),
             (beat, settings.heartbeat_interval),
@@ -92,16 +88,22 @@ def reap(session: Session, settings: Settings) -> None:
         log.info("job %s: its worker is lost", job_id)
 
 
-def dispatch_due(session: Session, settings: Settings) -> None:
-    """Wake workers again for queued jobs whose dispatch message was lost.
+def wake_workers(session: Session, settings: Settings) -> None:
+    """Wake the idle workers if one of them may take a queued job.
 
-    The broker is queried first, so that no job is marked as dispatched while the broker is away.
+    This covers all reasons for which a worker did not look for the job yet: its message was lost or was read by a worker
+    that cannot hold it, its wait after a failure is over, its API key may run one more job, or the worker is new. All
+    idle workers are woken, because any of them may read the first message. Messages that wait already are not added to.
     """
+    idle = workers.idle(session, settings)
+    distinct = [offer for index, offer in enumerate(idle) if offer not in idle[:index]]
+    if not any(fair_queue.first(session, offer, settings.max_running_jobs) for offer in distinct):
+        return
+    session.rollback()  # returns the connection to the pool before the broker is asked
     with redis.Redis.from_url(settings.broker_url, socket_connect_timeout=1, socket_timeout=5) as broker:
-        room = MOST_WAITING - int(broker.llen(QUEUE))
-    if room > 0:
-        for job_id in leases.due(session, settings.redispatch_after, min(room, 100), settings.max_running_jobs):
-            dispatch.wake_worker(job_id)
+        waiting = int(broker.llen(QUEUE))
+    for _ in range(len(idle) - waiting):
+        dispatch.wake_worker()
 
 
 def deliver_webhooks(session: Session, settings: Settings) -> None:

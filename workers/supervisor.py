@@ -1,4 +1,4 @@
-"""Make one attempt at one job: claim it, keep its lease, run its child processes, and record what they report.
+"""Make one attempt at a claimed job: keep its lease, run its child processes, and record what they report.
 
 The children are a pruning process and a publishing process. This module never imports torch: it runs in Celery's forked
 process, and a fork after torch has worked deadlocks. Every write is fenced by the attempt's number. The children are
@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,21 +110,17 @@ FAILED: dict[State, Any] = {**RELEASED, State.QUEUED: "retried", State.FAILED: "
 
 
 def supervise(
-    job_id: uuid.UUID,
+    claim: Claim,
+    claimed: float,
     settings: Settings,
     sessions: sessionmaker[Session],
-    worker: str,
     shutting_down: Callable[[], bool],
     runner: list[str] = RUNNER,
     publisher: list[str] = PUBLISHER,
 ) -> None:
-    """Claim the job and work on it until this attempt ends; return at once if the job cannot be claimed."""
-    sent = time.monotonic()
-    with sessions() as session:
-        claim = leases.claim(session, job_id, worker, settings.lease_ttl, settings.max_running_jobs)
-    if claim is not None:
-        with logs.about(job_id=str(claim.job_id), attempt=claim.attempt, request_id=claim.request_id):
-            Attempt(claim, settings, sessions, shutting_down, sent).run(runner, publisher)
+    """Work on the job until this attempt ends; ``claimed`` is when the claim was sent (``time.monotonic()``)."""
+    with logs.about(job_id=str(claim.job_id), attempt=claim.attempt, request_id=claim.request_id):
+        Attempt(claim, settings, sessions, shutting_down, claimed).run(runner, publisher)
 
 
 class Attempt:

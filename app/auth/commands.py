@@ -41,7 +41,7 @@ keys = typer.Typer(no_args_is_help=True, help="API keys; needs the database (SEC
 
 
 @contextmanager
-def _database() -> Iterator["Session"]:
+def database() -> Iterator["Session"]:
     from sqlalchemy.orm import Session
 
     from app.config import get_settings
@@ -69,7 +69,7 @@ def keys_create(
         scopes = [service.Scope(each) for each in scope or service.USER]
     except ValueError as error:
         raise stop(f"--scope: {error}; allowed: {', '.join(service.Scope)}", REFUSED) from None
-    with _database() as session:
+    with database() as session:
         try:
             key, secret = service.create(session, name, scopes, settings)
         except ValueError as error:
@@ -108,7 +108,7 @@ def keys_set(
     from app.auth import service
 
     settings = _settings(namespace, lend_hub_token, max_open_jobs, max_running_jobs)
-    with _database() as session:
+    with database() as session:
         key = service.change(session, key_id, settings)
     if key is None:
         raise stop(f"There is no key {key_id}.", REFUSED)
@@ -147,7 +147,7 @@ def keys_rotate(
     """Give an API key a new secret and show it once. The key keeps its jobs."""
     from app.auth import service
 
-    with _database() as session:
+    with database() as session:
         made = service.rotate(session, key_id, grace)
     if made is None:
         raise stop(f"There is no key {key_id} that is not revoked.", REFUSED)
@@ -163,7 +163,7 @@ def keys_hub_token(key_id: Annotated[uuid.UUID, typer.Argument(help="From 'secat
     from app.config import get_settings
 
     token = sys.stdin.readline().strip()
-    with _database() as session:
+    with database() as session:
         try:
             key = service.keep_hub_token(session, get_settings(), key_id, SecretStr(token) if token else None)
         except vault.VaultError as error:
@@ -178,7 +178,7 @@ def keys_list(as_json: Json = False) -> None:
     """List all API keys without their secrets."""
     from app.auth import service
 
-    with _database() as session:
+    with database() as session:
         found = service.every(session)
     rows = [
         {
@@ -213,7 +213,7 @@ def keys_revoke(
     """Revoke an API key permanently. The key's jobs continue to run, unless --cancel-jobs is given."""
     from app.auth import service
 
-    with _database() as session:
+    with database() as session:
         if service.revoke(session, key_id) is None:
             raise stop(f"There is no key {key_id}.", REFUSED)
         typer.echo(f"Key {key_id} is revoked.")

@@ -13,18 +13,23 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app.config import get_settings
 
+POOL_TIMEOUT = 2.0
+"""Number of seconds after which a thread that finds no free connection gives up; the API then answers 503."""
 
-def make_engine(database_url: str) -> Engine:
+
+def make_engine(database_url: str, pool_size: int = 5) -> Engine:
     """Return an engine whose calls always end: a lost database causes an error within seconds and never a hang.
 
     ``tcp_user_timeout`` (ms) limits the wait for a dead peer, and ``statement_timeout`` (ms) limits a slow query; see
     the libpq manual, "Database Connection Control Functions". ``idle_in_transaction_session_timeout`` (ms) frees the
-    rows that a frozen or vanished process had locked.
+    rows that a frozen or vanished process had locked. A thread that waits longer than ``POOL_TIMEOUT`` seconds for one of
+    the ``pool_size`` connections gets SQLAlchemy's ``TimeoutError``. Connections are opened when they are needed.
     """
     engine = create_engine(
         database_url,
-        pool_size=40,  # one connection per thread of uvicorn; a further one would be opened anew for every request
-        max_overflow=0,
+        pool_size=pool_size,
+        max_overflow=0,  # connections beyond the pool would be opened anew for every request
+        pool_timeout=POOL_TIMEOUT,
         connect_args={
             "connect_timeout": 3,
             "tcp_user_timeout": 5000,
@@ -49,7 +54,8 @@ def _refuse_lost(connection: Any, *_: object) -> None:
 @lru_cache
 def session_factory() -> sessionmaker[Session]:
     """Return the process's session factory. Never call this before a fork: connections do not survive a fork."""
-    return sessionmaker(make_engine(get_settings().database_url), expire_on_commit=False)
+    settings = get_settings()
+    return sessionmaker(make_engine(settings.database_url, settings.database_pool), expire_on_commit=False)
 
 
 @contextmanager

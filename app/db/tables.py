@@ -4,7 +4,7 @@ from app.auth.models import ApiKey
 from app.db.base import Base
 from app.fleet.models import Worker
 from app.http.idempotency import IdempotencyKey
-from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
+from app.jobs.models import Attempt, Job, JobEvent, JobLogLine, JobStep
 from app.jobs.repositories import Repository
 from app.jobs.usage import Usage
 from app.storage.models import Deletion, StorageIdentity, StoredFile
@@ -13,6 +13,7 @@ from app.webhooks.models import WebhookDelivery
 metadata = Base.metadata
 TABLES = (
     ApiKey,
+    Attempt,
     Deletion,
     IdempotencyKey,
     Job,

@@ -17,5 +17,7 @@ class Worker(Base):
     name: Mapped[str] = mapped_column(primary_key=True)
     kind: Mapped[str]
     info: Mapped[dict[str, Any]]
+    drain: Mapped[str | None]
+    """How an operator drains the worker, a name of :class:`secateur.contract.workers.Drain`; ``None``: not at all."""
     started_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     last_seen_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())

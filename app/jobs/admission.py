@@ -3,6 +3,8 @@
 A job that cannot be checked now, because the Hub does not answer, is accepted; the worker checks it later.
 """
 
+from collections.abc import Sequence
+
 import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -11,8 +13,10 @@ from pydantic import AnyHttpUrl, SecretStr
 
 from app import local_names
 from app.config import Settings
+from app.fleet.repository import Offer
 from app.http.problem import invalid
 from app.jobs.naming import default_repo_id, repo_ids
+from app.jobs.routing import Required, waiting_for
 from app.jobs.tokens import HubAccess
 from app.storage.library import library_names, open_library
 from app.webhooks.addresses import is_allowed_host
@@ -51,10 +55,14 @@ def look(model: ModelRef, settings: Settings, token: SecretStr | None) -> tuple[
     return source, shape
 
 
-def dry_run(
-    request: JobRequest, settings: Settings, token: SecretStr | None, largest: tuple[int, str] | None
-) -> DryRun:
-    """Return the plan of the job; ``largest`` is the memory of the largest worker, in bytes, and that worker's device.
+def required(request: JobRequest, estimate: int | None) -> Required:
+    """Return what the job requires of a worker: the memory is what the request says, or else the estimate in bytes."""
+    wanted = request.requirements
+    return Required(wanted.labels, estimate if wanted.memory_bytes is None else wanted.memory_bytes)
+
+
+def dry_run(request: JobRequest, settings: Settings, token: SecretStr | None, offers: Sequence[Offer]) -> DryRun:
+    """Return the plan of the job; ``offers`` is what the live workers offer.
 
     Raises:
         PruningError: the model does not exist or cannot be pruned as requested; retryable if the Hub does not answer.
@@ -63,7 +71,7 @@ def dry_run(
     resolved = needed = None
     if shape is not None:
         resolved = resolve(request, shape, config=source.config or {}, source_dtype=source.dtype)
-        needed = _memory(resolved, source, shape, largest)
+        needed = _memory(request, resolved, source, shape, offers)
     return DryRun(
         model_id=request.model_id,
         revision=source.revision,
@@ -72,6 +80,7 @@ def dry_run(
         targets=_targets(request, resolved, shape),
         publish=None if request.publish is None else Publication(**request.publish.model_dump()),
         memory_bytes=needed,
+        waiting_for=waiting_for(required(request, needed), offers),
         shape=None if shape is None else shape.as_dict(),
     )
 
@@ -91,16 +100,22 @@ def _targets(request: JobRequest, resolved: Resolved | None, shape: ModelShape |
     ]
 
 
-def _memory(resolved: Resolved, source: ModelSource, shape: ModelShape, largest: tuple[int, str] | None) -> int:
-    """Return the least number of bytes of memory that the job needs; check that ``largest`` suffices if it is known.
+def _memory(
+    request: JobRequest, resolved: Resolved, source: ModelSource, shape: ModelShape, offers: Sequence[Offer]
+) -> int:
+    """Return the least number of bytes of memory that the job needs on the largest of the workers that have its labels.
 
     Raises:
-        PruningError: ``out_of_memory`` if the largest worker has too little memory.
+        PruningError: ``out_of_memory`` if all workers that have the labels are known to have too little memory. Nothing
+            is raised if no such worker is live, because one may be started, or if the request names the memory itself.
     """
-    mapped = largest is not None and largest[1] == "cpu" and resolved.dtype == source.dtype and source.gguf_file is None
-    needed = memory.estimate(resolved, shape, mapped)
-    if largest is not None:
-        memory.check_fits(resolved, needed, largest[0])
+    labelled = [offer for offer in offers if required(request, None).labelled(offer)]
+    largest = max(labelled, key=lambda offer: offer.memory_bytes or 0, default=None)
+    on_cpu = largest is not None and largest.device == "cpu"
+    needed = memory.estimate(resolved, shape, on_cpu and resolved.dtype == source.dtype and source.gguf_file is None)
+    sizes = [offer.memory_bytes for offer in labelled if offer.memory_bytes is not None]
+    if sizes and len(sizes) == len(labelled) and request.requirements.memory_bytes is None:
+        memory.check_fits(resolved, needed, max(sizes))
     return needed.total
 
 

@@ -1,8 +1,7 @@
-"""Dispatch of jobs: a Celery message tells a worker to look at a job. A lost message loses no job: the scheduler sends
-it again."""
+"""Dispatch of jobs: a Celery message tells a worker to look for a job. A lost message loses no job: the scheduler wakes
+a worker again."""
 
 import logging
-import uuid
 from functools import lru_cache
 
 from celery import Celery
@@ -13,7 +12,7 @@ from app.config import get_settings
 
 log = logging.getLogger(__name__)
 
-TASK = "secateur.work_on"
+TASK = "secateur.work"
 TRANSPORT_OPTIONS = {"socket_timeout": 5, "socket_connect_timeout": 1, "retry_on_timeout": False}
 """Timeouts of the broker connection; without them, a broker that hangs blocks the caller for half a minute (celery
 #4296, kombu #1463)."""
@@ -31,9 +30,12 @@ def _client(broker_url: str) -> Celery:
     return client
 
 
-def wake_worker(job_id: uuid.UUID) -> None:
-    """Send one dispatch message for the job. This never raises: a failure is logged, and the scheduler sends again."""
+def wake_worker() -> None:
+    """Send one dispatch message, which wakes one worker that is idle or, if there is none, the next one that becomes so.
+
+    This never raises: a failure is logged, and the scheduler sends again.
+    """
     try:
-        _client(get_settings().broker_url).send_task(TASK, args=[str(job_id)], ignore_result=True)
+        _client(get_settings().broker_url).send_task(TASK, ignore_result=True)
     except (KombuError, RedisError, OSError) as error:
-        log.warning("the dispatch message for job %s could not be sent: %s", job_id, error)
+        log.warning("a dispatch message could not be sent: %s", error)

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from sqlalchemy import func, select, text, true, update
+from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, undefer
 
-from app.auth import repository as keys
 from app.config import Settings
-from app.jobs import repositories, repository, transitions, usage
+from app.fleet import repository as fleet
+from app.jobs import fair_queue, repositories, repository, transitions, usage
 from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
 from app.jobs.naming import published_repo_ids
 from app.jobs.transitions import LIVE, Trigger
@@ -78,7 +78,7 @@ class LogLine:
 
 @dataclass(frozen=True)
 class Beat:
-    """The answer to a heartbeat or a report: whether a user requested cancelling or pausing the job meanwhile."""
+    """The answer to a heartbeat or a report: whether the job shall be cancelled, or stop at the end of its step."""
 
     cancel: bool
     pause: bool
@@ -88,23 +88,36 @@ def _in(seconds: float) -> Any:
     return func.now() + dt.timedelta(seconds=seconds)
 
 
-def claim(session: Session, job_id: uuid.UUID, worker: str, ttl: float, most: int | None = None) -> Claim | None:
+def claim_next(session: Session, worker: str, ttl: float, max_running: int | None) -> Claim | None:
+    """Claim the next job in the fair order that ``worker`` may take, or return ``None`` if it may take none.
+
+    ``max_running`` limits the jobs of one API key that workers own. A worker that sent no heartbeat yet, or that is
+    drained, may take no job. Workers claim one after the other, so that each claim sees the claims before it.
+    """
+    fair_queue.lock(session)
+    taker = fleet.get(session, worker)
+    if taker is None or taker.drain is not None:
+        session.rollback()
+        return None
+    passed: list[uuid.UUID] = []
+    while (job_id := fair_queue.first(session, fleet.offer(taker), max_running, passed)) is not None:
+        if found := claim(session, job_id, worker, ttl):
+            return found
+        passed.append(job_id)  # its owner changes it at this moment
+    session.rollback()
+    return None
+
+
+def claim(session: Session, job_id: uuid.UUID, worker: str, ttl: float) -> Claim | None:
     """Claim a queued job for ``worker`` with a lease of ``ttl`` seconds, and return the claim.
 
-    Return ``None`` when the job cannot be claimed because it has ended, is owned, was deleted or is not yet due. Also
-    return ``None`` when workers already own ``most`` jobs of the job's API key; :func:`due` returns the job as soon as
-    they own fewer.
+    Return ``None`` when the job cannot be claimed because it has ended, is owned, was deleted, is locked by another
+    transaction or is not yet due.
     """
-    query = select(Job).where(Job.id == job_id, Job.state == State.QUEUED).with_for_update(skip_locked=True)
-    job = session.scalars(query.where((Job.not_before.is_(None)) | (Job.not_before <= func.now()))).one_or_none()
+    query = select(Job).where(Job.id == job_id, Job.state == State.QUEUED, fair_queue.IS_DUE)
+    job = session.scalars(query.with_for_update(skip_locked=True)).one_or_none()
     if job is None:
         return None
-    if most is not None:
-        keys.lock(session, job.owner_id)  # otherwise two workers might count at the same time
-        if _owned_count(session, job.owner_id) >= most:
-            job.dispatched_at = None
-            session.commit()
-            return None
     job.attempt += 1
     transitions.apply(
         session,
@@ -117,10 +130,6 @@ def claim(session: Session, job_id: uuid.UUID, worker: str, ttl: float, most: in
     )
     session.commit()
     return Claim(job.id, job.attempt, job.request, job.request_id, job.exported_at is not None)
-
-
-def _owned_count(session: Session, owner_id: uuid.UUID) -> int:
-    return session.scalar(select(func.count()).where(Job.owner_id == owner_id, Job.state.in_(LIVE))) or 0
 
 
 def owned(session: Session, job_id: uuid.UUID, attempt: int) -> Job:
@@ -158,7 +167,8 @@ def renew(session: Session, job_id: uuid.UUID, attempt: int, ttl: float, lines: 
 
 
 def _commit(session: Session, job: Job) -> Beat:
-    beat = Beat(cancel=job.state == State.CANCELLING, pause=job.pause_requested)
+    pause = job.pause_requested or fleet.must_release(session, job.worker)
+    beat = Beat(cancel=job.state == State.CANCELLING, pause=pause)
     session.commit()
     return beat
 
@@ -343,7 +353,7 @@ def _fail(
     if job.failures and _repeats(session, job, error, place):
         error = {**error, "retryable": False, "message": f"{error['message']} It happened twice at the same place."}
     if job.state == State.CANCELLING:
-        transitions.apply(session, job, Trigger.FAIL)
+        transitions.apply(session, job, Trigger.FAIL, reason=error)
         return State(job.state)
     now = dt.datetime.now(dt.UTC)
     failures, losses, again, waiting_since = job.failures, job.losses, bool(error["retryable"]), None
@@ -360,11 +370,11 @@ def _fail(
     if again:
         counts = {"failures": failures, "losses": losses, "waiting_since": waiting_since}
         wait = min(wait, LONGEST_WAIT)
-        transitions.apply(session, job, Trigger.REQUEUE, **counts, not_before=_in(wait), last_error=error)
+        transitions.apply(session, job, Trigger.REQUEUE, reason=error, **counts, not_before=_in(wait), last_error=error)
         data = {"error": error, "failures": failures, "losses": losses, "place": place}
         transitions.record_event(session, job, "retry", data)
     else:
-        transitions.apply(session, job, Trigger.FAIL, failures=failures, losses=losses, error=error)
+        transitions.apply(session, job, Trigger.FAIL, reason=error, failures=failures, losses=losses, error=error)
         if error["code"] in UNWRITTEN:
             repositories.release(session, job.id)
     return State(job.state)
@@ -403,36 +413,9 @@ def reap(session: Session, patience: Patience, limit: int = 100) -> list[uuid.UU
     # Usage is counted in the order of the keys, so that callers at the same time never wait for each other.
     for job in sorted(session.scalars(query).all(), key=lambda job: job.owner_id):
         if job.state == State.CANCELLING:
-            transitions.apply(session, job, Trigger.REQUEUE)
+            transitions.apply(session, job, Trigger.REQUEUE, reason=error)
         else:
             _fail(session, job, error, patience)
         reaped.append(job.id)
     session.commit()
     return reaped
-
-
-def due(session: Session, redispatch_after: float, limit: int = 100, most: int | None = None) -> list[uuid.UUID]:
-    """Mark and return the ids of queued jobs that were never dispatched, or were last dispatched too long ago.
-
-    A dispatch is too old after ``redispatch_after`` seconds. The query locks with ``FOR UPDATE SKIP LOCKED``. Jobs of
-    an API key of which workers already own ``most`` jobs are left out. At most ``limit`` jobs are returned.
-    """
-    owners = select(Job.owner_id).where(Job.state.in_(LIVE)).group_by(Job.owner_id)
-    stale = func.now() - text(f"interval '{float(redispatch_after)} seconds'")
-    query = (
-        select(Job)
-        .where(
-            Job.state == State.QUEUED,
-            (Job.not_before.is_(None)) | (Job.not_before <= func.now()),
-            (Job.dispatched_at.is_(None)) | (Job.dispatched_at <= stale),
-            true() if most is None else Job.owner_id.not_in(owners.having(func.count() >= most)),
-        )
-        .order_by(Job.id)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
-    jobs = session.scalars(query).all()
-    for job in jobs:
-        job.dispatched_at = func.now()
-    session.commit()
-    return [job.id for job in jobs]

@@ -1,10 +1,10 @@
-"""The tables of a job: the job itself, its events and its completed steps."""
+"""The tables of a job: the job itself, its attempts, its events and its completed steps."""
 
 import datetime as dt
 import uuid
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey, Identity, Index, func, text
+from sqlalchemy import BigInteger, ForeignKey, Identity, Index, desc, func, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.auth.models import ApiKey
@@ -20,7 +20,7 @@ class Job(Base):
 
     __tablename__ = "jobs"
     __table_args__ = (
-        Index("ix_jobs_queued", "id", postgresql_where=text("state = 'queued'")),
+        Index("ix_jobs_queued", "owner_id", desc("priority"), "id", postgresql_where=text("state = 'queued'")),
         Index("ix_jobs_leased", "lease_expires_at", postgresql_where=text("lease_expires_at IS NOT NULL")),
         Index("ix_jobs_owner_id", "owner_id", "id"),
         Index("ix_jobs_open", "owner_id", postgresql_where=text("state NOT IN ('succeeded', 'failed', 'cancelled')")),
@@ -40,6 +40,12 @@ class Job(Base):
     model_id: Mapped[str]
     method: Mapped[str]
     labels: Mapped[dict[str, str]] = mapped_column(default=dict)
+    priority: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Jobs of one API key with a higher priority run first."""
+    required_labels: Mapped[dict[str, str]] = mapped_column(default=dict, server_default="{}")
+    """Labels that a worker must have to take the job."""
+    required_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """Memory that a worker's device must have to take the job; ``None`` if the need is not known."""
     request_id: Mapped[str | None]
     """Id of the HTTP request that created the job; the request's log lines carry the same id."""
 
@@ -52,7 +58,6 @@ class Job(Base):
     claimed_at: Mapped[dt.datetime | None]
     """Time at which the last attempt claimed the job; the worker seconds of the attempt count from it."""
     lease_expires_at: Mapped[dt.datetime | None]
-    dispatched_at: Mapped[dt.datetime | None]
     not_before: Mapped[dt.datetime | None]
     pause_requested: Mapped[bool] = mapped_column(default=False)
     may_be_published: Mapped[bool] = mapped_column(default=False)
@@ -81,6 +86,27 @@ class Job(Base):
     """Time at which the artifacts of a published job, or the checkpoints of a failed or cancelled job, are deleted."""
     expired: Mapped[bool] = mapped_column(default=False)
     """Whether the files were deleted at ``expires_at``."""
+
+
+class Attempt(Base):
+    """One attempt at a job, and how it ended. The row stays when the job is deleted: it says what a key has used.
+
+    A worker's time is ``ended_at - started_at``; an attempt that goes on has no ``ended_at`` and no ``outcome``.
+    """
+
+    __tablename__ = "attempts"
+    __table_args__ = (Index("ix_attempts_owner_id_ended_at", "owner_id", "ended_at"),)
+
+    job_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey(ApiKey.id))
+    worker: Mapped[str]
+    started_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
+    ended_at: Mapped[dt.datetime | None]
+    outcome: Mapped[str | None]
+    """A name of :class:`app.jobs.attempts.Outcome`."""
+    error_code: Mapped[str | None]
+    """The code of the error that the attempt failed with."""
 
 
 class JobEvent(Base):

@@ -5,13 +5,14 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Boolean, Float, Row, bindparam, cast, func, or_, select, tuple_, update
+from sqlalchemy import Boolean, Float, Row, bindparam, cast, false, func, not_, or_, select, tuple_, update
 from sqlalchemy import delete as delete_from
 from sqlalchemy.orm import Session, defer
 
 from app.auth.models import ApiKey
 from app.auth.repository import FIND
-from app.jobs import usage
+from app.fleet.repository import Offer
+from app.jobs import fair_queue, usage
 from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
 from app.jobs.transitions import lock, record_event, wake
 from secateur.contract.keys import Scope
@@ -21,7 +22,7 @@ from secateur.contract.states import TERMINAL, State
 SUMMARY = (
     Job.id, Job.owner_id, Job.state, Job.version, Job.model_id, Job.method, Job.labels, Job.attempt, Job.failures,
     Job.pause_requested, Job.progress, Job.error, Job.last_error, Job.not_before, Job.result, Job.created_at,
-    Job.started_at, Job.finished_at, Job.expires_at,
+    Job.started_at, Job.finished_at, Job.expires_at, Job.required_labels, Job.required_memory_bytes,
 )  # fmt: skip
 VIEW_BARE = select(*SUMMARY).where(
     Job.id == bindparam("job_id"), (Job.owner_id == bindparam("owner_id")) | bindparam("all_keys", type_=Boolean)
@@ -185,10 +186,17 @@ def queue_numbers(session: Session) -> QueueNumbers:
     return QueueNumbers({state: count for state, count, _ in rows}, oldest)
 
 
-def running_by_worker(session: Session) -> dict[str, float]:
-    """Return the number of jobs that each worker owns, by worker."""
-    query = select(Job.worker, func.count()).where(Job.lease_expires_at.is_not(None)).group_by(Job.worker)
-    return {str(worker): count for worker, count in session.execute(query)}
+def owned_by_worker(session: Session) -> dict[str, uuid.UUID]:
+    """Return the job that each worker owns, by worker; a worker owns one job at most."""
+    query = select(Job.worker, Job.id).where(Job.lease_expires_at.is_not(None))
+    return {str(worker): job_id for worker, job_id in session.execute(query)}
+
+
+def count_unheld(session: Session, offers: Sequence[Offer]) -> int:
+    """Return the number of queued jobs that no worker with one of ``offers`` can hold."""
+    distinct = [offer for index, offer in enumerate(offers) if offer not in offers[:index]]
+    held = or_(false(), *(fair_queue.holds(offer) for offer in distinct))
+    return session.scalar(select(func.count()).where(fair_queue.QUEUED, not_(held))) or 0
 
 
 def recent_retries(session: Session) -> dict[str, float]:

@@ -105,10 +105,12 @@ LABEL_PARAMETER = {
 
 
 def _view(job: Any, caller: Caller, response: Response) -> JobView:
+    """Return the job as ``caller`` sees it; this reads the database if the job is queued."""
     response.headers["ETag"] = etag(job.version)
     if job.state not in TERMINAL:
         response.headers["Retry-After"] = str(POLL_AFTER)
-    return _shown(JobView.model_validate(job), job, caller)
+    view = JobView.model_validate(job).model_copy(update={"waiting_for": service.waiting_for(get_settings(), job)})
+    return _shown(view, job, caller)
 
 
 def _shown(view: Shown, job: Any, caller: Caller) -> Shown:
@@ -182,13 +184,13 @@ async def create(
 
     job = await run_in_threadpool(make)
     if wait is None:
-        background.add_task(dispatch.wake_worker, job.id)
+        background.add_task(dispatch.wake_worker)
     else:
-        await run_in_threadpool(dispatch.wake_worker, job.id)
+        await run_in_threadpool(dispatch.wake_worker)
         job = await _wait(feed, owner, job.id, wait, lambda job: job.state in TERMINAL)
         response.headers["Preference-Applied"] = f"wait={wait}"
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return _view(job, owner, response)
+    return await run_in_threadpool(_view, job, owner, response)
 
 
 router.add_api_route(
@@ -266,7 +268,11 @@ async def get(
         job = await _wait(
             feed, owner, job_id, wait, lambda job: job.state in TERMINAL or not matches(seen, etag(job.version))
         )
-    view = _view(job, owner, response)
+    view = (
+        await run_in_threadpool(_view, job, owner, response)
+        if job.state == State.QUEUED
+        else _view(job, owner, response)
+    )
     if if_none_match is not None and matches(if_none_match, etag(job.version)):
         return Response(status_code=304, headers=dict(response.headers))
     return view
@@ -308,7 +314,7 @@ def _ask(trigger: Trigger, summary: str) -> None:
     ) -> JobView:
         job = service.ask(session, owner, job_id, trigger)
         if job.state == State.QUEUED:
-            background.add_task(dispatch.wake_worker, job.id)
+            background.add_task(dispatch.wake_worker)
         return _view(job, owner, response)
 
     router.post(

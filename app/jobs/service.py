@@ -15,13 +15,15 @@ from sqlalchemy.orm import Session
 from app.auth import repository as keys
 from app.auth.service import Caller
 from app.config import Settings
+from app.db.session import reading
 from app.fleet import repository as fleet
 from app.http import idempotency, logs
 from app.http.etags import etag, names
 from app.http.problem import Problem, invalid
-from app.jobs import admission, repositories, repository, tokens, transitions
+from app.jobs import admission, repositories, repository, routing, tokens, transitions
 from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
 from app.jobs.naming import repo_ids
+from app.jobs.routing import Required
 from app.jobs.schemas import JobFilter
 from app.jobs.transitions import TransitionRefused, Trigger
 from app.storage import repository as storage
@@ -30,7 +32,7 @@ from app.storage.service import job_folder
 from secateur.catalog.request import JobRequest
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.jobs import DryRun
-from secateur.contract.states import TERMINAL
+from secateur.contract.states import TERMINAL, State
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +48,11 @@ def dry_run(session: Session, settings: Settings, owner_id: uuid.UUID, request: 
         PruningError: the model cannot be pruned as requested; retryable if the Hub does not answer.
     """
     access = tokens.for_request(session, settings, owner_id, request.hub_token)
-    largest = fleet.largest(session, settings.worker_silence)
+    offers = fleet.offers(session, settings.worker_silence)
     session.rollback()  # returns the connection to the pool before the request to the Hub
     admitted = admission.admit(request, settings, access)
     _check_repositories(session, owner_id, admitted)
-    return admission.dry_run(admitted, settings, access.token, largest)
+    return admission.dry_run(admitted, settings, access.token, offers)
 
 
 def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job:
@@ -66,16 +68,18 @@ def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: J
         return earlier
     kept = tokens.keep(settings, request.hub_token)
     access = tokens.for_request(session, settings, owner_id, request.hub_token)
-    largest = fleet.largest(session, settings.worker_silence)
+    offers = fleet.offers(session, settings.worker_silence)
     session.rollback()  # returns the connection to the pool before the requests to the Hub
     admitted = admission.admit(request, settings, access)
     _check_repositories(session, owner_id, admitted)
+    revision, estimate = request.revision, None
     try:
-        revision = admission.dry_run(admitted, settings, access.token, largest).revision or request.revision
+        planned = admission.dry_run(admitted, settings, access.token, offers)
+        revision, estimate = planned.revision or revision, planned.memory_bytes
     except PruningError as error:
         if not error.retryable:
             raise
-        revision = request.revision
+    required = admission.required(request, estimate)
     _check_room(session, settings, owner_id)
     job = Job(
         owner_id=owner_id,
@@ -84,6 +88,9 @@ def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: J
         model_id=request.model_id,
         method=request.method,
         labels=request.labels,
+        priority=request.priority,
+        required_labels=dict(required.labels),
+        required_memory_bytes=required.memory_bytes,
         request_id=logs.request_id(),
     )
     repository.add(session, job)
@@ -171,6 +178,15 @@ def _seen(caller: Caller) -> uuid.UUID | None:
 def no_job(job_id: uuid.UUID) -> Problem:
     """Return a 404 problem, which is the same for a missing job and a job of another owner."""
     return Problem(404, ErrorCode.NOT_FOUND, f"There is no job {job_id}.")
+
+
+def waiting_for(settings: Settings, job: Any) -> str | None:
+    """Return what the job waits for, in words, if it is queued and no live worker can hold it; otherwise ``None``."""
+    if job.state != State.QUEUED:
+        return None
+    with reading() as session:
+        offers = fleet.offers(session, settings.worker_silence)
+    return routing.waiting_for(Required(job.required_labels, job.required_memory_bytes), offers)
 
 
 def page(

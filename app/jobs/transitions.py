@@ -14,7 +14,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.config import get_settings
-from app.jobs import usage
+from app.jobs import attempts, usage
 from app.jobs.models import Job, JobEvent
 from app.webhooks import repository as webhooks
 from secateur.contract.states import TERMINAL, State
@@ -86,11 +86,12 @@ def wake(session: Session, job: Job) -> None:
     session.execute(select(func.pg_notify("secateur_jobs", str(job.id))))
 
 
-def apply(session: Session, job: Job, trigger: Trigger, **values: Any) -> Job:
+def apply(session: Session, job: Job, trigger: Trigger, *, reason: dict[str, Any] | None = None, **values: Any) -> Job:
     """Apply ``trigger`` to the row-locked ``job`` by the table and set ``values``; the caller commits.
 
     A job for which a pause was requested is paused instead of requeued. A job that began to publish can only be
-    completed.
+    completed. A claim opens the row of the attempt, and the transition that takes the job from its worker closes the
+    row; ``reason`` is the error {code, …} that ended the attempt.
 
     Raises:
         TransitionRefused: the table has no such pair, or the job may already be published and the trigger is cancel or
@@ -128,14 +129,17 @@ def apply(session: Session, job: Job, trigger: Trigger, **values: Any) -> Job:
         if after is State.SUCCEEDED:
             job.hub_token = None
         if after is State.QUEUED:
-            job.dispatched_at = job.finished_at = job.error = None
+            job.finished_at = job.error = None
         if trigger is Trigger.CLAIM:
             job.claimed_at = func.now()
         job.last_error = None
-        if after not in LIVE:
+        if before in LIVE and after not in LIVE:
+            attempts.close(session, job, after, reason)
             job.lease_expires_at = job.worker = None
     for name, value in values.items():
         setattr(job, name, value)
+    if trigger is Trigger.CLAIM:
+        attempts.begin(session, job)
     record_event(session, job, "state", {"from": before, "to": after, "trigger": trigger, "error": job.error})
     if after is not before and after in TERMINAL:
         webhooks.owe(session, job)

@@ -105,7 +105,7 @@ def check_fits(resolved: Resolved, memory: Memory, capacity: int) -> None:
     raise PruningError(
         ErrorCode.OUT_OF_MEMORY,
         f"This takes at least {memory.total / 2**30:.1f} GiB ({memory.weights / 2**30:.1f} of weights, "
-        f"{memory.working / 2**30:.1f} to work with); the largest worker has {capacity / 2**30:.1f}. "
-        f"Less takes: {', '.join([*advice, 'a larger worker'])}.",
+        f"{memory.working / 2**30:.1f} to work with); the largest live worker has {capacity / 2**30:.1f}. "
+        f"Less takes: {', '.join(advice) or 'a smaller model'}. To wait for a larger worker, set 'requirements.memory_bytes'.",
         field="model_id",
     )

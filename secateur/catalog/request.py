@@ -102,6 +102,19 @@ class LabelChange(_Request):
     labels: Labels = Field(description="All labels that the job has afterwards.")
 
 
+class Requirements(_Request):
+    """What a worker must offer to take the job."""
+
+    labels: Labels = Field({}, description="Labels that the worker must have.", examples=[{"gpu": "h100"}])
+    memory_bytes: int | None = Field(
+        None,
+        ge=1,
+        lt=2**63,
+        description="Memory that the worker's device must have; unset: the service's estimate, which a dry run returns. "
+        "A job with a value here is never refused as too large for the live workers: it waits for a larger one.",
+    )
+
+
 class ModelRef(_Request):
     """A model, and how to read the model."""
 
@@ -145,6 +158,8 @@ class JobRequest(ModelRef, PruningSpec):
                     "evaluation": {"dataset": "wikitext2", "latency": False},
                     "publish": {"repo_id": "org/smollm2-half", "private": True},
                     "labels": {"team": "nlp"},
+                    "priority": 5,
+                    "requirements": {"labels": {"gpu": "h100"}},
                     "max_runtime_seconds": 7200,
                 },
                 {
@@ -173,6 +188,10 @@ class JobRequest(ModelRef, PruningSpec):
         examples=["https://example.org/hook"],
     )
     labels: Labels = Field({}, description="Names and values to find jobs by.")
+    priority: int = Field(
+        0, ge=-10, le=10, description="Of the jobs of one API key, those with a higher priority run first."
+    )
+    requirements: Requirements = Field(Requirements(), description="What a worker must offer to take the job.")
     max_runtime_seconds: float | None = Field(
         None, gt=0, le=LONGEST_RUN, description="Fail the job after this long in one run; unset: no limit."
     )

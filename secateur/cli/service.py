@@ -24,6 +24,7 @@ COMMANDS = {
     "scheduler": "Run a scheduler; any number may run.",
     "migrate": "Bring the database's schema up to date.",
     "keys": "Create, list, change, rotate and revoke API keys.",
+    "workers": "List, drain and resume workers.",
     "doctor": "Check everything that the service needs.",
 }
 

@@ -57,6 +57,11 @@ class DryRun(BaseModel):
     memory_bytes: int | None = Field(
         description="What it takes at least on a worker's device; null before sizes are known."
     )
+    waiting_for: str | None = Field(
+        None,
+        description="What the job would wait for; null if a live worker can hold it.",
+        examples=["a worker with 80.0 GiB of memory; the live workers offer: 24.0 GiB"],
+    )
     shape: dict[str, Any] | None = Field(description="The model's sizes, as `POST /v1/models/inspect` gives them.")
 
 
@@ -159,6 +164,12 @@ class JobView(JobSummary):
 
     request: Annotated[dict[str, Any], BeforeValidator(without_texts)] = Field(
         description="The request, with defaults filled in and `revision` resolved; `texts` by their count and hash."
+    )
+    waiting_for: str | None = Field(
+        None,
+        description="While the job is queued and no live worker can hold it: what it requires, and what the live workers "
+        "offer. A change of this field alone does not change the ETag.",
+        examples=["a worker with the labels gpu=h100; the live workers offer: 24.0 GiB gpu=a10"],
     )
 
 

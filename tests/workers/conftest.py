@@ -36,7 +36,6 @@ SHORT = {
     "HEARTBEAT_INTERVAL": "0.3",
     "LEASE_MARGIN": "60",
     "SCHEDULER_INTERVAL": "0.2",
-    "REDISPATCH_AFTER": "1",
     "RETRY_BACKOFF": "0.01",
 }
 

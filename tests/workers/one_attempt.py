@@ -4,10 +4,12 @@ import logging
 import signal
 import sys
 import threading
+import time
 import uuid
 
 from app.config import get_settings
 from app.db.session import session_factory
+from app.jobs import leases
 from tests.workers.standin import SHORT_LEASE
 from workers.supervisor import supervise
 
@@ -18,4 +20,8 @@ if __name__ == "__main__":
     settings = get_settings()
     signal.signal(signal.SIGUSR1, lambda *_: vars(settings).update(SHORT_LEASE))
     runner = [sys.executable, "-m", "tests.workers.standin"]
-    supervise(uuid.UUID(sys.argv[1]), settings, session_factory(), "test", ended.is_set, runner)
+    claimed = time.monotonic()
+    with session_factory()() as session:
+        claim = leases.claim(session, uuid.UUID(sys.argv[1]), "test", settings.lease_ttl)
+    if claim is not None:
+        supervise(claim, claimed, settings, session_factory(), ended.is_set, runner)

@@ -66,7 +66,17 @@ def test_a_planted_token_is_nowhere_to_be_found(
         )
         job = service.create(session, get_settings(), owner.id, request, None)
         log = tmp_path / "worker.log"
-        script = f"import uuid; from app.config import get_settings; from app.db.session import session_factory; from workers.supervisor import supervise; supervise(uuid.UUID('{job.id}'), get_settings(), session_factory(), 'w', lambda: False)"
+        script = f"""if True:
+            import time, uuid
+            from app.config import get_settings
+            from app.db.session import session_factory
+            from app.jobs import leases
+            from workers.supervisor import supervise
+            claimed = time.monotonic()
+            with session_factory()() as session:
+                claim = leases.claim(session, uuid.UUID("{job.id}"), "w", 60)
+            supervise(claim, claimed, get_settings(), session_factory(), lambda: False)
+        """
         with log.open("wb") as output:
             worker = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=output, stderr=output)
         seen: set[str] = set()
