@@ -3,12 +3,17 @@
 A job that cannot be checked now, because the Hub does not answer, is accepted; the worker checks it later.
 """
 
+import uuid
+from collections.abc import Callable
+from typing import TypeVar
+
 import httpx2
-from huggingface_hub import HfApi
+from fastapi.concurrency import run_in_threadpool
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from pydantic import AnyHttpUrl, SecretStr
 
+from app import hub
 from app.config import Settings
 from app.http.problem import invalid
 from app.jobs.naming import default_repo_id, repo_ids
@@ -23,6 +28,21 @@ from secateur.contract.errors import ErrorCode
 from secateur.contract.jobs import DryRun, PlannedTarget, Publication
 
 UNAUTHORIZED = (401, 403)
+Answer = TypeVar("Answer")
+
+
+async def checked(check: Callable[[], Answer], model: ModelRef, settings: Settings, owner_id: uuid.UUID) -> Answer:
+    """Return what ``check``, a function of this module for this request, returns.
+
+    The function runs in a thread: if the request needs the Hub, in one of :func:`app.hub.ask`.
+
+    Raises:
+        Problem: 503 or 429: the service, or the API key, is asking the Hub as much as it may.
+    """
+    publishes = isinstance(model, JobRequest) and model.publish is not None and settings.hub_dir is None
+    if publishes or not model.model_id.startswith(LOCAL_PREFIX):
+        return await hub.ask(owner_id, check)
+    return await run_in_threadpool(check)
 
 
 def look(model: ModelRef, settings: Settings, token: SecretStr | None) -> tuple[ModelSource, ModelShape | None]:
@@ -36,14 +56,13 @@ def look(model: ModelRef, settings: Settings, token: SecretStr | None) -> tuple[
             :func:`secateur.catalog.sources.locate` and :func:`secateur.catalog.sources.read_shape`), or the model has
             more parameters than the service allows.
     """
-    source = locate(
-        model.model_id,
-        revision=model.revision,
-        gguf_file=model.gguf_file,
-        models_dir=settings.models_dir,
-        token=token.get_secret_value() if token else None,
-        endpoint=settings.hf_endpoint,
-    )
+    if model.model_id.startswith(LOCAL_PREFIX):
+        source = locate(
+            model.model_id, revision=model.revision, gguf_file=model.gguf_file, models_dir=settings.models_dir
+        )
+    else:
+        secret = token.get_secret_value() if token else None
+        source = hub.find_model(settings.hf_endpoint, secret, model.model_id, model.revision, model.gguf_file)
     shape = read_shape(source) if source.sizes_known else None
     check_size(shape, settings.max_model_parameters)
     return source, shape
@@ -183,15 +202,14 @@ def _check_may_write(repo_id: str, settings: Settings, token: SecretStr | None) 
     if token is None:
         message = "there is no Hub token: neither 'hub_token' nor the API key's nor the service's (SECATEUR_HF_TOKEN)"
         raise invalid("publish.repo_id", message, code=ErrorCode.HUB_FORBIDDEN)
-    api = HfApi(endpoint=settings.hf_endpoint, token=token.get_secret_value())
     try:
-        me = api.whoami()
+        me = hub.whoami(settings.hf_endpoint, token.get_secret_value())
     except HfHubHTTPError as error:
         if error.response.status_code in UNAUTHORIZED:
             message = "the Hub does not accept the token"
             raise invalid("publish.repo_id", message, code=ErrorCode.HUB_FORBIDDEN) from None
         return
-    except (httpx2.HTTPError, OSError):
+    except (httpx2.HTTPError, OSError, ValueError):
         return
     namespaces = [me["name"], *(org["name"] for org in me.get("orgs", ()))]
     if repo_id.split("/")[0] not in namespaces:

@@ -21,7 +21,7 @@ from starlette.types import Message, Receive, Send
 
 from app.auth import service as auth
 from app.config import get_settings
-from app.db.session import reading, session_factory
+from app.db.session import reading
 from app.deps import EVERY_V1_ROUTE, FeedDep, KeyedRoute, Owner, SessionDep, SettingsDep, unauthorized
 from app.http import pages
 from app.http.etags import etag, matches
@@ -143,19 +143,9 @@ async def create(
 ) -> Any:
     """Create a job. `Prefer: wait=n` delays the answer until the job ends or n seconds have passed."""
     if validate_only:
-
-        def look() -> DryRun:
-            with session_factory()() as session:
-                return service.dry_run(session, settings, owner.id, body)
-
-        planned = await run_in_threadpool(look)
+        planned = await service.dry_run(settings, owner.id, body)
         return Response(planned.model_dump_json(), media_type="application/json")
-
-    def make() -> Any:
-        with session_factory()() as session:
-            return service.create(session, settings, owner.id, body, idempotency_key)
-
-    job = await run_in_threadpool(make)
+    job: Any = await service.create(settings, owner.id, body, idempotency_key)
     if wait is None:
         background.add_task(dispatch.wake_worker, job.id)
     else:

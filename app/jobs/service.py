@@ -6,14 +6,18 @@ import stat
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastapi.concurrency import run_in_threadpool
+from pydantic import SecretStr
 from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
 from app.auth import repository as keys
 from app.config import Settings
+from app.db.session import session_factory
 from app.fleet import repository as fleet
 from app.http import idempotency, logs
 from app.http.problem import Problem, invalid
@@ -34,59 +38,99 @@ LEFTOVERS = ("attempt-*", ".attempt-*", "step-*.tmp")
 """Patterns of the files and folders that killed workers leave in a job's folder."""
 
 
-def dry_run(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest) -> DryRun:
+@dataclass(frozen=True)
+class _Intake:
+    """What the database knows that concerns a new job."""
+
+    digest: str
+    kept: bytes | None
+    """The request's own Hub token, encrypted."""
+    token: SecretStr | None
+    largest: tuple[int, str] | None
+
+
+async def dry_run(settings: Settings, owner_id: uuid.UUID, request: JobRequest) -> DryRun:
     """Return the plan of the job without creating a job.
 
     Raises:
         Problem: the service cannot serve the request.
         PruningError: the model cannot be pruned as requested; retryable if the Hub does not answer.
     """
-    token = tokens.for_request(session, settings, owner_id, request.hub_token)
-    largest = fleet.largest(session, settings.worker_silence)
-    session.rollback()  # returns the connection to the pool before the request to the Hub
-    return admission.dry_run(admission.admit(request, settings, token), settings, token, largest)
+    token, largest = await run_in_threadpool(_token_and_largest, settings, owner_id, request)
+
+    def plan() -> DryRun:
+        return admission.dry_run(admission.admit(request, settings, token), settings, token, largest)
+
+    return await admission.checked(plan, request, settings, owner_id)
 
 
-def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job:
-    """Create a job, or return the job that the same idempotency key created; commits.
+async def create(settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job:
+    """Create a job, or return the job that the same idempotency key created.
+
+    The request waits for the Hub without a database connection.
 
     Raises:
         Problem: the service cannot serve the request, the API key has too many open jobs, or the idempotency key was
             used for another request or for a job that was deleted.
         PruningError: the model cannot be pruned as requested.
     """
+    intake = await run_in_threadpool(_begin, settings, owner_id, request, key)
+    if isinstance(intake, Job):
+        return intake
+
+    def admit() -> JobRequest:
+        admitted = admission.admit(request, settings, intake.token)
+        try:
+            revision = admission.dry_run(admitted, settings, intake.token, intake.largest).revision
+        except PruningError as error:
+            if not error.retryable:
+                raise
+            revision = None
+        return admitted.model_copy(update={"revision": revision or request.revision})
+
+    admitted = await admission.checked(admit, request, settings, owner_id)
+    return await run_in_threadpool(_store, settings, owner_id, admitted, intake, key)
+
+
+def _token_and_largest(
+    settings: Settings, owner_id: uuid.UUID, request: JobRequest
+) -> tuple[SecretStr | None, tuple[int, str] | None]:
+    with session_factory()() as session:
+        token = tokens.for_request(session, settings, owner_id, request.hub_token)
+        return token, fleet.largest(session, settings.worker_silence)
+
+
+def _begin(settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job | _Intake:
     digest = idempotency.fingerprint(request.model_dump(mode="json", exclude={"hub_token"}))
-    if key is not None and (earlier := _replay(session, settings, owner_id, key, digest)):
-        return earlier
+    if key is not None:
+        with session_factory()() as session:
+            if earlier := _replay(session, settings, owner_id, key, digest):
+                return earlier
     kept = tokens.keep(settings, request.hub_token)
-    token = tokens.for_request(session, settings, owner_id, request.hub_token)
-    largest = fleet.largest(session, settings.worker_silence)
-    session.rollback()  # returns the connection to the pool before the requests to the Hub
-    admitted = admission.admit(request, settings, token)
-    try:
-        revision = admission.dry_run(admitted, settings, token, largest).revision or request.revision
-    except PruningError as error:
-        if not error.retryable:
-            raise
-        revision = request.revision
-    _check_room(session, settings, owner_id)
-    job = Job(
-        owner_id=owner_id,
-        request=admitted.model_copy(update={"revision": revision}).model_dump(mode="json", exclude={"hub_token"}),
-        hub_token=kept,
-        model_id=request.model_id,
-        method=request.method,
-        labels=request.labels,
-        request_id=logs.request_id(),
-    )
-    repository.add(session, job)
-    if key is not None and not idempotency.remember(session, owner_id, key, digest, job.id, settings.idempotency_ttl):
-        session.rollback()
-        winner = _replay(session, settings, owner_id, key, digest)
-        assert winner is not None, "whoever took the key has committed it"
-        return winner
-    session.commit()
-    return job
+    return _Intake(digest, kept, *_token_and_largest(settings, owner_id, request))
+
+
+def _store(settings: Settings, owner_id: uuid.UUID, admitted: JobRequest, intake: _Intake, key: str | None) -> Job:
+    with session_factory()() as session:
+        _check_room(session, settings, owner_id)
+        job = Job(
+            owner_id=owner_id,
+            request=admitted.model_dump(mode="json", exclude={"hub_token"}),
+            hub_token=intake.kept,
+            model_id=admitted.model_id,
+            method=admitted.method,
+            labels=admitted.labels,
+            request_id=logs.request_id(),
+        )
+        repository.add(session, job)
+        ttl = settings.idempotency_ttl
+        if key is not None and not idempotency.remember(session, owner_id, key, intake.digest, job.id, ttl):
+            session.rollback()
+            winner = _replay(session, settings, owner_id, key, intake.digest)
+            assert winner is not None, "whoever took the key has committed it"
+            return winner
+        session.commit()
+        return job
 
 
 def _check_room(session: Session, settings: Settings, owner_id: uuid.UUID) -> None:

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, errors, hf_hub_download
+from huggingface_hub import errors
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from secateur.catalog import hub_reads
 from secateur.catalog.architectures import ModelShape, chatglm, check_config, family_of, shape_from_config
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.extras import require
 
 LOCAL_PREFIX = "local:"
 LOCAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-HUB_TIMEOUT = 10.0
 LARGEST_JSON = 64 * 2**20
+LARGEST_CONFIG = 4 * 2**20
+"""Largest number of bytes of a ``config.json`` on the Hub; known ones have far less than a million."""
 HALF_DTYPES = ("bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "ice_text.model")
 
@@ -329,14 +331,13 @@ def _on_hub(
     model_id: str, revision: str | None, gguf_file: str | None, token: str | None, endpoint: str | None
 ) -> ModelSource:
     try:
-        info = HfApi(endpoint=endpoint, token=token).model_info(model_id, revision=revision, timeout=HUB_TIMEOUT)
-        files = {sibling.rfilename for sibling in info.siblings or ()}
+        commit, files = hub_reads.model_info(model_id, revision, endpoint, token)
         if gguf_file is not None:
             if gguf_file not in files:
                 raise PruningError(
                     ErrorCode.MODEL_NOT_FOUND, f"There is no file '{gguf_file}' in {model_id}.", field="gguf_file"
                 )
-            return ModelSource(model_id, None, info.sha, gguf_file, None)
+            return ModelSource(model_id, None, commit, gguf_file, None)
         if not any(name.endswith(".safetensors") for name in files):
             raise PruningError(
                 ErrorCode.WEIGHTS_MISSING,
@@ -345,14 +346,26 @@ def _on_hub(
             )
         if not any(name in files for name in TOKENIZER_FILES):
             raise PruningError(ErrorCode.TOKENIZER_MISSING, f"{model_id} has no tokenizer.", field="model_id")
-        path = hf_hub_download(
-            model_id, "config.json", revision=info.sha, token=token, endpoint=endpoint, etag_timeout=HUB_TIMEOUT
-        )
+        content = hub_reads.read(f"/{model_id}/resolve/{commit}/config.json", endpoint, token, LARGEST_CONFIG)
     except PruningError:
         raise
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
+    except hub_reads.TooLarge as error:
+        raise PruningError(
+            ErrorCode.CONFIG_INVALID, f"config.json of {model_id} cannot be read: {error}", field="model_id"
+        ) from None
+    except (httpx2.HTTPError, OSError, ValueError) as error:
         raise hub_error(error, model_id) from None
-    return _described(ModelSource(model_id, None, info.sha, None, _read_config(model_id, Path(path))))
+    try:
+        config = json.loads(content)
+    except RecursionError:
+        config = None
+    except ValueError as error:
+        raise PruningError(
+            ErrorCode.CONFIG_INVALID, f"config.json of {model_id} cannot be read: {error}", field="model_id"
+        ) from None
+    if not isinstance(config, dict):
+        raise PruningError(ErrorCode.CONFIG_INVALID, f"config.json of {model_id} is not an object.", field="model_id")
+    return _described(ModelSource(model_id, None, commit, None, config))
 
 
 def hub_error(error: Exception, model_id: str) -> PruningError:

@@ -116,7 +116,7 @@ def test_errors_are_few_and_short(api: httpx2.Client, body: dict[str, Any]) -> N
         {"publish": {"repo_id": "org/" + "x" * 190}},
         {"evaluation": {"zero_shot": [long]}},
         {"evaluation": {"perplexity": ["org/" + "x" * 250]}},
-        {"webhook_url": "https://" + "x" * 2000},
+        {"webhook_url": "https://" + "x" * 5000},
         {"formats": ["x"] * 24_000},
         {"calibration": {"texts": [1] * 9_000}},
         {"target_ratio": [long]},
