@@ -5,9 +5,11 @@ import logging
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import iter_route_contexts
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from app.auth.vault import VaultError
 from app.http.fields import problem_of
@@ -36,7 +38,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     def validation(request: Request, error: RequestValidationError) -> JSONResponse:
         if all(item["loc"][0] == "path" for item in error.errors()):
-            return respond(request, Problem(404, ErrorCode.NOT_FOUND, f"There is no {request.url.path}."))
+            return respond(request, Problem(404, ErrorCode.NOT_FOUND, f"There is no {request.scope['path']}."))
         return respond(request, problem_of(error.errors(), None))
 
     @app.exception_handler(PruningError)
@@ -52,9 +54,14 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> JSONResponse:
-        detail = f"There is no {request.url.path}." if error.status_code == 404 else str(error.detail)
+        detail, headers = str(error.detail), error.headers
+        if error.status_code == 404:
+            detail = f"There is no {request.scope['path']}."
+        if error.status_code == 405:
+            allowed = ", ".join(_methods(request))
+            detail, headers = f"The path takes {allowed}.", {"Allow": allowed}
         code = CODES.get(error.status_code, ErrorCode.HTTP_ERROR)
-        return respond(request, Problem(error.status_code, code, detail, headers=error.headers))
+        return respond(request, Problem(error.status_code, code, detail, headers=headers))
 
     @app.exception_handler(VaultError)
     def vault(request: Request, error: VaultError) -> JSONResponse:
@@ -69,3 +76,12 @@ def install(app: FastAPI) -> None:
         log.warning("database unavailable: %s", getattr(error, "orig", error))
         detail = "The database does not answer. Nothing was changed that was not confirmed; try again."
         return respond(request, Problem(503, ErrorCode.DATABASE_UNAVAILABLE, detail, headers={"Retry-After": "5"}))
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods of all routes of the request's path; Starlette names those of the first route alone."""
+    found: set[str] = set()
+    for route in iter_route_contexts(request.app.routes):
+        if route.path is not None and compile_path(route.path)[0].match(request.scope["path"]):
+            found |= route.methods or set()
+    return sorted(found)

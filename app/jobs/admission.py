@@ -20,6 +20,7 @@ from app.jobs.naming import default_repo_id, repo_ids
 from app.webhooks.addresses import is_allowed_host
 from secateur.catalog import memory
 from secateur.catalog.architectures import ModelShape
+from secateur.catalog.names import near
 from secateur.catalog.request import JobRequest, ModelRef, Publish, check_repo_id
 from secateur.catalog.resolve import Resolved, components, resolve
 from secateur.catalog.sources import LOCAL_NAME, LOCAL_PREFIX, ModelSource, check_size, locate, read_shape
@@ -147,7 +148,7 @@ def admit(request: JobRequest, settings: Settings, token: SecretStr | None) -> J
         _check_dataset(f"evaluation.perplexity.{index}", name, settings)
     for index, name in enumerate(request.evaluation.zero_shot):
         if name not in ZERO_SHOT and not (settings.tasks_dir / f"{name}.jsonl").is_file():
-            known = [*ZERO_SHOT, *sorted(file.stem for file in settings.tasks_dir.glob("*.jsonl"))]
+            known = [*ZERO_SHOT, *near(name, (file.stem for file in settings.tasks_dir.glob("*.jsonl")))]
             message = f"there is no task '{name}'"
             raise invalid(
                 f"evaluation.zero_shot.{index}", message, code=ErrorCode.TASK_NOT_FOUND, allowed=", ".join(known)
@@ -177,11 +178,9 @@ def _check_dataset(field: str, dataset: str, settings: Settings) -> None:
     if dataset.startswith(LOCAL_PREFIX):
         name = dataset.removeprefix(LOCAL_PREFIX)
         if not LOCAL_NAME.fullmatch(name) or not (settings.texts_dir / name).is_file():
-            known = sorted(file.name for file in settings.texts_dir.glob("*") if file.is_file())
-            message = f"there is no text '{dataset}'"
-            raise invalid(
-                field, message, code=ErrorCode.TEXT_NOT_FOUND, allowed=", ".join(map(LOCAL_PREFIX.__add__, known))
-            )
+            known = near(name, (file.name for file in settings.texts_dir.glob("*") if file.is_file()))
+            allowed = ", ".join(map(LOCAL_PREFIX.__add__, known)) or "a text of the service's texts folder"
+            raise invalid(field, f"there is no text '{dataset}'", code=ErrorCode.TEXT_NOT_FOUND, allowed=allowed)
     else:
         try:
             validate_repo_id(dataset.partition(":")[0])

@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app.auth import repository as keys
-from app.jobs import transitions
+from app.jobs import texts, transitions
 from app.jobs.models import Job, JobStep
 from app.jobs.transitions import Trigger
 from secateur.contract.errors import ErrorCode, PruningError
@@ -77,8 +77,9 @@ def claim(session: Session, job_id: uuid.UUID, worker: str, ttl: float, most: in
         not_before=None,
         started_at=job.started_at or dt.datetime.now(dt.UTC),
     )
+    claimed = Claim(job.id, job.attempt, texts.whole_request(job), job.request_id)
     session.commit()
-    return Claim(job.id, job.attempt, job.request, job.request_id)
+    return claimed
 
 
 def _owned_count(session: Session, owner_id: uuid.UUID) -> int:

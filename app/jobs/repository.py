@@ -15,15 +15,12 @@ from app.jobs.transitions import lock, record_event
 from secateur.contract.states import TERMINAL, State
 
 # These statements are built once: pollers use them often, and building one takes longer than the database's answer.
-SUMMARY = (
+COLUMNS = (
     Job.id, Job.state, Job.version, Job.model_id, Job.method, Job.labels, Job.attempt, Job.failures, Job.pause_requested,
-    Job.progress, Job.error, Job.result, Job.created_at, Job.started_at, Job.finished_at,
+    Job.progress, Job.error, Job.result, Job.created_at, Job.started_at, Job.finished_at, Job.request,
 )  # fmt: skip
-VIEW_BARE = select(*SUMMARY).where(Job.id == bindparam("job_id"), Job.owner_id == bindparam("owner_id"))
-VIEW = VIEW_BARE.add_columns(Job.request)
-VIEW_WITH_KEY = FIND.add_columns(*SUMMARY, Job.request).outerjoin(
-    Job, (Job.id == bindparam("job_id")) & (Job.owner_id == ApiKey.id)
-)
+VIEW = select(*COLUMNS).where(Job.id == bindparam("job_id"), Job.owner_id == bindparam("owner_id"))
+VIEW_WITH_KEY = FIND.add_columns(*COLUMNS).outerjoin(Job, (Job.id == bindparam("job_id")) & (Job.owner_id == ApiKey.id))
 """One query that finds the API key and the job; the most frequent request uses it in place of two queries."""
 FINISHED_WITHIN = dt.timedelta(hours=1)
 
@@ -54,12 +51,9 @@ def get(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, locked: boo
     return job if job is not None and job.owner_id == owner_id else None
 
 
-def view(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, bare: bool = False) -> Row[Any] | None:
-    """Return the public columns of the owner's job as plain values, or ``None``.
-
-    ``bare`` leaves out the request, which may contain megabytes of texts; callers that read the job repeatedly use it.
-    """
-    return session.execute(VIEW_BARE if bare else VIEW, {"job_id": job_id, "owner_id": owner_id}).one_or_none()
+def view(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID) -> Row[Any] | None:
+    """Return the public columns of the owner's job as plain values, or ``None``."""
+    return session.execute(VIEW, {"job_id": job_id, "owner_id": owner_id}).one_or_none()
 
 
 def open_count(session: Session, owner_id: uuid.UUID) -> int:

@@ -30,6 +30,7 @@ from app.http.prefer import Wait
 from app.http.problem import Problem, documented, invalid
 from app.jobs import dispatch, repository, service
 from app.jobs.schemas import JobFilter
+from app.jobs.texts import whole_request
 from app.jobs.transitions import Trigger
 from secateur.catalog.recipe import Recipe
 from secateur.catalog.request import JobRequest, LabelName, LabelValue
@@ -87,13 +88,8 @@ def _view(job: Any, response: Response) -> JobView:
     return JobView.model_validate(job)
 
 
-def _read(owner_id: uuid.UUID, job_id: uuid.UUID) -> Any:
-    with reading() as session:
-        return service.view(session, owner_id, job_id)
-
-
 def _look(owner_id: uuid.UUID, job_id: uuid.UUID) -> Any:
-    """Return the job without its request, if the API key is still valid.
+    """Return the job, if the API key is still valid.
 
     Raises:
         Problem: 401 when the API key was revoked since the last read, 404 when the job does not exist.
@@ -101,7 +97,7 @@ def _look(owner_id: uuid.UUID, job_id: uuid.UUID) -> Any:
     with reading() as session:
         if not auth.is_live(session, owner_id):
             raise unauthorized()
-        return service.view(session, owner_id, job_id, bare=True)
+        return service.view(session, owner_id, job_id)
 
 
 async def _wait(
@@ -118,7 +114,7 @@ async def _wait(
             job = await run_in_threadpool(_look, owner_id, job_id)
             left = deadline - time.monotonic()
             if done(job) or left <= 0:
-                return await run_in_threadpool(_read, owner_id, job_id)
+                return job
             await bell.wait(left)
 
 
@@ -279,7 +275,7 @@ def events(
 
 def _must_exist(job_id: uuid.UUID, owner: Owner) -> None:
     with reading() as session:
-        service.view(session, owner.id, job_id, bare=True)
+        service.view(session, owner.id, job_id)
 
 
 @router.get(
@@ -339,7 +335,7 @@ def recipe(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> dict[str, An
 
     A job created with these fields produces the same model.
     """
-    return dict(Recipe.of_request(service.get(session, owner.id, job_id).request).fields)
+    return dict(Recipe.of_request(whole_request(service.get(session, owner.id, job_id))).fields)
 
 
 class ReportRoute(KeyedRoute):

@@ -21,7 +21,7 @@ from app.db.session import session_factory
 from app.fleet import repository as fleet
 from app.http import idempotency, logs
 from app.http.problem import Problem, invalid
-from app.jobs import admission, leases, repository, tokens, transitions
+from app.jobs import admission, leases, repository, texts, tokens, transitions
 from app.jobs.models import Job, JobEvent, JobStep
 from app.jobs.schemas import JobFilter
 from app.jobs.transitions import Trigger
@@ -111,11 +111,13 @@ def _begin(settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: st
 
 
 def _store(settings: Settings, owner_id: uuid.UUID, admitted: JobRequest, intake: _Intake, key: str | None) -> Job:
+    shown, given = texts.set_apart(admitted.model_dump(mode="json", exclude={"hub_token"}))
     with session_factory()() as session:
         _check_room(session, settings, owner_id)
         job = Job(
             owner_id=owner_id,
-            request=admitted.model_dump(mode="json", exclude={"hub_token"}),
+            request=shown,
+            texts=given,
             hub_token=intake.kept,
             model_id=admitted.model_id,
             method=admitted.method,
@@ -159,13 +161,13 @@ def _replay(session: Session, settings: Settings, owner_id: uuid.UUID, key: str,
     return repository.get(session, owner_id, used.job_id)
 
 
-def view(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID, *, bare: bool = False) -> Row[Any]:
+def view(session: Session, owner_id: uuid.UUID, job_id: uuid.UUID) -> Row[Any]:
     """Return the public columns of the owner's job as plain values; see :func:`app.jobs.repository.view`.
 
     Raises:
         Problem: 404 if the job does not exist or belongs to another owner.
     """
-    job = repository.view(session, owner_id, job_id, bare=bare)
+    job = repository.view(session, owner_id, job_id)
     if job is None:
         raise no_job(job_id)
     return job
@@ -289,7 +291,7 @@ def events(
     Raises:
         Problem: 404 if the job does not exist or belongs to another owner.
     """
-    job = view(session, owner_id, job_id, bare=True)
+    job = view(session, owner_id, job_id)
     return job, repository.events(session, job_id, after, limit)
 
 

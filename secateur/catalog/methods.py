@@ -215,7 +215,7 @@ def _known(table: Mapping[str, _Named]) -> AfterValidator:
 
     def check(name: str) -> str:
         if name not in table:
-            shown = name if len(name) <= 64 else f"{name[:64]}…"
+            shown = name[:64].encode(errors="replace").decode()  # UTF-8 has no form for a lone surrogate
             known = {"name": shown, "allowed": ", ".join(table), "expected": ", ".join(f"'{each}'" for each in table)}
             raise PydanticCustomError("unknown_name", "there is no '{name}'; allowed: {allowed}", known)
         return name

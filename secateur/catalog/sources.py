@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from secateur.catalog import hub_reads
 from secateur.catalog.architectures import ModelShape, chatglm, check_config, family_of, shape_from_config
+from secateur.catalog.names import did_you_mean
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.extras import require
 
@@ -169,7 +170,7 @@ def locate(
             )
             raise PruningError(
                 ErrorCode.MODEL_NOT_FOUND,
-                f"There is no local model '{name}'; there are: {', '.join(known) or 'none'}.",
+                f"There is no local model '{name}'{did_you_mean(name, known)}",
                 field="model_id",
             )
         return _local(model_id, folder, revision, gguf_file)
