@@ -42,7 +42,7 @@ def create_app() -> FastAPI:
     """Return the application, configured with the settings of this process."""
     settings = get_settings()
     logs.configure(settings)
-    feed, registry = Feed(), CollectorRegistry()
+    feed, registry = Feed(settings.max_waiting), CollectorRegistry()
     registry.register(ServiceCollector(settings))
 
     @asynccontextmanager

@@ -22,6 +22,10 @@ class Places:
     def __len__(self) -> int:
         return self._held.total()
 
+    def are_taken(self, key_id: uuid.UUID) -> bool:
+        """Return whether the API key holds as many places as it may."""
+        return self._held[key_id] >= self.each
+
     @contextmanager
     def taken(self, key_id: uuid.UUID, what: str) -> Iterator[None]:
         """Hold a place of this API key while the context lasts. ``what`` names the places, in the plural.
@@ -29,7 +33,7 @@ class Places:
         Raises:
             Problem: 429 with ``Retry-After`` if the key holds as many places as it may.
         """
-        if self._held[key_id] >= self.each:
+        if self.are_taken(key_id):
             detail = f"This API key has {self.each} {what} at once, as many as it may have."
             raise Problem(429, ErrorCode.TOO_MANY_AT_ONCE, detail, headers={"Retry-After": SOON})
         self._held[key_id] += 1

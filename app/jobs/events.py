@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 import psycopg
 from sqlalchemy import make_url
 
+from app.http.places import Places
+
 log = logging.getLogger(__name__)
 
 CHANNEL = "secateur_jobs"
@@ -36,22 +38,35 @@ class Bell:
 
 
 class Feed:
-    """The distributor of notifications to the waiters of this process; it runs entirely on one event loop."""
+    """The distributor of notifications to the waiters of this process; it runs entirely on one event loop.
 
-    def __init__(self) -> None:
+    One API key has at most ``most`` waiters.
+    """
+
+    def __init__(self, most: int) -> None:
         self._bells: defaultdict[uuid.UUID, set[Bell]] = defaultdict(set)
+        self._places = Places(most)
+
+    def is_full(self, key_id: uuid.UUID) -> bool:
+        """Return whether the API key has as many waiters as it may have."""
+        return self._places.are_taken(key_id)
 
     @contextmanager
-    def bell(self, job_id: uuid.UUID) -> Iterator[Bell]:
-        """Yield a signal for ``job_id``; take the signal before reading the job, so that no change is missed."""
+    def bell(self, key_id: uuid.UUID, job_id: uuid.UUID) -> Iterator[Bell]:
+        """Yield a signal for ``job_id``; take the signal before reading the job, so that no change is missed.
+
+        Raises:
+            Problem: 429 with ``Retry-After`` if the API key has as many waiters as it may have.
+        """
         bell = Bell()
-        self._bells[job_id].add(bell)
-        try:
-            yield bell
-        finally:
-            self._bells[job_id].discard(bell)
-            if not self._bells[job_id]:
-                del self._bells[job_id]
+        with self._places.taken(key_id, "waiting requests"):
+            self._bells[job_id].add(bell)
+            try:
+                yield bell
+            finally:
+                self._bells[job_id].discard(bell)
+                if not self._bells[job_id]:
+                    del self._bells[job_id]
 
     @asynccontextmanager
     async def listening(self, database_url: str) -> AsyncIterator[None]:

@@ -29,6 +29,7 @@ from app.http.pages import PageSize, PageToken
 from app.http.prefer import Wait
 from app.http.problem import Problem, documented, invalid
 from app.jobs import dispatch, repository, service
+from app.jobs.events import Bell
 from app.jobs.schemas import JobFilter
 from app.jobs.texts import whole_request
 from app.jobs.transitions import Trigger
@@ -109,7 +110,7 @@ async def _wait(
         Problem: 401 when the API key is revoked meanwhile, 404 when the job is deleted.
     """
     deadline = time.monotonic() + seconds
-    with feed.bell(job_id) as bell:
+    with feed.bell(owner_id, job_id) as bell:
         while True:
             job = await run_in_threadpool(_look, owner_id, job_id)
             left = deadline - time.monotonic()
@@ -146,8 +147,9 @@ async def create(
         background.add_task(dispatch.wake_worker, job.id)
     else:
         await run_in_threadpool(dispatch.wake_worker, job.id)
-        job = await _wait(feed, owner.id, job.id, wait, lambda job: job.state in TERMINAL)
-        response.headers["Preference-Applied"] = f"wait={wait}"
+        if not feed.is_full(owner.id):  # the job is made, so its answer comes at once where it cannot wait
+            job = await _wait(feed, owner.id, job.id, wait, lambda job: job.state in TERMINAL)
+            response.headers["Preference-Applied"] = f"wait={wait}"
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return _view(job, response)
 
@@ -278,6 +280,12 @@ def _must_exist(job_id: uuid.UUID, owner: Owner) -> None:
         service.view(session, owner.id, job_id)
 
 
+async def _bell(job_id: uuid.UUID, owner: Owner, feed: FeedDep) -> AsyncIterator[Bell]:
+    """Yield a signal that the job may have changed, until the stream has ended."""
+    with feed.bell(owner.id, job_id) as bell:
+        yield bell
+
+
 @router.get(
     "/{job_id}/events/stream",
     response_class=EventSourceResponse,
@@ -285,7 +293,7 @@ def _must_exist(job_id: uuid.UUID, owner: Owner) -> None:
     responses=documented(404),
 )
 async def stream(
-    job_id: uuid.UUID, owner: Owner, feed: FeedDep, last_event_id: LastEventId = 0
+    job_id: uuid.UUID, owner: Owner, bell: Annotated[Bell, Depends(_bell)], last_event_id: LastEventId = 0
 ) -> AsyncIterator[ServerSentEvent]:
     """Send the job's past and new events as Server-Sent Events.
 
@@ -301,25 +309,24 @@ async def stream(
                 return None
             return service.events(session, owner.id, job_id, after, STREAM_BATCH)
 
-    with feed.bell(job_id) as bell:
-        while True:
-            answer = await run_in_threadpool(read)
-            if answer is None:
-                yield ServerSentEvent(data={"code": unauthorized().code}, event="end")
-                return
-            job, found = answer
-            for event in found:
-                after = event.id
-                yield ServerSentEvent(data=EventView.model_validate(event), event=event.type, id=str(event.id))
-            if len(found) == STREAM_BATCH:
-                continue
-            if job.state in TERMINAL:
-                yield ServerSentEvent(data={"state": job.state}, event="end")
-                return
-            if job.progress is not None and job.progress != shown:
-                shown = job.progress
-                yield ServerSentEvent(data=JobSummary.model_validate(job).progress, event="progress")
-            await bell.wait(float("inf"))
+    while True:
+        answer = await run_in_threadpool(read)
+        if answer is None:
+            yield ServerSentEvent(data={"code": unauthorized().code}, event="end")
+            return
+        job, found = answer
+        for event in found:
+            after = event.id
+            yield ServerSentEvent(data=EventView.model_validate(event), event=event.type, id=str(event.id))
+        if len(found) == STREAM_BATCH:
+            continue
+        if job.state in TERMINAL:
+            yield ServerSentEvent(data={"state": job.state}, event="end")
+            return
+        if job.progress is not None and job.progress != shown:
+            shown = job.progress
+            yield ServerSentEvent(data=JobSummary.model_validate(job).progress, event="progress")
+        await bell.wait(float("inf"))
 
 
 @router.get("/{job_id}/steps", response_model=StepList, responses=documented(404))
