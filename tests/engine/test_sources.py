@@ -17,8 +17,6 @@ from secateur.catalog.sources import locate, read_shape
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
 from secateur.contract.errors import PruningError
 from secateur.engine.model.loading import load
-from secateur.engine.run.run import NamedModel, prune_to_folder
-from secateur.engine.run.workspace import Workspace
 from tests import hub as fake_hub
 from tests.engine.models import VOCABULARY, english, make_model, save
 from tests.engine.running import prune
@@ -195,18 +193,19 @@ def test_named_data_sets(trained_folder: Path, tmp_path: Path, monkeypatch: pyte
     "asked",
     [
         {"calibration": Calibration(dataset="org/data", sequence_length=32)},
-        {"evaluation": Evaluation(perplexity=["ptb"])},
-        {"evaluation": Evaluation(zero_shot=["piqa"])},
+        {"evaluation": Evaluation(dataset="org/data", sequence_length=32)},
+        {"evaluation": ASKED.evaluation.model_copy(update={"perplexity": ["wikitext2"]})},
+        {"evaluation": ASKED.evaluation.model_copy(update={"zero_shot": ["piqa"]})},
     ],
 )
 def test_every_library_talks_to_the_hub_of_the_settings(
-    hub: fake_hub.FakeHub, trained_folder: Path, tmp_path: Path, asked: dict[str, Any]
+    hub: fake_hub.FakeHub, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, asked: dict[str, Any]
 ) -> None:
     """``datasets`` would go to the public Hub, and take the token along."""
-    spec = PruningSpec(method="random", target_ratio=0.2, **asked)
+    source = save(make_model("llama"), tokenizer, tmp_path / "source")
     before = datasets.config.HF_ENDPOINT, constants.ENDPOINT
-    workspace = Workspace(token=fake_hub.TOKEN, endpoint=hub.url)
+    reach: dict[str, Any] = {"token": fake_hub.TOKEN, "endpoint": hub.url}
     with pytest.raises(PruningError):  # this Hub has no data sets
-        prune_to_folder(NamedModel(str(trained_folder)), spec, tmp_path / "out", workspace)
-    assert any("data" in path or "piqa" in path or "ptb" in path for path in hub.asked), hub.asked
+        prune(str(source), ASKED.model_copy(update=asked), tmp_path / "out", **reach)
+    assert [path for path in hub.asked if path.startswith(("/api/datasets/", "/datasets/"))], hub.asked
     assert before == (datasets.config.HF_ENDPOINT, constants.ENDPOINT)
