@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SUITE := --numprocesses 2 --dist loadscope
 
-.PHONY: demo test test-busy test-slow test-browser test-docs test-wheel test-base test-image image chaos test-gguf test-compat bench-quality bench-speed bench-load bench-paper bench-progress bench-dynamic bench-census check lint types contracts client openapi clean
+.PHONY: demo test test-busy test-slow test-browser test-docs test-wheel test-base test-image image chaos test-gguf test-compat bench-quality bench-speed bench-load bench-hostile bench-paper bench-progress bench-dynamic bench-census check lint types contracts client openapi clean
 
 demo: .venv/.model
 	$(BIN)/python -m demo
@@ -83,6 +83,10 @@ bench-dynamic: .venv/.model
 # One API process under many clients, polling against a bare route, queries over 100,000 finished jobs; minutes.
 bench-load: .venv/.installed
 	$(BIN)/python -m benchmarks.load $(OPTIONS)
+
+# What one API key notices while another attacks the service; minutes. OPTIONS: see --help.
+bench-hostile: .venv/.installed
+	$(BIN)/python -m benchmarks.hostile $(OPTIONS)
 
 # A tiny model of every causal model type of transformers is pruned; an hour. A census that was stopped continues. OPTIONS: see --help.
 bench-census: .venv/.installed

@@ -1,9 +1,13 @@
 """The catalog: the service's methods, its local models, texts and tasks, and a model's prunable structure, without a job."""
 
 from fastapi import APIRouter
+from fastapi.concurrency import run_in_threadpool
+from pydantic import SecretStr
 
 from app import local_names
-from app.deps import EVERY_V1_ROUTE, KeyedRoute, Owner, SessionDep, SettingsDep
+from app.config import Settings
+from app.db.session import reading
+from app.deps import EVERY_V1_ROUTE, KeyedRoute, Owner, SettingsDep
 from app.http.problem import documented
 from app.jobs import admission, tokens
 from secateur.catalog.inspection import layouts, sizes
@@ -69,10 +73,18 @@ def tasks(settings: SettingsDep) -> NameList:
 
 
 @router.post("/models/inspect", response_model=Inspection, responses=documented(400, 413))
-def inspect(body: ModelRef, owner: Owner, session: SessionDep, settings: SettingsDep) -> Inspection:
+async def inspect(body: ModelRef, owner: Owner, settings: SettingsDep) -> Inspection:
     """Return a model's architecture and the structures that can be pruned. No job is created."""
-    token = tokens.for_request(session, settings, owner.id, body.hub_token).token
-    session.rollback()  # returns the connection to the pool before the request to the Hub
+
+    def find_token() -> SecretStr | None:
+        with reading() as session:
+            return tokens.for_request(session, settings, owner.id, body.hub_token).token
+
+    token = await run_in_threadpool(find_token)
+    return await admission.checked(lambda: _inspect(body, settings, token), body, settings, owner.id)
+
+
+def _inspect(body: ModelRef, settings: Settings, token: SecretStr | None) -> Inspection:
     try:
         source, shape = admission.look(body, settings, token)
     except PruningError as error:

@@ -182,6 +182,8 @@ class Settings(LibrarySettings):
     """Limit on requests for each API key: ``N/second``, ``N/minute``, ``N/hour`` or ``N/day``; empty means no limit."""
     max_open_jobs: int | None = Field(1000, ge=1)
     """Largest number of jobs of one API key that have not ended."""
+    max_waiting: int = Field(100, ge=1)
+    """Largest number of event streams and of requests that wait for a job, of one API key in one API process."""
     max_running_jobs: int | None = Field(None, ge=1)
     """Largest number of jobs of one API key that workers run at the same time."""
     max_runtime_seconds: Seconds | None = None

@@ -20,7 +20,7 @@ from app.auth.repository import FIND
 from app.auth.service import Caller
 from app.config import Settings, get_settings
 from app.db.session import reading, session_factory
-from app.http import rate
+from app.http import body, rate
 from app.http.problem import Problem, invalid
 from app.jobs.events import Feed
 from secateur.contract.errors import ErrorCode
@@ -59,10 +59,11 @@ class KeyedRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
+        model: Any = self.body_field and self.body_field.field_info.annotation
 
         async def keyed(request: Request) -> Response:
             await run_in_threadpool(self._admit, request, await bearer(request))
-            return await handle(request)
+            return await handle(await body.read(request, model) if model else request)
 
         return keyed
 

@@ -1,18 +1,19 @@
 """Exception handlers of the application: each exception becomes a problem document."""
 
 import logging
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from fastapi.routing import iter_route_contexts
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from app.auth.vault import VaultError
 from app.config import get_settings
+from app.http.fields import problem_of
 from app.http.problem import Problem, respond
 from app.jobs.transitions import TransitionRefused
 from app.sanitise import Sanitiser
@@ -27,10 +28,6 @@ CODES = {
     405: ErrorCode.METHOD_NOT_ALLOWED,
     413: ErrorCode.BODY_TOO_LARGE,
 }
-BOUNDS = {
-    "gt": "more than", "ge": "at least", "lt": "less than", "le": "at most", "expected": "one of",
-    "min_length": "length at least", "max_length": "length at most", "pattern": "matching",
-}  # fmt: skip
 
 
 def install(app: FastAPI) -> None:
@@ -43,10 +40,8 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     def validation(request: Request, error: RequestValidationError) -> JSONResponse:
         if all(item["loc"][0] == "path" for item in error.errors()):
-            return respond(request, Problem(404, ErrorCode.NOT_FOUND, f"There is no {request.url.path}."))
-        errors = [_field_error(request, item) for item in error.errors()]
-        detail = "; ".join(f"{item.field}: {item.message}" for item in errors[:3])
-        return respond(request, Problem(422, ErrorCode.INVALID_REQUEST, detail, errors=errors))
+            return respond(request, Problem(404, ErrorCode.NOT_FOUND, f"There is no {request.scope['path']}."))
+        return respond(request, problem_of(error.errors(), None))
 
     @app.exception_handler(PruningError)
     def pruning(request: Request, error: PruningError) -> JSONResponse:
@@ -62,9 +57,14 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> JSONResponse:
-        detail = f"There is no {request.url.path}." if error.status_code == 404 else str(error.detail)
+        detail, headers = str(error.detail), error.headers
+        if error.status_code == 404:
+            detail = f"There is no {request.scope['path']}."
+        if error.status_code == 405:
+            allowed = ", ".join(_methods(request))
+            detail, headers = f"The path takes {allowed}.", {"Allow": allowed}
         code = CODES.get(error.status_code, ErrorCode.HTTP_ERROR)
-        return respond(request, Problem(error.status_code, code, detail, headers=error.headers))
+        return respond(request, Problem(error.status_code, code, detail, headers=headers))
 
     @app.exception_handler(VaultError)
     def vault(request: Request, error: VaultError) -> JSONResponse:
@@ -85,27 +85,10 @@ def install(app: FastAPI) -> None:
         return respond(request, Problem(503, ErrorCode.DATABASE_UNAVAILABLE, detail, headers={"Retry-After": "5"}))
 
 
-def _field_error(request: Request, item: dict[str, Any]) -> FieldError:
-    """Return Pydantic's error as a field error: the field's path as a client writes it and the values allowed there."""
-    where, *path = item["loc"]
-    field = ".".join(str(part) for part in path) or str(where)
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "json_invalid":
-        return FieldError(field="body", message=f"not JSON: {item['ctx']['error']} at character {path[0]}")
-    if item["type"] == "extra_forbidden":
-        return FieldError(field=field, message="unknown field", allowed=_known_fields(request, path))
-    limits = [f"{BOUNDS[name]} {value}" for name, value in (item.get("ctx") or {}).items() if name in BOUNDS]
-    return FieldError(field=field, message=message, allowed=", ".join(limits) or None)
-
-
-def _known_fields(request: Request, path: list[str | int]) -> str | None:
-    """Return the field names of the model to which the last part of ``path`` was sent, or ``None`` if it is unknown."""
-    body = getattr(request.scope.get("route"), "body_field", None)
-    model = body.field_info.annotation if body is not None else None
-    for part in path[:-1]:
-        if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
-            return None
-        annotation = model.model_fields[str(part)].annotation
-        inner = [kind for kind in getattr(annotation, "__args__", ()) if isinstance(kind, type)]
-        model = inner[0] if inner else annotation
-    return ", ".join(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else None
+def _methods(request: Request) -> list[str]:
+    """Return the methods of all routes of the request's path; Starlette names those of the first route alone."""
+    found: set[str] = set()
+    for route in iter_route_contexts(request.app.routes):
+        if route.path is not None and compile_path(route.path)[0].match(request.scope["path"]):
+            found |= route.methods or set()
+    return sorted(found)

@@ -75,7 +75,7 @@ def readyz(
     }
     ready = all(verdict == "ok" for part, verdict in verdicts.items() if part not in exclude)
     response.status_code = 200 if ready else 503
-    unheld = _count_unheld(settings) if verdicts["database"] == "ok" else None
+    unheld = _count_unheld(settings) if verdicts[Part.DATABASE] == "ok" else None
     return Readiness(ready=ready, unheld_jobs=unheld, **verdicts)
 
 

@@ -49,7 +49,7 @@ def create_app() -> FastAPI:
         settings = get_settings()
         logs.configure(settings)
         startup.check(settings, owns_folder=False)
-    feed, registry = Feed(), CollectorRegistry()
+    feed, registry = Feed(settings.max_waiting), CollectorRegistry()
     registry.register(ServiceCollector(settings))
 
     @asynccontextmanager

@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 TOKEN = "hf_test"
 NAMESPACE = "org"
 """The only one that the token may write."""
+PART = 2**16
 
 
 @dataclass
@@ -51,6 +52,8 @@ class FakeHub:
     """``before_upload`` is called when a large file has arrived, ``before_commit`` with the repository when a commit has; ``broken`` makes every answer a 503.
 
     ``delay`` is waited before an answer (seconds). A ``mute`` hub does what it is asked and hangs up without an answer.
+    While ``speaks`` is cleared, the hub accepts requests and answers none. ``asked`` are the paths that were asked for,
+    and ``sent`` counts the bytes of the answers that were taken.
     """
 
     url: str = ""
@@ -62,6 +65,9 @@ class FakeHub:
     broken: bool = False
     delay: float = 0.0
     mute: bool = False
+    speaks: threading.Event = field(default_factory=threading.Event)
+    asked: list[str] = field(default_factory=list)
+    sent: int = 0
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def create(self, repo_id: str, private: bool = True, files: dict[str, bytes] | None = None) -> Repository:
@@ -75,6 +81,7 @@ class FakeHub:
 def running() -> Iterator[FakeHub]:
     """A hub that answers at ``url`` while the context lasts."""
     hub = FakeHub()
+    hub.speaks.set()
 
     class Handler(_Handler):
         pass
@@ -88,6 +95,7 @@ def running() -> Iterator[FakeHub]:
     try:
         yield hub
     finally:
+        hub.speaks.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -113,12 +121,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            try:
+                for start in range(0, len(body), PART):
+                    self.wfile.write(body[start : start + PART])
+                    self.hub.sent += len(body[start : start + PART])
+            except ConnectionError:
+                self.close_connection = True
 
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path, self.extra = unquote(urlsplit(self.path).path), {}
+        self.hub.asked.append(path)
         time.sleep(self.hub.delay)
+        self.hub.speaks.wait()
         try:
             if self.hub.broken:
                 raise _Refusal(503)

@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, inspect
+from sqlalchemy import create_engine, inspect, select
+from sqlalchemy.orm import Session
 
 from app.db import tables
 from app.db.migrate import downgrade, upgrade
+from app.jobs.models import Job
+from app.jobs.texts import whole_request
 from secateur.catalog.request import JobRequest
+from secateur.contract.jobs import without_texts
 
 
 def _differences(url: str) -> list[object]:
@@ -204,3 +208,40 @@ def test_results_lose_paths_with_0007(empty_database_url: str) -> None:
     engine.dispose()
     bare = {"repo_id": "a/b"}
     assert kept == [bare, web, {"targets": [bare, web]}, *results[3:]]
+
+
+def test_texts_stand_beside_their_request_after_the_upgrade_to_0010(empty_database_url: str) -> None:
+    upgrade(empty_database_url, "0005")
+    engine = create_engine(empty_database_url)
+    requests: dict[str, dict[str, Any]] = {
+        "both": {"calibration": {"texts": ["é", "b"], "samples": 1}, "evaluation": {"texts": ["c"]}},
+        "one": {"calibration": {"texts": None, "samples": 1}, "evaluation": {"texts": ["c"]}},
+        "none": {"calibration": {"texts": None, "samples": 1}, "evaluation": {}},
+        "bare": {"rounds": 3},
+    }
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO api_keys (id, name, secret_sha256, scopes) VALUES (gen_random_uuid(), 'a', 'x', '{read}')"
+        )
+        for name, request in requests.items():
+            connection.exec_driver_sql(
+                "INSERT INTO jobs (id, owner_id, state, version, request, model_id, method, labels, attempt, failures,"
+                " pause_requested, may_be_published) SELECT gen_random_uuid(), id, 'queued', 1, %s::jsonb, %s, 'flap',"
+                " '{}', 0, 0, false, false FROM api_keys",
+                (json.dumps(request), name),
+            )
+    for _ in range(2):
+        upgrade(empty_database_url)
+        with Session(engine) as session:
+            jobs = {job.model_id: job for job in session.scalars(select(Job))}
+            for name, request in requests.items():
+                assert jobs[name].request == without_texts(request), name
+                given = {part: value for part, value in request.items() if part != "rounds" and value.get("texts")}
+                assert jobs[name].texts == ({part: value["texts"] for part, value in given.items()} or None)
+                whole = whole_request(jobs[name])
+                assert all(whole[part]["texts"] == value["texts"] for part, value in given.items())
+        downgrade(empty_database_url, "0005")
+    with engine.begin() as connection:
+        found = dict(connection.exec_driver_sql("SELECT model_id, request FROM jobs").all())
+    assert found["both"] == requests["both"]
+    engine.dispose()

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import httpx2
 import redis
 from alembic.migration import MigrationContext
-from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from sqlalchemy import Engine, NullPool, create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -25,6 +24,7 @@ from app.data_folder import DataFolderError
 from app.db.migrate import newest_revision
 from app.fleet import repository as fleet
 from app.jobs import tokens
+from secateur.catalog import hub_reads
 from secateur.extras import missing
 from workers.devices import device_memory
 
@@ -191,10 +191,10 @@ def _hub(settings: Settings) -> Finding:
         advice = "set SECATEUR_HF_TOKEN, or have requests or keys bring their own"
         return Finding("Hub", "warning", "this service has no token", advice)
     try:
-        me = HfApi(endpoint=settings.hf_endpoint, token=settings.hf_token.get_secret_value()).whoami()
+        me = hub_reads.whoami(settings.hf_endpoint, settings.hf_token.get_secret_value())
     except HfHubHTTPError as error:
         return Finding("Hub", "failed", f"it does not take the token ({error.response.status_code})", "make a new one")
-    except (httpx2.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, OSError, ValueError) as error:
         return Finding(
             "Hub", "failed", f"it cannot be reached: {type(error).__name__}", "look at the network, HF_ENDPOINT"
         )

@@ -2,7 +2,6 @@
 
 from fastapi import Request
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.http.problem import Problem, respond
@@ -35,7 +34,7 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.largest:
-                raise HTTPException(413, too_large)  # the only exception that FastAPI passes on while it reads a body
+                raise Problem(413, ErrorCode.BODY_TOO_LARGE, too_large)
             return message
 
         return await self.app(scope, bounded, send)

@@ -33,7 +33,10 @@ class IdempotencyKey(Base):
 
 def fingerprint(body: dict[str, Any]) -> str:
     """Return a hash of the body; bodies that differ only in field order or spacing have the same hash."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for piece in json.JSONEncoder(sort_keys=True).iterencode(body):  # in one piece, long texts would be copied twice
+        digest.update(piece.encode())
+    return digest.hexdigest()
 
 
 def recall(session: Session, owner_id: uuid.UUID, key: str, ttl: float) -> IdempotencyKey | None:

@@ -12,6 +12,8 @@ from secateur.contract.errors import ErrorCode
 from secateur.contract.field_error import FieldError
 
 MEDIA_TYPE = "application/problem+json"
+LONGEST = 1000
+"""Largest number of characters of a detail, and of a field's message and allowed values."""
 
 
 class ProblemDetails(BaseModel):
@@ -73,23 +75,33 @@ class Problem(Exception):
         self.headers = headers
 
 
+def excerpt(text: str, longest: int = 100) -> str:
+    """Return the beginning of a text that a client sent, in a form that every answer can contain.
+
+    Lone surrogates, which UTF-8 has no form for, are shown as ``?``.
+    """
+    shown = text if len(text) <= longest else f"{text[:longest]}…"
+    return shown.encode(errors="replace").decode()
+
+
 def invalid(
     field: str, message: str, *, code: ErrorCode = ErrorCode.INVALID_REQUEST, allowed: str | None = None
 ) -> Problem:
     """Return a 422 problem about one field."""
+    field = excerpt(field)
     return Problem(422, code, f"{field}: {message}", errors=[FieldError(field=field, message=message, allowed=allowed)])
 
 
 def respond(request: Request, problem: Problem) -> JSONResponse:
-    """Return the problem as an HTTP response."""
+    """Return the problem as an HTTP response; what it repeats of the request is shortened."""
     details = ProblemDetails(
         title=HTTPStatus(problem.status).phrase,
         status=problem.status,
         code=problem.code,
-        detail=problem.detail,
+        detail=excerpt(problem.detail, LONGEST),
         request_id=getattr(request.state, "request_id", None),
         state=problem.state,
-        errors=problem.errors,
+        errors=problem.errors and [_shortened(error) for error in problem.errors],
     )
     return JSONResponse(
         details.model_dump(exclude_none=True),
@@ -97,6 +109,11 @@ def respond(request: Request, problem: Problem) -> JSONResponse:
         headers=dict(problem.headers or {}),
         media_type=MEDIA_TYPE,
     )
+
+
+def _shortened(error: FieldError) -> FieldError:
+    allowed = None if error.allowed is None else excerpt(error.allowed, LONGEST)
+    return FieldError(field=excerpt(error.field), message=excerpt(error.message, LONGEST), allowed=allowed)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -3,15 +3,17 @@
 A job that cannot be checked now, because the Hub does not answer, is accepted; the worker checks it later.
 """
 
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import httpx2
-from huggingface_hub import HfApi
+from fastapi.concurrency import run_in_threadpool
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from pydantic import AnyHttpUrl, SecretStr
 
-from app import local_names
+from app import hub, local_names
 from app.config import Settings
 from app.fleet.repository import Offer
 from app.http.problem import invalid
@@ -22,13 +24,30 @@ from app.storage.library import library_names, open_library
 from app.webhooks.addresses import is_allowed_host
 from secateur.catalog import memory
 from secateur.catalog.architectures import ModelShape
+from secateur.catalog.names import near
 from secateur.catalog.request import JobRequest, ModelRef, Publish, check_repo_id
 from secateur.catalog.resolve import Resolved, components, resolve
 from secateur.catalog.sources import LOCAL_PREFIX, ModelSource, check_size, locate, read_shape
+from secateur.catalog.spec import ZERO_SHOT
 from secateur.contract.errors import ErrorCode
 from secateur.contract.jobs import DryRun, PlannedTarget, Publication
 
 UNAUTHORIZED = (401, 403)
+Answer = TypeVar("Answer")
+
+
+async def checked(check: Callable[[], Answer], model: ModelRef, settings: Settings, owner_id: uuid.UUID) -> Answer:
+    """Return what ``check``, a function of this module for this request, returns.
+
+    The function runs in a thread: if the request needs the Hub, in one of :func:`app.hub.ask`.
+
+    Raises:
+        Problem: 503 or 429: the service, or the API key, is asking the Hub as much as it may.
+    """
+    publishes = isinstance(model, JobRequest) and model.publish is not None and settings.hub_dir is None
+    if publishes or not model.model_id.startswith(LOCAL_PREFIX):
+        return await hub.ask(owner_id, check)
+    return await run_in_threadpool(check)
 
 
 def look(model: ModelRef, settings: Settings, token: SecretStr | None) -> tuple[ModelSource, ModelShape | None]:
@@ -42,14 +61,14 @@ def look(model: ModelRef, settings: Settings, token: SecretStr | None) -> tuple[
             :func:`secateur.catalog.sources.locate` and :func:`secateur.catalog.sources.read_shape`), or the model has
             more parameters than the service allows.
     """
-    source = locate(
-        model.model_id,
-        revision=model.revision,
-        gguf_file=model.gguf_file,
-        models_dir=open_library(settings, *library_names({"model_id": model.model_id}), outline=True).models_dir,
-        token=token.get_secret_value() if token else False,  # None would send the token of the service's machine
-        endpoint=settings.hf_endpoint,
-    )
+    if model.model_id.startswith(LOCAL_PREFIX):
+        folders = open_library(settings, *library_names({"model_id": model.model_id}), outline=True)
+        source = locate(
+            model.model_id, revision=model.revision, gguf_file=model.gguf_file, models_dir=folders.models_dir
+        )
+    else:
+        secret = token.get_secret_value() if token else None
+        source = hub.find_model(settings.hf_endpoint, secret, model.model_id, model.revision, model.gguf_file)
     shape = read_shape(source) if source.sizes_known else None
     check_size(shape, settings.max_model_parameters)
     return source, shape
@@ -144,7 +163,8 @@ def admit(request: JobRequest, settings: Settings, access: HubAccess) -> JobRequ
     for index, name in enumerate(request.evaluation.perplexity):
         _check_dataset(f"evaluation.perplexity.{index}", name, settings)
     for index, name in enumerate(request.evaluation.zero_shot):
-        if name not in (known := local_names.tasks(settings)):
+        if name not in (own := local_names.tasks(settings)):
+            known = [*ZERO_SHOT, *near(name, own[len(ZERO_SHOT) :])]
             message = f"there is no task '{name}'"
             raise invalid(
                 f"evaluation.zero_shot.{index}", message, code=ErrorCode.TASK_NOT_FOUND, allowed=", ".join(known)
@@ -185,9 +205,9 @@ def _check_dataset(field: str, dataset: str, settings: Settings) -> None:
         Problem: 422 if the text does not exist or the name is not that of a data set.
     """
     if dataset.startswith(LOCAL_PREFIX):
-        if dataset not in (known := local_names.texts(settings)):
-            message = f"there is no text '{dataset}'"
-            raise invalid(field, message, code=ErrorCode.TEXT_NOT_FOUND, allowed=", ".join(known))
+        if dataset not in (own := local_names.texts(settings)):
+            allowed = ", ".join(near(dataset, own)) or "a text of the service's library, see GET /v1/texts"
+            raise invalid(field, f"there is no text '{dataset}'", code=ErrorCode.TEXT_NOT_FOUND, allowed=allowed)
     else:
         try:
             validate_repo_id(dataset.partition(":")[0])
@@ -205,15 +225,14 @@ def _check_may_write(repo_id: str, settings: Settings, token: SecretStr) -> None
     Raises:
         Problem: 422 if the Hub refuses the token or its rights do not suffice.
     """
-    api = HfApi(endpoint=settings.hf_endpoint, token=token.get_secret_value())
     try:
-        me = api.whoami()
+        me = hub.whoami(settings.hf_endpoint, token.get_secret_value())
     except HfHubHTTPError as error:
         if error.response.status_code in UNAUTHORIZED:
             message = "the Hub does not accept the token"
             raise invalid("publish.repo_id", message, code=ErrorCode.HUB_FORBIDDEN) from None
         return
-    except (httpx2.HTTPError, OSError):
+    except (httpx2.HTTPError, OSError, ValueError):
         return
     namespaces = [me["name"], *(org["name"] for org in me.get("orgs", ()))]
     if repo_id.split("/")[0] not in namespaces:

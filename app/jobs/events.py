@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 import psycopg
 from sqlalchemy import make_url
 
+from app.http.places import Places
+
 log = logging.getLogger(__name__)
 
 CHANNEL = "secateur_jobs"
@@ -36,22 +38,35 @@ class Signal:
 
 
 class Feed:
-    """The distributor of notifications to the waiters of this process; it runs entirely on one event loop."""
+    """The distributor of notifications to the waiters of this process; it runs entirely on one event loop.
 
-    def __init__(self) -> None:
+    One API key has at most ``most`` waiters.
+    """
+
+    def __init__(self, most: int) -> None:
         self._signals: defaultdict[uuid.UUID, set[Signal]] = defaultdict(set)
+        self._places = Places(most)
+
+    def is_full(self, key_id: uuid.UUID) -> bool:
+        """Return whether the API key has as many waiters as it may have."""
+        return self._places.are_taken(key_id)
 
     @contextmanager
-    def signal(self, job_id: uuid.UUID) -> Iterator[Signal]:
-        """Yield a signal for ``job_id``; take the signal before reading the job, so that no change is missed."""
+    def signal(self, key_id: uuid.UUID, job_id: uuid.UUID) -> Iterator[Signal]:
+        """Yield a signal for ``job_id``; take the signal before reading the job, so that no change is missed.
+
+        Raises:
+            Problem: 429 with ``Retry-After`` if the API key has as many waiters as it may have.
+        """
         signal = Signal()
-        self._signals[job_id].add(signal)
-        try:
-            yield signal
-        finally:
-            self._signals[job_id].discard(signal)
-            if not self._signals[job_id]:
-                del self._signals[job_id]
+        with self._places.taken(key_id, "waiting requests"):
+            self._signals[job_id].add(signal)
+            try:
+                yield signal
+            finally:
+                self._signals[job_id].discard(signal)
+                if not self._signals[job_id]:
+                    del self._signals[job_id]
 
     @asynccontextmanager
     async def listening(self, database_url: str) -> AsyncIterator[None]:

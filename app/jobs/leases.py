@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, undefer
 
 from app.config import Settings
 from app.fleet import repository as fleet
-from app.jobs import fair_queue, repositories, repository, transitions, usage
+from app.jobs import fair_queue, repositories, repository, texts, transitions, usage
 from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
 from app.jobs.naming import published_repo_ids
 from app.jobs.transitions import LIVE, Trigger
@@ -128,8 +128,9 @@ def claim(session: Session, job_id: uuid.UUID, worker: str, ttl: float) -> Claim
         not_before=None,
         started_at=job.started_at or dt.datetime.now(dt.UTC),
     )
+    claimed = Claim(job.id, job.attempt, texts.whole_request(job), job.request_id, job.exported_at is not None)
     session.commit()
-    return Claim(job.id, job.attempt, job.request, job.request_id, job.exported_at is not None)
+    return claimed
 
 
 def owned(session: Session, job_id: uuid.UUID, attempt: int) -> Job:

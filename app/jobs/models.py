@@ -37,6 +37,9 @@ class Job(Base):
     state: Mapped[str] = mapped_column(default="queued")
     version: Mapped[int] = mapped_column(default=1)
     request: Mapped[dict[str, Any]]
+    """The request as the API shows it, with counts and hashes in place of texts."""
+    texts: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
+    """The request's texts by part; see :mod:`app.jobs.texts`."""
     model_id: Mapped[str]
     method: Mapped[str]
     labels: Mapped[dict[str, str]] = mapped_column(default=dict)

@@ -19,16 +19,15 @@ from secateur.contract.keys import Scope
 from secateur.contract.states import TERMINAL, State
 
 # These statements are built once: pollers use them often, and building one takes longer than the database's answer.
-SUMMARY = (
+COLUMNS = (
     Job.id, Job.owner_id, Job.state, Job.version, Job.model_id, Job.method, Job.labels, Job.attempt, Job.failures,
     Job.pause_requested, Job.progress, Job.error, Job.last_error, Job.not_before, Job.result, Job.created_at,
-    Job.started_at, Job.finished_at, Job.expires_at, Job.required_labels, Job.required_memory_bytes,
+    Job.started_at, Job.finished_at, Job.expires_at, Job.required_labels, Job.required_memory_bytes, Job.request,
 )  # fmt: skip
-VIEW_BARE = select(*SUMMARY).where(
+VIEW = select(*COLUMNS).where(
     Job.id == bindparam("job_id"), (Job.owner_id == bindparam("owner_id")) | bindparam("all_keys", type_=Boolean)
 )
-VIEW = VIEW_BARE.add_columns(Job.request)
-VIEW_WITH_KEY = FIND.add_columns(*SUMMARY, Job.request).outerjoin(
+VIEW_WITH_KEY = FIND.add_columns(*COLUMNS).outerjoin(
     Job, (Job.id == bindparam("job_id")) & ((Job.owner_id == ApiKey.id) | ApiKey.scopes.contains([Scope.ADMIN]))
 )
 """One query that finds the API key and the job; the most frequent request uses it in place of two queries."""
@@ -66,13 +65,13 @@ def get(session: Session, owner_id: uuid.UUID | None, job_id: uuid.UUID, *, lock
     return job if job is not None and owner_id in (None, job.owner_id) else None
 
 
-def view(session: Session, owner_id: uuid.UUID | None, job_id: uuid.UUID, *, bare: bool = False) -> Row[Any] | None:
+def view(session: Session, owner_id: uuid.UUID | None, job_id: uuid.UUID) -> Row[Any] | None:
     """Return the public columns of the owner's job as plain values, or ``None``.
 
-    An ``owner_id`` of ``None`` finds the jobs of all owners. ``bare`` leaves out the request, which may contain megabytes of texts; callers that read the job repeatedly use it.
+    An ``owner_id`` of ``None`` finds the jobs of all owners.
     """
     parameters = {"job_id": job_id, "owner_id": owner_id, "all_keys": owner_id is None}
-    return session.execute(VIEW_BARE if bare else VIEW, parameters).one_or_none()
+    return session.execute(VIEW, parameters).one_or_none()
 
 
 def open_count(session: Session, owner_id: uuid.UUID) -> int:

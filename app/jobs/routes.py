@@ -20,7 +20,7 @@ from pydantic import StringConstraints, TypeAdapter, ValidationError
 from app.auth import service as auth
 from app.auth.service import Caller
 from app.config import get_settings
-from app.db.session import reading, session_factory
+from app.db.session import reading
 from app.deps import (
     EVERY_V1_ROUTE,
     FeedDep,
@@ -38,7 +38,9 @@ from app.http.pages import PageSize, PageToken
 from app.http.prefer import Wait
 from app.http.problem import Problem, documented, invalid
 from app.jobs import dispatch, repository, service
+from app.jobs.events import Signal
 from app.jobs.schemas import JobFilter
+from app.jobs.texts import whole_request
 from app.jobs.transitions import Trigger
 from app.storage.store import ObjectMissing, open_store
 from secateur.catalog.recipe import Recipe
@@ -119,13 +121,8 @@ def _shown(view: Shown, job: Any, caller: Caller) -> Shown:
     return view
 
 
-def _read(caller: Caller, job_id: uuid.UUID) -> Any:
-    with reading() as session:
-        return service.view(session, caller, job_id)
-
-
 def _look(caller: Caller, job_id: uuid.UUID) -> Any:
-    """Return the job without its request, if the API key is still valid.
+    """Return the job, if the API key is still valid.
 
     Raises:
         Problem: 401 when the API key was revoked since the last read, 404 when the job does not exist.
@@ -133,7 +130,7 @@ def _look(caller: Caller, job_id: uuid.UUID) -> Any:
     with reading() as session:
         if not auth.is_live(session, caller.id):
             raise unauthorized()
-        return service.view(session, caller, job_id, bare=True)
+        return service.view(session, caller, job_id)
 
 
 async def _wait(feed: FeedDep, caller: Caller, job_id: uuid.UUID, seconds: int, done: Callable[[Any], bool]) -> Any:
@@ -143,12 +140,12 @@ async def _wait(feed: FeedDep, caller: Caller, job_id: uuid.UUID, seconds: int, 
         Problem: 401 when the API key is revoked meanwhile, 404 when the job is deleted.
     """
     deadline = time.monotonic() + seconds
-    with feed.signal(job_id) as signal:
+    with feed.signal(caller.id, job_id) as signal:
         while True:
             job = await run_in_threadpool(_look, caller, job_id)
             left = deadline - time.monotonic()
             if done(job) or left <= 0:
-                return await run_in_threadpool(_read, caller, job_id)
+                return job
             await signal.wait(left)
 
 
@@ -170,25 +167,16 @@ async def create(
 ) -> Any:
     """Create a job. `Prefer: wait=n` delays the answer until the job ends or n seconds have passed."""
     if validate_only:
-
-        def look() -> DryRun:
-            with session_factory()() as session:
-                return service.dry_run(session, settings, owner.id, body)
-
-        planned = await run_in_threadpool(look)
+        planned = await service.dry_run(settings, owner.id, body)
         return Response(planned.model_dump_json(), media_type="application/json")
-
-    def make() -> Any:
-        with session_factory()() as session:
-            return service.create(session, settings, owner.id, body, idempotency_key)
-
-    job = await run_in_threadpool(make)
+    job: Any = await service.create(settings, owner.id, body, idempotency_key)
     if wait is None:
         background.add_task(dispatch.wake_worker)
     else:
         await run_in_threadpool(dispatch.wake_worker)
-        job = await _wait(feed, owner, job.id, wait, lambda job: job.state in TERMINAL)
-        response.headers["Preference-Applied"] = f"wait={wait}"
+        if not feed.is_full(owner.id):  # the job is made, so its answer comes at once where it cannot wait
+            job = await _wait(feed, owner, job.id, wait, lambda job: job.state in TERMINAL)
+            response.headers["Preference-Applied"] = f"wait={wait}"
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return await run_in_threadpool(_view, job, owner, response)
 
@@ -370,7 +358,13 @@ def logs(
 
 def _must_exist(job_id: uuid.UUID, owner: Owner) -> None:
     with reading() as session:
-        service.view(session, owner, job_id, bare=True)
+        service.view(session, owner, job_id)
+
+
+async def _signal(job_id: uuid.UUID, owner: Owner, feed: FeedDep) -> AsyncIterator[Signal]:
+    """Yield a signal that the job may have changed, until the stream has ended."""
+    with feed.signal(owner.id, job_id) as signal:
+        yield signal
 
 
 @router.get(
@@ -380,7 +374,7 @@ def _must_exist(job_id: uuid.UUID, owner: Owner) -> None:
     responses=documented(404),
 )
 async def stream(
-    job_id: uuid.UUID, owner: Owner, feed: FeedDep, last_event_id: LastEventId = 0
+    job_id: uuid.UUID, owner: Owner, signal: Annotated[Signal, Depends(_signal)], last_event_id: LastEventId = 0
 ) -> AsyncIterator[ServerSentEvent]:
     """Send the job's past and new events as Server-Sent Events.
 
@@ -396,25 +390,24 @@ async def stream(
                 return None
             return service.events(session, owner, job_id, after, STREAM_BATCH)
 
-    with feed.signal(job_id) as signal:
-        while True:
-            answer = await run_in_threadpool(read)
-            if answer is None:
-                yield ServerSentEvent(data={"code": unauthorized().code}, event="end")
-                return
-            job, found = answer
-            for event in found:
-                after = event.id
-                yield ServerSentEvent(data=EventView.model_validate(event), event=event.type, id=str(event.id))
-            if len(found) == STREAM_BATCH:
-                continue
-            if job.state in TERMINAL:
-                yield ServerSentEvent(data={"state": job.state}, event="end")
-                return
-            if job.progress is not None and job.progress != shown:
-                shown = job.progress
-                yield ServerSentEvent(data=JobSummary.model_validate(job).progress, event="progress")
-            await signal.wait(float("inf"))
+    while True:
+        answer = await run_in_threadpool(read)
+        if answer is None:
+            yield ServerSentEvent(data={"code": unauthorized().code}, event="end")
+            return
+        job, found = answer
+        for event in found:
+            after = event.id
+            yield ServerSentEvent(data=EventView.model_validate(event), event=event.type, id=str(event.id))
+        if len(found) == STREAM_BATCH:
+            continue
+        if job.state in TERMINAL:
+            yield ServerSentEvent(data={"state": job.state}, event="end")
+            return
+        if job.progress is not None and job.progress != shown:
+            shown = job.progress
+            yield ServerSentEvent(data=JobSummary.model_validate(job).progress, event="progress")
+        await signal.wait(float("inf"))
 
 
 @router.get("/{job_id}/steps", response_model=StepList, responses=documented(404))
@@ -430,7 +423,7 @@ def recipe(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> dict[str, An
 
     A job created with these fields produces the same model.
     """
-    return dict(Recipe.of_request(service.get(session, owner, job_id).request).fields)
+    return dict(Recipe.of_request(whole_request(service.get(session, owner, job_id))).fields)
 
 
 class ReportRoute(JobRoute):

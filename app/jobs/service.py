@@ -7,24 +7,28 @@ jobs of other keys are recorded.
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
 from app.auth import repository as keys
 from app.auth.service import Caller
 from app.config import Settings
-from app.db.session import reading
+from app.db.session import reading, session_factory
 from app.fleet import repository as fleet
+from app.fleet.repository import Offer
 from app.http import idempotency, logs
 from app.http.etags import etag, names
 from app.http.problem import Problem, invalid
-from app.jobs import admission, repositories, repository, routing, tokens, transitions
+from app.jobs import admission, repositories, repository, routing, texts, tokens, transitions
 from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
 from app.jobs.naming import repo_ids
 from app.jobs.routing import Required
 from app.jobs.schemas import JobFilter
+from app.jobs.tokens import HubAccess
 from app.jobs.transitions import TransitionRefused, Trigger
 from app.storage import repository as storage
 from app.storage.models import StoredFile
@@ -40,78 +44,126 @@ ROOM_AFTER = 60
 """Number of seconds after which the API key may have room for one more job (``Retry-After``)."""
 
 
-def dry_run(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest) -> DryRun:
+@dataclass(frozen=True)
+class _Intake:
+    """What the database knows that concerns a new job."""
+
+    digest: str
+    kept: bytes | None
+    """The request's own Hub token, encrypted."""
+    access: HubAccess
+    offers: Sequence[Offer]
+
+
+async def dry_run(settings: Settings, owner_id: uuid.UUID, request: JobRequest) -> DryRun:
     """Return the plan of the job without creating a job.
 
     Raises:
         Problem: the service cannot serve the request.
         PruningError: the model cannot be pruned as requested; retryable if the Hub does not answer.
     """
-    access = tokens.for_request(session, settings, owner_id, request.hub_token)
-    offers = fleet.offers(session, settings.worker_silence)
-    session.rollback()  # returns the connection to the pool before the request to the Hub
-    admitted = admission.admit(request, settings, access)
-    _check_repositories(session, owner_id, admitted)
-    return admission.dry_run(admitted, settings, access.token, offers)
+    access, offers = await run_in_threadpool(_access_and_offers, settings, owner_id, request)
+
+    def plan() -> DryRun:
+        admitted = admission.admit(request, settings, access)
+        _check_repositories(owner_id, admitted)
+        return admission.dry_run(admitted, settings, access.token, offers)
+
+    return await admission.checked(plan, request, settings, owner_id)
 
 
-def create(session: Session, settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job:
-    """Create a job, or return the job that the same idempotency key created; commits.
+async def create(settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job:
+    """Create a job, or return the job that the same idempotency key created.
+
+    The request waits for the Hub without a database connection.
 
     Raises:
         Problem: the service cannot serve the request, the API key has too many open jobs, or the idempotency key was
             used for another request or for a job that was deleted.
         PruningError: the model cannot be pruned as requested.
     """
+    intake = await run_in_threadpool(_begin, settings, owner_id, request, key)
+    if isinstance(intake, Job):
+        return intake
+
+    def admit() -> tuple[JobRequest, int | None]:
+        admitted = admission.admit(request, settings, intake.access)
+        _check_repositories(owner_id, admitted)
+        try:
+            planned = admission.dry_run(admitted, settings, intake.access.token, intake.offers)
+        except PruningError as error:
+            if not error.retryable:
+                raise
+            return admitted, None
+        return admitted.model_copy(update={"revision": planned.revision or request.revision}), planned.memory_bytes
+
+    admitted, estimate = await admission.checked(admit, request, settings, owner_id)
+    return await run_in_threadpool(_store, settings, owner_id, admitted, estimate, intake, key)
+
+
+def _access_and_offers(
+    settings: Settings, owner_id: uuid.UUID, request: JobRequest
+) -> tuple[HubAccess, Sequence[Offer]]:
+    with session_factory()() as session:
+        access = tokens.for_request(session, settings, owner_id, request.hub_token)
+        return access, fleet.offers(session, settings.worker_silence)
+
+
+def _begin(settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job | _Intake:
     digest = idempotency.fingerprint(request.model_dump(mode="json", exclude={"hub_token"}))
-    if key is not None and (earlier := _replay(session, settings, owner_id, key, digest)):
-        return earlier
+    if key is not None:
+        with session_factory()() as session:
+            if earlier := _replay(session, settings, owner_id, key, digest):
+                return earlier
     kept = tokens.keep(settings, request.hub_token)
-    access = tokens.for_request(session, settings, owner_id, request.hub_token)
-    offers = fleet.offers(session, settings.worker_silence)
-    session.rollback()  # returns the connection to the pool before the requests to the Hub
-    admitted = admission.admit(request, settings, access)
-    _check_repositories(session, owner_id, admitted)
-    revision, estimate = request.revision, None
-    try:
-        planned = admission.dry_run(admitted, settings, access.token, offers)
-        revision, estimate = planned.revision or revision, planned.memory_bytes
-    except PruningError as error:
-        if not error.retryable:
-            raise
-    required = admission.required(request, estimate)
-    _check_room(session, settings, owner_id)
-    job = Job(
-        owner_id=owner_id,
-        request=admitted.model_copy(update={"revision": revision}).model_dump(mode="json", exclude={"hub_token"}),
-        hub_token=kept,
-        model_id=request.model_id,
-        method=request.method,
-        labels=request.labels,
-        priority=request.priority,
-        required_labels=dict(required.labels),
-        required_memory_bytes=required.memory_bytes,
-        request_id=logs.request_id(),
-    )
-    repository.add(session, job)
-    if key is not None and not idempotency.remember(session, owner_id, key, digest, job.id, settings.idempotency_ttl):
-        session.rollback()
-        winner = _replay(session, settings, owner_id, key, digest)
-        assert winner is not None, "whoever took the key has committed it"
-        return winner
-    session.commit()
-    return job
+    return _Intake(digest, kept, *_access_and_offers(settings, owner_id, request))
 
 
-def _check_repositories(session: Session, owner_id: uuid.UUID, admitted: JobRequest) -> None:
-    """Check that no other API key's job made a repository that the request publishes to; ends the transaction.
+def _store(
+    settings: Settings,
+    owner_id: uuid.UUID,
+    admitted: JobRequest,
+    estimate: int | None,
+    intake: _Intake,
+    key: str | None,
+) -> Job:
+    shown, given = texts.set_apart(admitted.model_dump(mode="json", exclude={"hub_token"}))
+    required = admission.required(admitted, estimate)
+    with session_factory()() as session:
+        _check_room(session, settings, owner_id)
+        job = Job(
+            owner_id=owner_id,
+            request=shown,
+            texts=given,
+            hub_token=intake.kept,
+            model_id=admitted.model_id,
+            method=admitted.method,
+            labels=admitted.labels,
+            priority=admitted.priority,
+            required_labels=dict(required.labels),
+            required_memory_bytes=required.memory_bytes,
+            request_id=logs.request_id(),
+        )
+        repository.add(session, job)
+        ttl = settings.idempotency_ttl
+        if key is not None and not idempotency.remember(session, owner_id, key, intake.digest, job.id, ttl):
+            session.rollback()
+            winner = _replay(session, settings, owner_id, key, intake.digest)
+            assert winner is not None, "whoever took the key has committed it"
+            return winner
+        session.commit()
+        return job
+
+
+def _check_repositories(owner_id: uuid.UUID, admitted: JobRequest) -> None:
+    """Check that no other API key's job made a repository that the request publishes to.
 
     Raises:
         PruningError: ``repository_taken``.
     """
     if admitted.publish is not None:
-        repositories.check(session, owner_id, repo_ids(admitted.publish.repo_id, admitted))
-        session.rollback()  # returns the connection to the pool before the request to the Hub
+        with reading() as session:
+            repositories.check(session, owner_id, repo_ids(admitted.publish.repo_id, admitted))
 
 
 def _check_room(session: Session, settings: Settings, owner_id: uuid.UUID) -> None:
@@ -146,13 +198,13 @@ def _replay(session: Session, settings: Settings, owner_id: uuid.UUID, key: str,
     return repository.get(session, owner_id, used.job_id)
 
 
-def view(session: Session, caller: Caller, job_id: uuid.UUID, *, bare: bool = False) -> Row[Any]:
+def view(session: Session, caller: Caller, job_id: uuid.UUID) -> Row[Any]:
     """Return the public columns of a job that the caller sees as plain values; see :func:`app.jobs.repository.view`.
 
     Raises:
         Problem: 404 if the job does not exist or the caller does not see it.
     """
-    job = repository.view(session, _seen(caller), job_id, bare=bare)
+    job = repository.view(session, _seen(caller), job_id)
     if job is None:
         raise no_job(job_id)
     return job
@@ -311,7 +363,7 @@ def events(
     Raises:
         Problem: 404 if the job does not exist or the caller does not see it.
     """
-    job = view(session, caller, job_id, bare=True)
+    job = view(session, caller, job_id)
     return job, repository.events(session, job_id, after, limit)
 
 
@@ -325,7 +377,7 @@ def log_lines(
     Raises:
         Problem: 404 if the job does not exist or belongs to another owner.
     """
-    job = view(session, caller, job_id, bare=True)
+    job = view(session, caller, job_id)
     return job, repository.log(session, job_id, after, limit)
 
 

@@ -217,7 +217,8 @@ def _known(table: Mapping[str, _Named]) -> AfterValidator:
 
     def check(name: str) -> str:
         if name not in table:
-            known = {"name": name, "allowed": ", ".join(table), "expected": ", ".join(f"'{each}'" for each in table)}
+            shown = name[:64].encode(errors="replace").decode()  # UTF-8 has no form for a lone surrogate
+            known = {"name": shown, "allowed": ", ".join(table), "expected": ", ".join(f"'{each}'" for each in table)}
             raise PydanticCustomError("unknown_name", "there is no '{name}'; allowed: {allowed}", known)
         return name
 

@@ -4,10 +4,11 @@ from typing import Annotated
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from pydantic import AfterValidator, AnyHttpUrl, BaseModel, ConfigDict, Field, SecretStr, StringConstraints, TypeAdapter
+from pydantic import AfterValidator, AnyHttpUrl, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
 
 from secateur.catalog.sources import LOCAL_NAME, LOCAL_PREFIX
 from secateur.catalog.spec import PruningSpec
+from secateur.contract.keys import HubTokenText
 
 LONGEST_RUN = 30 * 86_400
 LABEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$"
@@ -126,7 +127,7 @@ class ModelRef(_Request):
         None, description="Branch, tag or commit on the Hub; a job keeps the commit that it was when the job was made."
     )
     gguf_file: GgufFile | None = Field(None, description="Read the weights from this GGUF file of the model.")
-    hub_token: SecretStr | None = Field(
+    hub_token: HubTokenText | None = Field(
         None,
         min_length=1,
         max_length=512,

@@ -4,6 +4,7 @@ The module reads configs and file headers but never weights, so that a request c
 """
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, errors, hf_hub_download
+from huggingface_hub import errors
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from secateur.catalog import hub_reads
 from secateur.catalog.architectures import (
     ModelShape,
     chatglm,
@@ -25,13 +27,13 @@ from secateur.catalog.architectures import (
     shape_from_config,
 )
 from secateur.catalog.gguf_header import Skipped, read_header
+from secateur.catalog.names import did_you_mean
 from secateur.catalog.untrusted import check_values, read_json
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.extras import require
 
 LOCAL_PREFIX = "local:"
 LOCAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-HUB_TIMEOUT = 10.0
 LARGEST_HEADER = 32 * 2**20
 """Largest header of a safetensors file in bytes; a tensor takes about 150."""
 MOST_SHARDS, MOST_TENSORS = 4096, 2**18
@@ -41,6 +43,8 @@ LARGEST_TOKENIZER = 128 * 2**20
 FEWEST = 0.5
 """Share of the parameters that a config declares that must be in the weight files, before the files are compared tensor
 by tensor."""
+LARGEST_CONFIG = 4 * 2**20
+"""Largest number of bytes of a ``config.json`` on the Hub; known ones have far less than a million."""
 HALF_DTYPES = ("bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "ice_text.model")
 TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -188,7 +192,7 @@ def locate(
             )
             raise PruningError(
                 ErrorCode.MODEL_NOT_FOUND,
-                f"There is no local model '{name}'; there are: {', '.join(known) or 'none'}.",
+                f"There is no local model '{name}'{did_you_mean(name, known)}",
                 field="model_id",
             )
         return _local(model_id, folder, revision, gguf_file)
@@ -407,7 +411,7 @@ def _gguf_config(path: Path) -> dict[str, Any]:
     from gguf.constants import GGML_QUANT_SIZES
 
     try:
-        header = read_header(path, dict(GGML_QUANT_SIZES))
+        header = read_header(path, {int(kind): block for kind, block in GGML_QUANT_SIZES.items()})
         architecture = header.values["general.architecture"]
         if not isinstance(architecture, str):
             raise ValueError("its 'general.architecture' is no text")
@@ -446,14 +450,13 @@ def _on_hub(
     model_id: str, revision: str | None, gguf_file: str | None, token: str | bool | None, endpoint: str | None
 ) -> ModelSource:
     try:
-        info = HfApi(endpoint=endpoint, token=token).model_info(model_id, revision=revision, timeout=HUB_TIMEOUT)
-        files = {sibling.rfilename for sibling in info.siblings or ()}
+        commit, files = hub_reads.model_info(model_id, revision, endpoint, token)
         if gguf_file is not None:
             if gguf_file not in files:
                 raise PruningError(
                     ErrorCode.MODEL_NOT_FOUND, f"There is no file '{gguf_file}' in {model_id}.", field="gguf_file"
                 )
-            return ModelSource(model_id, None, info.sha, gguf_file, None)
+            return ModelSource(model_id, None, commit, gguf_file, None)
         if not any(name.endswith(".safetensors") for name in files):
             raise PruningError(
                 ErrorCode.WEIGHTS_MISSING,
@@ -462,14 +465,26 @@ def _on_hub(
             )
         if not any(name in files for name in TOKENIZER_FILES):
             raise PruningError(ErrorCode.TOKENIZER_MISSING, f"{model_id} has no tokenizer.", field="model_id")
-        path = hf_hub_download(
-            model_id, "config.json", revision=info.sha, token=token, endpoint=endpoint, etag_timeout=HUB_TIMEOUT
-        )
+        content = hub_reads.read(f"/{model_id}/resolve/{commit}/config.json", endpoint, token, LARGEST_CONFIG)
     except PruningError:
         raise
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
+    except hub_reads.TooLarge as error:
+        raise PruningError(
+            ErrorCode.CONFIG_INVALID, f"config.json of {model_id} cannot be read: {error}", field="model_id"
+        ) from None
+    except (httpx2.HTTPError, OSError, ValueError) as error:
         raise hub_error(error, model_id) from None
-    return _described(ModelSource(model_id, None, info.sha, None, _read_config(model_id, Path(path))))
+    try:
+        config = json.loads(content)
+    except RecursionError:
+        config = None
+    except ValueError as error:
+        raise PruningError(
+            ErrorCode.CONFIG_INVALID, f"config.json of {model_id} cannot be read: {error}", field="model_id"
+        ) from None
+    if not isinstance(config, dict):
+        raise PruningError(ErrorCode.CONFIG_INVALID, f"config.json of {model_id} is not an object.", field="model_id")
+    return _described(ModelSource(model_id, None, commit, None, config))
 
 
 def hub_error(error: Exception, model_id: str) -> PruningError:

@@ -66,6 +66,7 @@ class TextSource(_Settings):
         None,
         min_length=1,
         max_length=10_000,
+        fail_fast=True,
         description="The texts themselves, as far as they fit into the largest request that the service takes (64 MiB, unless its operator says otherwise).",
     )
     samples: int = Field(32, ge=1, le=65_536, description="Windows of `sequence_length` tokens, at most.")
@@ -304,6 +305,7 @@ class PruningSpec(_Settings):
     formats: list[Format] = Field(
         ["safetensors"],
         min_length=1,
+        max_length=2,
         description="Formats of the published weights: `safetensors` always, and `gguf` for llama.cpp where it can run the model.",
         examples=[["safetensors", "gguf"]],
     )

@@ -78,6 +78,7 @@ class ErrorCode(StrEnum):
     MAX_RUNTIME_EXCEEDED = "max_runtime_exceeded", "The job ran longer than its limit.", "Raise 'max_runtime_seconds', or ask for less."
     # The Hub
     HUB_UNAVAILABLE = "hub_unavailable", "The Hub could not be reached or does not answer as it should.", "Try again later.", True
+    HUB_BUSY = "hub_busy", "The service is asking the Hub as much at once as it may.", "Wait as long as 'Retry-After' says.", True
     HUB_FORBIDDEN = "hub_forbidden", "There is no Hub token, or the token may not write to the repository.", "Give a token that may write there, or another repository."
     NAMESPACE_FORBIDDEN = "namespace_forbidden", "The API key may not publish to this namespace with what the service lends it.", "Publish to the namespace that the message names, bring a Hub token, or ask the operator: 'secateur keys set'."
     REPOSITORY_TAKEN = "repository_taken", "A job of another API key made the repository.", "Choose another name for the repository."
@@ -92,6 +93,7 @@ class ErrorCode(StrEnum):
     METHOD_NOT_ALLOWED = "method_not_allowed", "The path does not support this HTTP method.", "See the 'Allow' header."
     MALFORMED_REQUEST = "malformed_request", "The request cannot be read.", "Send a valid HTTP request with a JSON body."
     BODY_TOO_LARGE = "body_too_large", "The request's body is larger than this service accepts.", "Put long texts into the texts folder and name them 'local:NAME'."
+    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type", "The request's body is not declared as JSON, or is compressed.", "Send 'Content-Type: application/json', and no 'Content-Encoding'."
     HTTP_ERROR = "http_error", "The server answered with an HTTP error that has no code of its own.", "See the status."
     RANGE_MALFORMED = "range_malformed", "The 'Range' header cannot be read.", "Write it as 'bytes=0-99'."
     RANGE_NOT_SATISFIABLE = "range_not_satisfiable", "The file has no such range.", "See the 'Content-Range' header for the file's size."
@@ -102,6 +104,7 @@ class ErrorCode(StrEnum):
     IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused", "The Idempotency-Key was used with another body.", "Use a new Idempotency-Key."
     TOO_MANY_JOBS = "too_many_jobs", "The API key has as many unfinished jobs as it may have.", "Wait as long as 'Retry-After' says.", True
     RATE_LIMITED = "rate_limited", "The API key sent more requests than it may send.", "Wait as long as 'Retry-After' says.", True
+    TOO_MANY_AT_ONCE = "too_many_at_once", "The API key has as many waiting requests or large bodies at once as it may have.", "Wait until one of them has ended.", True
     WEBHOOKS_DISABLED = "webhooks_disabled", "This service does not send webhooks.", "Ask the operator to set SECATEUR_WEBHOOK_SECRET."
     WEBHOOK_URL_FORBIDDEN = "webhook_url_forbidden", "Webhooks may not be sent to this address.", "Use a public address, or ask the operator to set SECATEUR_WEBHOOK_NETWORKS."
     STORAGE_UNAVAILABLE = "storage_unavailable", "The service's object store does not answer as it should.", "Try again later; the operator sees the reason in the log and in 'secateur doctor'.", True

@@ -4,26 +4,31 @@ import datetime as dt
 import hashlib
 import json
 import uuid
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from secateur.contract.stages import Stage
 from secateur.contract.states import State
 
+PARTS_WITH_TEXTS = ("calibration", "evaluation")
 
-def without_texts(request: dict[str, Any]) -> dict[str, Any]:
+
+def without_texts(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return a dumped spec or job request in which a count and a SHA-256 hash stand for each list of texts.
 
     Texts are long, and they may be confidential.
     """
     shown = {**request}
-    for part in {"calibration", "evaluation"} & request.keys():
+    for part in shown.keys() & {*PARTS_WITH_TEXTS}:
         source = shown[part] = {**request[part]}
         texts = source.pop("texts", None)
         if texts is not None:
-            digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-            source["texts"] = f"{len(texts)} texts, sha256 {digest}"
+            digest = hashlib.sha256()
+            for piece in json.JSONEncoder().iterencode(texts):  # in one piece, long texts would be copied twice
+                digest.update(piece.encode())
+            source["texts"] = f"{len(texts)} texts, sha256 {digest.hexdigest()}"
     return shown
 
 
@@ -162,7 +167,7 @@ class JobView(JobSummary):
         },
     )
 
-    request: Annotated[dict[str, Any], BeforeValidator(without_texts)] = Field(
+    request: dict[str, Any] = Field(
         description="The request, with defaults filled in and `revision` resolved; `texts` by their count and hash."
     )
     waiting_for: str | None = Field(

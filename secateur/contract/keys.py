@@ -1,6 +1,7 @@
 """The bodies of the requests and responses of ``/v1/keys`` and ``/v1/usage``, and the scopes of API keys."""
 
 import datetime as dt
+import re
 import uuid
 from enum import StrEnum
 from typing import Annotated
@@ -11,6 +12,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, St
 
 GRACE = 86_400.0
 LONGEST_GRACE = 30 * 86_400.0
+
+
+def _visible(token: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[\x21-\x7e]*", token.get_secret_value()):
+        raise ValueError("a token has visible ASCII characters alone")
+    return token
+
+
+HubTokenText = Annotated[SecretStr, AfterValidator(_visible)]
+"""A Hub token, which is sent in an HTTP header (RFC 6750, section 2.1)."""
 
 
 class Scope(StrEnum):
@@ -86,7 +97,7 @@ class Rotation(_Request):
 class HubToken(_Request):
     """The request to set the Hub token that the jobs of an API key use."""
 
-    hub_token: SecretStr | None = Field(description="Null takes it away.", max_length=512)
+    hub_token: HubTokenText | None = Field(description="Null takes it away.", max_length=512)
 
 
 class KeyView(BaseModel):

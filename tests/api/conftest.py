@@ -16,11 +16,13 @@ from safetensors.numpy import save_file
 from sqlalchemy.orm import Session
 
 from app import health
+from app import hub as hub_answers
 from app.auth import service as auth
 from app.config import Settings, get_settings
 from app.http import rate
 from app.main import create_app
 from app.webhooks import service as webhooks
+from secateur.catalog import hub_reads
 from secateur.contract.keys import USER, KeySettings, Scope
 from tests import hub as fake
 from tests.patience import PATIENCE
@@ -65,6 +67,9 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "BROKER_TIMEOUT", PATIENCE)
     monkeypatch.setattr(rate, "BROKER_SECONDS", PATIENCE)
     monkeypatch.setattr(webhooks, "TIMEOUT", PATIENCE)
+    for name in ("CONNECT_SECONDS", "READ_SECONDS", "WHOLE_SECONDS"):
+        monkeypatch.setattr(hub_reads, name, PATIENCE)
+    hub_answers.forget()
 
 
 @pytest.fixture

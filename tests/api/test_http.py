@@ -62,7 +62,8 @@ class TestBodies:
     def test_refused_before_the_end_has_come(self, serve: Serve, key: dict[str, str], header: str) -> None:
         """The answer is there while the client still sends."""
         url = httpx2.URL(serve(MAX_BODY_BYTES=str(LARGEST)))
-        head = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: {key['Authorization']}\r\n{header}\r\n\r\n"
+        given = "".join(f"{name}: {value}\r\n" for name, value in key.items())
+        head = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\n{given}{header}\r\n\r\n"
         with socket.create_connection((url.host, url.port or 0), timeout=PATIENCE) as client:
             client.sendall(head.encode() + (b"7d1\r\n" + b" " * 2001 + b"\r\n" if "chunked" in header else b""))
             assert client.recv(100).startswith(b"HTTP/1.1 413 ")

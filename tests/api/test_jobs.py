@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import event, func, select, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
@@ -21,10 +21,12 @@ from app.http import idempotency, pages
 from app.http.idempotency import IdempotencyKey
 from app.jobs import leases, service
 from app.jobs.models import Job, JobEvent, JobStep
+from app.jobs.transitions import Trigger
 from app.storage.models import Deletion, StoredFile
 from app.storage.store import Store
 from tests.api import play
 from tests.api.conftest import CONFIG
+from tests.patience import PATIENCE
 from workers import scheduler
 
 Body = dict[str, Any]
@@ -271,6 +273,36 @@ def test_texts_are_shown_by_their_hash(api: httpx2.Client, body: Body) -> None:
     assert shown.json()["request"]["calibration"]["texts"].startswith("2 texts, sha256 ")
     assert shown.json() == job == api.post(f"/v1/jobs/{job['id']}/pause").json() | {"state": "queued"}
     assert "the secret" not in shown.text + api.get("/v1/jobs").text + api.get(f"/v1/jobs/{job['id']}/events").text
+
+
+def test_texts_are_read_by_the_worker_alone(api: httpx2.Client, body: Body, session: Session) -> None:
+    """Whatever is asked often about a job, and whatever its worker writes, reads none of its megabytes."""
+    text = "the text " * 50
+    job = _make(api, body | {"calibration": {"texts": [text]}, "evaluation": {"texts": [text]}})
+    job_id, statements = uuid.UUID(job["id"]), []
+
+    def keep(connection: Any, cursor: Any, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    engines = [session.get_bind(), session_factory().kw["bind"]]
+    claimed = leases.claim(session, job_id, "w", PATIENCE)
+    assert claimed is not None and claimed.request["calibration"]["texts"] == [text]
+    assert claimed.request["evaluation"]["texts"] == [text]
+    session.expunge_all()
+    for engine in engines:
+        event.listen(engine, "before_cursor_execute", keep)
+    leases.renew(session, job_id, 1, PATIENCE)
+    leases.report_progress(session, job_id, 1, {"stage": "scoring", "steps": 1, "share": 0.5})
+    leases.record_step(session, job_id, 1, 0, "p", "s", {})
+    for path in ("", "/events", "/steps", "/artifacts"):
+        api.get(f"/v1/jobs/{job_id}{path}").raise_for_status()
+    api.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=1"}).raise_for_status()
+    api.get("/v1/jobs").raise_for_status()
+    for call in ("pause", "resume", "cancel"):
+        api.post(f"/v1/jobs/{job_id}/{call}").raise_for_status()
+    leases.move(session, job_id, 1, Trigger.STOPPED)
+    assert len(statements) > 15 and not [found for found in statements if "texts" in found]
+    assert api.get(f"/v1/jobs/{job_id}/recipe").json()["calibration"]["texts"] == [text]
 
 
 class TestSteering:

@@ -1,5 +1,6 @@
 """What one API key may ask for: requests, jobs, sizes, time, space."""
 
+import asyncio
 import datetime as dt
 import os
 import subprocess
@@ -116,7 +117,7 @@ def test_open_jobs_when_many_ask_at_once(
 
     def submit(session: Session) -> int:
         try:
-            service.create(session, settings, owner, request, None)
+            asyncio.run(service.create(settings, owner, request, None))
         except Problem as problem:
             return problem.status
         return 202

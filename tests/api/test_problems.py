@@ -5,6 +5,7 @@ import re
 import uuid
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 import pytest
@@ -15,6 +16,7 @@ from app.auth import service as auth
 from app.auth.models import ApiKey
 from app.config import Settings
 from app.jobs import service
+from secateur.catalog.request import JobRequest
 from tests.api.conftest import CONFIG
 
 Body = dict[str, Any]
@@ -87,7 +89,7 @@ def test_fields_at_fault_are_named(api: httpx2.Client, body: Body) -> None:
         ({"model_id": "local:"}, "model_id", "local:NAME"),
         ({"model_id": "/etc/passwd"}, "model_id", "Hub id"),
         ({"model_id": "a\0b"}, "model_id", "Hub id"),
-        ({"model_id": "local:nothing"}, "model_id", "tiny"),
+        ({"model_id": "local:tinny"}, "model_id", "did you mean tiny?"),
         ({"revision": "../x"}, "revision", "pattern"),
         ({"revision": "a/../x"}, "revision", "within"),
         ({"gguf_file": "../x.gguf"}, "gguf_file", "within"),
@@ -141,7 +143,91 @@ def test_a_truncated_weights_file(api: httpx2.Client, body: Body, settings: Sett
 def test_what_is_not_there(api: httpx2.Client) -> None:
     for path in ("/nothing", "/v1/jobs/nothing", f"/v1/jobs/{uuid.uuid4()}", f"/v1/jobs/{uuid.uuid4()}/events/stream"):
         _problem(api.get(path), 404, "not_found")
-    _problem(api.put("/healthz"), 405, "method_not_allowed")
+
+
+def test_the_methods_of_a_path(api: httpx2.Client) -> None:
+    """All of them, of whichever route."""
+    job = f"/v1/jobs/{uuid.uuid4()}"
+    for method, path, allowed in (
+        ("PUT", "/healthz", "GET"),
+        ("PUT", "/v1/jobs", "GET, POST"),
+        ("PATCH", job, "DELETE, GET"),
+        ("GET", f"{job}/cancel", "POST"),
+        ("POST", f"{job}/artifacts/a/b", "GET, HEAD"),
+        ("DELETE", "/v1/keys", "GET, POST"),
+        ("POST", "/openapi.json", "GET, HEAD"),
+    ):
+        answer = api.request(method, path)
+        assert allowed in _problem(answer, 405, "method_not_allowed")["detail"], path
+        assert answer.headers["Allow"] == allowed, path
+
+
+def test_the_names_of_others_are_not_listed(
+    api: httpx2.Client, body: Body, make_model: Callable[..., str], settings: Settings
+) -> None:
+    """A misspelt name is told the names near it; nobody is told all names."""
+    make_model("secret-model")
+    for folder, name in ((settings.texts_dir, "secret-text.txt"), (settings.tasks_dir, "secret-task.jsonl")):
+        folder.mkdir(parents=True)
+        (folder / name).touch()
+    for wrong, near in (("anything", None), ("secret-modle", "secret-model")):
+        answer = api.post("/v1/models/inspect", json={"model_id": f"local:{wrong}"})
+        assert "secret" not in answer.text if near is None else near in answer.text
+    for part, wrong, close in (
+        ("perplexity", ["local:anything"], ["local:secret-txt"]),
+        ("zero_shot", ["anything"], ["secret-tasks"]),
+    ):
+        assert "secret" not in api.post("/v1/jobs", json=body | {"evaluation": {part: wrong}}).text
+        [error] = api.post("/v1/jobs", json=body | {"evaluation": {part: close}}).json()["errors"]
+        assert "secret-t" in error["allowed"]
+
+
+ODD = ("\ud800", "a\udfffb", "\x00", "a\x00b", "\x7f", "\u202e", "\uffff")
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_characters_anywhere(api: httpx2.Client, body: Body, odd: str, session: Session) -> None:
+    """No text of a request, wherever it stands, is a defect of the service."""
+    text = body | {"calibration": {"texts": ["some words " * 50]}}
+    fields = [
+        (name,) for name in JobRequest.model_fields
+    ] + [
+        ("calibration", "dataset"), ("calibration", "texts", 0), ("evaluation", "prompts", 0), ("evaluation", "zero_shot", 0),
+        ("evaluation", "perplexity", 0), ("publish", "repo_id"), ("labels", "team"), ("labels", odd), (odd,),
+        ("calibration", odd), ("scoring", "kind"), ("formats", 0), ("goal", "bytes"), ("target_ratio", 0),
+    ]  # fmt: skip
+    for path in fields:
+        value: Any = odd
+        for part in reversed(path):
+            value = [value] if isinstance(part, int) else {part: value}
+        content = json.dumps(text | value).encode()
+        for url in ("/v1/jobs", "/v1/jobs?validate_only=true", "/v1/models/inspect"):
+            answer = api.post(url, content=content, headers={"Content-Type": "application/json"})
+            assert answer.status_code in (200, 202, 422), (path, answer.text)
+            answer.json()
+    for url, changed in (
+        ("/v1/keys", {"name": odd}),
+        ("/v1/keys", {"name": "x", "scopes": [odd]}),
+        (f"/v1/keys/{uuid.uuid4()}/hub-token", {"hub_token": odd}),
+        (f"/v1/keys/{uuid.uuid4()}/rotate", {"grace_seconds": odd}),
+    ):
+        method = "PUT" if "hub-token" in url else "POST"
+        answer = api.request(
+            method, url, content=json.dumps(changed).encode(), headers={"Content-Type": "application/json"}
+        )
+        assert answer.status_code in (201, 404, 422), (url, answer.text)
+    escaped = quote(odd.encode(errors="surrogatepass"))
+    job = api.post("/v1/jobs", json=body).json()["id"]
+    for url in (
+        *(f"/v1/jobs?{name}={escaped}" for name in ("state", "method", "model_id", "page_size", "page_token", "label.a", "x")),
+        f"/v1/jobs?label.{escaped}=x", f"/v1/jobs?{escaped}=x", f"/v1/jobs/{escaped}", f"/v1/{escaped}",
+        f"/v1/jobs/{job}/artifacts/{escaped}", f"/v1/jobs/{job}/events?page_token={escaped}",
+    ):  # fmt: skip
+        assert api.get(url).status_code in (200, 404, 422), url
+    for name in ("Idempotency-Key", "If-None-Match", "Last-Event-ID", "Prefer", "X-Request-Id", "Range", "Accept"):
+        header = [(name, odd.encode("latin-1", "replace").replace(b"\x00", b"\xff"))]
+        for url in (f"/v1/jobs/{job}", f"/v1/jobs/{job}/report", f"/v1/jobs/{job}/artifacts/x"):
+            assert api.get(url, headers=header).status_code < 500, (name, url)  # type: ignore[arg-type]
 
 
 def test_a_bug_is_answered_without_its_inside(api: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:

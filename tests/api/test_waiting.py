@@ -15,11 +15,12 @@ from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
 from app.auth import service as auth
-from app.config import Settings
+from app.config import Settings, get_settings
 from app.http import prefer
 from app.http.prefer import wait_seconds
 from app.jobs import events
 from tests.api import play
+from tests.api.conftest import ServerThread
 from tests.patience import PATIENCE, wait_for
 
 Body = dict[str, Any]
@@ -292,3 +293,38 @@ class TestARevokedKey:
         revoking.start()
         assert api.get(f"/v1/jobs/{job_id}", headers={"Prefer": f"wait={10 * PATIENCE:.0f}"}).status_code == 401
         revoking.join()
+
+
+def test_a_key_waits_only_so_often(
+    settings: Settings, session: Session, body: Body, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By streams and by long polls together; another key waits as before, and a place that is left is free."""
+    monkeypatch.setenv("SECATEUR_MAX_WAITING", "2")
+    get_settings.cache_clear()
+    clients = []
+    with ServerThread() as url:
+        for name in ("alice", "bob"):
+            _, secret = auth.create(session, name)
+            clients.append(httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {secret}"}, timeout=PATIENCE))
+        alice, bob = clients
+        streams = [f"/v1/jobs/{client.post('/v1/jobs', json=body).json()['id']}/events/stream" for client in clients]
+        poll = streams[0].removesuffix("/events/stream")
+        with alice.stream("GET", streams[0]) as first, alice.stream("GET", streams[0]) as second:
+            assert (first.status_code, second.status_code) == (200, 200)
+            for path, headers in ((streams[0], {}), (poll, {"Prefer": "wait=60"})):
+                full = alice.get(path, headers=headers)
+                assert (full.status_code, full.json()["code"]) == (429, "too_many_at_once"), path
+                assert int(full.headers["Retry-After"]) > 0
+            full = alice.post("/v1/jobs", json=body, headers={"Prefer": "wait=60", "Idempotency-Key": "x"})
+            assert full.status_code == 202, "the job was made; its answer comes at once"
+            assert alice.get(poll).status_code == 200
+            with bob.stream("GET", streams[1]) as other:
+                assert other.status_code == 200
+
+        def again() -> bool:
+            with alice.stream("GET", streams[0]) as third:
+                return third.status_code == 200
+
+        wait_for(again)
+        for client in clients:
+            client.close()

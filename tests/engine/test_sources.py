@@ -187,3 +187,25 @@ def test_named_data_sets(trained_folder: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(PruningError) as caught:
         run("org/absent")
     assert caught.value.code == "text_not_found" and caught.value.field == "calibration.dataset"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"calibration": Calibration(dataset="org/data", sequence_length=32)},
+        {"evaluation": Evaluation(dataset="org/data", sequence_length=32)},
+        {"evaluation": ASKED.evaluation.model_copy(update={"perplexity": ["wikitext2"]})},
+        {"evaluation": ASKED.evaluation.model_copy(update={"zero_shot": ["piqa"]})},
+    ],
+)
+def test_every_library_talks_to_the_hub_of_the_settings(
+    hub: fake_hub.FakeHub, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    """``datasets`` would go to the public Hub, and take the token along."""
+    source = save(make_model("llama"), tokenizer, tmp_path / "source")
+    before = datasets.config.HF_ENDPOINT, constants.ENDPOINT
+    reach: dict[str, Any] = {"token": fake_hub.TOKEN, "endpoint": hub.url}
+    with pytest.raises(PruningError):  # this Hub has no data sets
+        prune(str(source), ASKED.model_copy(update=asked), tmp_path / "out", **reach)
+    assert [path for path in hub.asked if path.startswith(("/api/datasets/", "/datasets/"))], hub.asked
+    assert before == (datasets.config.HF_ENDPOINT, constants.ENDPOINT)

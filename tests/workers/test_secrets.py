@@ -1,5 +1,6 @@
 """A Hub token planted in a request is where it is needed, and nowhere else: not in what is stored, written, said or run."""
 
+import asyncio
 import subprocess
 import sys
 import uuid
@@ -64,7 +65,7 @@ def test_a_planted_token_is_nowhere_to_be_found(
                 "hub_token": TOKEN,
             }
         )
-        job = service.create(session, get_settings(), owner.id, request, None)
+        job = asyncio.run(service.create(get_settings(), owner.id, request, None))
         log = tmp_path / "worker.log"
         script = f"""if True:
             import time, uuid

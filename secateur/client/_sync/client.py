@@ -1,5 +1,6 @@
 """The synchronous client, made from the asynchronous one: ``make client``. Not to be edited."""
 
+import datetime as dt
 import os
 import re
 import time
@@ -22,7 +23,7 @@ from secateur.client.errors import (
 from secateur.client.frames import Frame, Frames
 from secateur.client.pauses import ATTEMPTS, sleep, pause
 from secateur.client.report import Report
-from secateur.contract.catalog import Inspection, MethodList
+from secateur.contract.catalog import Inspection, MethodList, NameList
 from secateur.contract.jobs import (
     Artifact,
     ArtifactList,
@@ -32,11 +33,13 @@ from secateur.contract.jobs import (
     JobPage,
     JobSummary,
     JobView,
+    LogLineView,
+    LogPage,
     Progress,
     StepList,
     StepView,
 )
-from secateur.contract.keys import KeyList, KeyView, KeyWithSecret, Scope
+from secateur.contract.keys import DayOfUsage, KeyList, KeyView, KeyWithSecret, Scope, UsageList
 from secateur.contract.states import TERMINAL, State
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -88,6 +91,26 @@ class Client:
         """Return the pruning methods, and the kinds of component that can replace those of a method."""
         return MethodList.model_validate((self.request("GET", "/v1/methods")).json())
 
+    def models(self) -> Sequence[str]:
+        """Return the models of the service's models folder, as ``model_id`` names them."""
+        return NameList.model_validate((self.request("GET", "/v1/models")).json()).items
+
+    def texts(self) -> Sequence[str]:
+        """Return the texts of the service's texts folder, as ``dataset`` names them."""
+        return NameList.model_validate((self.request("GET", "/v1/texts")).json()).items
+
+    def tasks(self) -> Sequence[str]:
+        """Return the zero-shot tasks of the service, as ``evaluation.zero_shot`` names them."""
+        return NameList.model_validate((self.request("GET", "/v1/tasks")).json()).items
+
+    def usage(self, *, key_id: uuid.UUID | str | None = None, since: dt.date | None = None) -> Sequence[DayOfUsage]:
+        """Return what this API key used by day (UTC), newest day first; ``since`` defaults to 29 days ago.
+
+        With the scope ``admin``, ``key_id`` is another API key, or ``"all"``.
+        """
+        parameters = _given(key_id=key_id and str(key_id), since=since and since.isoformat())
+        return UsageList.model_validate((self.request("GET", "/v1/usage", params=parameters)).json()).items
+
     def inspect(
         self, model_id: str, *, revision: str | None = None, gguf_file: str | None = None, hub_token: str | None = None
     ) -> Inspection:
@@ -122,8 +145,11 @@ class Client:
             sleep(pause(attempt, response))
 
     def stream(self, path: str, headers: Mapping[str, str]) -> Any:
-        """Return an open response to a GET request, as a context manager."""
-        return self._http.stream("GET", path, headers=headers)
+        """Return an open response to a GET request, as a context manager.
+
+        A redirect to the object store is followed; the API key is sent to the service alone.
+        """
+        return self._http.stream("GET", path, headers=headers, follow_redirects=True)
 
 
 class Jobs:
@@ -157,7 +183,7 @@ class Jobs:
         return DryRun.model_validate(response.json())
 
     def get(self, job_id: uuid.UUID | str) -> "Job":
-        """Return a job of this API key."""
+        """Return a job of this API key; with the scope ``admin``, of any API key."""
         return Job(self._client, self._client.request("GET", f"/v1/jobs/{job_id}"))
 
     def list(
@@ -167,10 +193,15 @@ class Jobs:
         method: str | None = None,
         model_id: str | None = None,
         labels: Mapping[str, str] | None = None,
+        key_id: uuid.UUID | str | None = None,
         page_size: int = 100,
     ) -> Iterator[JobSummary]:
-        """Yield the jobs of this API key, newest first; each page is requested when it is needed."""
-        parameters = _given(method=method, model_id=model_id, page_size=page_size, state=[str(each) for each in state])
+        """Yield the jobs of this API key, newest first; each page is requested when it is needed.
+
+        With the scope ``admin``, ``key_id`` is another API key, or ``"all"``.
+        """
+        parameters = _given(method=method, model_id=model_id, page_size=page_size, key_id=key_id and str(key_id))
+        parameters["state"] = [str(each) for each in state]
         parameters |= {f"label.{name}": value for name, value in (labels or {}).items()}
         while True:
             page = JobPage.model_validate((self._client.request("GET", "/v1/jobs", params=parameters)).json())
@@ -284,6 +315,16 @@ class Job:
         self._take(self._client.request("POST", f"{self._path}/{what}"))
         return self
 
+    def label(self, labels: Mapping[str, str], *, if_unchanged: bool = False) -> Self:
+        """Replace the labels of the job; with ``if_unchanged``, only if the job is as this object shows it.
+
+        Raises:
+            ApiError: The job has changed (``job_changed``).
+        """
+        headers = {"If-Match": self._etag} if if_unchanged else {}
+        self._take(self._client.request("PATCH", self._path, json={"labels": dict(labels)}, headers=headers))
+        return self
+
     def delete(self) -> None:
         """Delete a job that has ended, with its files; a published model stays in its repository."""
         self._client.request("DELETE", self._path)
@@ -336,6 +377,25 @@ class Job:
             failures += 1
             sleep(pause(failures, None))
 
+    def logs(self, follow: bool = False) -> Iterator[LogLineView]:
+        """Yield the newest lines that the job's processes wrote on their worker, oldest first.
+
+        With ``follow``, new lines are yielded as they come, until the job ends.
+        """
+        parameters: dict[str, Any] = {"page_size": 100}
+        while True:
+            response = self._client.request("GET", f"{self._path}/logs", params=parameters)
+            page = LogPage.model_validate(response.json())
+            for item in page.items:
+                yield item
+            if page.next_page_token is None:
+                return
+            parameters["page_token"] = page.next_page_token
+            if "Retry-After" in response.headers:  # these are all lines so far
+                if not follow:
+                    return
+                sleep(float(response.headers["Retry-After"]))
+
     def steps(self) -> list[StepView]:
         """Return the completed steps of the job."""
         return StepList.model_validate((self._client.request("GET", f"{self._path}/steps")).json()).items
@@ -365,7 +425,7 @@ class Job:
         return [Report(each) for each in found.get("targets", [found])]
 
     def artifacts(self) -> list[Artifact]:
-        """Return the files of the pruned model; there are none before the job has succeeded."""
+        """Return the files of the pruned model; there are none before the model is written and checked."""
         return ArtifactList.model_validate((self._client.request("GET", f"{self._path}/artifacts")).json()).items
 
     def download(self, folder: Path | str) -> Path:
@@ -417,10 +477,20 @@ class Keys:
         """Return all API keys, oldest first."""
         return KeyList.model_validate((self._client.request("GET", "/v1/keys")).json()).items
 
-    def create(self, name: str, scopes: Sequence[Scope | str] | None = None) -> KeyWithSecret:
-        """Create an API key; the service shows the key's secret only in this response."""
-        body = _given(name=name, scopes=None if scopes is None else [str(scope) for scope in scopes])
+    def create(self, name: str, scopes: Sequence[Scope | str] | None = None, **settings: Any) -> KeyWithSecret:
+        """Create an API key; the service shows the key's secret only in this response.
+
+        ``settings`` are the fields of :class:`secateur.contract.keys.KeySettings`.
+        """
+        body = _given(name=name, scopes=None if scopes is None else [str(scope) for scope in scopes]) | settings
         return KeyWithSecret.model_validate((self._client.request("POST", "/v1/keys", json=body, repeat=False)).json())
+
+    def change(self, key_id: uuid.UUID | str, **settings: Any) -> KeyView:
+        """Change the settings of an API key, the fields of :class:`secateur.contract.keys.KeySettings`.
+
+        A field that is left out keeps its value; ``None`` gives the field its default.
+        """
+        return KeyView.model_validate((self._client.request("PATCH", f"/v1/keys/{key_id}", json=settings)).json())
 
     def rotate(self, key_id: uuid.UUID | str, grace_seconds: float | None = None) -> KeyWithSecret:
         """Give an API key another secret; the previous secret stays valid for ``grace_seconds``."""
@@ -432,9 +502,10 @@ class Keys:
         """Set the Hub token of the API key's jobs; ``None`` removes the token."""
         self._client.request("PUT", f"/v1/keys/{key_id}/hub-token", json={"hub_token": hub_token})
 
-    def revoke(self, key_id: uuid.UUID | str) -> None:
-        """Revoke an API key for good."""
-        self._client.request("DELETE", f"/v1/keys/{key_id}")
+    def revoke(self, key_id: uuid.UUID | str, *, cancel_jobs: bool = False) -> None:
+        """Revoke an API key for good; with ``cancel_jobs``, also cancel the key's jobs that have not ended."""
+        parameters = {"cancel_jobs": "true"} if cancel_jobs else {}
+        self._client.request("DELETE", f"/v1/keys/{key_id}", params=parameters)
 
 
 def _given(**fields: Any) -> dict[str, Any]:

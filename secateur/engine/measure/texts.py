@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from secateur.catalog.memory import BATCH_TOKENS
+from secateur.catalog.names import did_you_mean
 from secateur.catalog.sources import LOCAL_NAME, LOCAL_PREFIX
 from secateur.catalog.spec import Calibration, Evaluation, TextSource
 from secateur.contract.errors import ErrorCode, PruningError
@@ -251,10 +252,10 @@ def _read_file(name: str, purpose: str, texts_dir: Path | None) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        known = ", ".join(sorted(file.name for file in path.parent.glob("*"))) if path.parent.is_dir() else ""
+        known = sorted(file.name for file in path.parent.glob("*"))
         raise PruningError(
             ErrorCode.TEXT_NOT_FOUND,
-            f"There is no text '{name}'; there are: {known or 'none'}.",
+            f"There is no text '{name}'{did_you_mean(path.name, known)}",
             field=f"{purpose}.dataset",
         ) from None
     except (UnicodeDecodeError, IsADirectoryError) as error:

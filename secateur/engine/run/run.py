@@ -34,6 +34,7 @@ from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.generic import sizes_of
 from secateur.engine.model.loading import adopt, describe_loaded, download, load
 from secateur.engine.run import tensor_files
+from secateur.engine.run.endpoint import hub_at
 from secateur.engine.run.measuring import Measurer
 from secateur.engine.run.progress import Progress
 from secateur.engine.run.pruner import Inputs, Pruned, Pruner, UnprunedModel
@@ -133,6 +134,7 @@ def open_run(
     progress.stage(Stage.DOWNLOADING)
     state = None if resume is None else RunState.load(dict(resume))
     with ExitStack() as stack:
+        stack.enter_context(hub_at(workspace.endpoint))
         scratch = stack.enter_context(tensor_files.folder(workspace.scratch, scratch_beside))
         source, resolved, unpruned = _load(model, spec, chosen, workspace, progress, scratch, state, stack)
         decoder = unpruned.peek()

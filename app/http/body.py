@@ -1,0 +1,183 @@
+"""Reading of JSON bodies. A body is counted before it is parsed, and no step holds the event loop for long.
+
+The values that a small body can hold cost far more time and memory than their bytes: ``[],`` is 3 bytes and a list of
+56. A linear scan therefore limits the number of names and values, their depth and their length, and only then is the
+body parsed. Texts are limited by the size of the body alone.
+"""
+
+import json
+import re
+from json.decoder import JSONDecoder
+from json.scanner import py_make_scanner  # type: ignore[attr-defined]
+from typing import Any
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+
+from app.http.fields import problem_of
+from app.http.places import Places
+from app.http.problem import Problem, excerpt, invalid
+from secateur.contract.errors import ErrorCode
+
+MOST_NAMES = 1_000
+MOST_VALUES = 25_000
+"""Largest number of values; the longest lists of a request are two of 10,000 texts."""
+DEEPEST = 20
+LONGEST_STRING = 12_000_000
+"""Largest number of bytes of a string: a text of a million characters, each escaped as a pair of surrogates."""
+LONGEST_LITERAL = 100
+LONGEST_GAP = 65_536
+LARGE = 2**20
+"""Number of bytes from which a body is large. Few large bodies are parsed at a time, and few of one key are held."""
+
+_OUTSIDE = re.compile(
+    rb'(?P<string>")|(?P<opens>[\[{])|(?P<closes>[\]}])|(?P<literal>[^\s,:\[\]{}"]{1,101}+)|[\s,:]{1,65537}+'
+)
+_INSIDE = re.compile(rb'(?:[^"\\]++|\\.){0,65536}+', re.DOTALL)  # in parts: one match holds the interpreter's lock
+_NAME = re.compile(rb'"\s*+:')
+_JSON = re.compile(r"application/([^\s;/]+\+)?json\s*(;.*)?", re.IGNORECASE)
+_parsers = CapacityLimiter(2)
+_held = Places(each=4)
+
+
+class ReadRequest(Request):
+    """A request whose body was read and validated; FastAPI takes the ``model`` from :meth:`json` as it is."""
+
+    def __init__(self, request: Request, model: BaseModel) -> None:
+        super().__init__(request.scope, request.receive)
+        self._model = model
+
+    async def body(self) -> bytes:
+        return b"{}"  # FastAPI asks only whether there is a body
+
+    async def json(self) -> BaseModel:
+        return self._model
+
+
+async def read(request: Request, model: type[BaseModel]) -> Request:
+    """Return the request with its body as an instance of ``model``; a request without a body is returned unchanged.
+
+    Raises:
+        Problem: 400, 413, 415, 422 or 429: the body is not UTF-8 or ended early, is too large, is not of a JSON type,
+            is not what ``model`` allows, or the API key is sending as many large bodies as it may.
+    """
+    headers = request.headers
+    size = int(headers.get("content-length", 0))
+    chunked = "transfer-encoding" in headers
+    if not size and not chunked:
+        return request
+    _check_type(headers.get("content-type"), headers.get("content-encoding", "identity"))
+    if size < LARGE and not chunked:
+        content = await _receive(request)
+        return ReadRequest(request, await to_thread.run_sync(parse, content, model))
+    with _held.taken(request.state.owner.id, "large bodies"):
+        content = await _receive(request)
+        return ReadRequest(request, await to_thread.run_sync(parse, content, model, limiter=_parsers))
+
+
+def _check_type(content_type: str | None, encoding: str) -> None:
+    if content_type is None or not _JSON.fullmatch(content_type.strip()):
+        given = "has no Content-Type" if content_type is None else f"is of the type '{excerpt(content_type)}'"
+        detail = f"The body {given}; send 'Content-Type: application/json'."
+        raise Problem(415, ErrorCode.UNSUPPORTED_MEDIA_TYPE, detail, headers={"Accept": "application/json"})
+    if encoding != "identity":
+        detail = f"The body has the encoding '{excerpt(encoding)}'; send it without a Content-Encoding."
+        raise Problem(415, ErrorCode.UNSUPPORTED_MEDIA_TYPE, detail, headers={"Accept-Encoding": "identity"})
+
+
+async def _receive(request: Request) -> bytes:
+    try:
+        return await request.body()
+    except ClientDisconnect:
+        raise Problem(400, ErrorCode.MALFORMED_REQUEST, "The body ended early.") from None
+
+
+def parse(content: bytes, model: type[BaseModel]) -> BaseModel:
+    """Return the JSON text ``content`` as an instance of ``model``.
+
+    Raises:
+        Problem: 400 if the content is not UTF-8 (RFC 8259, section 8.1), 422 if it is not what ``model`` allows.
+    """
+    check_counts(content)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        detail = f"The body is not UTF-8: {error.reason} at byte {error.start}."
+        raise Problem(400, ErrorCode.MALFORMED_REQUEST, detail) from None
+    try:
+        value = _decoder.decode(text)
+    except json.JSONDecodeError as error:
+        raise invalid("body", f"not JSON: {error.msg} at character {error.pos}") from None
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise problem_of(error.errors(include_url=False, include_input=False), model) from None
+
+
+def check_counts(content: bytes) -> None:
+    """Check the number of names and values in a JSON text, their depth and their length, in one linear scan.
+
+    The text need not be JSON; the parser finds what is wrong with it.
+
+    Raises:
+        Problem: 422 if the text has too many names or values, or if one is too deep or too long.
+    """
+    names = values = depth = at = 0
+    while at < len(content):
+        found = _OUTSIDE.match(content, at)
+        assert found is not None, "every byte belongs to a token"
+        begin, at = at, found.end()
+        match found.lastgroup:
+            case "string":
+                at = _end_of_string(content, at)
+                _check(at - begin - 1, LONGEST_STRING, "a text of more than {} bytes")
+                name = _NAME.match(content, at)
+                names, values, at = (names + 1, values, name.end()) if name else (names, values + 1, at + 1)
+            case "opens":
+                depth, values = depth + 1, values + 1
+            case "closes":
+                depth -= 1
+            case "literal":
+                values += 1
+                _check(at - begin, LONGEST_LITERAL, "a number of more than {} digits")
+            case None:
+                _check(at - begin, LONGEST_GAP, "a gap of more than {} spaces")
+        _check(names, MOST_NAMES, "more than {} names of fields")
+        _check(values, MOST_VALUES, "more than {} values")
+        _check(depth, DEEPEST, "nested more than {} deep")
+
+
+def _end_of_string(content: bytes, at: int) -> int:
+    """Return the position of the quote that ends the string whose inside begins at ``at``, or of the content's end."""
+    quote = content.find(b'"', at)
+    if quote >= 0 and content.find(b"\\", at, quote) < 0:
+        return quote
+    while found := _INSIDE.match(content, at):
+        if found.end() == at:
+            break
+        at = found.end()
+    return at
+
+
+def _check(count: int, most: int, message: str) -> None:
+    if count > most:
+        raise invalid("body", message.format(f"{most:,}"), allowed=f"at most {most:,}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise invalid(twice, "the name occurs twice in one object")
+    return found
+
+
+def _no_number(name: str) -> float:
+    raise invalid("body", f"not JSON: '{name}' is no number (RFC 8259)")
+
+
+_decoder = JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
+_decoder.scan_once = py_make_scanner(_decoder)  # type: ignore[attr-defined]  # the scanner in C holds the interpreter's lock for the whole body
