@@ -12,11 +12,19 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=100)
     parser.add_argument("--gap", type=float, default=5.0, help="seconds between faults, on average")
+    parser.add_argument("--storage", choices=("file", "s3"), default="file", help="s3: the workers share no folder")
     parser.add_argument(
         "--patience", type=float, default=1800.0, help="seconds for the jobs to end after the last fault"
     )
     arguments = parser.parse_args()
-    verdict = run(arguments.seed, arguments.faults, arguments.jobs, arguments.gap, arguments.patience)
+    verdict = run(
+        arguments.seed,
+        arguments.faults,
+        arguments.jobs,
+        arguments.gap,
+        arguments.patience,
+        storage=arguments.storage,
+    )
     for name, count in verdict.counts.items():
         print(f"{name:32} {count}")
     for fault in verdict.faults:

@@ -39,6 +39,30 @@ def kill_broker(world: World, dice: random.Random) -> Healing | None:
     return _kill(world, dice, "valkey")
 
 
+def kill_machine(world: World, dice: random.Random) -> Healing | None:
+    """End the machine of a worker; with an object store its disk is lost, and another machine takes its place."""
+    name = dice.choice(world.workers)
+    if not world.roles[name].wanted:
+        return None
+    world.kill_family(name)
+    if world.storage:
+        shutil.rmtree(world.data_of(name), ignore_errors=True)
+    return dice.uniform(0.0, 3.0), lambda: world.start(name)
+
+
+def kill_all_machines(world: World, dice: random.Random) -> Healing | None:
+    """End everything at once, as a power cut does; the disks stay."""
+    names = [name for name, role in world.roles.items() if role.wanted]
+    for name in reversed(names):
+        world.kill_family(name)
+
+    def start_again() -> None:
+        for name in names:
+            world.start(name)
+
+    return dice.uniform(0.0, 3.0), start_again
+
+
 def restart_worker(world: World, dice: random.Random) -> Healing | None:
     return _restart(world, dice, dice.choice(world.workers))
 
@@ -147,6 +171,8 @@ def mute_hub(world: World, dice: random.Random) -> Healing | None:
 
 FAULTS: dict[Fault, int] = {
     kill_worker: 5,
+    kill_machine: 5,
+    kill_all_machines: 2,
     kill_runner: 4,
     kill_publisher: 4,
     kill_supervisor: 3,

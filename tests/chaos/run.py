@@ -10,7 +10,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from app.storage.store import open_store
+from tests import s3
 from tests.chaos.faults import FAULTS
 from tests.chaos.verdict import Accepted, Verdict, judge, torn_checkpoints
 from tests.chaos.world import LEASE, World, running
 from tests.engine.models import SIZES, english, make_tokenizer, save
 from workers.scheduler import delete_leftovers
+from workers.scratch import delete_abandoned
 
 ROUNDS = 4
 SHARED_REPOSITORY = 0.2
@@ -44,13 +47,23 @@ def run(
     patience: float,
     say: Callable[[str], None] = print,
     lease: float = LEASE,
+    storage: str = "file",
 ) -> Verdict:
-    """Strike ``faults`` times, every ``gap`` seconds on average, while ``jobs`` run; wait at most ``patience`` seconds more."""
-    with tempfile.TemporaryDirectory(prefix="chaos-") as name, _data_folder(Path(name)) as data:
+    """Strike ``faults`` times, every ``gap`` seconds on average, while ``jobs`` run; wait at most ``patience`` seconds more.
+
+    With ``storage`` "s3" the processes share no folder, but a server of the S3 protocol.
+    """
+    with ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-"))
+        data = stack.enter_context(_data_folder(Path(name)))
+        shared = s3.settings(stack.enter_context(s3.running()), "chaos") if storage == "s3" else {}
         torch.manual_seed(0)
-        save(LlamaForCausalLM(LlamaConfig(**SIZES)), make_tokenizer(), data / "models" / "tiny")
+        model = save(LlamaForCausalLM(LlamaConfig(**SIZES)), make_tokenizer(), data / "models" / "tiny")
         before = set(psutil.pids())
-        with running(Path(name), data, lease) as world:
+        with running(Path(name), data, lease, shared) as world:
+            if shared:
+                for path in model.iterdir():
+                    open_store(world.settings).put_file(path, f"models/tiny/{path.name}")
             client = Client(world, seed, jobs)
             audit = Audit(world)
             threads = [threading.Thread(target=work) for work in (client.run, audit.run)]
@@ -73,8 +86,10 @@ def run(
             while left and time.monotonic() < settled:
                 time.sleep(0.2)
                 left = _left(world, before)
-            with world.sessions()() as session:  # as the scheduler does once a minute
+            with world.sessions()() as session:  # as schedulers and workers do once a minute
                 delete_leftovers(session, world.settings)
+                for folder in world.data_folders:
+                    delete_abandoned(session, world.settings.model_copy(update={"data_dir": folder}))
             verdict = judge(world, client.accepted, audit.torn, left)
             verdict.counts = {"seconds": round(seconds), "faults": sum(struck.values()), **verdict.counts}
             if not os.path.ismount(data):
@@ -194,7 +209,7 @@ class Audit:
     def run(self) -> None:
         sessions = self._world.sessions()
         while not self.ended.wait(AUDIT_SECONDS):
-            self.torn += torn_checkpoints(self._world, sessions)
+            self.torn += torn_checkpoints(sessions)
 
 
 def _family(world: World, before: set[int]) -> list[psutil.Process]:

@@ -1,10 +1,11 @@
 """Whether the promise was kept: what the database, the Hub, the witnesses' notes and the disk say at the end."""
 
 import hashlib
-import os
-import time
+import json
 import uuid
+import zlib
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.jobs.models import Job, JobEvent, JobStep
+from app.storage.models import StoredFile
+from app.storage.store import ObjectMissing, open_store
 from secateur.contract.states import TERMINAL
 from tests.chaos.witness import SPAN
 from tests.chaos.world import World
@@ -38,34 +41,28 @@ class Verdict:
     faults: list[str] = field(default_factory=list)
 
 
-def torn_checkpoints(world: World, sessions: sessionmaker[Session]) -> list[str]:
-    """Rounds of live jobs whose file is not what their row says. A database that is away tells nothing."""
-
-    def rows() -> dict[tuple[uuid.UUID, int], tuple[str, str]]:
-        query = select(JobStep).join(Job, Job.id == JobStep.job_id).where(Job.state.in_(LIVE))
-        with sessions() as session:
-            return {(row.job_id, row.number): (row.path, row.sha256) for row in session.scalars(query)}
-
-    def odd(known: dict[tuple[uuid.UUID, int], tuple[str, str]]) -> set[tuple[tuple[uuid.UUID, int], tuple[str, str]]]:
-        return {
-            (key, row) for key, row in known.items() if _sha256(world.data / "jobs" / str(key[0]) / row[0]) != row[1]
-        }
-
+def torn_checkpoints(sessions: sessionmaker[Session]) -> list[str]:
+    """Live jobs whose newest checkpoint is not that of their newest step. A database that is away tells nothing."""
+    query = (
+        select(JobStep.job_id, JobStep.number, JobStep.state)
+        .join(Job, Job.id == JobStep.job_id)
+        .where(Job.state.in_(LIVE), Job.exported_at.is_(None))
+        .order_by(JobStep.number)
+    )
     try:
-        suspected = odd(rows())
-        if suspected:  # a job that has ended since has no checkpoints
-            time.sleep(0.3)
-            suspected &= odd(rows())
+        with sessions() as session:
+            newest = {row.job_id: row for row in session.execute(query)}
     except DBAPIError:
         return []
-    return [f"step {number} of {job_id}: {path}" for (job_id, number), (path, _) in suspected]
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        return ""
+    torn = []
+    for job_id, row in newest.items():
+        try:
+            found = json.loads(zlib.decompress(row.state or b""))["step"]
+        except (ValueError, zlib.error):
+            found = None
+        if found != row.number:
+            torn.append(f"step {row.number} of {job_id}: {found}")
+    return torn
 
 
 def judge(world: World, accepted: list[Accepted], torn: list[str], leftover: list[str]) -> Verdict:
@@ -100,6 +97,8 @@ def judge(world: World, accepted: list[Accepted], torn: list[str], leftover: lis
     verdict.faults += [f"a checkpoint was passed over: {event.job_id} {event.data}" for event in damaged]
     files = list(_leftover_files(world))
     verdict.faults += [f"left over: {name}" for name in [*leftover, *files]]
+    stored = _stored(world, jobs)
+    verdict.faults += [f"storage: {name}" for name in stored]
     verdict.faults += world.unexpected
     verdict.counts = {
         "jobs": len(accepted),
@@ -114,6 +113,7 @@ def judge(world: World, accepted: list[Accepted], torn: list[str], leftover: lis
         "steps repeated more than once": len(repeated),
         "processes left": len(leftover),
         "files left": len(files),
+        "artifacts lost or left": len(stored),
         "unexpected ends of processes": len(world.unexpected),
     }
     return verdict
@@ -155,8 +155,27 @@ def _attempts(notes: Path) -> tuple[list[str], list[str], int]:
 def _leftover_files(world: World) -> list[str]:
     """Scratch files in the service's folders: nothing is at work any more."""
     found = [str(path.relative_to(world.folder)) for path in world.temporary.iterdir()]
-    for folder, folders, files in os.walk(world.data / "jobs"):
-        for name in (*folders, *files):
-            if name.startswith((".", "attempt-")) or name.endswith(".tmp"):
-                found.append(str(Path(folder, name).relative_to(world.data)))
-    return found
+    return found + [str(path) for data in world.data_folders for path in data.glob("work/*")]
+
+
+def _stored(world: World, jobs: Mapping[uuid.UUID, Job]) -> list[str]:
+    """Artifacts that are not as they were recorded, and objects that nothing refers to."""
+    store = open_store(world.settings)
+    with world.sessions()() as session:
+        files = list(session.scalars(select(StoredFile)))
+    faults = []
+    for file in files:
+        try:
+            digest = hashlib.sha256(b"".join(store.stream(file.key))).hexdigest()
+        except ObjectMissing:
+            digest = "nothing"
+        if digest != file.sha256:
+            faults.append(f"artifact {file.name} of {file.job_id} is {digest}")
+    complete = {file.job_id for file in files}
+    faults += [
+        f"no artifacts of {job.id}" for job in jobs.values() if job.state == "succeeded" and job.id not in complete
+    ]
+    known = {file.key for file in files}
+    succeeded = {str(job.id) for job in jobs.values() if job.state == "succeeded"}
+    objects = [found.key for found in store.listing("jobs")]
+    return faults + [f"object {key}" for key in objects if key not in known and key.split("/")[1] in succeeded]

@@ -55,6 +55,8 @@ class World:
     data: Path
     hub: FakeHub
     lease: float = LEASE
+    storage: dict[str, str] = field(default_factory=dict)
+    """The environment variables of an object store; without them, all processes share ``data``, else none do."""
     url: str = ""
     database_url: str = ""
     broker_url: str = ""
@@ -78,7 +80,16 @@ class World:
 
     @property
     def settings(self) -> Settings:
-        return Settings(database_url=self.database_url, data_dir=self.data)
+        options = {name.removeprefix("SECATEUR_").lower(): value for name, value in self.storage.items()}
+        return Settings(database_url=self.database_url, data_dir=self.data, **options)  # type: ignore[arg-type]
+
+    def data_of(self, name: str) -> Path:
+        """The data folder of a process: with an object store, each has a disk of its own."""
+        return self.folder / "disks" / name if self.storage else self.data
+
+    @property
+    def data_folders(self) -> set[Path]:
+        return {self.data_of(name) for name in self.roles}
 
     def sessions(self) -> sessionmaker[Session]:
         return sessionmaker(create_engine(self.database_url, pool_pre_ping=True))
@@ -128,6 +139,16 @@ class World:
         except psutil.NoSuchProcess:
             return []
 
+    def kill_family(self, name: str) -> None:
+        """As a machine's end does it: the process and all that descend from it, at once."""
+        role, family = self.roles[name], self.family(name)
+        role.wanted = False
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        role.process.wait()
+        psutil.wait_procs(family, timeout=PATIENCE)
+
     def children(self, name: str, module: str) -> list[psutil.Process]:
         """Of the role's descendants those that run ``module``."""
         found = []
@@ -144,10 +165,10 @@ class World:
 
 
 @contextmanager
-def running(folder: Path, data: Path, lease: float = LEASE) -> Iterator[World]:
+def running(folder: Path, data: Path, lease: float = LEASE, storage: dict[str, str] | None = None) -> Iterator[World]:
     """The service, up; ``data`` may be a file system of its own."""
     with fake_hub.running() as hub:
-        world = World(folder, data, hub, lease)
+        world = World(folder, data, hub, lease, storage or {})
         for path in (world.notes, world.temporary, folder / "logs"):
             path.mkdir(parents=True)
         try:
@@ -184,7 +205,6 @@ def _start(world: World) -> None:
         "SECATEUR_LEASE_MARGIN": str(world.lease / 3),
         "SECATEUR_DATABASE_URL": world.database_url,
         "SECATEUR_BROKER_URL": world.broker_url,
-        "SECATEUR_DATA_DIR": str(world.data),
         "SECATEUR_TORCH_THREADS": "1",
         "SECATEUR_CHAOS_NOTES": str(world.notes),
         "OMP_NUM_THREADS": "1",
@@ -193,13 +213,15 @@ def _start(world: World) -> None:
         "HF_TOKEN": fake_hub.TOKEN,
         "HF_ENDPOINT": world.hub.url,
         "HF_HUB_DISABLE_XET": "1",
+        **world.storage,
     }
 
     def process(name: str, arguments: list[str], changes: dict[str, str]) -> None:
         def start() -> subprocess.Popen[bytes]:
             with (world.folder / "logs" / f"{name}.log").open("ab") as log:
                 argv = [sys.executable, *arguments]
-                return spawn(argv, env=environment | changes, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                env = environment | {"SECATEUR_DATA_DIR": str(world.data_of(name))} | changes
+                return spawn(argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
         world.add(name, start)
 
