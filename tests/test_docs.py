@@ -38,6 +38,9 @@ SHOWN = {
     'echo "POSTGRES_PASSWORD=$(openssl rand -hex 16)" > .env': "for Docker",
     "docker compose up --build --detach": "needs Docker",
     "docker compose exec api secateur keys create platform-team": "needs Docker",
+    "secateur workers list": "tests/api/test_workers.py",
+    "secateur workers drain gpu-host-3:4711": "tests/api/test_workers.py",
+    "secateur workers resume gpu-host-3:4711": "tests/api/test_workers.py",
     'pg_dump --format custom --file secateur.dump "$DATABASE"': "tests/workers/test_backup.py",
     'tar --create --file data.tar -C "$SECATEUR_DATA_DIR" .': "tests/workers/test_backup.py, as a copy",
 }
