@@ -45,6 +45,9 @@ SHOWN = {
     "kubectl exec --namespace secateur deployment/secateur-api -- secateur keys create platform-team": "needs a cluster",
     "kubectl delete job --namespace secateur --ignore-not-found secateur-migrate": "needs a cluster",
     "kubectl rollout status --namespace secateur deployment/secateur-api": "needs a cluster",
+    "secateur workers list": "tests/api/test_workers.py",
+    "secateur workers drain gpu-host-3:4711": "tests/api/test_workers.py",
+    "secateur workers resume gpu-host-3:4711": "tests/api/test_workers.py",
     'pg_dump --format custom --file secateur.dump "$DATABASE"': "tests/workers/test_backup.py",
     'tar --create --file data.tar -C "$SECATEUR_DATA_DIR" .': "tests/workers/test_backup.py, as a copy",
 }

@@ -17,6 +17,7 @@ from secateur.client._sync import client as synchronous
 from secateur.contract import catalog as catalog_schemas
 from secateur.contract import jobs as job_schemas
 from secateur.contract import keys as auth_schemas
+from secateur.contract import workers as worker_schemas
 
 DOCS = Path(__file__).parents[2] / "docs"
 OPERATIONS = {
@@ -48,6 +49,9 @@ OPERATIONS = {
     "POST /v1/keys/{key_id}/rotate": "Keys.rotate",
     "PUT /v1/keys/{key_id}/hub-token": "Keys.hub_token",
     "DELETE /v1/keys/{key_id}": "Keys.revoke",
+    "GET /v1/workers": "Workers.list",
+    "POST /v1/workers/{name}/drain": "Workers.drain",
+    "POST /v1/workers/{name}/resume": "Workers.resume",
 }
 """Every operation below ``/v1``, and the client's method for it."""
 
@@ -118,7 +122,7 @@ def test_the_clients_models_are_the_services(document: dict[str, Any]) -> None:
     }  # fmt: skip
     models = {
         name: model
-        for module in (job_schemas, auth_schemas, catalog_schemas)
+        for module in (job_schemas, auth_schemas, catalog_schemas, worker_schemas)
         for name, model in vars(module).items()
         if isinstance(model, type) and issubclass(model, BaseModel)
     }

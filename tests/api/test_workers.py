@@ -17,6 +17,8 @@ from app.db import session as database
 from app.db.session import session_factory
 from app.fleet import repository as fleet
 from app.jobs.models import Job
+from secateur.client import Client
+from secateur.contract.workers import Drain
 from tests.api import play
 from tests.workers.conftest import ROOT
 
@@ -186,3 +188,13 @@ def test_a_full_pool_is_told_at_once(api: httpx2.Client, monkeypatch: pytest.Mon
     assert (busy.status_code, busy.json()["code"]) == (503, "database_unavailable")
     assert "in use" in busy.json()["detail"] and busy.headers["Retry-After"] == "1"
     assert api.get("/v1/jobs").status_code == 200
+
+
+def test_the_client(api: httpx2.Client, url: str, session: Session) -> None:
+    beat(session, "host:1", gpu="h100")
+    with Client(url, api.headers["Authorization"].removeprefix("Bearer ")) as client:
+        client.workers.drain("host:1", now=True)
+        [worker] = client.workers.list()
+        assert (worker.name, worker.drain, worker.labels) == ("host:1", Drain.RELEASE, {"gpu": "h100"})
+        client.workers.resume("host:1")
+        assert client.workers.list()[0].drain is None
