@@ -56,7 +56,7 @@ class KeyedRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
-        model = self.body_field and self.body_field.field_info.annotation
+        model: Any = self.body_field and self.body_field.field_info.annotation
 
         async def keyed(request: Request) -> Response:
             await run_in_threadpool(self._admit, request, await bearer(request))
