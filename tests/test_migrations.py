@@ -242,6 +242,6 @@ def test_texts_stand_beside_their_request_after_the_upgrade_to_0010(empty_databa
                 assert all(whole[part]["texts"] == value["texts"] for part, value in given.items())
         downgrade(empty_database_url, "0005")
     with engine.begin() as connection:
-        found = dict(connection.exec_driver_sql("SELECT model_id, request FROM jobs").all())
+        found: dict[str, Any] = dict(connection.exec_driver_sql("SELECT model_id, request FROM jobs").all())
     assert found["both"] == requests["both"]
     engine.dispose()

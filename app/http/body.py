@@ -27,18 +27,19 @@ MOST_VALUES = 25_000
 DEEPEST = 20
 LONGEST_STRING = 12_000_000
 """Largest number of bytes of a string: a text of a million characters, each escaped as a pair of surrogates."""
-LONGEST_LITERAL = 100
+LONGEST_NUMBER = 100
 LONGEST_GAP = 65_536
 LARGE = 2**20
-"""Number of bytes from which a body is large. Few large bodies are parsed at a time, and few of one key are held."""
+"""Number of bytes from which a body is large. Large bodies are parsed one at a time, and few of one key are held."""
 
-_OUTSIDE = re.compile(
-    rb'(?P<string>")|(?P<opens>[\[{])|(?P<closes>[\]}])|(?P<literal>[^\s,:\[\]{}"]{1,101}+)|[\s,:]{1,65537}+'
+_TOKEN = re.compile(
+    rb'(?P<string>")|(?P<opens>[\[{])|(?P<closes>[\]}])|(?P<literal>[^\s,:\[\]{}"]{1,65537}+)|[\s,:]{1,65537}+'
 )
 _INSIDE = re.compile(rb'(?:[^"\\]++|\\.){0,65536}+', re.DOTALL)  # in parts: one match holds the interpreter's lock
 _NAME = re.compile(rb'"\s*+:')
 _JSON = re.compile(r"application/([^\s;/]+\+)?json\s*(;.*)?", re.IGNORECASE)
-_parsers = CapacityLimiter(2)
+_parsers = CapacityLimiter(2)  # more threads would leave the event loop too small a share of the interpreter's lock
+_large_parsers = CapacityLimiter(1)
 _held = Places(each=4)
 
 
@@ -71,10 +72,10 @@ async def read(request: Request, model: type[BaseModel]) -> Request:
     _check_type(headers.get("content-type"), headers.get("content-encoding", "identity"))
     if size < LARGE and not chunked:
         content = await _receive(request)
-        return ReadRequest(request, await to_thread.run_sync(parse, content, model))
+        return ReadRequest(request, await to_thread.run_sync(parse, content, model, limiter=_parsers))
     with _held.taken(request.state.owner.id, "large bodies"):
         content = await _receive(request)
-        return ReadRequest(request, await to_thread.run_sync(parse, content, model, limiter=_parsers))
+        return ReadRequest(request, await to_thread.run_sync(parse, content, model, limiter=_large_parsers))
 
 
 def _check_type(content_type: str | None, encoding: str) -> None:
@@ -107,7 +108,7 @@ def parse(content: bytes, model: type[BaseModel]) -> BaseModel:
         detail = f"The body is not UTF-8: {error.reason} at byte {error.start}."
         raise Problem(400, ErrorCode.MALFORMED_REQUEST, detail) from None
     try:
-        value = _decoder.decode(text)
+        value = (_small if len(content) < LARGE else _large).decode(text)
     except json.JSONDecodeError as error:
         raise invalid("body", f"not JSON: {error.msg} at character {error.pos}") from None
     try:
@@ -124,9 +125,11 @@ def check_counts(content: bytes) -> None:
     Raises:
         Problem: 422 if the text has too many names or values, or if one is too deep or too long.
     """
+    if len(content) < LARGE and _has_few_marks(content):
+        return
     names = values = depth = at = 0
     while at < len(content):
-        found = _OUTSIDE.match(content, at)
+        found = _TOKEN.match(content, at)
         assert found is not None, "every byte belongs to a token"
         begin, at = at, found.end()
         match found.lastgroup:
@@ -135,18 +138,28 @@ def check_counts(content: bytes) -> None:
                 _check(at - begin - 1, LONGEST_STRING, "a text of more than {} bytes")
                 name = _NAME.match(content, at)
                 names, values, at = (names + 1, values, name.end()) if name else (names, values + 1, at + 1)
+                _check(names, MOST_NAMES, "more than {} names of fields")
             case "opens":
                 depth, values = depth + 1, values + 1
+                _check(depth, DEEPEST, "nested more than {} deep")
             case "closes":
                 depth -= 1
             case "literal":
                 values += 1
-                _check(at - begin, LONGEST_LITERAL, "a number of more than {} digits")
             case None:
                 _check(at - begin, LONGEST_GAP, "a gap of more than {} spaces")
-        _check(names, MOST_NAMES, "more than {} names of fields")
         _check(values, MOST_VALUES, "more than {} values")
-        _check(depth, DEEPEST, "nested more than {} deep")
+
+
+def _has_few_marks(content: bytes) -> bool:
+    """Return whether even the marks inside and outside of strings are too few to exceed a limit."""
+    opened = content.count(b"[") + content.count(b"{")
+    return (
+        opened <= DEEPEST
+        and content.count(b":") <= MOST_NAMES
+        and content.count(b'"') <= 2 * MOST_NAMES
+        and content.count(b",") + opened < MOST_VALUES
+    )
 
 
 def _end_of_string(content: bytes, at: int) -> int:
@@ -175,9 +188,24 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _number(text: str) -> str:
+    if len(text) > LONGEST_NUMBER:
+        raise invalid("body", f"a number of more than {LONGEST_NUMBER} digits", allowed=f"at most {LONGEST_NUMBER}")
+    return text
+
+
 def _no_number(name: str) -> float:
     raise invalid("body", f"not JSON: '{name}' is no number (RFC 8259)")
 
 
-_decoder = JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
-_decoder.scan_once = py_make_scanner(_decoder)  # type: ignore[attr-defined]  # the scanner in C holds the interpreter's lock for the whole body
+def _decoder() -> JSONDecoder:
+    return JSONDecoder(
+        object_pairs_hook=_object,
+        parse_int=lambda text: int(_number(text)),
+        parse_float=lambda text: float(_number(text)),
+        parse_constant=_no_number,
+    )
+
+
+_small, _large = _decoder(), _decoder()
+_large.scan_once = py_make_scanner(_large)  # type: ignore[attr-defined]  # the scanner in C holds the interpreter's lock to the end

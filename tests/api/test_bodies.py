@@ -41,7 +41,7 @@ ATTACKS = {
     "digits": (b'{"seed":' + b"1" * 1_000_000 + b"}", "a number of more than 100 digits"),
     "a long string": (b'{"model_id":"' + b"x" * 13_000_000 + b'"}', "a text of more than 12,000,000 bytes"),
     "quotes without an end": (b'{"' + rb"\"" * 7_000_000, "a text of more than 12,000,000 bytes"),
-    "spaces": (b" " * 1_000_000 + b"{}", "a gap of more than 65,536 spaces"),
+    "spaces": (b" " * 2_000_000 + b"{}", "a gap of more than 65,536 spaces"),
     "commas": (b"," * 1_000_000, "a gap of more than 65,536 spaces"),
 }
 
@@ -64,7 +64,7 @@ def test_refusing_takes_no_memory(name: str) -> None:
         bodies.parse(content, JobRequest)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 2**20
+    assert peak < 2**22
 
 
 def test_the_dearest_body_takes_a_few_times_its_size(body: dict[str, Any]) -> None:

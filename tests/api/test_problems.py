@@ -173,11 +173,11 @@ def test_the_names_of_others_are_not_listed(
     for wrong, near in (("anything", None), ("secret-modle", "secret-model")):
         answer = api.post("/v1/models/inspect", json={"model_id": f"local:{wrong}"})
         assert "secret" not in answer.text if near is None else near in answer.text
-    for part, wrong, close in (
+    for part, far, close in (
         ("perplexity", ["local:anything"], ["local:secret-txt"]),
         ("zero_shot", ["anything"], ["secret-tasks"]),
     ):
-        assert "secret" not in api.post("/v1/jobs", json=body | {"evaluation": {part: wrong}}).text
+        assert "secret" not in api.post("/v1/jobs", json=body | {"evaluation": {part: far}}).text
         [error] = api.post("/v1/jobs", json=body | {"evaluation": {part: close}}).json()["errors"]
         assert "secret-t" in error["allowed"]
 

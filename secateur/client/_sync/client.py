@@ -41,6 +41,7 @@ from secateur.contract.jobs import (
 )
 from secateur.contract.keys import DayOfUsage, KeyList, KeyView, KeyWithSecret, Scope, UsageList
 from secateur.contract.states import TERMINAL, State
+from secateur.contract.workers import WorkerList, WorkerView
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 LONG_POLL = 20
@@ -76,6 +77,7 @@ class Client:
             raise Unreachable(f"The service at {self.url} cannot be reached: {error}") from error
         self.jobs = Jobs(self)
         self.keys = Keys(self)
+        self.workers = Workers(self)
 
     def __enter__(self) -> Self:
         return self
@@ -506,6 +508,25 @@ class Keys:
         """Revoke an API key for good; with ``cancel_jobs``, also cancel the key's jobs that have not ended."""
         parameters = {"cancel_jobs": "true"} if cancel_jobs else {}
         self._client.request("DELETE", f"/v1/keys/{key_id}", params=parameters)
+
+
+class Workers:
+    """The operations of ``/v1/workers``, for API keys with the scope ``admin``."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self) -> Sequence[WorkerView]:
+        """Return the workers, sorted by name."""
+        return WorkerList.model_validate((self._client.request("GET", "/v1/workers")).json()).items
+
+    def drain(self, name: str, *, now: bool = False) -> None:
+        """Let a worker take no new job; with ``now``, it also releases its job at the end of the step."""
+        self._client.request("POST", f"/v1/workers/{name}/drain", json={"now": now})
+
+    def resume(self, name: str) -> None:
+        """Let a drained worker take jobs again."""
+        self._client.request("POST", f"/v1/workers/{name}/resume")
 
 
 def _given(**fields: Any) -> dict[str, Any]:

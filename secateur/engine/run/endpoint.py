@@ -37,5 +37,6 @@ def _point_libraries_to(endpoint: str) -> None:
     constants.ENDPOINT = endpoint
     constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     if datasets := sys.modules.get("datasets.config"):
-        vars(datasets)["HF_ENDPOINT"] = endpoint
-        vars(datasets)["HUB_DATASETS_URL"] = endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}"
+        vars(datasets).update(
+            HF_ENDPOINT=endpoint, HUB_DATASETS_URL=endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}"
+        )
