@@ -17,6 +17,9 @@ from app.deps import SettingsDep
 from app.fleet import repository as fleet
 from app.http.problem import documented
 from app.jobs import repository as jobs
+from app.storage.service import NotJoined, StorageMismatch, check
+from app.storage.store import open_store
+from secateur.contract.errors import PruningError
 
 router = APIRouter(tags=["health"])
 
@@ -36,6 +39,7 @@ class Part(StrEnum):
     BROKER = "broker"
     WORKERS = "workers"
     SCHEDULER = "scheduler"
+    STORAGE = "storage"
 
 
 class Readiness(BaseModel):
@@ -46,6 +50,7 @@ class Readiness(BaseModel):
     broker: str = Field(examples=["ok"])
     workers: str = Field(examples=["ok"])
     scheduler: str = Field(examples=["ok"])
+    storage: str = Field(examples=["ok"])
     unheld_jobs: int | None = Field(
         None, description="Queued jobs that no live worker can hold; null: the database does not answer."
     )
@@ -63,7 +68,7 @@ def readyz(
     settings: SettingsDep,
     exclude: Annotated[list[Part], Query(description="Parts that are reported, but do not count.")] = [],  # noqa: B006
 ) -> Readiness:
-    """Report whether a job could run: database and broker answer, and at least one worker and one scheduler are live.
+    """Report whether a job could run: database, broker and storage answer, and a worker and a scheduler are live.
 
     The API itself needs the database alone, so a proxy that asks whether to send requests here excludes the others.
     """
@@ -72,6 +77,7 @@ def readyz(
         Part.BROKER: _verdict(lambda: _ask_broker(settings)),
         Part.WORKERS: _verdict(lambda: _ask_fleet(settings, "worker")),
         Part.SCHEDULER: _verdict(lambda: _ask_fleet(settings, "scheduler")),
+        Part.STORAGE: _verdict(lambda: _ask_storage(settings)),
     }
     ready = all(verdict == "ok" for part, verdict in verdicts.items() if part not in exclude)
     response.status_code = 200 if ready else 503
@@ -109,6 +115,18 @@ def _ask_fleet(settings: Settings, kind: str) -> None:
     with session_factory()() as session:
         if not fleet.live(session, settings.worker_silence, kind):
             raise Unready(f"no live {kind}")
+
+
+def _ask_storage(settings: Settings) -> None:
+    try:
+        with reading() as session:
+            check(session, open_store(settings))
+    except NotJoined:
+        return  # the first worker marks the store
+    except StorageMismatch:
+        raise Unready("not the storage of the workers") from None
+    except PruningError as error:
+        raise Unready(error.message) from None
 
 
 def _count_unheld(settings: Settings) -> int | None:

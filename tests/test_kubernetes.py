@@ -42,8 +42,6 @@ OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 VERSIONS = ("1.30", "1.37")
 """The oldest Kubernetes that docs/kubernetes.md names, and the newest whose schemas are known here."""
 LABEL = "app.kubernetes.io/component"
-AWAITED = {"storage_url", "storage_options", "worker_labels"}
-"""Settings for which the manifests are ready: an object store, and labels of workers."""
 FOREIGN = {
     "FORWARDED_ALLOW_IPS": "uvicorn's",
     "HOME": "the system's",
@@ -214,7 +212,7 @@ def test_ports_agree(manifests: list[Manifest]) -> None:
 
 
 def test_variables_and_files_are_settings(manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings.model_fields.keys() | AWAITED
+    settings = Settings.model_fields.keys()
     example = yaml.safe_load((KUBERNETES / "secret.example.yaml").read_text())
     mounted = set()
     for spec, container in containers(manifests):

@@ -26,12 +26,11 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"lease_margin": 60}, ("LEASE_TTL", "LEASE_MARGIN")),
         ({"heartbeat_interval": 45}, ("HEARTBEAT_INTERVAL", "LEASE_TTL", "LEASE_MARGIN")),
         ({"lease_ttl": 25, "lease_margin": 15}, ("HEARTBEAT_INTERVAL", "LEASE_TTL", "LEASE_MARGIN")),
-        ({"redispatch_after": 0.5}, ("SCHEDULER_INTERVAL", "REDISPATCH_AFTER")),
-        ({"scheduler_interval": 61, "redispatch_after": 90}, ("SCHEDULER_INTERVAL", "LEASE_TTL")),
+        ({"scheduler_interval": 61}, ("SCHEDULER_INTERVAL", "LEASE_TTL")),
         ({"max_running_jobs": 1001}, ("MAX_RUNNING_JOBS", "MAX_OPEN_JOBS")),
         ({"webhook_networks": "10.0.0.0/8"}, ("WEBHOOK_NETWORKS", "WEBHOOK_SECRET")),
-        ({"data_dir": "d", "hub_dir": "d/jobs/hub"}, ("HUB_DIR", "DATA_DIR")),
-        ({"data_dir": "d", "hub_dir": "d/x/../jobs"}, ("HUB_DIR", "DATA_DIR")),
+        ({"data_dir": "d", "hub_dir": "d/work/hub"}, ("HUB_DIR", "DATA_DIR")),
+        ({"data_dir": "d", "hub_dir": "d/x/../work"}, ("HUB_DIR", "DATA_DIR")),
     ],
 )
 def test_contradictions_are_refused(given: dict[str, object], names: tuple[str, ...]) -> None:
@@ -50,7 +49,7 @@ def test_contradictions_are_refused(given: dict[str, object], names: tuple[str, 
         {"max_running_jobs": 5000, "max_open_jobs": None},
         {"webhook_networks": "10.0.0.0/8", "webhook_secret": SIGNING},
         {"data_dir": "d", "hub_dir": "d/hub"},
-        {"data_dir": "d", "hub_dir": "jobs"},
+        {"data_dir": "d", "hub_dir": "work"},
     ],
 )
 def test_what_agrees_is_accepted(given: dict[str, object]) -> None:

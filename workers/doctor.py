@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -24,7 +25,10 @@ from app.data_folder import DataFolderError
 from app.db.migrate import newest_revision
 from app.fleet import repository as fleet
 from app.jobs import tokens
+from app.storage.service import NotJoined, StorageMismatch, check
+from app.storage.store import open_store
 from secateur.catalog import hub_reads
+from secateur.contract.errors import PruningError
 from secateur.extras import missing
 from workers.devices import device_memory
 
@@ -59,6 +63,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         ("database", _database),
         ("broker", _broker),
         ("API", _api),
+        ("disk", _disk),
         ("storage", _storage),
         ("scheduler", _scheduler),
         ("workers", _workers),
@@ -117,8 +122,7 @@ def _api(settings: Settings) -> Finding:
     return Finding("API", "ok", f"{url} is ready")
 
 
-def _storage(settings: Settings) -> Finding:
-    """Check the place of checkpoints and artifacts, which is the data folder."""
+def _disk(settings: Settings) -> Finding:
     folder = settings.data_dir.resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -126,17 +130,42 @@ def _storage(settings: Settings) -> Finding:
             pass
     except OSError as error:
         return Finding(
-            "storage", "failed", f"{folder}: {error.strerror}", "set SECATEUR_DATA_DIR to a folder that can be written"
+            "disk", "failed", f"{folder}: {error.strerror}", "set SECATEUR_DATA_DIR to a folder that can be written"
         )
     try:
         data_folder.check(folder)
     except DataFolderError as error:
-        return Finding("storage", "failed", str(error))
+        return Finding("disk", "failed", str(error))
     free = shutil.disk_usage(folder).free
     found = f"{folder}: {free / 2**30:.1f} GiB free"
     if free < LITTLE_ROOM:
-        return Finding("storage", "warning", found, "a job needs room for its model twice over, and for downloads")
-    return Finding("storage", "ok", found)
+        return Finding("disk", "warning", found, "a job needs room for its model twice over, and for downloads")
+    return Finding("disk", "ok", found)
+
+
+def _storage(settings: Settings) -> Finding:
+    """Write, read and delete an object of the store, and compare the store's mark with the database."""
+    key, content = f"doctor/{uuid.uuid4()}", b"written by secateur doctor"
+    try:
+        store = open_store(settings)
+        store.create(key, content)
+        came = store.read(key, len(content))
+        store.delete([key])
+        if came != content:
+            return Finding("storage", "failed", f"{store.url} returns other bytes than were written", "look at the store")
+        with Session(_engine(settings)) as session:
+            check(session, store)
+    except ValueError as error:
+        return Finding("storage", "failed", str(error), "set SECATEUR_STORAGE_URL and SECATEUR_STORAGE_OPTIONS")
+    except PruningError as error:
+        return Finding("storage", "failed", f"{error.message} {error.__cause__}", "look at the network and the credentials")
+    except NotJoined as error:
+        return Finding("storage", "warning", f"{store.url} works; {error}", "start a worker or a scheduler")
+    except StorageMismatch as error:
+        return Finding("storage", "failed", str(error))
+    except SQLAlchemyError:
+        return Finding("storage", "warning", f"{store.url} works; without the database its mark is not checked")
+    return Finding("storage", "ok", f"{store.url} works and is the service's")
 
 
 def _engine(settings: Settings) -> Engine:

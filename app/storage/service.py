@@ -17,6 +17,10 @@ class StorageMismatch(Exception):
     """This process does not use the object store of the database; the message says why and what to do."""
 
 
+class NotJoined(StorageMismatch):
+    """No process has joined the object store yet, so that the database does not know it."""
+
+
 def job_folder(job_id: object) -> str:
     """Return the folder of the store with everything that belongs to a job."""
     return f"jobs/{job_id}/"
@@ -58,12 +62,13 @@ def check(session: Session, store: Store) -> None:
     """Check that ``store`` is the store of this database, without marking it.
 
     Raises:
-        StorageMismatch: no process has joined the store yet, or the store has another mark.
+        NotJoined: no process has joined the store yet.
+        StorageMismatch: the store has no mark, or the mark of another service.
         PruningError: ``storage_unavailable``.
     """
     recorded, found = repository.identity(session), _mark(store)
     if recorded is None:
-        raise StorageMismatch("No worker and no scheduler has joined the storage yet.")
+        raise NotJoined("no worker and no scheduler has joined it yet")
     if found != recorded:
         raise StorageMismatch(_difference(store, recorded, found))
 

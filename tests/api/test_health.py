@@ -33,7 +33,7 @@ def _ready(url: str, *exclude: str) -> tuple[int, dict[str, Any]]:
 
 
 def test_ready_with_a_live_worker(url: str, session: Session, settings: Settings) -> None:
-    parts = {"database": "ok", "broker": "ok", "workers": "ok", "scheduler": "ok", "unheld_jobs": 0}
+    parts = {"database": "ok", "broker": "ok", "workers": "ok", "scheduler": "ok", "unheld_jobs": 0, "storage": "ok"}
     nobody = {"workers": "no live worker", "scheduler": "no live scheduler"}
     assert _ready(url) == (503, {**parts, **nobody, "ready": False})
     fleet.beat(session, "scheduler-1", "scheduler", {})
