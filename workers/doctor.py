@@ -152,13 +152,17 @@ def _storage(settings: Settings) -> Finding:
         came = store.read(key, len(content))
         store.delete([key])
         if came != content:
-            return Finding("storage", "failed", f"{store.url} returns other bytes than were written", "look at the store")
+            return Finding(
+                "storage", "failed", f"{store.url} returns other bytes than were written", "look at the store"
+            )
         with Session(_engine(settings)) as session:
             check(session, store)
     except ValueError as error:
         return Finding("storage", "failed", str(error), "set SECATEUR_STORAGE_URL and SECATEUR_STORAGE_OPTIONS")
     except PruningError as error:
-        return Finding("storage", "failed", f"{error.message} {error.__cause__}", "look at the network and the credentials")
+        return Finding(
+            "storage", "failed", f"{error.message} {error.__cause__}", "look at the network and the credentials"
+        )
     except NotJoined as error:
         return Finding("storage", "warning", f"{store.url} works; {error}", "start a worker or a scheduler")
     except StorageMismatch as error:

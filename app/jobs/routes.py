@@ -501,7 +501,8 @@ def artifact(
             wrong = isinstance(error, ranges.RangeMalformed)
             status, code = (400, ErrorCode.RANGE_MALFORMED) if wrong else (416, ErrorCode.RANGE_NOT_SATISFIABLE)
             detail = f"Range '{asked[:100]}' is none of this file; 'bytes=0-99' names its first 100 bytes."
-            raise Problem(status, code, detail, headers={"Content-Range": f"bytes */{file.size}"}) from None
+            extent = None if wrong else {"Content-Range": f"bytes */{file.size}"}
+            raise Problem(status, code, detail, headers=extent) from None
         if part is not None:
             (start, end), status = part, 206
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size}"

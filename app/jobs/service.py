@@ -418,7 +418,8 @@ def artifact(session: Session, caller: Caller, job_id: uuid.UUID, name: str) -> 
     Raises:
         Problem: 404 if the job does not exist or the caller does not see it, or the job has no such file.
     """
-    found = storage.file(session, get(session, caller, job_id).id, name)
+    job = get(session, caller, job_id)
+    found = None if "\0" in name else storage.file(session, job.id, name)  # Postgres stores no NUL
     if found is None:
         raise Problem(404, ErrorCode.NOT_FOUND, f"Job {job_id} has no artifact '{name}'.")
     return found

@@ -104,7 +104,6 @@ def test_a_plan_of_several_targets(api: httpx2.Client, body: Body) -> None:
         ({"bytes": 4 * 203_584}, {}, "auto"),
         ({"bytes": 2 * 203_584}, {"dtype": "bfloat16"}, "auto"),
         ({"bytes": 2 * 203_584}, {"torch_dtype": "float16"}, "auto"),
-        ({"bytes": 4 * 203_584}, {"dtype": ["odd"]}, "auto"),
         ({"bytes": 2 * 203_584}, {"dtype": "float32"}, "bfloat16"),
         ({"bytes": 4 * 203_584}, {"dtype": "bfloat16"}, "float32"),
     ],
@@ -271,7 +270,11 @@ def test_texts_are_shown_by_their_hash(api: httpx2.Client, body: Body) -> None:
     job = _make(api, body | {"calibration": {"texts": ["the secret " * 50, "b"]}})
     shown = api.get(f"/v1/jobs/{job['id']}")
     assert shown.json()["request"]["calibration"]["texts"].startswith("2 texts, sha256 ")
-    assert shown.json() == job == api.post(f"/v1/jobs/{job['id']}/pause").json() | {"state": "queued"}
+    assert (
+        shown.json()
+        == job
+        == api.post(f"/v1/jobs/{job['id']}/pause").json() | {name: job[name] for name in ("state", "waiting_for")}
+    )
     assert "the secret" not in shown.text + api.get("/v1/jobs").text + api.get(f"/v1/jobs/{job['id']}/events").text
 
 
@@ -293,7 +296,7 @@ def test_texts_are_read_by_the_worker_alone(api: httpx2.Client, body: Body, sess
         event.listen(engine, "before_cursor_execute", keep)
     leases.renew(session, job_id, 1, PATIENCE)
     leases.report_progress(session, job_id, 1, {"stage": "scoring", "steps": 1, "share": 0.5})
-    leases.record_step(session, job_id, 1, 0, "p", "s", {})
+    leases.record_step(session, job_id, 1, 0, {}, {})
     for path in ("", "/events", "/steps", "/artifacts"):
         api.get(f"/v1/jobs/{job_id}{path}").raise_for_status()
     api.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=1"}).raise_for_status()
@@ -534,6 +537,6 @@ def test_another_keys_job_is_not_there(make_client: Callable[..., httpx2.Client]
             content = {"labels": {}} if method == "patch" else None
             assert bob.request(method, concrete, json=content).status_code == 404, (method, path)
             asked += 1
-    assert asked == 14
+    assert asked == 15
     assert bob.get("/v1/jobs").json()["items"] == []
     assert alice.get(f"/v1/jobs/{job_id}").json()["state"] == "queued"
