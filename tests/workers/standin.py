@@ -1,7 +1,6 @@
 """A runner without an engine: its rounds are as long, and it ends as badly, as the job's ``script`` says."""
 
 import ctypes
-import itertools
 import json
 import os
 import signal
@@ -62,7 +61,7 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
         if number == script.get("grow_in_round"):
             grow(script.get("in_a_child", False))
         if number == script.get("fill_in_round"):
-            fill(folder, script["fill_in_round_with"])
+            fill(Path(job["folder"]), script["fill_in_round_with"])
         if number == script.get("stall_in_round"):
             time.sleep(3600)
         if number == script.get("error_in_round"):
@@ -102,8 +101,8 @@ def grow(in_a_child: bool) -> None:
 
 
 def fill(folder: Path, how: str) -> None:
-    """Write into the folder until the process is killed: one file without end, or files of a mebibyte."""
-    for number in itertools.count():
+    """Write up to 2 GiB into the folder, in one file or in files of a mebibyte; the process is killed before that."""
+    for number in range(2048):
         with (folder / ("one" if how == "one file" else f"file-{number}")).open("ab") as file:
             file.write(bytes(2**20))
 
