@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from app.auth import service as auth
 from app.auth.models import ApiKey
 from app.config import Settings, get_settings
-from app.datasets import content
+from app.datasets import content, routes
 from app.datasets import service as datasets
 from app.http.problem import Problem
 from app.jobs import service as jobs
@@ -26,6 +26,7 @@ from app.storage.service import delete_requested
 from app.storage.store import open_store
 from secateur.contract.keys import Scope
 from tests.api import play
+from tests.patience import wait_for
 
 Make = Callable[..., httpx2.Client]
 Body = dict[str, Any]
@@ -213,15 +214,14 @@ def test_a_large_body_is_not_held(api: httpx2.Client, monkeypatch: pytest.Monkey
 
     view = made(api, body(), LINES)
     assert (view["lines"], view["size"]) == (count, count * len(line))
-    assert len(sizes) >= 16 and max(sizes) < 2 * datasets.PIECE
+    assert len(sizes) > 8 and max(sizes) < 2 * datasets.PIECE
 
 
 def test_a_key_uploads_a_few_at_once(api: httpx2.Client, make_client: Make) -> None:
-    go, waiting = threading.Event(), threading.Barrier(5)
+    go = threading.Event()
 
     def slow() -> Iterator[bytes]:
         yield b"text"
-        waiting.wait()
         go.wait()
         yield b"text"
 
@@ -229,10 +229,8 @@ def test_a_key_uploads_a_few_at_once(api: httpx2.Client, make_client: Make) -> N
     for thread in threads:
         thread.start()
     try:
-        waiting.wait()
+        wait_for(lambda: len(routes._uploads) == 4)
         answer = upload(api, b"text")
-        while answer.status_code == 201:  # the first bytes of the others are still on their way
-            answer = upload(api, b"text")
         assert (answer.status_code, answer.json()["code"]) == (429, "too_many_at_once")
         made(make_client("bob"), b"text")
     finally:
