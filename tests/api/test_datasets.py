@@ -1,10 +1,13 @@
 """Data sets that clients upload: what is refused, whose they are, what they count, and how they go."""
 
+import asyncio
 import hashlib
 import json
+import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -24,8 +27,11 @@ from app.storage import repository
 from app.storage.models import Deletion
 from app.storage.service import delete_requested
 from app.storage.store import open_store
+from secateur.client import ApiError, AsyncClient, Client
+from secateur.contract.datasets import DatasetView
 from secateur.contract.keys import Scope
 from tests.api import play
+from tests.api.test_cli import run
 from tests.patience import wait_for
 
 Make = Callable[..., httpx2.Client]
@@ -385,3 +391,62 @@ class TestDeletion:
         api.post(f"/v1/jobs/{job}/cancel").raise_for_status()
         assert api.delete(f"/v1/jobs/{job}").status_code == 204
         assert api.get(f"/v1/datasets/{view['id']}").json() == view
+
+
+class TestClients:
+    @pytest.fixture(autouse=True)
+    def _service(self, url: str, api: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SECATEUR_URL", url)
+        monkeypatch.setenv("SECATEUR_API_KEY", api.headers["Authorization"].removeprefix("Bearer "))
+
+    def test_the_client(self, tmp_path: Path) -> None:
+        file = tmp_path / "chats.jsonl"
+        file.write_text(CHAT * 2)
+        with Client() as client:
+            chats = client.datasets.upload(file)
+            essay = client.datasets.upload("Ein Käse", name="essay")
+            with pytest.raises(ValueError, match="needs a name"):
+                client.datasets.upload("text")
+            assert (chats.name, chats.kind, chats.lines) == ("chats.jsonl", "messages", 2)
+            assert (essay.name, essay.kind, essay.size) == ("essay", "text", len("Ein Käse".encode()))
+            assert list(client.datasets.list(page_size=1)) == [essay, chats]
+            assert client.datasets.get(chats.id) == chats
+            client.datasets.delete(chats.id)
+            assert list(client.datasets.list()) == [essay]
+            file.write_text(CHAT + "{}")
+            with pytest.raises(ApiError, match="line 2: ") as caught:
+                client.datasets.upload(file, name="broken")
+            assert caught.value.code == "text_invalid"
+
+    def test_the_asynchronous_client(self, tmp_path: Path) -> None:
+        file = tmp_path / "essay.txt"
+        file.write_bytes(b"word " * 500_000)
+
+        async def upload() -> DatasetView:
+            async with AsyncClient() as client:
+                return await client.datasets.upload(file)
+
+        view = asyncio.run(upload())
+        assert (view.name, view.kind, view.size) == ("essay.txt", "text", 2_500_000)
+
+    def test_the_command_line(self, tmp_path: Path) -> None:
+        file = tmp_path / "chats.jsonl"
+        file.write_text(CHAT)
+        done = run("datasets", "upload", str(file), "--name", "support")
+        assert done.returncode == 0, done.stderr
+        name = done.stdout.strip()
+        assert re.fullmatch(r"upload:[0-9a-f-]{36}", name)
+        listed = run("datasets", "list").stdout
+        assert listed == f"{name}  messages  1 lines  {len(CHAT)} bytes  support\n"
+        assert run("datasets", "delete", name).stdout == f"{name} is deleted.\n"
+        assert run("datasets", "list").stdout == ""
+        for arguments, message in (
+            (("upload", str(tmp_path / "none")), "does not exist"),
+            (("delete", "support"), "write upload:ID"),
+            (("delete", name), "There is no data set"),
+        ):
+            refused = run("datasets", *arguments)
+            assert refused.returncode == 2 and message in refused.stderr
+        file.write_text("{}")
+        refused = run("datasets", "upload", str(file))
+        assert refused.returncode == 2 and "line 1: text: Field required" in refused.stderr

@@ -22,6 +22,7 @@ from app.datasets.models import Dataset
 from app.storage.store import open_store
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import PruningError
+from secateur.engine.run import static
 from tests.engine.models import SIZES, english, make_tokenizer, save
 from tests.workers.conftest import JobHandle, MakeJob
 from workers import runner
@@ -33,6 +34,12 @@ RENDERED = ["".join(f"<{message['role']}>{message['content']}" for message in ch
 MODEL = "local:tiny"
 Report = dict[str, Any]
 Prune = Callable[..., Report]
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh process that loads the pruned model costs seconds; the export's tests have it."""
+    monkeypatch.setattr(static, "check_checkpoint", lambda decoder, folder, own_code: None)
 
 
 @pytest.fixture
