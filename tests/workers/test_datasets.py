@@ -82,7 +82,7 @@ def prune(session: Session, settings: Settings, owner_id: uuid.UUID, tmp_path: P
     def prune(**request: Any) -> Report:
         whole = {"model_id": MODEL, "target_ratio": 0.2, "method": "wanda", **request}
         whole["evaluation"] = {"latency": False, "samples": 4, "sequence_length": 32} | whole.get("evaluation", {})
-        whole["calibration"] = {"samples": 4, "sequence_length": 32} | whole.get("calibration", {})
+        whole["calibration"] = {"samples": 64, "sequence_length": 32} | whole.get("calibration", {})
         found = datasets.find(session, owner_id, PruningSpec.of_request(whole).uploads())
         folder = tmp_path / str(uuid.uuid4())
         folder.mkdir()
