@@ -20,8 +20,11 @@ ALLOWED = """UTF-8; in JSON Lines, each line is {"text": …} or {"messages": [{
 class Content(Protocol):
     """The checks on one kind of content; ``kind`` and ``lines`` are known after :meth:`close`."""
 
-    kind: DatasetKind
-    lines: int
+    @property
+    def kind(self) -> DatasetKind: ...
+
+    @property
+    def lines(self) -> int: ...
 
     def feed(self, piece: bytes) -> None:
         """Check the next bytes of the content.
