@@ -196,8 +196,8 @@ class Settings(LibrarySettings):
     """Time after a job's end at which its artifacts are deleted if they were published. Artifacts that were never
     published stay until the job is deleted."""
     max_stored_bytes: int | None = Field(None, ge=1)
-    """Largest number of bytes that the artifacts of one API key's jobs may have together; a key that has reached the
-    number can create no more jobs until it deletes some."""
+    """Largest number of bytes that the artifacts of one API key's jobs and the key's data sets may have together; a key
+    that has reached the number can create no more jobs, and upload nothing, until it deletes some."""
     max_child_memory_bytes: int | None = Field(None, ge=1)
     """Largest amount of memory that the child process of a job and its own children use; ``None`` is the memory of the
     machine or of the container. Mapped files do not count."""
@@ -210,6 +210,8 @@ class Settings(LibrarySettings):
     """Networks that webhooks may be sent to although they are not public, such as ``10.0.0.0/8,fd00::/8``."""
     max_body_bytes: int = Field(64 * 2**20, ge=1)
     """Largest size of a request's body; calibration and evaluation texts make requests large."""
+    max_dataset_bytes: int = Field(256 * 2**20, ge=1)
+    """Largest size of a data set that a client uploads."""
     cors_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_listed)] = ()
     """Origins whose pages may call the API, such as ``https://tools.example.org,https://ml.example.org``; ``*`` allows
     all origins."""

@@ -14,6 +14,7 @@ from app import catalog_routes, errors, health, startup
 from app.auth import routes as keys
 from app.config import get_settings
 from app.dashboard import routes as dashboard
+from app.datasets import routes as datasets
 from app.fleet import routes as workers
 from app.http import logs
 from app.http.body_limit import BodyLimit
@@ -65,7 +66,9 @@ def create_app() -> FastAPI:
         openapi_url="/openapi.json" if settings.docs else None,
     )
     app.state.feed, app.state.registry = feed, registry
-    app.add_middleware(BodyLimit, largest=settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimit, largest=settings.max_body_bytes, at={datasets.router.prefix: settings.max_dataset_bytes}
+    )
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -78,7 +81,7 @@ def create_app() -> FastAPI:
     app.add_middleware(BrowserRules, private="/v1/", pages={"/docs": DOCS, "/redoc": DOCS, "/": DASHBOARD})
     errors.install(app)
     for router in (
-        jobs.router, catalog_routes.router, keys.router, keys.usage_router, workers.router, health.router,
+        jobs.router, datasets.router, catalog_routes.router, keys.router, keys.usage_router, workers.router, health.router,
     ):  # fmt: skip
         app.include_router(router)
     if settings.dashboard:

@@ -8,7 +8,7 @@ import unasync
 
 CLIENT = Path(__file__).parents[1] / "secateur" / "client"
 REPLACED = {
-    "AsyncClient": "Client", "AsyncJob": "Job", "AsyncJobs": "Jobs", "AsyncKeys": "Keys", "AsyncWorkers": "Workers", "async_sleep": "sleep",
+    "AsyncClient": "Client", "AsyncJob": "Job", "AsyncJobs": "Jobs", "AsyncDatasets": "Datasets", "AsyncKeys": "Keys", "AsyncWorkers": "Workers", "async_sleep": "sleep",
     "aclose": "close", "aread": "read", "aiter_lines": "iter_lines", "aiter_bytes": "iter_bytes", "_async": "_sync",
 }  # fmt: skip
 HEAD = '"""The synchronous client, made from the asynchronous one: ``make client``. Not to be edited."""'

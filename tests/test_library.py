@@ -175,6 +175,17 @@ def test_chats(model: LlamaForCausalLM, folder: Path) -> None:
     assert found.perplexity == expected.perplexity and found.widths == expected.widths
 
 
+@pytest.mark.parametrize(
+    "recipe", [{"calibration": {"dataset": "upload:x"}}, {"evaluation": {"perplexity": ["upload:x"]}}]
+)
+def test_uploads_are_of_a_service(recipe: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.engine.run.run._load", lambda *arguments: pytest.fail("it is refused earlier"))
+    with pytest.raises(PruningError, match="'upload:x' is a data set of a service") as caught:
+        prune(folder, recipe=Recipe({"target_ratio": 0.2, "method": "magnitude", **recipe}), progress=False)
+    assert caught.value.code == "text_not_found"
+    assert (caught.value.field or "").split(".")[0] in recipe
+
+
 def test_the_evaluation_text_is_the_callers(folder: Path) -> None:
     report = call(folder, evaluation=english("evaluation")).report
     assert report.evaluation.source.endswith("texts of the request")

@@ -1,6 +1,7 @@
 """The object store: a folder, and a real server of the S3 protocol."""
 
 import hashlib
+import io
 import json
 import os
 import uuid
@@ -68,6 +69,18 @@ def test_files_come_back_as_they_went(store: Store, tmp_path: Path) -> None:
         store.read("jobs/a/large", 10)
     found = {each.key: each.size for each in store.listing("jobs")}
     assert found == {"jobs/a/large": len(content), "jobs/a/empty": 0}
+
+
+def test_a_file_without_a_name(store: Store) -> None:
+    content = os.urandom(2 * CHUNK + 7)
+    digest = store.put(io.BytesIO(content), "datasets/a/large")
+    assert (digest.size, digest.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    assert b"".join(store.stream("datasets/a/large")) == content
+    assert store.put(io.BytesIO(), "datasets/a/empty").size == 0
+    assert {each.key: each.size for each in store.listing("datasets")} == {
+        "datasets/a/empty": 0,
+        "datasets/a/large": len(content),
+    }
 
 
 def test_a_folder_is_deleted_alone(store: Store) -> None:

@@ -1,6 +1,6 @@
 """Prune a job's model: the supervisor starts ``python -m workers.runner`` for one attempt at one job."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from app.storage.library import library_names, open_library
 from app.storage.service import tensors_folder
 from app.storage.store import ObjectDamaged, ObjectMissing, Store, open_store
 from secateur.catalog.spec import PruningSpec
+from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.events import Event, StepEvent
 from workers import supervisor_link
 from workers.supervisor_link import SupervisorLink
@@ -36,7 +37,8 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
     def provenance(index: int) -> dict[str, Any]:
         return {"job_id": job["job_id"], "repo_id": names and names[index]}
 
-    tensors = Tensors(open_store(settings), tensors_folder(job["job_id"]), folder)
+    store, uploads = open_store(settings), folder / "uploads"
+    tensors = Tensors(store, tensors_folder(job["job_id"]), folder)
 
     def on_event(event: Event) -> None:
         if not isinstance(event, StepEvent):
@@ -47,11 +49,14 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
         supervisor.tell({**event.as_dict(), "state": event.state})
         tensors.delete_all_but(needed)
 
+    for dataset in job["datasets"]:
+        fetch_dataset(store, dataset, uploads)
     library = open_library(settings, *library_names(request))
     workspace = Workspace(
         models_dir=library.models_dir,
         texts_dir=library.texts_dir,
         tasks_dir=library.tasks_dir,
+        uploads_dir=uploads,
         scratch=folder,
         statistics_dir=settings.data_dir / "statistics",
         token=job["hub_token"],
@@ -82,6 +87,24 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
         return {"type": "paused"}
     found = [report.as_dict() for report in reports]
     return {"type": "result", "report": {"targets": found} if spec.several else found[0]}
+
+
+def fetch_dataset(store: Store, dataset: Mapping[str, str], folder: Path) -> None:
+    """Write an uploaded data set, which :func:`app.datasets.service.describe` describes, to a file in ``folder``.
+
+    Raises:
+        PruningError: ``text_not_found`` or ``text_invalid`` if the storage has lost or damaged the content.
+    """
+    try:
+        store.get_file(dataset["key"], folder / dataset["file"], dataset["sha256"])
+    except ObjectMissing:
+        message = f"The content of the data set {Path(dataset['file']).stem} is missing in the storage."
+        raise PruningError(ErrorCode.TEXT_NOT_FOUND, message) from None
+    except ObjectDamaged:
+        message = (
+            f"The content of the data set {Path(dataset['file']).stem} is damaged in the storage; upload it again."
+        )
+        raise PruningError(ErrorCode.TEXT_INVALID, message) from None
 
 
 class Tensors:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,9 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app.auth.vault import VaultError
 from app.config import Settings
+from app.datasets import service as datasets
 from app.http import logs
+from app.http.problem import Problem
 from app.jobs import leases, tokens
 from app.jobs.leases import Beat, Claim, LeaseLost, Patience
 from app.jobs.transitions import TransitionRefused, Trigger
@@ -217,7 +220,8 @@ class Attempt:
         if self.claim.exported:
             report, files = self._write(leases.exported)
         else:
-            report = self._follow(runner, {**job, "state": self._write(leases.newest_state)})["report"]
+            inputs = {"state": self._write(leases.newest_state), "datasets": self._write(self._datasets)}
+            report = self._follow(runner, {**job, **inputs})["report"]
         result = self._follow(publisher, {**job, "report": report, "files": files})["result"]
         self._store_log("the attempt ends: succeeded")
         done = {**self.progress, "stage": Stage.DONE, "share": 1.0, "stage_share": 1.0, "rate": None, "rate_unit": None}
@@ -228,6 +232,15 @@ class Attempt:
             return tokens.of_job(session, self.settings, self.claim.job_id)
         except VaultError as error:
             raise Failed(ErrorCode.HUB_TOKEN_UNREADABLE, f"The Hub token cannot be read: {error}.") from None
+
+    def _datasets(self, session: Session, job_id: uuid.UUID, attempt: int) -> list[dict[str, Any]]:
+        """Return the uploaded data sets that the job names, as the runner fetches them."""
+        uploads = PruningSpec.of_request(self.claim.request).uploads()
+        try:
+            found = datasets.find(session, leases.owned(session, job_id, attempt).owner_id, uploads)
+        except Problem as problem:  # it was deleted after the job had ended, and the job is tried again
+            raise Failed(problem.code, problem.detail) from None
+        return [datasets.describe(dataset) for dataset in found]
 
     def _start_publishing(self, report: dict[str, Any], files: list[dict[str, Any]]) -> Beat:
         try:

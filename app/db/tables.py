@@ -1,6 +1,7 @@
 """All tables of the service, in one metadata object."""
 
 from app.auth.models import ApiKey
+from app.datasets.models import Dataset
 from app.db.base import Base
 from app.fleet.models import Worker
 from app.http.idempotency import IdempotencyKey
@@ -14,6 +15,7 @@ metadata = Base.metadata
 TABLES = (
     ApiKey,
     Attempt,
+    Dataset,
     Deletion,
     IdempotencyKey,
     Job,

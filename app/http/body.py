@@ -99,7 +99,21 @@ def parse(content: bytes, model: type[BaseModel]) -> BaseModel:
     """Return the JSON text ``content`` as an instance of ``model``.
 
     Raises:
-        Problem: 400 if the content is not UTF-8 (RFC 8259, section 8.1), 422 if it is not what ``model`` allows.
+        Problem: 400 if the content is not UTF-8, 422 if it is not what ``model`` allows.
+    """
+    value = decode(content)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise problem_of(error.errors(include_url=False, include_input=False), model) from None
+
+
+def decode(content: bytes) -> Any:
+    """Return the value of the JSON text ``content``.
+
+    Raises:
+        Problem: 400 if the content is not UTF-8 (RFC 8259, section 8.1), 422 if it is not JSON, or has too many names or
+            values.
     """
     check_counts(content)
     try:
@@ -108,13 +122,9 @@ def parse(content: bytes, model: type[BaseModel]) -> BaseModel:
         detail = f"The body is not UTF-8: {error.reason} at byte {error.start}."
         raise Problem(400, ErrorCode.MALFORMED_REQUEST, detail) from None
     try:
-        value = (_small if len(content) < LARGE else _large).decode(text)
+        return (_small if len(content) < LARGE else _large).decode(text)
     except json.JSONDecodeError as error:
         raise invalid("body", f"not JSON: {error.msg} at character {error.pos}") from None
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        raise problem_of(error.errors(include_url=False, include_input=False), model) from None
 
 
 def check_counts(content: bytes) -> None:

@@ -27,7 +27,7 @@ from secateur.catalog.architectures import ModelShape
 from secateur.catalog.names import near
 from secateur.catalog.request import JobRequest, ModelRef, Publish, check_repo_id
 from secateur.catalog.resolve import Resolved, components, resolve
-from secateur.catalog.sources import LOCAL_PREFIX, ModelSource, check_size, locate, read_shape
+from secateur.catalog.sources import LOCAL_PREFIX, UPLOAD_PREFIX, ModelSource, check_size, locate, read_shape
 from secateur.catalog.spec import ZERO_SHOT
 from secateur.contract.errors import ErrorCode
 from secateur.contract.jobs import DryRun, PlannedTarget, Publication
@@ -199,11 +199,13 @@ def admit(request: JobRequest, settings: Settings, access: HubAccess) -> JobRequ
 def _check_dataset(field: str, dataset: str, settings: Settings) -> None:
     """Check that ``dataset`` names an existing text of the texts folder, or may name a data set on the Hub.
 
-    ``dataset`` is never a path.
+    ``dataset`` is never a path. An uploaded data set is checked with the rest of what belongs to an API key.
 
     Raises:
         Problem: 422 if the text does not exist or the name is not that of a data set.
     """
+    if dataset.startswith(UPLOAD_PREFIX):
+        return
     if dataset.startswith(LOCAL_PREFIX):
         if dataset not in (own := local_names.texts(settings)):
             allowed = ", ".join(near(dataset, own)) or "a text of the service's library, see GET /v1/texts"
@@ -213,7 +215,9 @@ def _check_dataset(field: str, dataset: str, settings: Settings) -> None:
             validate_repo_id(dataset.partition(":")[0])
         except HFValidationError:
             message = f"'{dataset}' is no data set"
-            raise invalid(field, message, allowed="wikitext2, ptb, c4, org/name, org/name:config, local:NAME") from None
+            raise invalid(
+                field, message, allowed="wikitext2, ptb, c4, org/name, org/name:config, local:NAME, upload:ID"
+            ) from None
 
 
 def _check_may_write(repo_id: str, settings: Settings, token: SecretStr) -> None:

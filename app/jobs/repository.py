@@ -84,6 +84,19 @@ def open_ids(session: Session, owner_id: uuid.UUID) -> Sequence[uuid.UUID]:
     return session.scalars(select(Job.id).where(Job.owner_id == owner_id, Job.state.not_in(TERMINAL))).all()
 
 
+def open_with_dataset(session: Session, owner_id: uuid.UUID, name: str, limit: int) -> Sequence[uuid.UUID]:
+    """Return the ids of up to ``limit`` of the owner's jobs that have not ended and name the data set ``name``."""
+    calibration, evaluation = Job.request["calibration"], Job.request["evaluation"]
+    names = or_(
+        calibration["dataset"].astext == name,
+        evaluation["dataset"].astext == name,
+        evaluation["perplexity"].contains([name]),
+    )
+    return session.scalars(
+        select(Job.id).where(Job.owner_id == owner_id, Job.state.not_in(TERMINAL), names).order_by(Job.id).limit(limit)
+    ).all()
+
+
 def label(session: Session, job: Job, labels: Mapping[str, str]) -> None:
     """Replace the labels of the locked job; the caller commits."""
     job.labels = dict(labels)

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from app.auth import repository as keys
 from app.auth.service import Caller
 from app.config import Settings
+from app.datasets import service as datasets
 from app.db.session import reading, session_factory
 from app.fleet import repository as fleet
 from app.fleet.repository import Offer
@@ -66,7 +67,7 @@ async def dry_run(settings: Settings, owner_id: uuid.UUID, request: JobRequest) 
 
     def plan() -> DryRun:
         admitted = admission.admit(request, settings, access)
-        _check_repositories(owner_id, admitted)
+        _check_owned(owner_id, admitted)
         return admission.dry_run(admitted, settings, access.token, offers)
 
     return await admission.checked(plan, request, settings, owner_id)
@@ -88,7 +89,7 @@ async def create(settings: Settings, owner_id: uuid.UUID, request: JobRequest, k
 
     def admit() -> tuple[JobRequest, int | None]:
         admitted = admission.admit(request, settings, intake.access)
-        _check_repositories(owner_id, admitted)
+        _check_owned(owner_id, admitted)
         try:
             planned = admission.dry_run(admitted, settings, intake.access.token, intake.offers)
         except PruningError as error:
@@ -131,6 +132,7 @@ def _store(
     required = admission.required(admitted, estimate)
     with session_factory()() as session:
         _check_room(session, settings, owner_id)
+        datasets.find(session, owner_id, admitted.uploads())
         job = Job(
             owner_id=owner_id,
             request=shown,
@@ -155,15 +157,19 @@ def _store(
         return job
 
 
-def _check_repositories(owner_id: uuid.UUID, admitted: JobRequest) -> None:
-    """Check that no other API key's job made a repository that the request publishes to.
+def _check_owned(owner_id: uuid.UUID, admitted: JobRequest) -> None:
+    """Check that the request names no data set and publishes to no repository of another API key.
 
     Raises:
-        PruningError: ``repository_taken``.
+        Problem: 422 ``text_not_found`` if a data set does not exist or belongs to another API key.
+        PruningError: ``repository_taken`` if another API key's job made a repository.
     """
-    if admitted.publish is not None:
+    uploads = admitted.uploads()
+    if uploads or admitted.publish is not None:
         with reading() as session:
-            repositories.check(session, owner_id, repo_ids(admitted.publish.repo_id, admitted))
+            datasets.find(session, owner_id, uploads)
+            if admitted.publish is not None:
+                repositories.check(session, owner_id, repo_ids(admitted.publish.repo_id, admitted))
 
 
 def _check_room(session: Session, settings: Settings, owner_id: uuid.UUID) -> None:
@@ -171,14 +177,14 @@ def _check_room(session: Session, settings: Settings, owner_id: uuid.UUID) -> No
 
     Raises:
         Problem: 401 if the key was revoked meanwhile, 429 if it has as many open jobs as it may have, 403 if the
-            artifacts of its jobs have as many bytes as they may have.
+            artifacts of its jobs and its data sets have as many bytes as they may have.
     """
     key = keys.lock(session, owner_id)
     if key is None or key.revoked_at is not None:
         raise Problem(401, ErrorCode.UNAUTHORIZED, "This API key was revoked.", headers={"WWW-Authenticate": "Bearer"})
     largest = settings.max_stored_bytes
     if largest is not None and (stored := storage.bytes_of(session, owner_id)) >= largest:
-        detail = f"The artifacts of this API key's jobs have {stored:,} bytes; {largest:,} are allowed. Delete some of the jobs."
+        detail = f"The artifacts and data sets of this API key have {stored:,} bytes; {largest:,} are allowed. Delete jobs or data sets."
         raise Problem(403, ErrorCode.STORAGE_QUOTA_EXCEEDED, detail)
     most = settings.max_open_jobs if key.max_open_jobs is None else key.max_open_jobs
     if most is not None and repository.open_count(session, owner_id) >= most:

@@ -26,12 +26,12 @@ class StoredFile(Base):
 
 
 class Deletion(Base):
-    """A folder of the object store that is to be deleted; the row goes when the folder is gone."""
+    """A folder of the object store that is to be deleted from ``due_at`` on; the row goes when the folder is gone."""
 
     __tablename__ = "storage_deletions"
 
     folder: Mapped[str] = mapped_column(primary_key=True)
-    created_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
+    due_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
 
 
 class StorageIdentity(Base):

@@ -1,5 +1,6 @@
 """Queries on the tables of stored files."""
 
+import datetime as dt
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from app.datasets.models import Dataset
 from app.storage.models import Deletion, StorageIdentity, StoredFile
 
 IDENTITY_LOCK = 0x5EC47E03
@@ -38,26 +40,38 @@ def forget(session: Session, job_ids: Sequence[uuid.UUID]) -> None:
 
 
 def bytes_of(session: Session, owner_id: uuid.UUID) -> int:
-    """Return the number of bytes of all stored files of an API key."""
-    total = session.scalar(select(func.coalesce(func.sum(StoredFile.size), 0)).where(StoredFile.owner_id == owner_id))
-    return int(total or 0)
+    """Return the number of bytes of all stored files and data sets of an API key."""
+    sums = (
+        select(func.coalesce(func.sum(table.size), 0)).where(table.owner_id == owner_id).scalar_subquery()
+        for table in (StoredFile, Dataset)
+    )
+    return sum(int(total) for total in session.execute(select(*sums)).one())
 
 
-def request_deletion(session: Session, folders: Iterable[str]) -> None:
-    """Record folders of the store that are to be deleted; the caller commits."""
-    rows = [{"folder": folder} for folder in folders]
+def request_deletion(session: Session, folders: Iterable[str], after: dt.timedelta = dt.timedelta()) -> None:
+    """Record folders of the store that are to be deleted when ``after`` has passed; the caller commits.
+
+    A folder that is requested before it is written, and withdrawn with the record of its content, cannot be forgotten.
+    """
+    rows = [{"folder": folder, "due_at": func.now() + after} for folder in folders]
     if rows:
-        session.execute(insert(Deletion).on_conflict_do_nothing(), rows)
+        session.execute(insert(Deletion).values(rows).on_conflict_do_nothing())
+
+
+def withdraw_deletion(session: Session, folder: str) -> None:
+    """Keep a folder whose deletion was requested; the caller commits."""
+    session.execute(delete(Deletion).where(Deletion.folder == folder))
 
 
 def requested_deletions(session: Session, limit: int) -> Sequence[str]:
-    """Return up to ``limit`` folders that are to be deleted, oldest request first."""
-    return session.scalars(select(Deletion.folder).order_by(Deletion.created_at).limit(limit)).all()
+    """Return up to ``limit`` folders that are to be deleted now, oldest request first."""
+    due = select(Deletion.folder).where(Deletion.due_at <= func.now())
+    return session.scalars(due.order_by(Deletion.due_at).limit(limit)).all()
 
 
 def deleted(session: Session, folder: str) -> None:
     """Record that a folder is gone; commits."""
-    session.execute(delete(Deletion).where(Deletion.folder == folder))
+    withdraw_deletion(session, folder)
     session.commit()
 
 

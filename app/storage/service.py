@@ -36,6 +36,11 @@ def tensors_folder(job_id: object) -> str:
     return f"{job_folder(job_id)}tensors/"
 
 
+def dataset_folder(owner_id: object, dataset_id: object) -> str:
+    """Return the folder of the store with the content of a data set of an API key."""
+    return f"datasets/{owner_id}/{dataset_id}/"
+
+
 def join(session: Session, store: Store) -> None:
     """Prove that ``store`` is the store of this database; the first process marks the store; commits.
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -109,23 +109,31 @@ class Store:
         Raises:
             PruningError: ``storage_unavailable``.
         """
+        with path.open("rb") as file:
+            if self.root is None:
+                return self.put(file, key)
+            digest = Digest(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        with _explained(self.url):
+            _place(self.root / key, lambda temporary: link_or_copy(str(path), str(temporary)))
+        return digest
+
+    def put(self, file: BinaryIO, key: str) -> Digest:
+        """Store what ``file`` contains from its position on under ``key``, and return the digest of that content.
+
+        Raises:
+            PruningError: ``storage_unavailable``.
+        """
         hashed, size = hashlib.sha256(), 0
 
         def chunks() -> Iterator[bytes]:
             nonlocal size
-            with path.open("rb") as file:
-                while chunk := file.read(CHUNK):
-                    hashed.update(chunk)
-                    size += len(chunk)
-                    yield chunk
+            while chunk := file.read(CHUNK):
+                hashed.update(chunk)
+                size += len(chunk)
+                yield chunk
 
         with _explained(self.url):
-            if self.root is None:
-                obstore.put(self._store, key, chunks(), chunk_size=CHUNK)
-            else:
-                for _ in chunks():
-                    pass
-                _place(self.root / key, lambda temporary: link_or_copy(str(path), str(temporary)))
+            obstore.put(self._store, key, chunks(), chunk_size=CHUNK)
         return Digest(size, hashed.hexdigest())
 
     def create(self, key: str, content: bytes) -> bool:

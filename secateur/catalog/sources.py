@@ -33,6 +33,7 @@ from secateur.contract.errors import ErrorCode, PruningError
 from secateur.extras import require
 
 LOCAL_PREFIX = "local:"
+UPLOAD_PREFIX = "upload:"
 LOCAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 LARGEST_HEADER = 32 * 2**20
 """Largest header of a safetensors file in bytes; a tensor takes about 150."""

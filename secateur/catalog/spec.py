@@ -18,6 +18,7 @@ from secateur.catalog.methods import (
     ScorerName,
     TrainingName,
 )
+from secateur.catalog.sources import UPLOAD_PREFIX
 from secateur.contract.jobs import without_texts
 
 MAX_RATIO = 0.9
@@ -59,7 +60,7 @@ class TextSource(_Settings):
 
     dataset: DatasetName | None = Field(
         None,
-        description="`wikitext2`, `ptb`, `c4`, a Hub data set id (`org/name`, optionally `:config`), or `local:NAME`, a UTF-8 text file in the texts folder.",
+        description="`wikitext2`, `ptb`, `c4`, a Hub data set id (`org/name`, optionally `:config`), `local:NAME`, a UTF-8 text file in the texts folder, or `upload:ID`, a data set that was uploaded to the service.",
         examples=["wikitext2"],
     )
     texts: list[Text] | None = Field(
@@ -104,7 +105,7 @@ class Evaluation(TextSource):
     perplexity: list[DatasetName] = Field(
         [],
         max_length=8,
-        description="Also on these texts, whole: `wikitext2`, `ptb`, `c4`, a Hub data set, or `local:NAME`.",
+        description="Also on these texts, whole: `wikitext2`, `ptb`, `c4`, a Hub data set, `local:NAME` or `upload:ID`.",
         examples=[["wikitext2", "ptb"]],
     )
     perplexity_length: int = Field(
@@ -419,6 +420,16 @@ class PruningSpec(_Settings):
     def requested_ratios(self) -> tuple[float | None, ...]:
         """The ratio of each pruned model; ``None`` where the request has a goal."""
         return tuple(self.target_ratio) if isinstance(self.target_ratio, list) else (self.target_ratio,)
+
+    def uploads(self) -> dict[str, str]:
+        """Return the ids of the uploaded data sets (``upload:ID``) that the request names, by the field that names each."""
+        named = {"calibration.dataset": self.calibration.dataset, "evaluation.dataset": self.evaluation.dataset}
+        named |= {f"evaluation.perplexity.{index}": name for index, name in enumerate(self.evaluation.perplexity)}
+        return {
+            field: name.removeprefix(UPLOAD_PREFIX)
+            for field, name in named.items()
+            if name is not None and name.startswith(UPLOAD_PREFIX)
+        }
 
     def published(self) -> dict[str, Any]:
         """Return the request as reports and model cards show it, with texts replaced by :func:`without_texts`."""

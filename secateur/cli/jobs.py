@@ -1,21 +1,25 @@
-"""The commands that call a service over HTTP: for jobs, for usage, and for the names that a request may use."""
+"""The commands that call a service over HTTP: for jobs, data sets and usage, and for the names that a request may use."""
 
 import datetime as dt
 import json
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from secateur.catalog.recipe import Recipe
+from secateur.catalog.sources import UPLOAD_PREFIX
 from secateur.cli.common import FAILED, REFUSED, UNREACHABLE, JobId, Json, stop
 from secateur.cli.options import takes_recipe
 
 if TYPE_CHECKING:
     from secateur.client import Client, Job
+    from secateur.contract.datasets import DatasetView
     from secateur.contract.jobs import JobSummary, JobView
 
 ENDED = {"succeeded": 0, "failed": FAILED, "cancelled": FAILED}
@@ -183,6 +187,58 @@ def tasks(url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
     """List the zero-shot tasks that the service knows."""
     with _connect(url, api_key) as client:
         typer.echo("".join(f"{name}\n" for name in client.tasks()), nl=False)
+
+
+datasets = typer.Typer(no_args_is_help=True, help="Upload, list and delete data sets for calibration and evaluation.")
+
+
+@datasets.command("upload")
+def upload_dataset(
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="A UTF-8 text; .jsonl and .ndjson: texts or chats.")
+    ],
+    name: Annotated[str | None, typer.Option(help="Unset: the file's name.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = "",
+    as_json: Json = False,
+) -> None:
+    """Upload a file and print the name by which a job uses it."""
+    with _connect(url, api_key) as client:
+        dataset = client.datasets.upload(file, name=name)
+    typer.echo(dataset.model_dump_json() if as_json else f"{UPLOAD_PREFIX}{dataset.id}")
+
+
+@datasets.command("list")
+def list_datasets(
+    key_id: KeyId = None,
+    limit: Annotated[int, typer.Option(min=1, help="Largest number of data sets.")] = 50,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = "",
+    as_json: Json = False,
+) -> None:
+    """List data sets, newest first."""
+    with _connect(url, api_key) as client:
+        for dataset in islice(client.datasets.list(key_id=key_id, page_size=min(limit, LARGEST_PAGE)), limit):
+            typer.echo(dataset.model_dump_json() if as_json else _dataset_line(dataset))
+
+
+@datasets.command("delete")
+def delete_dataset(
+    dataset: Annotated[str, typer.Argument(help="'upload:ID' or the id.")], url: Url = DEFAULT_URL, api_key: ApiKey = ""
+) -> None:
+    """Delete a data set that no job names that has not ended."""
+    try:
+        dataset_id = uuid.UUID(dataset.removeprefix(UPLOAD_PREFIX))
+    except ValueError:
+        raise stop(f"'{dataset}' is no data set: write upload:ID", REFUSED) from None
+    with _connect(url, api_key) as client:
+        client.datasets.delete(dataset_id)
+    typer.echo(f"{UPLOAD_PREFIX}{dataset_id} is deleted.")
+
+
+def _dataset_line(dataset: "DatasetView") -> str:
+    """Return the description of a data set in one line."""
+    return f"{UPLOAD_PREFIX}{dataset.id}  {dataset.kind}  {dataset.lines} lines  {dataset.size} bytes  {dataset.name}"
 
 
 def _labels(given: list[str] | None) -> dict[str, str]:

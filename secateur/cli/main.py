@@ -34,6 +34,7 @@ for command in (
     jobs.recipe, jobs.usage, jobs.models, jobs.texts, jobs.tasks,
 ):  # fmt: skip
     cli.command()(command)
+cli.add_typer(jobs.datasets, name="datasets")
 service.add_to(cli)
 
 

@@ -60,6 +60,7 @@ class ErrorCode(StrEnum):
     # Texts and tasks
     TEXT_NOT_FOUND = "text_not_found", "The text or data set does not exist.", "Use one of the names that the message lists, or a data set of the Hub."
     TEXT_INVALID = "text_invalid", "The text is not UTF-8, or the data set has no such column or cannot be read.", "Correct the text; see the message."
+    CHAT_TEMPLATE_MISSING = "chat_template_missing", "The model's tokenizer has no chat template to render chats with.", "Give texts, or use a model whose tokenizer has a chat template."
     CALIBRATION_TOO_SHORT = "calibration_too_short", "The calibration text has fewer tokens than one window.", "Give more text, or a smaller 'calibration.sequence_length'."
     EVALUATION_TOO_SHORT = "evaluation_too_short", "The evaluation text has fewer tokens than one window.", "Give more text, or a smaller 'evaluation.sequence_length'."
     TASK_NOT_FOUND = "task_not_found", "There is no zero-shot task of this name.", "Use one of the names that the message lists."
@@ -92,12 +93,13 @@ class ErrorCode(StrEnum):
     NOT_FOUND = "not_found", "There is no such resource, or it belongs to another key.", "Check the path."
     METHOD_NOT_ALLOWED = "method_not_allowed", "The path does not support this HTTP method.", "See the 'Allow' header."
     MALFORMED_REQUEST = "malformed_request", "The request cannot be read.", "Send a valid HTTP request with a JSON body."
-    BODY_TOO_LARGE = "body_too_large", "The request's body is larger than this service accepts.", "Put long texts into the texts folder and name them 'local:NAME'."
-    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type", "The request's body is not declared as JSON, or is compressed.", "Send 'Content-Type: application/json', and no 'Content-Encoding'."
+    BODY_TOO_LARGE = "body_too_large", "The request's body is larger than this service accepts.", "Upload long texts as a data set (POST /v1/datasets), and name it 'upload:ID'."
+    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type", "The request's body is not declared as a type that the operation reads, or is compressed.", "Send the 'Content-Type' that the message names, and no 'Content-Encoding'."
     HTTP_ERROR = "http_error", "The server answered with an HTTP error that has no code of its own.", "See the status."
     RANGE_MALFORMED = "range_malformed", "The 'Range' header cannot be read.", "Write it as 'bytes=0-99'."
     RANGE_NOT_SATISFIABLE = "range_not_satisfiable", "The file has no such range.", "See the 'Content-Range' header for the file's size."
     WRONG_STATE = "wrong_state", "The job's state does not allow the operation.", "See 'state'."
+    DATASET_IN_USE = "dataset_in_use", "A job that has not ended names the data set.", "Wait until the jobs that the message names have ended, or cancel them."
     NO_REPORT = "no_report", "The job has not succeeded, so it has no report.", "Wait until the job has succeeded."
     JOB_CHANGED = "job_changed", "The job is not the one that 'If-Match' names.", "Read the job again, and send its new 'ETag'."
     JOB_DELETED = "job_deleted", "The job that this Idempotency-Key created was deleted.", "Use a new Idempotency-Key."
@@ -108,7 +110,7 @@ class ErrorCode(StrEnum):
     WEBHOOKS_DISABLED = "webhooks_disabled", "This service does not send webhooks.", "Ask the operator to set SECATEUR_WEBHOOK_SECRET."
     WEBHOOK_URL_FORBIDDEN = "webhook_url_forbidden", "Webhooks may not be sent to this address.", "Use a public address, or ask the operator to set SECATEUR_WEBHOOK_NETWORKS."
     STORAGE_UNAVAILABLE = "storage_unavailable", "The service's object store does not answer as it should.", "Try again later; the operator sees the reason in the log and in 'secateur doctor'.", True
-    STORAGE_QUOTA_EXCEEDED = "storage_quota_exceeded", "The artifacts of the API key's jobs have as many bytes as they may have.", "Delete jobs whose artifacts are no longer needed."
+    STORAGE_QUOTA_EXCEEDED = "storage_quota_exceeded", "The artifacts of the API key's jobs and its data sets have as many bytes as they may have.", "Delete jobs and data sets that are no longer needed."
     DATABASE_UNAVAILABLE = "database_unavailable", "The service's database does not answer.", "Wait as long as 'Retry-After' says; nothing was changed that was not confirmed.", True
     # fmt: on
 

@@ -27,6 +27,7 @@ from secateur.client.frames import Frame, Frames
 from secateur.client.pauses import ATTEMPTS, async_sleep, pause
 from secateur.client.report import Report
 from secateur.contract.catalog import Inspection, MethodList, NameList
+from secateur.contract.datasets import DatasetPage, DatasetView
 from secateur.contract.jobs import (
     Artifact,
     ArtifactList,
@@ -53,6 +54,10 @@ TIMEOUT = 30.0
 PATIENCE = 60.0
 """Seconds for which watching a job continues while the service cannot be reached."""
 CHUNK = 2**20
+UPLOAD_TIMEOUT = 600.0
+"""Seconds for which an upload may wait while the service stores the data set."""
+JSON_LINES = (".jsonl", ".ndjson")
+"""Suffixes of the files that are uploaded as JSON Lines."""
 
 
 class AsyncClient:
@@ -81,6 +86,7 @@ class AsyncClient:
         except httpx2.InvalidURL as error:
             raise Unreachable(f"The service at {self.url} cannot be reached: {error}") from error
         self.jobs = AsyncJobs(self)
+        self.datasets = AsyncDatasets(self)
         self.keys = AsyncKeys(self)
         self.workers = AsyncWorkers(self)
 
@@ -478,6 +484,67 @@ class AsyncJob:
         part.replace(target)
 
 
+class AsyncDatasets:
+    """The operations of ``/v1/datasets``."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def upload(self, content: Path | str, *, name: str | None = None) -> DatasetView:
+        """Upload a data set; a job names it as ``f"upload:{id}"``.
+
+        ``content`` is a text, or the path (:class:`pathlib.Path`) of a UTF-8 text file or, with the suffix ``.jsonl`` or
+        ``.ndjson``, of a file of JSON Lines. ``name`` defaults to the name of the file. The upload is sent once, because
+        repeating it could make two data sets.
+
+        Raises:
+            ValueError: A text has no name.
+            ApiError: The service refused the data set; ``text_invalid`` names the line at fault.
+        """
+        if name is None:
+            if isinstance(content, str):
+                raise ValueError("A text needs a name.")
+            name = content.name
+        lines = isinstance(content, Path) and content.suffix in JSON_LINES
+        headers = {"Content-Type": "application/x-ndjson" if lines else "text/plain; charset=utf-8"}
+        body: Any = content.encode() if isinstance(content, str) else _pieces(content)
+        if isinstance(content, Path):
+            headers["Content-Length"] = str(content.stat().st_size)
+        response = await self._client.request(
+            "POST",
+            "/v1/datasets",
+            repeat=False,
+            params={"name": name},
+            headers=headers,
+            content=body,
+            timeout=UPLOAD_TIMEOUT,
+        )
+        return DatasetView.model_validate(response.json())
+
+    async def get(self, dataset_id: uuid.UUID | str) -> DatasetView:
+        """Return a data set of this API key, without its content; with the scope ``admin``, of any API key."""
+        return DatasetView.model_validate((await self._client.request("GET", f"/v1/datasets/{dataset_id}")).json())
+
+    async def list(self, *, key_id: uuid.UUID | str | None = None, page_size: int = 100) -> AsyncIterator[DatasetView]:
+        """Yield the data sets of this API key, newest first; each page is requested when it is needed.
+
+        With the scope ``admin``, ``key_id`` is another API key, or ``"all"``.
+        """
+        parameters = _given(page_size=page_size, key_id=key_id and str(key_id))
+        while True:
+            response = await self._client.request("GET", "/v1/datasets", params=parameters)
+            page = DatasetPage.model_validate(response.json())
+            for item in page.items:
+                yield item
+            if page.next_page_token is None:
+                return
+            parameters["page_token"] = page.next_page_token
+
+    async def delete(self, dataset_id: uuid.UUID | str) -> None:
+        """Delete a data set that no job names that has not ended."""
+        await self._client.request("DELETE", f"/v1/datasets/{dataset_id}")
+
+
 class AsyncKeys:
     """The operations of ``/v1/keys``, for API keys with the scope ``admin``."""
 
@@ -538,6 +605,13 @@ class AsyncWorkers:
     async def resume(self, name: str) -> None:
         """Let a drained worker take jobs again."""
         await self._client.request("POST", f"/v1/workers/{name}/resume")
+
+
+async def _pieces(path: Path) -> AsyncIterator[bytes]:
+    """Yield the content of a file."""
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK):
+            yield piece
 
 
 def _given(**fields: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.catalog.spec import LONGEST_TEXT
 from secateur.contract.errors import ErrorCode, PruningError
+from secateur.engine.time_limit import with_tokenizer
 
 """Largest number of characters in one text of a request."""
 MOST_WINDOWS = 65_536
@@ -34,7 +35,7 @@ def read_data(data: Any, tokenizer: PreTrainedTokenizerBase | None, field: str) 
 
     Raises:
         PruningError: ``invalid_request`` when the type is not allowed or there is no data; ``text_invalid`` when a
-            file, a data set or a chat cannot be read as text.
+            file, a data set or a chat cannot be read as text; the errors of :func:`chat_texts`.
     """
     if isinstance(data, Path) or (isinstance(data, str) and Path(data).is_file()):
         return {"texts": _pieces([_read_file(Path(data), field)])}
@@ -48,7 +49,7 @@ def read_data(data: Any, tokenizer: PreTrainedTokenizerBase | None, field: str) 
     if isinstance(data, Sequence) and data and all(isinstance(item, str) for item in data):
         return {"texts": _pieces(data)}
     if isinstance(data, Sequence) and data and all(_is_chat(item) for item in data):
-        return {"texts": _pieces(_chat_texts(data, tokenizer, field))}
+        return {"texts": _pieces(chat_texts(data, tokenizer, field))}
     shown = "an empty list" if isinstance(data, Sequence) and not data else f"a {type(data).__name__}"
     raise PruningError(ErrorCode.INVALID_REQUEST, f"{field} is {shown}; allowed: {ALLOWED}.", field=field)
 
@@ -82,14 +83,35 @@ def _is_chat(item: Any) -> bool:
     )
 
 
-def _chat_texts(chats: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None, field: str) -> list[str]:
+def chat_texts(chats: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None, field: str) -> list[str]:
+    """Return each chat, a list of messages, as the text that the tokenizer's chat template makes of the chat.
+
+    Raises:
+        PruningError: ``chat_template_missing``; ``text_invalid`` if the template fails on a chat; ``tokenizer_unusable`` if
+            the template does not end in time.
+    """
     if tokenizer is None or not tokenizer.chat_template:
         raise PruningError(
-            ErrorCode.TEXT_INVALID,
+            ErrorCode.CHAT_TEMPLATE_MISSING,
             "The tokenizer has no chat template. Give texts, or a tokenizer with a chat template.",
             field=field,
         )
-    return [str(tokenizer.apply_chat_template(list(chat), tokenize=False)) for chat in chats]
+    apply = tokenizer.apply_chat_template
+
+    def render() -> list[str]:
+        texts = []
+        for number, chat in enumerate(chats, 1):
+            try:
+                texts.append(str(apply(list(chat), tokenize=False)))
+            except Exception as error:  # a template is a program of the model, which may raise anything
+                raise PruningError(
+                    ErrorCode.TEXT_INVALID,
+                    f"The model's chat template fails on chat {number}: {str(error)[:200]}",
+                    field=field,
+                ) from None
+        return texts
+
+    return with_tokenizer(sum(len(str(message["content"])) for chat in chats for message in chat), render)
 
 
 def _pieces(texts: Iterable[str]) -> list[str]:

@@ -1,9 +1,11 @@
 """Conversion of texts to windows of tokens, for calibration and for evaluation."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import torch
@@ -12,16 +14,19 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from secateur.catalog.memory import BATCH_TOKENS
 from secateur.catalog.names import did_you_mean
-from secateur.catalog.sources import LOCAL_NAME, LOCAL_PREFIX
-from secateur.catalog.spec import Calibration, Evaluation, TextSource
+from secateur.catalog.sources import LOCAL_NAME, LOCAL_PREFIX, UPLOAD_PREFIX
+from secateur.catalog.spec import Calibration, Evaluation, PruningSpec, TextSource
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.report import Text
+from secateur.engine.measure.data import chat_texts
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.time_limit import encode
 
 HELD_OUT_SHARE = 0.2
 EVALUATION_SEED_OFFSET = 1_000_003
 SAMPLING_BATCH = 16
+CHARACTERS_PER_TOKEN = 6
+"""Number of characters that are read for a token; a token has about four."""
 
 # name -> (Hub data set, configuration, text column, calibration split, evaluation split)
 DATASETS: dict[str, tuple[str, str | None, str, str, str]] = {
@@ -65,6 +70,7 @@ def read_windows(
     progress: Callable[[float], None],
     allow_paths: bool = False,
     given: Tensor | None = None,
+    uploads_dir: Path | None = None,
 ) -> tuple[Windows, Windows]:
     """Read the calibration and evaluation windows, which are disjoint unless the request names one text for both.
 
@@ -80,17 +86,26 @@ def read_windows(
 
     Raises:
         PruningError: ``calibration_too_short``, ``evaluation_too_short``, ``text_not_found``, ``text_invalid``,
-            ``tokenizer_mismatch``, ``tokenizer_unusable``, ``hub_unavailable`` (retryable).
+            ``chat_template_missing``, ``tokenizer_mismatch``, ``tokenizer_unusable``, ``hub_unavailable`` (retryable).
     """
     if given is not None:
-        return _given_windows(decoder, given, calibration, evaluation, seed, texts_dir, token, progress, allow_paths)
+        return _given_windows(
+            decoder, given, calibration, evaluation, seed, texts_dir, token, progress, allow_paths, uploads_dir
+        )
     limit = decoder.shape.max_positions
     lengths = min(calibration.sequence_length, limit), min(evaluation.sequence_length, limit)
     stream = _stream(
-        decoder, calibration, calibration.samples * lengths[0] * 8, "calibration", texts_dir, token, allow_paths
+        decoder,
+        calibration,
+        calibration.samples * lengths[0] * 8,
+        "calibration",
+        texts_dir,
+        token,
+        allow_paths,
+        uploads_dir,
     )
     held_out = _stream(
-        decoder, evaluation, evaluation.samples * lengths[1], "evaluation", texts_dir, token, allow_paths
+        decoder, evaluation, evaluation.samples * lengths[1], "evaluation", texts_dir, token, allow_paths, uploads_dir
     )
     if stream is not None and held_out is None and len(stream) * HELD_OUT_SHARE >= lengths[1]:
         boundary = int(len(stream) * (1 - HELD_OUT_SHARE))
@@ -133,6 +148,7 @@ def _given_windows(
     token: str | None,
     progress: Callable[[float], None],
     allow_paths: bool,
+    uploads_dir: Path | None,
 ) -> tuple[Windows, Windows]:
     """Read the windows as :func:`read_windows` does, with the caller's own calibration tokens.
 
@@ -142,7 +158,9 @@ def _given_windows(
     _check_ids(decoder, int(tokens.max()))
     source = f"{len(tokens)} windows of the caller"
     length = min(evaluation.sequence_length, decoder.shape.max_positions)
-    stream = _stream(decoder, evaluation, evaluation.samples * length, "evaluation", texts_dir, token, allow_paths)
+    stream = _stream(
+        decoder, evaluation, evaluation.samples * length, "evaluation", texts_dir, token, allow_paths, uploads_dir
+    )
     if stream is not None:
         held_out = Windows(
             _cut(decoder, stream, length, "evaluation")[: evaluation.samples].to(decoder.device), describe(evaluation)
@@ -163,7 +181,12 @@ def _given_windows(
 
 
 def read_texts(
-    decoder: Decoder, evaluation: Evaluation, texts_dir: Path | None, token: str | None, allow_paths: bool = False
+    decoder: Decoder,
+    evaluation: Evaluation,
+    texts_dir: Path | None,
+    token: str | None,
+    allow_paths: bool = False,
+    uploads_dir: Path | None = None,
 ) -> dict[str, Tensor]:
     """Return the windows ``[windows, length]`` of each text of ``evaluation.perplexity``.
 
@@ -179,7 +202,7 @@ def read_texts(
     for name in evaluation.perplexity:
         most = evaluation.limit or WHOLE
         source = TextSource(dataset=name, samples=most, sequence_length=length)
-        stream = _stream(decoder, source, most * length, "evaluation", texts_dir, token, allow_paths)
+        stream = _stream(decoder, source, most * length, "evaluation", texts_dir, token, allow_paths, uploads_dir)
         assert stream is not None, "it has a data set"
         found[name] = _cut(decoder, stream, length, "evaluation")[:most].to(decoder.device)
     return found
@@ -200,6 +223,7 @@ def _stream(
     texts_dir: Path | None,
     token: str | None,
     allow_paths: bool,
+    uploads_dir: Path | None,
 ) -> Tensor | None:
     """Return the tokens of the source in one row, or ``None`` when the source names no text.
 
@@ -209,6 +233,8 @@ def _stream(
         texts = list(source.texts)
     elif source.dataset is None:
         return None
+    elif source.dataset.startswith(UPLOAD_PREFIX):
+        texts = _read_upload(decoder, source.dataset, purpose, enough, uploads_dir)
     elif source.dataset.startswith(LOCAL_PREFIX) or (allow_paths and Path(source.dataset).is_file()):
         texts = [_read_file(source.dataset, purpose, texts_dir)]
     else:
@@ -242,6 +268,47 @@ def _cut(decoder: Decoder, stream: Tensor, length: int, purpose: str) -> Tensor:
     return torch.cat([decoder.opening.expand(count, -1), stream[: count * own].view(count, own)], 1)
 
 
+def refuse_uploads(spec: PruningSpec) -> None:
+    """Refuse a request that names uploaded data sets, where there are none.
+
+    Raises:
+        PruningError: ``text_not_found``.
+    """
+    for field, upload in spec.uploads().items():
+        raise PruningError(
+            ErrorCode.TEXT_NOT_FOUND,
+            f"'{UPLOAD_PREFIX}{upload}' is a data set of a service. Here, give texts, the path of a file or a data set of the Hub.",
+            field=field,
+        )
+
+
+def _read_upload(decoder: Decoder, name: str, purpose: str, enough: int, uploads_dir: Path | None) -> list[str]:
+    """Read an uploaded data set from its beginning until there are about ``enough`` tokens; render chats as texts."""
+    assert uploads_dir is not None, "refuse_uploads has refused it"
+    path, field = uploads_dir / name.removeprefix(UPLOAD_PREFIX), f"{purpose}.dataset"
+    characters = enough * CHARACTERS_PER_TOKEN
+    if (plain := path.with_suffix(".txt")).is_file():
+        with plain.open(encoding="utf-8-sig") as file:
+            return [file.read(characters)]
+    rows: list[dict[str, Any]] = []
+    with path.with_suffix(".jsonl").open("rb") as lines:
+        for line in lines:
+            rows.append(json.loads(line.decode("utf-8-sig")))
+            characters -= _characters(rows[-1])
+            if characters <= 0:
+                break
+    if "messages" in rows[0]:
+        return chat_texts([row["messages"] for row in rows], decoder.tokenizer, field)
+    return [row["text"] for row in rows]
+
+
+def _characters(row: dict[str, Any]) -> int:
+    """Return the number of characters of the texts in a line of a data set."""
+    if "text" in row:
+        return len(row["text"])
+    return sum(len(message["content"]) for message in row["messages"])
+
+
 def _read_file(name: str, purpose: str, texts_dir: Path | None) -> str:
     path = Path(name)
     if name.startswith(LOCAL_PREFIX):
@@ -265,10 +332,7 @@ def _read_file(name: str, purpose: str, texts_dir: Path | None) -> str:
 
 
 def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> list[str]:
-    """Read rows of a Hub data set until they hold about ``enough`` tokens, with a margin: six characters per token.
-
-    A token has about four characters.
-    """
+    """Read rows of a Hub data set until they hold about ``enough`` tokens."""
     import datasets
 
     hub_id, _, configuration = name.partition(":")
@@ -295,7 +359,7 @@ def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> li
                 )
             texts.append(row[column])
             size += len(row[column])
-            if size >= enough * 6:
+            if size >= enough * CHARACTERS_PER_TOKEN:
                 break
         return texts
     except PruningError:

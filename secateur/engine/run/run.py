@@ -29,7 +29,7 @@ from secateur.engine.dynamic.pruner import DynamicPruner
 from secateur.engine.evaluation import Suite, weight_bytes
 from secateur.engine.export import gguf, staged, versions, write_manifest
 from secateur.engine.measure.cache import Statistics
-from secateur.engine.measure.texts import SAMPLED, Windows, batch_windows, read_texts, read_windows
+from secateur.engine.measure.texts import SAMPLED, Windows, batch_windows, read_texts, read_windows, refuse_uploads
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.generic import sizes_of
 from secateur.engine.model.loading import adopt, describe_loaded, download, load
@@ -129,6 +129,8 @@ def open_run(
         PruningError: the model, the texts or the request cannot be used; the error names the field and the allowed
             values.
     """
+    if workspace.uploads_dir is None:
+        refuse_uploads(spec)
     began, chosen = time.monotonic(), components(spec)
     progress = Progress(listener, spec, chosen)
     progress.stage(Stage.DOWNLOADING)
@@ -301,10 +303,20 @@ def _read_inputs(
     requested = spec.calibration, spec.evaluation
     progress.stage(Stage.CALIBRATING, tokens=sum(each.samples * each.sequence_length for each in requested))
     texts_dir, token, paths = workspace.texts_dir, workspace.token, workspace.allow_paths
+    uploads_dir = workspace.uploads_dir
     calibration, evaluation = read_windows(
-        decoder, spec.calibration, spec.evaluation, spec.seed, texts_dir, token, progress.share, paths, tokens
+        decoder,
+        spec.calibration,
+        spec.evaluation,
+        spec.seed,
+        texts_dir,
+        token,
+        progress.share,
+        paths,
+        tokens,
+        uploads_dir,
     )
-    texts = read_texts(decoder, spec.evaluation, texts_dir, token, paths)
+    texts = read_texts(decoder, spec.evaluation, texts_dir, token, paths, uploads_dir)
     return calibration, evaluation, Suite(spec.evaluation, texts, workspace.tasks_dir)
 
 

@@ -17,6 +17,9 @@ class Workspace:
     """Folder of the texts that ``local:NAME`` names."""
     tasks_dir: Path | None = None
     """Folder of the zero-shot tasks, as ``NAME.jsonl``."""
+    uploads_dir: Path | None = None
+    """Folder of the data sets that ``upload:ID`` names: ``ID.txt`` is a text, and ``ID.jsonl`` has lines of texts or chats.
+    Only the service has such a folder."""
     scratch: Path | None = None
     """Folder of the weights that a recovery changed, which resuming needs. If it is unset, a temporary folder is used
     and deleted at the end."""

@@ -1,0 +1,1 @@
+"""Data sets: texts and chats that clients upload, for calibration and evaluation."""
