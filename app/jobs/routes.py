@@ -4,6 +4,8 @@ Routes that may wait are ``async`` and reach the database in short calls on the 
 clients hold neither a thread nor a database connection.
 """
 
+import csv
+import io
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -57,7 +59,9 @@ from secateur.contract.jobs import (
     JobView,
     LogLineView,
     LogPage,
+    MetricsList,
     StepList,
+    StepMetrics,
     StepView,
 )
 from secateur.contract.keys import Scope
@@ -98,6 +102,8 @@ JobId = TypeAdapter(uuid.UUID)
 Labels = TypeAdapter(dict[LabelName, LabelValue])
 FILE_TYPE = "application/octet-stream"
 FILE_CONTENT = {FILE_TYPE: {"schema": {"type": "string", "format": "binary"}}}
+CSV_TYPE = "text/csv"
+CSV_CONTENT = {CSV_TYPE: {"schema": {"type": "string"}}}
 LABEL_PARAMETER = {
     "name": "label.KEY",
     "in": "query",
@@ -417,6 +423,34 @@ def steps(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> StepList:
     return StepList(items=[StepView.model_validate(item) for item in found])
 
 
+@router.get(
+    "/{job_id}/metrics",
+    response_model=MetricsList,
+    responses={
+        200: {"description": "JSON, or a table with a header for `Accept: text/csv`.", "content": CSV_CONTENT},
+        **documented(404),
+    },
+)
+def metrics(job_id: uuid.UUID, request: Request, response: Response, owner: Owner, session: SessionDep) -> Any:
+    """List the figures of the completed steps, one flat row for each step; `Accept: text/csv` returns them as CSV."""
+    found = service.steps(session, owner, job_id)
+    items = [StepMetrics.of_step(step.number, step.attempt, step.created_at, step.data) for step in found]
+    response.headers["Vary"] = "Accept"
+    if CSV_TYPE not in _accepted(request):
+        return MetricsList(items=items)
+    table = io.StringIO()
+    rows = csv.DictWriter(table, list(StepMetrics.model_fields))
+    rows.writeheader()
+    rows.writerows(item.model_dump(mode="json") for item in items)
+    return Response(table.getvalue(), headers={"Vary": "Accept"}, media_type=f"{CSV_TYPE}; header=present")
+
+
+def _accepted(request: Request) -> list[str]:
+    """Return the media types that the client names in ``Accept``, without parameters; none if it takes JSON, too."""
+    types = [part.partition(";")[0].strip() for part in request.headers.get("accept", "").split(",")]
+    return [] if "application/json" in types else types
+
+
 @router.get("/{job_id}/recipe", response_model=dict[str, Any], responses=documented(404))
 def recipe(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> dict[str, Any]:
     """Return the fields of the job's request that differ from their defaults, including texts.
@@ -433,8 +467,7 @@ class ReportRoute(JobRoute):
         keyed = super().get_route_handler()
 
         async def negotiated(request: Request) -> Response:
-            types = [part.partition(";")[0].strip() for part in request.headers.get("accept", "").split(",")]
-            if "text/html" in types and "application/json" not in types and get_settings().dashboard:
+            if "text/html" in _accepted(request) and get_settings().dashboard:
                 return RedirectResponse(f"/#/jobs/{request.path_params['job_id']}", 303)
             return await keyed(request)
 

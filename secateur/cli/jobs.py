@@ -23,6 +23,12 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 Url = Annotated[str, typer.Option("--url", envvar="SECATEUR_URL", help="The service's address.")]
 LARGEST_PAGE = 100
+COLUMNS = {
+    "step": "step", "kind": "kind", "target": "target_ratio", "reached": "reached_ratio", "loss": "loss",
+    "perplexity": "perplexity", "training loss": "training_loss", "parameters": "parameters",
+    "tokens/s": "tokens_per_second", "peak bytes": "peak_memory_bytes", "seconds": "seconds",
+}  # fmt: skip
+"""The columns of the table of steps, and the field of each."""
 KeyId = Annotated[str | None, typer.Option(help="Of another API key, or 'all'; needs a key with the scope 'admin'.")]
 ApiKey = Annotated[str, typer.Option("--api-key", envvar="SECATEUR_API_KEY", help="From 'secateur keys create'.")]
 
@@ -72,6 +78,27 @@ def recipe(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json:
     with _connect(url, api_key) as client:
         found = client.jobs.get(job_id).recipe()
     typer.echo(json.dumps(found) if as_json else Recipe(found).dump(), nl=as_json)
+
+
+def metrics(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: Json = False) -> None:
+    """Show the figures of a job's completed steps as a table. With --json, each step is an object with all figures."""
+    with _connect(url, api_key) as client:
+        found = client.jobs.get(job_id).metrics()
+    if as_json:
+        for step in found:
+            typer.echo(step.model_dump_json())
+        return
+    rows = [list(COLUMNS), *([_cell(getattr(step, field)) for field in COLUMNS.values()] for step in found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def _cell(value: float | str | None) -> str:
+    """Return a figure of the table; floating-point numbers have five significant digits."""
+    if value is None:
+        return "-"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def status(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: Json = False) -> None:

@@ -58,6 +58,18 @@ def test_keys(url: str, settings: Settings) -> None:
     assert plain.stdout.startswith("sk-secateur-") and len(plain.stdout.split()) == 1
 
 
+def test_metrics_are_a_table(service: str, api: httpx2.Client, body: dict[str, Any], session: Session) -> None:
+    job_id = api.post("/v1/jobs", json=body).json()["id"]
+    attempt = play.start(session, job_id)
+    for number in (0, 1):
+        play.finish_round(session, job_id, attempt, number)
+    lines = run("metrics", job_id).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["step", "0", "1"] and len({len(line) for line in lines}) == 1
+    assert "11" in lines[2].split() and "-" in lines[2].split()
+    rows = [json.loads(line) for line in run("metrics", job_id, "--json").stdout.splitlines()]
+    assert rows == api.get(f"/v1/jobs/{job_id}/metrics").json()["items"]
+
+
 def test_migrate(empty_database_url: str) -> None:
     environment = {"SECATEUR_DATABASE_URL": empty_database_url}
     assert run("migrate", environment=environment).returncode == 0

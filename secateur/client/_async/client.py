@@ -38,8 +38,10 @@ from secateur.contract.jobs import (
     JobView,
     LogLineView,
     LogPage,
+    MetricsList,
     Progress,
     StepList,
+    StepMetrics,
     StepView,
 )
 from secateur.contract.keys import DayOfUsage, KeyList, KeyView, KeyWithSecret, Scope, UsageList
@@ -410,6 +412,10 @@ class AsyncJob:
     async def steps(self) -> list[StepView]:
         """Return the completed steps of the job."""
         return StepList.model_validate((await self._client.request("GET", f"{self._path}/steps")).json()).items
+
+    async def metrics(self) -> list[StepMetrics]:
+        """Return the figures of the completed steps of the job, one flat row for each step."""
+        return MetricsList.model_validate((await self._client.request("GET", f"{self._path}/metrics")).json()).items
 
     async def recipe(self) -> dict[str, Any]:
         """Return the fields of the job's request that differ from their defaults.
