@@ -46,7 +46,7 @@ from app.jobs.texts import whole_request
 from app.jobs.transitions import Trigger
 from app.storage.store import ObjectMissing, open_store
 from secateur.catalog.recipe import Recipe
-from secateur.catalog.request import JobRequest, LabelChange, LabelName, LabelValue
+from secateur.catalog.request import DerivedRequest, JobRequest, LabelChange, LabelName, LabelValue
 from secateur.contract.errors import ErrorCode
 from secateur.contract.jobs import (
     Artifact,
@@ -156,7 +156,7 @@ async def _wait(feed: FeedDep, caller: Caller, job_id: uuid.UUID, seconds: int, 
 
 
 async def create(
-    body: JobRequest,
+    body: JobRequest | DerivedRequest,
     response: Response,
     background: BackgroundTasks,
     owner: Owner,
@@ -171,11 +171,14 @@ async def create(
         ),
     ] = False,
 ) -> Any:
-    """Create a job. `Prefer: wait=n` delays the answer until the job ends or n seconds have passed."""
+    """Create a job, or derive one `from` an earlier job.
+
+    `Prefer: wait=n` delays the answer until the job ends or n seconds have passed.
+    """
     if validate_only:
-        planned = await service.dry_run(settings, owner.id, body)
+        planned = await service.dry_run(settings, owner, body)
         return Response(planned.model_dump_json(), media_type="application/json")
-    job: Any = await service.create(settings, owner.id, body, idempotency_key)
+    job: Any = await service.create(settings, owner, body, idempotency_key)
     if wait is None:
         background.add_task(dispatch.wake_worker)
     else:
@@ -193,7 +196,7 @@ router.add_api_route(
     methods=["POST"],
     status_code=202,
     response_model=JobView,
-    responses={200: {"model": DryRun}, **documented(400, 410, 413)},
+    responses={200: {"model": DryRun}, **documented(400, 404, 410, 413)},
     route_class_override=KeyedRoute,
 )
 

@@ -3,6 +3,7 @@
 import datetime as dt
 import json
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -12,7 +13,7 @@ import typer
 
 from secateur.catalog.recipe import Recipe
 from secateur.cli.common import FAILED, REFUSED, UNREACHABLE, JobId, Json, stop
-from secateur.cli.options import takes_recipe
+from secateur.cli.options import takes_recipe, with_method
 
 if TYPE_CHECKING:
     from secateur.client import Client, Job
@@ -61,15 +62,22 @@ def submit(
     repo_id: Annotated[
         str | None, typer.Option(help="Repository to publish to; of several ratios, the start of each one's name.")
     ] = None,
+    from_job: Annotated[
+        uuid.UUID | None,
+        typer.Option("--from", help="A job; the new job has its request, changed by the recipe and the options."),
+    ] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = "",
     as_json: Json = False,
 ) -> None:
     """Create a job on the service and print the job's id."""
-    body = dict(recipe.override({"publish": None if repo_id is None else {"repo_id": repo_id}}).fields)
-    body.setdefault("model_id", None)  # the service refuses a request without a model and says why
+    recipe = recipe.override({"publish": None if repo_id is None else {"repo_id": repo_id}})
     with _connect(url, api_key) as client:
-        job = client.jobs.create(**body)
+        if from_job is not None:
+            job = client.jobs.get(from_job).derive(**recipe.fields)
+        else:
+            # The service refuses a request without a model and says why.
+            job = client.jobs.create(**{"model_id": None, **with_method(recipe).fields})
     typer.echo(job.view.model_dump_json() if as_json else str(job.id))
 
 

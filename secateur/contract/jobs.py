@@ -105,6 +105,9 @@ class JobSummary(BaseModel):
         None, description="The API key that created the job; null for callers without the scope `admin`."
     )
     state: State
+    derived_from: uuid.UUID | None = Field(
+        None, description="The job whose request was changed to make this job; it may be deleted since."
+    )
     model_id: str
     method: str
     labels: dict[str, str]

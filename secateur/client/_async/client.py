@@ -322,6 +322,15 @@ class AsyncJob:
         """Queue the job again, from its last completed step."""
         return await self._ask("retry")
 
+    async def derive(self, *, idempotency_key: str | None = None, **changes: Any) -> "AsyncJob":
+        """Create and return a job like this job, with changes to the request's fields.
+
+        ``None`` gives a field its default, mappings are merged field by field, and other values are replaced.
+        """
+        body = {"from": str(self.id), **changes}
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return AsyncJob(self._client, await self._client.request("POST", "/v1/jobs", json=body, headers=headers))
+
     async def _ask(self, what: str) -> Self:
         self._take(await self._client.request("POST", f"{self._path}/{what}"))
         return self
