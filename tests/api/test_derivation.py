@@ -122,11 +122,13 @@ def test_the_field_at_fault_is_named(api: httpx2.Client, earlier: Body, changes:
 
 
 def test_from_is_an_id_and_without_it_a_model_is_needed(api: httpx2.Client, body: Body) -> None:
+    wrong: Any
     for wrong in (None, "x", 7, [], {}):
         assert list(refused(api.post("/v1/jobs", json={"from": wrong}))) == ["from"]
     plain = {name: value for name, value in body.items() if name != "model_id"}
     assert list(refused(api.post("/v1/jobs", json=plain))) == ["model_id"]
     assert {"model_id", "method"} <= refused(api.post("/v1/jobs", json={})).keys()
+    nothing: Any
     for nothing in ([], "from", 7, None):
         assert api.post("/v1/jobs", json=nothing).status_code == 422
     assert list(refused(api.post("/v1/models/inspect", json={"from": str(uuid.UUID(int=0))}))) != []
@@ -193,4 +195,4 @@ def test_patches() -> None:
         ({}, {"a": None}, {"a": None}),
     ):
         before = repr(fields)
-        assert patched(fields, changes) == result and repr(fields) == before  # type: ignore[arg-type]
+        assert patched(fields, changes) == result and repr(fields) == before
