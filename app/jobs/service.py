@@ -120,7 +120,11 @@ def _look_up(
 
 
 def _begin(settings: Settings, caller: Caller, body: JobRequest | DerivedRequest, key: str | None) -> Job | _Intake:
-    digest = idempotency.fingerprint(body.model_dump(mode="json", exclude={"hub_token"}))
+    if isinstance(body, DerivedRequest):
+        asked = {"from": str(body.from_job), **body.changes}
+    else:
+        asked = body.model_dump(mode="json", exclude={"hub_token"})
+    digest = idempotency.fingerprint(asked)
     if key is not None:
         with session_factory()() as session:
             if earlier := _replay(session, settings, caller.id, key, digest):

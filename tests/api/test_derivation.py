@@ -1,6 +1,7 @@
 """Jobs that are derived from earlier jobs: what they take over, what the changes do, and what is refused."""
 
 import asyncio
+import json
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from app.jobs.derivation import patched
 from secateur.client import AsyncClient, Client
 from secateur.contract.keys import Scope
 from tests.api import play
+from tests.api.test_problems import ODD
 
 Body = dict[str, Any]
 Make = Callable[..., httpx2.Client]
@@ -119,6 +121,21 @@ def test_the_field_at_fault_is_named(api: httpx2.Client, earlier: Body, changes:
     for query in ("", "?validate_only=true"):
         found = refused(api.post(f"/v1/jobs{query}", json={"from": earlier["id"], **changes}))
         assert any(name == field or name.startswith(f"{field}.") for name in found), found
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_characters_anywhere(api: httpx2.Client, earlier: Body, odd: str) -> None:
+    changes: list[Any] = [
+        {odd: odd}, {odd: None}, {"labels": {odd: "x"}}, {"labels": {"x": odd}}, {"labels": {odd: None}},
+        {"calibration": {"texts": [odd]}}, {"calibration": {odd: None}}, {"method": odd}, {"hub_token": odd}, {"from": odd},
+    ]  # fmt: skip
+    for change in changes:
+        content = json.dumps({"from": earlier["id"]} | change).encode()
+        headers = {"Content-Type": "application/json", "Idempotency-Key": str(uuid.uuid4())}
+        for url in ("/v1/jobs", "/v1/jobs?validate_only=true"):
+            answer = api.post(url, content=content, headers=headers)
+            assert answer.status_code in (200, 202, 422), (change, answer.text)
+            answer.json()
 
 
 def test_from_is_an_id_and_without_it_a_model_is_needed(api: httpx2.Client, body: Body) -> None:
