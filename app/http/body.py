@@ -7,9 +7,11 @@ body parsed. Texts are limited by the size of the body alone.
 
 import json
 import re
+from collections.abc import Mapping
 from json.decoder import JSONDecoder
 from json.scanner import py_make_scanner  # type: ignore[attr-defined]
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import Request
@@ -57,8 +59,10 @@ class ReadRequest(Request):
         return self._model
 
 
-async def read(request: Request, model: type[BaseModel]) -> Request:
+async def read(request: Request, model: type[BaseModel] | UnionType) -> Request:
     """Return the request with its body as an instance of ``model``; a request without a body is returned unchanged.
+
+    ``model`` may be a union of models, see :func:`parse`.
 
     Raises:
         Problem: 400, 413, 415, 422 or 429: the body is not UTF-8 or ended early, is too large, is not of a JSON type,
@@ -95,17 +99,20 @@ async def _receive(request: Request) -> bytes:
         raise Problem(400, ErrorCode.MALFORMED_REQUEST, "The body ended early.") from None
 
 
-def parse(content: bytes, model: type[BaseModel]) -> BaseModel:
+def parse(content: bytes, model: type[BaseModel] | UnionType) -> BaseModel:
     """Return the JSON text ``content`` as an instance of ``model``.
+
+    Of a union, the body is meant as the last model whose required fields it all has, or else as the first model.
 
     Raises:
         Problem: 400 if the content is not UTF-8, 422 if it is not what ``model`` allows.
     """
     value = decode(content)
+    meant = _meant(model, value)
     try:
-        return model.model_validate(value)
+        return meant.model_validate(value)
     except ValidationError as error:
-        raise problem_of(error.errors(include_url=False, include_input=False), model) from None
+        raise problem_of(error.errors(include_url=False, include_input=False), meant) from None
 
 
 def decode(content: bytes) -> Any:
@@ -125,6 +132,18 @@ def decode(content: bytes) -> Any:
         return (_small if len(content) < LARGE else _large).decode(text)
     except json.JSONDecodeError as error:
         raise invalid("body", f"not JSON: {error.msg} at character {error.pos}") from None
+
+
+def _meant(model: Any, value: Any) -> type[BaseModel]:
+    """Return the model of a union that ``value`` is meant as, so that its errors are those of one model."""
+    models: tuple[type[BaseModel], ...] = get_args(model) or (model,)
+    if not isinstance(value, Mapping):
+        return models[0]
+    required = {
+        each: {field.alias or name for name, field in each.model_fields.items() if field.is_required()}
+        for each in models
+    }
+    return next((each for each in reversed(models) if required[each] <= value.keys()), models[0])
 
 
 def check_counts(content: bytes) -> None:

@@ -40,6 +40,8 @@ class Job(Base):
     """The request as the API shows it, with counts and hashes in place of texts."""
     texts: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
     """The request's texts by part; see :mod:`app.jobs.texts`."""
+    derived_from: Mapped[uuid.UUID | None]
+    """The job whose request was changed to make this job's; that job may be deleted since."""
     model_id: Mapped[str]
     method: Mapped[str]
     labels: Mapped[dict[str, str]] = mapped_column(default=dict)

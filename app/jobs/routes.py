@@ -4,6 +4,8 @@ Routes that may wait are ``async`` and reach the database in short calls on the 
 clients hold neither a thread nor a database connection.
 """
 
+import csv
+import io
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -44,7 +46,7 @@ from app.jobs.texts import whole_request
 from app.jobs.transitions import Trigger
 from app.storage.store import ObjectMissing, open_store
 from secateur.catalog.recipe import Recipe
-from secateur.catalog.request import JobRequest, LabelChange, LabelName, LabelValue
+from secateur.catalog.request import DerivedRequest, JobRequest, LabelChange, LabelName, LabelValue
 from secateur.contract.errors import ErrorCode
 from secateur.contract.jobs import (
     Artifact,
@@ -57,7 +59,9 @@ from secateur.contract.jobs import (
     JobView,
     LogLineView,
     LogPage,
+    MetricsList,
     StepList,
+    StepMetrics,
     StepView,
 )
 from secateur.contract.keys import Scope
@@ -98,6 +102,8 @@ JobId = TypeAdapter(uuid.UUID)
 Labels = TypeAdapter(dict[LabelName, LabelValue])
 FILE_TYPE = "application/octet-stream"
 FILE_CONTENT = {FILE_TYPE: {"schema": {"type": "string", "format": "binary"}}}
+CSV_TYPE = "text/csv"
+CSV_CONTENT = {CSV_TYPE: {"schema": {"type": "string"}}}
 LABEL_PARAMETER = {
     "name": "label.KEY",
     "in": "query",
@@ -150,7 +156,7 @@ async def _wait(feed: FeedDep, caller: Caller, job_id: uuid.UUID, seconds: int, 
 
 
 async def create(
-    body: JobRequest,
+    body: JobRequest | DerivedRequest,
     response: Response,
     background: BackgroundTasks,
     owner: Owner,
@@ -165,11 +171,14 @@ async def create(
         ),
     ] = False,
 ) -> Any:
-    """Create a job. `Prefer: wait=n` delays the answer until the job ends or n seconds have passed."""
+    """Create a job, or derive one `from` an earlier job.
+
+    `Prefer: wait=n` delays the answer until the job ends or n seconds have passed.
+    """
     if validate_only:
-        planned = await service.dry_run(settings, owner.id, body)
+        planned = await service.dry_run(settings, owner, body)
         return Response(planned.model_dump_json(), media_type="application/json")
-    job: Any = await service.create(settings, owner.id, body, idempotency_key)
+    job: Any = await service.create(settings, owner, body, idempotency_key)
     if wait is None:
         background.add_task(dispatch.wake_worker)
     else:
@@ -187,7 +196,7 @@ router.add_api_route(
     methods=["POST"],
     status_code=202,
     response_model=JobView,
-    responses={200: {"model": DryRun}, **documented(400, 410, 413)},
+    responses={200: {"model": DryRun}, **documented(400, 404, 410, 413)},
     route_class_override=KeyedRoute,
 )
 
@@ -417,6 +426,34 @@ def steps(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> StepList:
     return StepList(items=[StepView.model_validate(item) for item in found])
 
 
+@router.get(
+    "/{job_id}/metrics",
+    response_model=MetricsList,
+    responses={
+        200: {"description": "JSON, or a table with a header for `Accept: text/csv`.", "content": CSV_CONTENT},
+        **documented(404),
+    },
+)
+def metrics(job_id: uuid.UUID, request: Request, response: Response, owner: Owner, session: SessionDep) -> Any:
+    """List the figures of the completed steps, one flat row for each step; `Accept: text/csv` returns them as CSV."""
+    found = service.steps(session, owner, job_id)
+    items = [StepMetrics.of_step(step.number, step.attempt, step.created_at, step.data) for step in found]
+    response.headers["Vary"] = "Accept"
+    if CSV_TYPE not in _accepted(request):
+        return MetricsList(items=items)
+    table = io.StringIO()
+    rows = csv.DictWriter(table, list(StepMetrics.model_fields))
+    rows.writeheader()
+    rows.writerows(item.model_dump(mode="json") for item in items)
+    return Response(table.getvalue(), headers={"Vary": "Accept"}, media_type=f"{CSV_TYPE}; header=present")
+
+
+def _accepted(request: Request) -> list[str]:
+    """Return the media types that the client names in ``Accept``, without parameters; none if it takes JSON, too."""
+    types = [part.partition(";")[0].strip() for part in request.headers.get("accept", "").split(",")]
+    return [] if "application/json" in types else types
+
+
 @router.get("/{job_id}/recipe", response_model=dict[str, Any], responses=documented(404))
 def recipe(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> dict[str, Any]:
     """Return the fields of the job's request that differ from their defaults, including texts.
@@ -433,8 +470,7 @@ class ReportRoute(JobRoute):
         keyed = super().get_route_handler()
 
         async def negotiated(request: Request) -> Response:
-            types = [part.partition(";")[0].strip() for part in request.headers.get("accept", "").split(",")]
-            if "text/html" in types and "application/json" not in types and get_settings().dashboard:
+            if "text/html" in _accepted(request) and get_settings().dashboard:
                 return RedirectResponse(f"/#/jobs/{request.path_params['job_id']}", 303)
             return await keyed(request)
 

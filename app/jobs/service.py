@@ -25,6 +25,7 @@ from app.http import idempotency, logs
 from app.http.etags import etag, names
 from app.http.problem import Problem, invalid
 from app.jobs import admission, repositories, repository, routing, texts, tokens, transitions
+from app.jobs.derivation import derive
 from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
 from app.jobs.naming import repo_ids
 from app.jobs.routing import Required
@@ -34,7 +35,7 @@ from app.jobs.transitions import TransitionRefused, Trigger
 from app.storage import repository as storage
 from app.storage.models import StoredFile
 from app.storage.service import job_folder
-from secateur.catalog.request import JobRequest
+from secateur.catalog.request import DerivedRequest, JobRequest
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.jobs import DryRun
 from secateur.contract.states import TERMINAL, State
@@ -49,6 +50,7 @@ ROOM_AFTER = 60
 class _Intake:
     """What the database knows that concerns a new job."""
 
+    request: JobRequest
     digest: str
     kept: bytes | None
     """The request's own Hub token, encrypted."""
@@ -56,36 +58,39 @@ class _Intake:
     offers: Sequence[Offer]
 
 
-async def dry_run(settings: Settings, owner_id: uuid.UUID, request: JobRequest) -> DryRun:
+async def dry_run(settings: Settings, caller: Caller, body: JobRequest | DerivedRequest) -> DryRun:
     """Return the plan of the job without creating a job.
 
     Raises:
-        Problem: the service cannot serve the request.
+        Problem: the service cannot serve the request, or the caller does not see the job that the request names.
         PruningError: the model cannot be pruned as requested; retryable if the Hub does not answer.
     """
-    access, offers = await run_in_threadpool(_access_and_offers, settings, owner_id, request)
+    request, access, offers = await run_in_threadpool(_look_up, settings, caller, body)
 
     def plan() -> DryRun:
         admitted = admission.admit(request, settings, access)
-        _check_owned(owner_id, admitted)
+        _check_owned(caller.id, admitted)
         return admission.dry_run(admitted, settings, access.token, offers)
 
-    return await admission.checked(plan, request, settings, owner_id)
+    return await admission.checked(plan, request, settings, caller.id)
 
 
-async def create(settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job:
+async def create(settings: Settings, caller: Caller, body: JobRequest | DerivedRequest, key: str | None) -> Job:
     """Create a job, or return the job that the same idempotency key created.
 
     The request waits for the Hub without a database connection.
 
     Raises:
-        Problem: the service cannot serve the request, the API key has too many open jobs, or the idempotency key was
-            used for another request or for a job that was deleted.
+        Problem: the service cannot serve the request, the caller does not see the job that the request names, the API
+            key has too many open jobs, or the idempotency key was used for another request or for a job that was
+            deleted.
         PruningError: the model cannot be pruned as requested.
     """
-    intake = await run_in_threadpool(_begin, settings, owner_id, request, key)
+    owner_id = caller.id
+    intake = await run_in_threadpool(_begin, settings, caller, body, key)
     if isinstance(intake, Job):
         return intake
+    request, derived_from = intake.request, None if isinstance(body, JobRequest) else body.from_job
 
     def admit() -> tuple[JobRequest, int | None]:
         admitted = admission.admit(request, settings, intake.access)
@@ -99,31 +104,42 @@ async def create(settings: Settings, owner_id: uuid.UUID, request: JobRequest, k
         return admitted.model_copy(update={"revision": planned.revision or request.revision}), planned.memory_bytes
 
     admitted, estimate = await admission.checked(admit, request, settings, owner_id)
-    return await run_in_threadpool(_store, settings, owner_id, admitted, estimate, intake, key)
+    return await run_in_threadpool(_store, settings, owner_id, admitted, derived_from, estimate, intake, key)
 
 
-def _access_and_offers(
-    settings: Settings, owner_id: uuid.UUID, request: JobRequest
-) -> tuple[HubAccess, Sequence[Offer]]:
+def _look_up(
+    settings: Settings, caller: Caller, body: JobRequest | DerivedRequest
+) -> tuple[JobRequest, HubAccess, Sequence[Offer]]:
+    """Return the request that ``body`` makes, its access to the Hub, and what the live workers offer."""
     with session_factory()() as session:
-        access = tokens.for_request(session, settings, owner_id, request.hub_token)
-        return access, fleet.offers(session, settings.worker_silence)
+        if isinstance(body, DerivedRequest):
+            request = derive(settings, get(session, caller, body.from_job), body)
+        else:
+            request = body
+        access = tokens.for_request(session, settings, caller.id, request.hub_token)
+        return request, access, fleet.offers(session, settings.worker_silence)
 
 
-def _begin(settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job | _Intake:
-    digest = idempotency.fingerprint(request.model_dump(mode="json", exclude={"hub_token"}))
+def _begin(settings: Settings, caller: Caller, body: JobRequest | DerivedRequest, key: str | None) -> Job | _Intake:
+    if isinstance(body, DerivedRequest):
+        asked = {"from": str(body.from_job), **body.changes}
+    else:
+        asked = body.model_dump(mode="json", exclude={"hub_token"})
+    digest = idempotency.fingerprint(asked)
     if key is not None:
         with session_factory()() as session:
-            if earlier := _replay(session, settings, owner_id, key, digest):
+            if earlier := _replay(session, settings, caller.id, key, digest):
                 return earlier
-    kept = tokens.keep(settings, request.hub_token)
-    return _Intake(digest, kept, *_access_and_offers(settings, owner_id, request))
+    kept = tokens.keep(settings, body.hub_token)
+    request, access, offers = _look_up(settings, caller, body)
+    return _Intake(request, digest, kept, access, offers)
 
 
 def _store(
     settings: Settings,
     owner_id: uuid.UUID,
     admitted: JobRequest,
+    derived_from: uuid.UUID | None,
     estimate: int | None,
     intake: _Intake,
     key: str | None,
@@ -138,6 +154,7 @@ def _store(
             request=shown,
             texts=given,
             hub_token=intake.kept,
+            derived_from=derived_from,
             model_id=admitted.model_id,
             method=admitted.method,
             labels=admitted.labels,

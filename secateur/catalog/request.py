@@ -1,6 +1,8 @@
 """The job request: a model, how to prune the model, and what the service does with the result."""
 
-from typing import Annotated
+import uuid
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -80,6 +82,16 @@ GgufFile = Annotated[
 LabelName = Annotated[str, StringConstraints(pattern=LABEL_NAME)]
 LabelValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{0,255}$")]
 
+OwnHubToken = Annotated[
+    HubTokenText | None,
+    Field(
+        min_length=1,
+        max_length=512,
+        description="Read the model, and publish, with this token instead of the API key's or the service's. It is encrypted "
+        "while the job needs it, and never shown.",
+    ),
+]
+
 Labels = Annotated[dict[LabelName, LabelValue], Field(max_length=32)]
 
 
@@ -127,19 +139,14 @@ class ModelRef(_Request):
         None, description="Branch, tag or commit on the Hub; a job keeps the commit that it was when the job was made."
     )
     gguf_file: GgufFile | None = Field(None, description="Read the weights from this GGUF file of the model.")
-    hub_token: HubTokenText | None = Field(
-        None,
-        min_length=1,
-        max_length=512,
-        description="Read the model, and publish, with this token instead of the API key's or the service's. It is encrypted "
-        "while the job needs it, and never shown.",
-    )
+    hub_token: OwnHubToken = None
 
 
 class JobRequest(ModelRef, PruningSpec):
     """A request to prune a model.
 
-    `model_id`, `method` and either `target_ratio` or `goal` are required; the other fields have defaults.
+    `model_id`, `method` and either `target_ratio` or `goal` are required; the other fields have defaults. A request with
+    `from` takes the fields of an earlier job instead (`DerivedRequest`).
 
     If `target_ratio` is a list of ratios, the report is `{"targets": [...]}`, with the report of one ratio in each
     item, and the result has the same form. The artifacts of each ratio are in a folder such as `ratio-0.2/`.
@@ -196,3 +203,41 @@ class JobRequest(ModelRef, PruningSpec):
     max_runtime_seconds: float | None = Field(
         None, gt=0, le=LONGEST_RUN, description="Fail the job after this long in one run; unset: no limit."
     )
+
+
+class DerivedRequest(BaseModel):
+    """A request for a job like an earlier job, with changes.
+
+    All fields of `JobRequest` are allowed beside `from`. They are a JSON Merge Patch (RFC 7386) of the earlier job's
+    request: a field that is left out keeps its value, `null` gives a field its default, objects are merged field by
+    field, and other values and lists are replaced. `null` for a name that the earlier request does not have is refused.
+
+    A `target_ratio` replaces a `goal` and the reverse. Another `model_id` resets `revision` and `gguf_file`. The earlier
+    job's Hub token is not taken over, nor is a repository name that the service chose.
+    """
+
+    model_config = ConfigDict(
+        extra="allow",
+        frozen=True,
+        serialize_by_alias=True,
+        json_schema_extra={
+            "examples": [
+                {"from": "0199a0c6-3f5c-7d3e-9a53-0d8f4c1b2a10", "target_ratio": 0.3},
+                {
+                    "from": "0199a0c6-3f5c-7d3e-9a53-0d8f4c1b2a10",
+                    "method": "flap",
+                    "rounds": None,
+                    "labels": {"team": "nlp"},
+                    "publish": {"repo_id": "org/smollm2-flap"},
+                },
+            ]
+        },
+    )
+
+    from_job: uuid.UUID = Field(alias="from", description="The earlier job; the API key must see it.")
+    hub_token: OwnHubToken = None
+
+    @property
+    def changes(self) -> Mapping[str, Any]:
+        """The changes to the earlier job's request, as they were sent."""
+        return self.model_extra or {}

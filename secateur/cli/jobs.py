@@ -15,7 +15,7 @@ import typer
 from secateur.catalog.recipe import Recipe
 from secateur.catalog.sources import UPLOAD_PREFIX
 from secateur.cli.common import FAILED, REFUSED, UNREACHABLE, JobId, Json, stop
-from secateur.cli.options import takes_recipe
+from secateur.cli.options import takes_recipe, with_method
 
 if TYPE_CHECKING:
     from secateur.client import Client, Job
@@ -27,6 +27,12 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 Url = Annotated[str, typer.Option("--url", envvar="SECATEUR_URL", help="The service's address.")]
 LARGEST_PAGE = 100
+COLUMNS = {
+    "step": "step", "kind": "kind", "target": "target_ratio", "reached": "reached_ratio", "loss": "loss",
+    "perplexity": "perplexity", "training loss": "training_loss", "parameters": "parameters",
+    "tokens/s": "tokens_per_second", "peak bytes": "peak_memory_bytes", "seconds": "seconds",
+}  # fmt: skip
+"""The columns of the table of steps, and the field of each."""
 KeyId = Annotated[str | None, typer.Option(help="Of another API key, or 'all'; needs a key with the scope 'admin'.")]
 ApiKey = Annotated[str, typer.Option("--api-key", envvar="SECATEUR_API_KEY", help="From 'secateur keys create'.")]
 
@@ -59,15 +65,22 @@ def submit(
     repo_id: Annotated[
         str | None, typer.Option(help="Repository to publish to; of several ratios, the start of each one's name.")
     ] = None,
+    from_job: Annotated[
+        uuid.UUID | None,
+        typer.Option("--from", help="A job; the new job has its request, changed by the recipe and the options."),
+    ] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = "",
     as_json: Json = False,
 ) -> None:
     """Create a job on the service and print the job's id."""
-    body = dict(recipe.override({"publish": None if repo_id is None else {"repo_id": repo_id}}).fields)
-    body.setdefault("model_id", None)  # the service refuses a request without a model and says why
+    recipe = recipe.override({"publish": None if repo_id is None else {"repo_id": repo_id}})
     with _connect(url, api_key) as client:
-        job = client.jobs.create(**body)
+        if from_job is not None:
+            job = client.jobs.get(from_job).derive(**recipe.fields)
+        else:
+            # The service refuses a request without a model and says why.
+            job = client.jobs.create(**{"model_id": None, **with_method(recipe).fields})
     typer.echo(job.view.model_dump_json() if as_json else str(job.id))
 
 
@@ -76,6 +89,27 @@ def recipe(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json:
     with _connect(url, api_key) as client:
         found = client.jobs.get(job_id).recipe()
     typer.echo(json.dumps(found) if as_json else Recipe(found).dump(), nl=as_json)
+
+
+def metrics(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: Json = False) -> None:
+    """Show the figures of a job's completed steps as a table. With --json, each step is an object with all figures."""
+    with _connect(url, api_key) as client:
+        found = client.jobs.get(job_id).metrics()
+    if as_json:
+        for step in found:
+            typer.echo(step.model_dump_json())
+        return
+    rows = [list(COLUMNS), *([_cell(getattr(step, field)) for field in COLUMNS.values()] for step in found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def _cell(value: float | str | None) -> str:
+    """Return a figure of the table; floating-point numbers have five significant digits."""
+    if value is None:
+        return "-"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def status(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "", as_json: Json = False) -> None:

@@ -31,7 +31,7 @@ def _options(
 
 for command in (
     prune.prune, prune.inspect, jobs.submit, jobs.jobs, jobs.status, jobs.logs, jobs.watch, jobs.cancel, jobs.delete, jobs.label,
-    jobs.recipe, jobs.usage, jobs.models, jobs.texts, jobs.tasks,
+    jobs.recipe, jobs.metrics, jobs.usage, jobs.models, jobs.texts, jobs.tasks,
 ):  # fmt: skip
     cli.command()(command)
 cli.add_typer(jobs.datasets, name="datasets")

@@ -70,8 +70,12 @@ def _options(
         "formats": ["safetensors", "gguf"] if gguf else None,
         "gguf_quantization": gguf,
     }
-    made = base.override(given)
-    return made if "method" in made.fields else made.override({"method": DEFAULT_METHOD})
+    return base.override(given)
+
+
+def with_method(recipe: Recipe) -> Recipe:
+    """Return the recipe with the default method if it names none."""
+    return recipe if "method" in recipe.fields else recipe.override({"method": DEFAULT_METHOD})
 
 
 def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:

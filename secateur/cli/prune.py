@@ -9,7 +9,7 @@ import typer
 
 from secateur.catalog.recipe import Recipe, RecipeInvalid
 from secateur.cli.common import FAILED, INTERRUPTED, REFUSED, Json, stop
-from secateur.cli.options import takes_recipe
+from secateur.cli.options import takes_recipe, with_method
 from secateur.contract.errors import PruningError
 from secateur.extras import MissingExtra, require
 
@@ -105,6 +105,7 @@ def prune(
     """
     from secateur.catalog.spec import target_folder
 
+    recipe = with_method(recipe)
     try:
         spec = recipe.spec()
     except RecipeInvalid as error:

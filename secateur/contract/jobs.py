@@ -3,12 +3,15 @@
 import datetime as dt
 import hashlib
 import json
+import math
+import statistics
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from secateur.contract.report import StepKind
 from secateur.contract.stages import Stage
 from secateur.contract.states import State
 
@@ -102,6 +105,9 @@ class JobSummary(BaseModel):
         None, description="The API key that created the job; null for callers without the scope `admin`."
     )
     state: State
+    derived_from: uuid.UUID | None = Field(
+        None, description="The job whose request was changed to make this job; it may be deleted since."
+    )
     model_id: str
     method: str
     labels: dict[str, str]
@@ -262,6 +268,90 @@ class StepList(BaseModel):
     """The completed steps of a job, in order."""
 
     items: list[StepView]
+
+
+class StepMetrics(BaseModel):
+    """The figures of a completed step as one flat row; a figure that the step did not measure is null."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "step": 1,
+                    "kind": "round",
+                    "attempt": 1,
+                    "completed_at": "2026-01-01T12:01:00Z",
+                    "target_ratio": 0.2,
+                    "planned_ratio": 0.2,
+                    "reached_ratio": 0.1998,
+                    "perplexity": 21.3,
+                    "loss": 3.0587,
+                    "parameters": 113_000_000,
+                    "seconds": 41.5,
+                }
+            ]
+        }
+    )
+
+    step: int = Field(description="Number of the step; 0 is the baseline.")
+    kind: StepKind
+    attempt: int = Field(description="The attempt that completed the step.")
+    completed_at: dt.datetime
+    target_ratio: float | None = Field(None, description="The ratio of the target that the step belongs to.")
+    planned_ratio: float | None = Field(None, description="The ratio that was planned for the end of the step.")
+    reached_ratio: float | None = Field(None, description="The ratio that whole units reach after the step.")
+    perplexity: float | None = Field(None, description="On the evaluation text; null also if it is infinite.")
+    loss: float | None = Field(None, description="Mean token loss on the evaluation text in nats: ln(perplexity).")
+    training_step: int | None = Field(None, description="Optimizer steps of the training so far.")
+    training_loss: float | None = Field(None, description="Mean token loss of the last optimizer step in nats.")
+    zero_shot_mean: float | None = Field(None, description="Mean score of the zero-shot tasks.")
+    parameters: int | None = None
+    prunable_parameters: int | None = None
+    weights_bytes: int | None = None
+    flops: int | None = Field(None, description="Of a prefill of 256 tokens.")
+    prefill_ms: float | None = None
+    decode_ms_per_token: float | None = None
+    tokens_per_second: float | None = Field(None, description="Decoded tokens of all sequences of the batch.")
+    energy_joules_per_token: float | None = None
+    peak_memory_bytes: int | None = Field(
+        None, description="While the latency is measured: the device's peak on CUDA, the process's peak on a CPU."
+    )
+    seconds: float | None = Field(None, description="Duration of the step, with measuring.")
+
+    @classmethod
+    def of_step(cls, number: int, attempt: int, completed_at: dt.datetime, data: Mapping[str, Any]) -> Self:
+        """Return the figures of a stored step; ``data`` is that of :meth:`secateur.contract.report.Step.as_dict`."""
+        ratio, training, latency = (data.get(part) or {} for part in ("ratio", "training", "latency"))
+        perplexity, losses = data.get("perplexity"), training.get("loss")
+        scores = [task["value"] for task in ((data.get("benchmarks") or {}).get("zero_shot") or {}).values()]
+        same = ("kind", "target_ratio", "parameters", "prunable_parameters", "weights_bytes", "flops", "seconds")
+        timed = (
+            "prefill_ms",
+            "decode_ms_per_token",
+            "tokens_per_second",
+            "energy_joules_per_token",
+            "peak_memory_bytes",
+        )
+        return cls(
+            step=number,
+            attempt=attempt,
+            completed_at=completed_at,
+            planned_ratio=ratio.get("target"),
+            reached_ratio=ratio.get("reached"),
+            perplexity=perplexity,
+            loss=math.log(perplexity) if perplexity else None,
+            training_step=training.get("step"),
+            training_loss=losses[-1] if losses else None,
+            zero_shot_mean=statistics.fmean(scores) if scores else None,
+            **{name: data[name] for name in same if name in data},
+            **{name: latency[name] for name in timed if name in latency},
+        )
+
+
+class MetricsList(BaseModel):
+    """The figures of the completed steps of a job, in order."""
+
+    items: list[StepMetrics]
 
 
 class Artifact(BaseModel):

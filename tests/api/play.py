@@ -30,7 +30,13 @@ def progress(session: Session, job_id: str, attempt: int, share: float) -> None:
 
 
 def finish_round(session: Session, job_id: str, attempt: int, number: int) -> None:
-    data = {"kind": "round", "ratio": 0.1 * number, "perplexity": 10.0 + number, "seconds": 2.0}
+    data = {
+        "kind": "round",
+        "target_ratio": 0.2,
+        "ratio": {"target": 0.1 * number, "reached": 0.1 * number},
+        "perplexity": 10.0 + number,
+        "seconds": 2.0,
+    }
     leases.record_step(session, uuid.UUID(job_id), attempt, number, data, {"step": number})
 
 

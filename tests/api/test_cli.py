@@ -58,6 +58,31 @@ def test_keys(url: str, settings: Settings) -> None:
     assert plain.stdout.startswith("sk-secateur-") and len(plain.stdout.split()) == 1
 
 
+def test_metrics_are_a_table(service: str, api: httpx2.Client, body: dict[str, Any], session: Session) -> None:
+    job_id = api.post("/v1/jobs", json=body).json()["id"]
+    attempt = play.start(session, job_id)
+    for number in (0, 1):
+        play.finish_round(session, job_id, attempt, number)
+    lines = run("metrics", job_id).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["step", "0", "1"] and len({len(line) for line in lines}) == 1
+    assert "11" in lines[2].split() and "-" in lines[2].split()
+    rows = [json.loads(line) for line in run("metrics", job_id, "--json").stdout.splitlines()]
+    assert rows == api.get(f"/v1/jobs/{job_id}/metrics").json()["items"]
+
+
+def test_a_job_is_derived(service: str, api: httpx2.Client, body: dict[str, Any], tmp_path: Path) -> None:
+    earlier = api.post("/v1/jobs", json=body | {"method": "flap", "seed": 7}).json()
+    recipe = tmp_path / "changes.yaml"
+    recipe.write_text("seed: null\nlabels: {run: '2'}\n")
+    arguments = ["submit", "--from", earlier["id"], "--recipe", str(recipe), "--ratio", "0.3"]
+    made = json.loads(run(*arguments, "--json").stdout)
+    asked = made["request"]
+    assert (made["derived_from"], asked["model_id"], asked["method"]) == (earlier["id"], body["model_id"], "flap")
+    assert (asked["target_ratio"], asked["seed"], asked["labels"]) == (0.3, 0, {"run": "2"})
+    absent = run("submit", "--from", str(JOB_ID))
+    assert absent.returncode == 2 and str(JOB_ID) in absent.stderr
+
+
 def test_migrate(empty_database_url: str) -> None:
     environment = {"SECATEUR_DATABASE_URL": empty_database_url}
     assert run("migrate", environment=environment).returncode == 0

@@ -115,6 +115,7 @@ def test_a_job_from_its_request_to_its_files(
     assert seen[-1][0] == "succeeded" and job.result == play.RESULT and job.refresh().state == "succeeded"
     assert job.report()["perplexity"] == play.REPORT["perplexity"] and job.report().ratio == 0.2
     assert [each.number for each in job.steps()] == [1]
+    assert [(each.step, each.perplexity) for each in job.metrics()] == [(1, 11.0)]
     assert [each.data["to"] for each in job.events() if each.type == "state"] == [
         "queued",
         "running",

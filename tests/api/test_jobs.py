@@ -1,7 +1,10 @@
 """Making, finding, steering and deleting jobs over HTTP."""
 
+import csv
 import hashlib
+import io
 import json
+import math
 import shutil
 import uuid
 from collections.abc import Callable
@@ -418,6 +421,27 @@ class TestResults:
     def test_rounds(self, api: httpx2.Client, done: str) -> None:
         rounds = api.get(f"{done}/steps").json()["items"]
         assert [(item["number"], item["data"]["perplexity"]) for item in rounds] == [(0, 10.0), (1, 11.0), (2, 12.0)]
+
+    def test_metrics(self, api: httpx2.Client, done: str) -> None:
+        answer = api.get(f"{done}/metrics")
+        rows = answer.json()["items"]
+        assert [(row["step"], row["kind"], row["attempt"], row["seconds"]) for row in rows] == [
+            (number, "round", 1, 2.0) for number in range(3)
+        ]
+        assert [(row["target_ratio"], row["reached_ratio"], row["perplexity"]) for row in rows] == [
+            (0.2, 0.1 * number, 10.0 + number) for number in range(3)
+        ]
+        assert rows[1]["loss"] == pytest.approx(math.log(11.0)) and rows[1]["peak_memory_bytes"] is None
+        for accepted in ("text/csv", "text/plain, text/csv;q=0.9"):
+            table = api.get(f"{done}/metrics", headers={"Accept": accepted})
+            assert table.headers["Content-Type"].startswith("text/csv") and table.headers["Vary"] == "Accept"
+            read = list(csv.DictReader(io.StringIO(table.text)))
+            assert [{name: cell or None for name, cell in row.items()} for row in read] == [
+                {name: None if value is None else str(value) for name, value in row.items()} for row in rows
+            ]
+        for accepted in ("*/*", "application/json", "text/csv, application/json"):
+            assert api.get(f"{done}/metrics", headers={"Accept": accepted}).json() == answer.json()
+        assert api.get(f"/v1/jobs/{uuid.UUID(int=0)}/metrics", headers={"Accept": "text/csv"}).status_code == 404
 
     def test_events_by_pages(self, api: httpx2.Client, done: str) -> None:
         first = api.get(f"{done}/events?page_size=4").json()

@@ -18,6 +18,7 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.auth.models import ApiKey
+from app.auth.service import Caller
 from app.config import Settings, get_settings
 from app.db.session import session_factory
 from app.fleet import repository as fleet
@@ -28,6 +29,7 @@ from app.jobs.models import Job
 from app.storage.service import tensors_folder
 from app.storage.store import open_store
 from secateur.catalog.request import JobRequest
+from secateur.contract.keys import USER
 from tests.api import play
 from tests.test_leases import _at_once
 from tests.workers.conftest import ROOT
@@ -111,13 +113,13 @@ def test_open_jobs_when_many_ask_at_once(
 ) -> None:
     settings = change(max_open_jobs=3)
     api.get("/v1/jobs")
-    owner = session.query(ApiKey).one().id
+    caller = Caller(session.query(ApiKey).one().id, USER)
     session.rollback()
     request = JobRequest.model_validate(body)
 
     def submit(session: Session) -> int:
         try:
-            asyncio.run(service.create(settings, owner, request, None))
+            asyncio.run(service.create(settings, caller, request, None))
         except Problem as problem:
             return problem.status
         return 202

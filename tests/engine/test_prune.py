@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from secateur.catalog.methods import METHODS, STATIC_METHODS
 from secateur.catalog.resolve import components
 from secateur.catalog.sources import locate
-from secateur.catalog.spec import Calibration, Evaluation, PruningSpec, Scoring
+from secateur.catalog.spec import Allocation, Calibration, Evaluation, PruningSpec, Scoring
 from secateur.contract.errors import PruningError
 from secateur.contract.report import Latency, Spread
 from secateur.engine.evaluation import latency, suite
@@ -339,6 +339,25 @@ def test_statistics_that_are_kept_are_not_taken_again(
         file.write_bytes(file.read_bytes()[:50])
     run(trained_folder, tmp_path / "damaged", asked, statistics_dir=folder)
     assert same_weights(tmp_path / "plain", tmp_path / "damaged")
+
+
+def test_another_method_takes_the_statistics_that_it_shares(
+    trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a job does that is derived from another with another method and ratio."""
+    folder = tmp_path / "statistics"
+    run(trained_folder, tmp_path / "first", spec(method="flap", rounds=1), statistics_dir=folder)
+    [kept] = folder.glob("*-forward_statistics.safetensors")
+
+    def taken(*args: Any) -> Any:
+        raise AssertionError("taken again")
+
+    monkeypatch.setattr(base, "forward_statistics", taken)
+    other = {"method": "magnitude", "rounds": 1, "target_ratio": 0.4, "allocation": Allocation(kind="cosine")}
+    run(trained_folder, tmp_path / "other", spec(**other), statistics_dir=folder)
+    assert [kept] == list(folder.glob("*-forward_statistics.safetensors"))
+    with pytest.raises(AssertionError, match="taken again"):  # for another seed nothing is known
+        run(trained_folder, tmp_path / "seeded", spec(**other, seed=9), statistics_dir=folder)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "random"])

@@ -14,9 +14,11 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from app.auth import service as auth
+from app.auth.service import Caller
 from app.config import Settings, get_settings
 from app.jobs import service
 from secateur.catalog.request import JobRequest
+from secateur.contract.keys import USER
 from tests import hub as fake
 from tests.engine.models import english, make_model, make_tokenizer, save
 from tests.workers.conftest import ROOT
@@ -65,7 +67,7 @@ def test_a_planted_token_is_nowhere_to_be_found(
                 "hub_token": TOKEN,
             }
         )
-        job = asyncio.run(service.create(get_settings(), owner.id, request, None))
+        job = asyncio.run(service.create(get_settings(), Caller(owner.id, USER), request, None))
         log = tmp_path / "worker.log"
         script = f"""if True:
             import time, uuid

@@ -39,8 +39,10 @@ from secateur.contract.jobs import (
     JobView,
     LogLineView,
     LogPage,
+    MetricsList,
     Progress,
     StepList,
+    StepMetrics,
     StepView,
 )
 from secateur.contract.keys import DayOfUsage, KeyList, KeyView, KeyWithSecret, Scope, UsageList
@@ -326,6 +328,15 @@ class AsyncJob:
         """Queue the job again, from its last completed step."""
         return await self._ask("retry")
 
+    async def derive(self, *, idempotency_key: str | None = None, **changes: Any) -> "AsyncJob":
+        """Create and return a job like this job, with changes to the request's fields.
+
+        ``None`` gives a field its default, mappings are merged field by field, and other values are replaced.
+        """
+        body = {"from": str(self.id), **changes}
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return AsyncJob(self._client, await self._client.request("POST", "/v1/jobs", json=body, headers=headers))
+
     async def _ask(self, what: str) -> Self:
         self._take(await self._client.request("POST", f"{self._path}/{what}"))
         return self
@@ -416,6 +427,10 @@ class AsyncJob:
     async def steps(self) -> list[StepView]:
         """Return the completed steps of the job."""
         return StepList.model_validate((await self._client.request("GET", f"{self._path}/steps")).json()).items
+
+    async def metrics(self) -> list[StepMetrics]:
+        """Return the figures of the completed steps of the job, one flat row for each step."""
+        return MetricsList.model_validate((await self._client.request("GET", f"{self._path}/metrics")).json()).items
 
     async def recipe(self) -> dict[str, Any]:
         """Return the fields of the job's request that differ from their defaults.
