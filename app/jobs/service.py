@@ -23,7 +23,8 @@ from app.fleet.repository import Offer
 from app.http import idempotency, logs
 from app.http.etags import etag, names
 from app.http.problem import Problem, invalid
-from app.jobs import admission, repositories, repository, routing, texts, tokens, transitions
+from app.jobs import admission, checkpoints, repositories, repository, routing, texts, tokens, transitions
+from app.jobs.checkpoints import Origin
 from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
 from app.jobs.naming import repo_ids
 from app.jobs.routing import Required
@@ -33,7 +34,7 @@ from app.jobs.transitions import TransitionRefused, Trigger
 from app.storage import repository as storage
 from app.storage.models import StoredFile
 from app.storage.service import job_folder
-from secateur.catalog.request import JobRequest
+from secateur.catalog.request import JobRequest, StepPublication
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.jobs import DryRun
 from secateur.contract.states import TERMINAL, State
@@ -72,17 +73,19 @@ async def dry_run(settings: Settings, owner_id: uuid.UUID, request: JobRequest) 
     return await admission.checked(plan, request, settings, owner_id)
 
 
-async def create(settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job:
+async def create(
+    settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None, origin: Origin | None = None
+) -> Job:
     """Create a job, or return the job that the same idempotency key created.
 
-    The request waits for the Hub without a database connection.
+    The request waits for the Hub without a database connection. With an ``origin``, the job begins with its steps.
 
     Raises:
         Problem: the service cannot serve the request, the API key has too many open jobs, or the idempotency key was
             used for another request or for a job that was deleted.
         PruningError: the model cannot be pruned as requested.
     """
-    intake = await run_in_threadpool(_begin, settings, owner_id, request, key)
+    intake = await run_in_threadpool(_begin, settings, owner_id, request, key, origin)
     if isinstance(intake, Job):
         return intake
 
@@ -98,7 +101,27 @@ async def create(settings: Settings, owner_id: uuid.UUID, request: JobRequest, k
         return admitted.model_copy(update={"revision": planned.revision or request.revision}), planned.memory_bytes
 
     admitted, estimate = await admission.checked(admit, request, settings, owner_id)
-    return await run_in_threadpool(_store, settings, owner_id, admitted, estimate, intake, key)
+    return await run_in_threadpool(_store, settings, owner_id, admitted, estimate, intake, key, origin)
+
+
+async def publish_step(
+    settings: Settings, caller: Caller, job_id: uuid.UUID, number: int, asked: StepPublication, key: str | None
+) -> Job:
+    """Create a job of the same API key that publishes a step of a job that has ended.
+
+    Raises:
+        Problem: 404 if the job does not exist or the caller does not see it, 409 if the job has not ended or the step
+            has no checkpoint; the errors of :func:`create`.
+        PruningError: the errors of :func:`create`.
+    """
+
+    def derive() -> tuple[uuid.UUID, JobRequest, Origin]:
+        with session_factory()() as session:
+            job = get(session, caller, job_id)
+            return (job.owner_id, *checkpoints.derive(session, job, number, asked))
+
+    owner_id, request, origin = await run_in_threadpool(derive)
+    return await create(settings, owner_id, request, key, origin)
 
 
 def _access_and_offers(
@@ -109,8 +132,11 @@ def _access_and_offers(
         return access, fleet.offers(session, settings.worker_silence)
 
 
-def _begin(settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None) -> Job | _Intake:
-    digest = idempotency.fingerprint(request.model_dump(mode="json", exclude={"hub_token"}))
+def _begin(
+    settings: Settings, owner_id: uuid.UUID, request: JobRequest, key: str | None, origin: Origin | None
+) -> Job | _Intake:
+    asked = request.model_dump(mode="json", exclude={"hub_token"})
+    digest = idempotency.fingerprint(asked if origin is None else {**asked, "resume_from": origin.link})
     if key is not None:
         with session_factory()() as session:
             if earlier := _replay(session, settings, owner_id, key, digest):
@@ -126,8 +152,11 @@ def _store(
     estimate: int | None,
     intake: _Intake,
     key: str | None,
+    origin: Origin | None,
 ) -> Job:
     shown, given = texts.set_apart(admitted.model_dump(mode="json", exclude={"hub_token"}))
+    if origin is not None:
+        shown["resume_from"] = origin.link
     required = admission.required(admitted, estimate)
     with session_factory()() as session:
         _check_room(session, settings, owner_id)
@@ -145,6 +174,8 @@ def _store(
             request_id=logs.request_id(),
         )
         repository.add(session, job)
+        if origin is not None and not repository.copy_steps(session, origin.job_id, origin.numbers, job.id):
+            raise checkpoints.not_kept(origin.job_id, origin.numbers[-1], [])
         ttl = settings.idempotency_ttl
         if key is not None and not idempotency.remember(session, owner_id, key, intake.digest, job.id, ttl):
             session.rollback()
@@ -177,8 +208,10 @@ def _check_room(session: Session, settings: Settings, owner_id: uuid.UUID) -> No
     if key is None or key.revoked_at is not None:
         raise Problem(401, ErrorCode.UNAUTHORIZED, "This API key was revoked.", headers={"WWW-Authenticate": "Bearer"})
     largest = settings.max_stored_bytes
-    if largest is not None and (stored := storage.bytes_of(session, owner_id)) >= largest:
-        detail = f"The artifacts of this API key's jobs have {stored:,} bytes; {largest:,} are allowed. Delete some of the jobs."
+    if largest is not None and (stored := checkpoints.bytes_of(session, owner_id)) >= largest:
+        detail = (
+            f"The files of this API key's jobs have {stored:,} bytes; {largest:,} are allowed. Delete some of the jobs."
+        )
         raise Problem(403, ErrorCode.STORAGE_QUOTA_EXCEEDED, detail)
     most = settings.max_open_jobs if key.max_open_jobs is None else key.max_open_jobs
     if most is not None and repository.open_count(session, owner_id) >= most:
@@ -388,6 +421,19 @@ def steps(session: Session, caller: Caller, job_id: uuid.UUID) -> Sequence[JobSt
         Problem: 404 if the job does not exist or the caller does not see it.
     """
     return repository.steps(session, get(session, caller, job_id).id)
+
+
+def own_run(session: Session, caller: Caller, job_id: uuid.UUID) -> Job:
+    """Return a job that the caller sees and that pruned its model itself.
+
+    Raises:
+        Problem: 404 if the job does not exist or the caller does not see it, 409 if it publishes a step of another job.
+    """
+    job = get(session, caller, job_id)
+    if (origin := job.request.get("resume_from")) is not None:
+        detail = f"Job {job_id} publishes step {origin['step']} of job {origin['job']}, whose recipe made the model."
+        raise Problem(409, ErrorCode.NO_RECIPE, detail)
+    return job
 
 
 def report(session: Session, caller: Caller, job_id: uuid.UUID) -> dict[str, Any]:
