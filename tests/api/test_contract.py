@@ -39,6 +39,7 @@ OPERATIONS = {
     "GET /v1/jobs/{job_id}/events": "Job.events",
     "GET /v1/jobs/{job_id}/events/stream": "Job.stream",
     "GET /v1/jobs/{job_id}/steps": "Job.steps",
+    "POST /v1/jobs/{job_id}/steps/{number}/publish": "Job.publish_step",
     "GET /v1/jobs/{job_id}/recipe": "Job.recipe",
     "GET /v1/jobs/{job_id}/report": "Job.reports",
     "GET /v1/jobs/{job_id}/artifacts": "Job.artifacts",
