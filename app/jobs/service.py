@@ -107,7 +107,7 @@ async def create(
 async def publish_step(
     settings: Settings, caller: Caller, job_id: uuid.UUID, number: int, asked: StepPublication, key: str | None
 ) -> Job:
-    """Create a job of the same API key that publishes a step of a job that has ended.
+    """Create a job of the job's API key that publishes a step of the job, which has ended.
 
     Raises:
         Problem: 404 if the job does not exist or the caller does not see it, 409 if the job has not ended or the step
@@ -118,7 +118,10 @@ async def publish_step(
     def derive() -> tuple[uuid.UUID, JobRequest, Origin]:
         with session_factory()() as session:
             job = get(session, caller, job_id)
-            return (job.owner_id, *checkpoints.derive(session, job, number, asked))
+            derived = checkpoints.derive(session, job, number, asked)
+            _record_admin(session, caller, job, "publish_step")
+            session.commit()
+            return (job.owner_id, *derived)
 
     owner_id, request, origin = await run_in_threadpool(derive)
     return await create(settings, owner_id, request, key, origin)

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy.orm import Session
 
 from app.jobs import leases
+from secateur.contract.keys import Scope
 from tests.api import play
 
 
@@ -51,6 +52,15 @@ def test_a_step_is_published_by_a_job_of_its_own(
     assert plain.status_code == 202 and plain.json()["id"] != job["id"]
     other = make_client("bob")
     assert other.post(path).status_code == 404 and other.get(made.headers["Location"]).status_code == 404
+
+
+def test_an_administrator_publishes_a_step_for_its_owner(
+    ended: str, api: httpx2.Client, make_client: Callable[..., httpx2.Client]
+) -> None:
+    made = make_client("root", scopes=[Scope.ADMIN]).post(f"/v1/jobs/{ended}/steps/2/publish")
+    assert made.status_code == 202 and api.get(made.headers["Location"]).status_code == 200
+    told = api.get(f"/v1/jobs/{ended}/events?page_size=100").json()["items"][-1]
+    assert (told["type"], told["data"]["action"]) == ("admin", "publish_step")
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 4], ids=["baseline", "nothing removed", "part of a training", "no step"])

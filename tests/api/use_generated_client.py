@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-not-found"
 """Use the generated client, which is on the path as ``generated``: ``use_generated_client.py URL KEY MODEL_ID``."""
 
 import sys
