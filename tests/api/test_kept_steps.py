@@ -19,7 +19,7 @@ def ended(api: httpx2.Client, body: dict[str, Any], session: Session) -> str:
     asked = {**body, "rounds": 3, "labels": {"team": "nlp"}, "keep_steps": True}
     job_id: str = api.post("/v1/jobs", json=asked).json()["id"]
     attempt = play.start(session, job_id)
-    steps = [
+    steps: list[dict[str, Any]] = [
         {"kind": "baseline"},
         *({"kind": "round", "target_ratio": 0.2, "ratio": {"target": ratio, "reached": ratio}} for ratio in (0.0, 0.2)),
         {"kind": "training", "target_ratio": 0.2},
