@@ -196,8 +196,9 @@ class Settings(LibrarySettings):
     """Time after a job's end at which its artifacts are deleted if they were published. Artifacts that were never
     published stay until the job is deleted."""
     max_stored_bytes: int | None = Field(None, ge=1)
-    """Largest number of bytes that the artifacts of one API key's jobs and the key's data sets may have together; a key
-    that has reached the number can create no more jobs, and upload nothing, until it deletes some."""
+    """Largest number of bytes that the artifacts and kept steps of one API key's jobs and the key's data sets may have
+    together; a key that has reached the number can create no more jobs and upload nothing until it deletes some, and its
+    jobs keep no more steps."""
     max_child_memory_bytes: int | None = Field(None, ge=1)
     """Largest amount of memory that the child process of a job and its own children use; ``None`` is the memory of the
     machine or of the container. Mapped files do not count."""

@@ -76,15 +76,15 @@ class JobProcess:
             reader.start()
         self._send(job)
 
-    def renew(self, deadline: float, pause: bool, recorded: bool = False) -> None:
+    def renew(self, deadline: float, pause: bool, recorded: bool = False, keep: bool = False) -> None:
         """Let the process live until ``deadline``, and tell it whether to stop at the end of the step.
 
         ``deadline`` is a time of ``time.monotonic()``. ``recorded`` says that the step or export that the process
-        reported last is recorded, and that the process may go on.
+        reported last is recorded, and that the process may go on; ``keep``, that the checkpoint of the step before stays.
         """
         if self._process.poll() is None:
             self.deadline = deadline
-        self._send({"deadline": deadline, "pause": pause, "recorded": recorded})
+        self._send({"deadline": deadline, "pause": pause, "recorded": recorded, "keep": keep})
 
     def receive(self, timeout: float) -> dict[str, Any] | None:
         """Return the next message, or ``None`` after ``timeout`` seconds.

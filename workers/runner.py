@@ -38,16 +38,23 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
         return {"job_id": job["job_id"], "repo_id": names and names[index]}
 
     store, uploads = open_store(settings), folder / "uploads"
-    tensors = Tensors(store, tensors_folder(job["job_id"]), folder)
+    origin = request.get("resume_from")
+    tensors = Tensors(store, tensors_folder(job["job_id"]), origin and tensors_folder(origin["job"]), folder)
+    newest: set[str] = set()
+    kept: set[str] = set()
 
     def on_event(event: Event) -> None:
+        nonlocal newest
         if not isinstance(event, StepEvent):
             supervisor.tell(event.as_dict())
             return
         needed = {reference.file for reference in RunState.load(event.state).references()}
-        tensors.store(needed)
-        supervisor.tell({**event.as_dict(), "state": event.state})
-        tensors.delete_all_but(needed)
+        size = tensors.store(needed)
+        supervisor.tell({**event.as_dict(), "state": event.state, "stored_bytes": size})
+        if supervisor.keeps_before:
+            kept.update(newest)
+        newest = needed
+        tensors.delete_all_but(kept | newest)
 
     for dataset in job["datasets"]:
         fetch_dataset(store, dataset, uploads)
@@ -66,13 +73,23 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
     )
     resume = job["state"]
     if resume is not None:
+        state = RunState.load(resume)
+        if origin is not None:
+            state = state.ending_here(spec)
+            resume = state.as_dict()
         try:
-            for reference in RunState.load(resume).references():
+            for reference in state.references():
                 tensors.fetch(reference.file, reference.sha256)
+                newest.add(reference.file)
         except (ObjectMissing, ObjectDamaged):
             message = "The tensors of the last checkpoint are missing or damaged in the storage; the job begins anew."
             supervisor.tell({"type": "warning", "message": message})
-            resume = None
+            resume, newest = None, set()
+    if origin is not None and resume is None:
+        message = (
+            f"The checkpoint of step {origin['step']} of job {origin['job']} is missing or damaged in the storage."
+        )
+        raise PruningError(ErrorCode.CHECKPOINT_DAMAGED, message)
     try:
         reports = prune_to_folder(
             NamedModel(request["model_id"], request.get("revision"), request.get("gguf_file")),
@@ -108,18 +125,23 @@ def fetch_dataset(store: Store, dataset: Mapping[str, str], folder: Path) -> Non
 
 
 class Tensors:
-    """The tensors of a job's checkpoints: files in ``folder``, and objects in the folder ``prefix`` of the store."""
+    """The tensors of a job's checkpoints: files in ``folder``, and objects in the folder ``prefix`` of the store.
 
-    def __init__(self, store: Store, prefix: str, folder: Path) -> None:
-        self._store, self._prefix, self._folder = store, prefix, folder
+    A job that publishes a step of another job finds the step's tensors in that job's folder ``origin`` of the store.
+    """
+
+    def __init__(self, store: Store, prefix: str, origin: str | None, folder: Path) -> None:
+        self._store, self._prefix, self._origin, self._folder = store, prefix, origin, folder
         self._stored: set[str] = set()
 
-    def store(self, names: Iterable[str]) -> None:
-        """Store the files that this attempt has neither stored nor fetched yet."""
+    def store(self, names: Iterable[str]) -> int:
+        """Store the files that this attempt has neither stored nor fetched yet, and return their size in bytes."""
+        size = 0
         for name in names:
             if name not in self._stored:
-                self._store.put_file(self._folder / name, self._prefix + name)
+                size += self._store.put_file(self._folder / name, self._prefix + name).size
                 self._stored.add(name)
+        return size
 
     def fetch(self, name: str, sha256: str) -> None:
         """Write the object of a file to the folder.
@@ -127,8 +149,14 @@ class Tensors:
         Raises:
             ObjectMissing, ObjectDamaged: the store does not have the content that was stored.
         """
-        self._store.get_file(self._prefix + name, self._folder / name, sha256)
-        self._stored.add(name)
+        try:
+            self._store.get_file(self._prefix + name, self._folder / name, sha256)
+        except ObjectMissing:
+            if self._origin is None:
+                raise
+            self._store.get_file(self._origin + name, self._folder / name, sha256)
+        else:
+            self._stored.add(name)
 
     def delete_all_but(self, names: set[str]) -> None:
         """Delete the objects that no checkpoint needs any more."""

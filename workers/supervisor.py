@@ -292,7 +292,8 @@ class Attempt:
                     event = {"type": "warning", "data": message}
                     self._heed(child, self._write(leases.report_progress, self.progress, event))
                 case "step":
-                    self._heed(child, self._write(leases.record_step, **message), recorded=True)
+                    beat = self._write(leases.record_step, **message, quota=self.settings.max_stored_bytes)
+                    self._heed(child, beat, recorded=True)
                 case "exported":
                     self._heed(child, self._start_publishing(**message), recorded=True)
                 case "paused":
@@ -320,7 +321,7 @@ class Attempt:
         """Do what was requested of the job, and pass the end of the lease on to the child."""
         if beat.cancel:
             raise Cancelled
-        child.renew(self.deadline, beat.pause, recorded)
+        child.renew(self.deadline, beat.pause, recorded, beat.keep)
 
     def _deadline(self, sent: float) -> float:
         """Return the deadline for a lease taken by a query that was sent at ``sent``.

@@ -39,6 +39,8 @@ class SupervisorLink:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         self._lock = threading.Lock()
         self._pause = False
+        self.keeps_before = False
+        """Whether the checkpoint of the step before the recorded one stays."""
         self._recorded = threading.Semaphore(0)
         self.job: dict[str, Any] = json.loads(self._in.readline())
         threading.Thread(target=self._obey, daemon=True).start()
@@ -63,6 +65,7 @@ class SupervisorLink:
             renewal = json.loads(line)
             self._pause = renewal["pause"]
             if renewal["recorded"]:
+                self.keeps_before = renewal["keep"]
                 self._recorded.release()
             # The timer ends at a clock time: a renewal that lay in the pipe while the process was stopped is not fresh.
             signal.setitimer(signal.ITIMER_REAL, max(0.001, renewal["deadline"] - time.monotonic()))

@@ -4,6 +4,7 @@ import re
 from typing import Annotated
 
 from fastapi import Depends, Header
+from pydantic import WithJsonSchema
 
 LONGEST = 60
 _WAIT = re.compile(r'(?:^|[,;])\s*wait\s*=\s*"?(\d{1,9})"?\s*(?=$|[,;])', re.IGNORECASE)
@@ -11,7 +12,11 @@ _WAIT = re.compile(r'(?:^|[,;])\s*wait\s*=\s*"?(\d{1,9})"?\s*(?=$|[,;])', re.IGN
 
 async def wait_seconds(
     prefer: Annotated[
-        list[str] | None, Header(description="`wait=n`, 1 to 60: hold the answer for up to n seconds.")
+        list[str] | None,
+        WithJsonSchema(
+            {"type": "string"}
+        ),  # repeated fields of a header are one list with commas (RFC 9110, section 5.3)
+        Header(description="`wait=n`, 1 to 60: hold the answer for up to n seconds."),
     ] = None,
 ) -> int | None:
     """Return the requested wait, clamped to 1–60 s, or ``None``; unreadable preferences are ignored (RFC 7240)."""

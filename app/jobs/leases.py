@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, undefer
 
 from app.config import Settings
 from app.fleet import repository as fleet
-from app.jobs import fair_queue, repositories, repository, texts, transitions, usage
+from app.jobs import checkpoints, fair_queue, repositories, repository, texts, transitions, usage
 from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
 from app.jobs.naming import published_repo_ids
 from app.jobs.transitions import LIVE, Trigger
@@ -82,6 +82,8 @@ class Beat:
 
     cancel: bool
     pause: bool
+    keep: bool = False
+    """After the report of a step: whether the checkpoint of the step before stays."""
 
 
 def _in(seconds: float) -> Any:
@@ -167,9 +169,9 @@ def renew(session: Session, job_id: uuid.UUID, attempt: int, ttl: float, lines: 
     return _commit(session, job)
 
 
-def _commit(session: Session, job: Job) -> Beat:
+def _commit(session: Session, job: Job, keep: bool = False) -> Beat:
     pause = job.pause_requested or fleet.must_release(session, job.worker)
-    beat = Beat(cancel=job.state == State.CANCELLING, pause=pause)
+    beat = Beat(cancel=job.state == State.CANCELLING, pause=pause, keep=keep)
     session.commit()
     return beat
 
@@ -193,13 +195,21 @@ def report_progress(
 
 
 def record_step(
-    session: Session, job_id: uuid.UUID, attempt: int, number: int, data: dict[str, Any], state: dict[str, Any]
+    session: Session,
+    job_id: uuid.UUID,
+    attempt: int,
+    number: int,
+    data: dict[str, Any],
+    state: dict[str, Any],
+    stored_bytes: int = 0,
+    quota: int | None = None,
 ) -> Beat:
     """Record that a step is complete, with the state from which a later attempt resumes. This write is fenced.
 
     A completed step (except step 0) resets the counts of failures and of lost workers, because ``max_failures`` and
     ``max_losses`` limit attempts that make no progress. Recording the same step twice, because the first answer was
-    lost, changes nothing. The states of other steps are removed.
+    lost, changes nothing. The states of other steps are removed, except those that the job keeps: the step before stays
+    while the files of the job's API key have at most ``quota`` bytes. ``stored_bytes`` is what the step added to the store.
 
     Raises:
         LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
@@ -208,19 +218,22 @@ def record_step(
     packed = zlib.compress(json.dumps(state).encode())
     known = session.get(JobStep, (job_id, number), options=[undefer(JobStep.state)])
     if known is not None and (known.attempt, known.state) == (attempt, packed):
-        return _commit(session, job)
-    row = {"attempt": attempt, "data": data, "state": packed}
+        return _commit(session, job, number - 1 in repository.kept_steps(session, job_id))
+    keeps = bool(job.request.get("keep_steps"))
+    row = {"attempt": attempt, "data": data, "state": packed, "kept_bytes": stored_bytes + len(packed) if keeps else 0}
     session.execute(
         insert(JobStep)
         .values(job_id=job_id, number=number, **row)
         .on_conflict_do_update(index_elements=["job_id", "number"], set_=row)
     )
-    session.execute(update(JobStep).where(JobStep.job_id == job_id, JobStep.number != number).values(state=None))
+    kept = checkpoints.keep(session, job, number, quota) if keeps else set()
+    others = update(JobStep).where(JobStep.job_id == job_id, JobStep.number.not_in({*kept, number}))
+    session.execute(others.values(state=None))
     job.version += 1
     if number:
         job.failures = job.losses = 0
     transitions.record_event(session, job, "step", {"number": number, **data})
-    return _commit(session, job)
+    return _commit(session, job, number - 1 in kept)
 
 
 def newest_state(session: Session, job_id: uuid.UUID, attempt: int) -> dict[str, Any] | None:
@@ -253,7 +266,7 @@ def record_export(
     """
     job = owned(session, job_id, attempt)
     if job.state != State.PUBLISHING:
-        repositories.claim(session, job.owner_id, job.id, published_repo_ids(job.request))
+        repositories.claim(session, job.owner_id, job.id, published_repo_ids(texts.whole_request(job)))
         if job.exported_at is None:
             storage.record(session, job.owner_id, job_id, files)
             usage.count(session, job.owner_id, bytes_stored=sum(file["size"] for file in files))
@@ -283,6 +296,8 @@ def succeed(
 ) -> State:
     """Record that the job has succeeded, and request the deletion of what it stored on the way. This write is fenced.
 
+    The checkpoints of a job that keeps its steps stay.
+
     Raises:
         LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
     """
@@ -290,8 +305,10 @@ def succeed(
     kept = {file.key for file in storage.files(session, job_id)}
     folders = [artifacts_folder(job_id, number) for number in range(1, attempt + 1)]
     unused = [folder for folder in folders if not any(key.startswith(folder) for key in kept)]
-    storage.request_deletion(session, [tensors_folder(job_id), *unused])
-    session.execute(update(JobStep).where(JobStep.job_id == job_id).values(state=None))
+    if not job.request.get("keep_steps"):
+        unused.append(tensors_folder(job_id))
+        repository.forget_states(session, [job_id])
+    storage.request_deletion(session, unused)
     state = State(job.state)
     session.commit()
     return state

@@ -162,5 +162,8 @@ class JobStep(Base):
     attempt: Mapped[int]
     data: Mapped[dict[str, Any]]
     state: Mapped[bytes | None] = mapped_column(deferred=True)
-    """The state of the run after the step, as JSON that zlib compressed; only the newest step needs one."""
+    """The state of the run after the step, as JSON that zlib compressed; only the newest step of a job that has
+    not ended, and the steps that are kept for publishing, have one."""
+    kept_bytes: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    """Bytes that the step added to the store for a job that keeps its steps; they count while ``state`` is set."""
     created_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())

@@ -5,7 +5,24 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Boolean, Float, Row, bindparam, cast, false, func, not_, or_, select, tuple_, update
+from sqlalchemy import (
+    Boolean,
+    Float,
+    Row,
+    bindparam,
+    case,
+    cast,
+    false,
+    func,
+    insert,
+    literal,
+    not_,
+    null,
+    or_,
+    select,
+    tuple_,
+    update,
+)  # fmt: skip
 from sqlalchemy import delete as delete_from
 from sqlalchemy.orm import Session, defer
 
@@ -113,6 +130,31 @@ def with_expired_files(session: Session, limit: int) -> Sequence[Job]:
 def forget_states(session: Session, job_ids: Sequence[uuid.UUID]) -> None:
     """Remove the states from which the jobs resume; the caller commits."""
     session.execute(update(JobStep).where(JobStep.job_id.in_(job_ids)).values(state=None))
+
+
+def kept_steps(session: Session, job_id: uuid.UUID) -> set[int]:
+    """Return the numbers of the job's steps that have a state."""
+    return set(session.scalars(select(JobStep.number).where(JobStep.job_id == job_id, JobStep.state.is_not(None))))
+
+
+def kept_bytes(session: Session, owner_id: uuid.UUID) -> int:
+    """Return the number of bytes of the checkpoints of all jobs of an API key that keep their steps."""
+    total = func.coalesce(func.sum(JobStep.kept_bytes), 0)
+    query = select(total).join(Job, Job.id == JobStep.job_id)
+    return int(session.scalar(query.where(Job.owner_id == owner_id, JobStep.state.is_not(None))) or 0)
+
+
+def copy_steps(session: Session, source: uuid.UUID, numbers: Sequence[int], target: uuid.UUID) -> bool:
+    """Copy steps of a job to another job, the last of ``numbers`` with its state; the caller commits.
+
+    Return whether that state is there.
+    """
+    state = case((JobStep.number == numbers[-1], JobStep.state), else_=null())
+    copied = (JobStep.number, JobStep.attempt, JobStep.data, JobStep.created_at)
+    found = select(literal(target), *copied, state).where(JobStep.job_id == source, JobStep.number.in_(numbers))
+    names = ["job_id", *(column.key for column in copied), "state"]
+    session.execute(insert(JobStep).from_select(names, found))
+    return numbers[-1] in kept_steps(session, target)
 
 
 def newest(

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
-from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, BackgroundTasks, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse, StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -46,7 +46,7 @@ from app.jobs.texts import whole_request
 from app.jobs.transitions import Trigger
 from app.storage.store import ObjectMissing, open_store
 from secateur.catalog.recipe import Recipe
-from secateur.catalog.request import DerivedRequest, JobRequest, LabelChange, LabelName, LabelValue
+from secateur.catalog.request import DerivedRequest, JobRequest, LabelChange, LabelName, LabelValue, StepPublication
 from secateur.contract.errors import ErrorCode
 from secateur.contract.jobs import (
     Artifact,
@@ -454,13 +454,40 @@ def _accepted(request: Request) -> list[str]:
     return [] if "application/json" in types else types
 
 
-@router.get("/{job_id}/recipe", response_model=dict[str, Any], responses=documented(404))
+@router.post(
+    "/{job_id}/steps/{number}/publish",
+    status_code=202,
+    response_model=JobView,
+    responses=documented(400, 404, 409, 410, 413),
+)
+async def publish_step(
+    job_id: uuid.UUID,
+    number: Annotated[int, Path(ge=0, lt=2**31, description="The step, as the list of steps numbers it.")],
+    response: Response,
+    background: BackgroundTasks,
+    owner: Owner,
+    settings: SettingsDep,
+    body: StepPublication = StepPublication(),
+    idempotency_key: IdempotencyKey = None,
+) -> Any:
+    """Create a job that publishes the model of a completed step of this job, which has ended.
+
+    The new job loads the source model, applies the step's checkpoint, measures, exports and checks the model, and
+    publishes it; nothing is scored again. The request of the new job names this job in `resume_from`.
+    """
+    job = await service.publish_step(settings, owner, job_id, number, body, idempotency_key)
+    background.add_task(dispatch.wake_worker)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return await run_in_threadpool(_view, job, owner, response)
+
+
+@router.get("/{job_id}/recipe", response_model=dict[str, Any], responses=documented(404, 409))
 def recipe(job_id: uuid.UUID, owner: Owner, session: SessionDep) -> dict[str, Any]:
     """Return the fields of the job's request that differ from their defaults, including texts.
 
     A job created with these fields produces the same model.
     """
-    return dict(Recipe.of_request(whole_request(service.get(session, owner, job_id))).fields)
+    return dict(Recipe.of_request(whole_request(service.own_run(session, owner, job_id))).fields)
 
 
 class ReportRoute(JobRoute):

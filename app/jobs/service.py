@@ -24,7 +24,8 @@ from app.fleet.repository import Offer
 from app.http import idempotency, logs
 from app.http.etags import etag, names
 from app.http.problem import Problem, invalid
-from app.jobs import admission, repositories, repository, routing, texts, tokens, transitions
+from app.jobs import admission, checkpoints, repositories, repository, routing, texts, tokens, transitions
+from app.jobs.checkpoints import Origin
 from app.jobs.derivation import derive
 from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
 from app.jobs.naming import repo_ids
@@ -35,9 +36,10 @@ from app.jobs.transitions import TransitionRefused, Trigger
 from app.storage import repository as storage
 from app.storage.models import StoredFile
 from app.storage.service import job_folder
-from secateur.catalog.request import DerivedRequest, JobRequest
+from secateur.catalog.request import DerivedRequest, JobRequest, StepPublication
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.jobs import DryRun
+from secateur.contract.keys import USER
 from secateur.contract.states import TERMINAL, State
 
 log = logging.getLogger(__name__)
@@ -75,10 +77,16 @@ async def dry_run(settings: Settings, caller: Caller, body: JobRequest | Derived
     return await admission.checked(plan, request, settings, caller.id)
 
 
-async def create(settings: Settings, caller: Caller, body: JobRequest | DerivedRequest, key: str | None) -> Job:
+async def create(
+    settings: Settings,
+    caller: Caller,
+    body: JobRequest | DerivedRequest,
+    key: str | None,
+    origin: Origin | None = None,
+) -> Job:
     """Create a job, or return the job that the same idempotency key created.
 
-    The request waits for the Hub without a database connection.
+    The request waits for the Hub without a database connection. With an ``origin``, the job begins with its steps.
 
     Raises:
         Problem: the service cannot serve the request, the caller does not see the job that the request names, the API
@@ -87,7 +95,7 @@ async def create(settings: Settings, caller: Caller, body: JobRequest | DerivedR
         PruningError: the model cannot be pruned as requested.
     """
     owner_id = caller.id
-    intake = await run_in_threadpool(_begin, settings, caller, body, key)
+    intake = await run_in_threadpool(_begin, settings, caller, body, key, origin)
     if isinstance(intake, Job):
         return intake
     request, derived_from = intake.request, None if isinstance(body, JobRequest) else body.from_job
@@ -104,7 +112,30 @@ async def create(settings: Settings, caller: Caller, body: JobRequest | DerivedR
         return admitted.model_copy(update={"revision": planned.revision or request.revision}), planned.memory_bytes
 
     admitted, estimate = await admission.checked(admit, request, settings, owner_id)
-    return await run_in_threadpool(_store, settings, owner_id, admitted, derived_from, estimate, intake, key)
+    return await run_in_threadpool(_store, settings, owner_id, admitted, derived_from, estimate, intake, key, origin)
+
+
+async def publish_step(
+    settings: Settings, caller: Caller, job_id: uuid.UUID, number: int, asked: StepPublication, key: str | None
+) -> Job:
+    """Create a job of the job's API key that publishes a step of the job, which has ended.
+
+    Raises:
+        Problem: 404 if the job does not exist or the caller does not see it, 409 if the job has not ended or the step
+            has no checkpoint; the errors of :func:`create`.
+        PruningError: the errors of :func:`create`.
+    """
+
+    def find() -> tuple[uuid.UUID, JobRequest, Origin]:
+        with session_factory()() as session:
+            job = get(session, caller, job_id)
+            derived = checkpoints.derive(session, job, number, asked)
+            _record_admin(session, caller, job, "publish_step")
+            session.commit()
+            return (job.owner_id, *derived)
+
+    owner_id, request, origin = await run_in_threadpool(find)
+    return await create(settings, Caller(owner_id, USER), request, key, origin)
 
 
 def _look_up(
@@ -120,12 +151,14 @@ def _look_up(
         return request, access, fleet.offers(session, settings.worker_silence)
 
 
-def _begin(settings: Settings, caller: Caller, body: JobRequest | DerivedRequest, key: str | None) -> Job | _Intake:
+def _begin(
+    settings: Settings, caller: Caller, body: JobRequest | DerivedRequest, key: str | None, origin: Origin | None
+) -> Job | _Intake:
     if isinstance(body, DerivedRequest):
         asked = {"from": str(body.from_job), **body.changes}
     else:
         asked = body.model_dump(mode="json", exclude={"hub_token"})
-    digest = idempotency.fingerprint(asked)
+    digest = idempotency.fingerprint(asked if origin is None else {**asked, "resume_from": origin.link})
     if key is not None:
         with session_factory()() as session:
             if earlier := _replay(session, settings, caller.id, key, digest):
@@ -143,8 +176,11 @@ def _store(
     estimate: int | None,
     intake: _Intake,
     key: str | None,
+    origin: Origin | None,
 ) -> Job:
     shown, given = texts.set_apart(admitted.model_dump(mode="json", exclude={"hub_token"}))
+    if origin is not None:
+        shown["resume_from"] = origin.link
     required = admission.required(admitted, estimate)
     with session_factory()() as session:
         _check_room(session, settings, owner_id)
@@ -164,6 +200,8 @@ def _store(
             request_id=logs.request_id(),
         )
         repository.add(session, job)
+        if origin is not None and not repository.copy_steps(session, origin.job_id, origin.numbers, job.id):
+            raise checkpoints.not_kept(origin.job_id, origin.numbers[-1], [])
         ttl = settings.idempotency_ttl
         if key is not None and not idempotency.remember(session, owner_id, key, intake.digest, job.id, ttl):
             session.rollback()
@@ -200,8 +238,8 @@ def _check_room(session: Session, settings: Settings, owner_id: uuid.UUID) -> No
     if key is None or key.revoked_at is not None:
         raise Problem(401, ErrorCode.UNAUTHORIZED, "This API key was revoked.", headers={"WWW-Authenticate": "Bearer"})
     largest = settings.max_stored_bytes
-    if largest is not None and (stored := storage.bytes_of(session, owner_id)) >= largest:
-        detail = f"The artifacts and data sets of this API key have {stored:,} bytes; {largest:,} are allowed. Delete jobs or data sets."
+    if largest is not None and (stored := checkpoints.bytes_of(session, owner_id)) >= largest:
+        detail = f"The files of this API key have {stored:,} bytes; {largest:,} are allowed. Delete jobs or data sets."
         raise Problem(403, ErrorCode.STORAGE_QUOTA_EXCEEDED, detail)
     most = settings.max_open_jobs if key.max_open_jobs is None else key.max_open_jobs
     if most is not None and repository.open_count(session, owner_id) >= most:
@@ -411,6 +449,19 @@ def steps(session: Session, caller: Caller, job_id: uuid.UUID) -> Sequence[JobSt
         Problem: 404 if the job does not exist or the caller does not see it.
     """
     return repository.steps(session, get(session, caller, job_id).id)
+
+
+def own_run(session: Session, caller: Caller, job_id: uuid.UUID) -> Job:
+    """Return a job that the caller sees and that pruned its model itself.
+
+    Raises:
+        Problem: 404 if the job does not exist or the caller does not see it, 409 if it publishes a step of another job.
+    """
+    job = get(session, caller, job_id)
+    if (origin := job.request.get("resume_from")) is not None:
+        detail = f"Job {job_id} publishes step {origin['step']} of job {origin['job']}, whose recipe made the model."
+        raise Problem(409, ErrorCode.NO_RECIPE, detail)
+    return job
 
 
 def report(session: Session, caller: Caller, job_id: uuid.UUID) -> dict[str, Any]:

@@ -6,8 +6,19 @@ from typing import Annotated, Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from pydantic import AfterValidator, AnyHttpUrl, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
+from pydantic import (
+    AfterValidator,
+    AnyHttpUrl,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationInfo,
+    field_validator,
+)
 
+from secateur.catalog.methods import METHODS
 from secateur.catalog.sources import LOCAL_NAME, LOCAL_PREFIX
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.keys import HubTokenText
@@ -203,6 +214,19 @@ class JobRequest(ModelRef, PruningSpec):
     max_runtime_seconds: float | None = Field(
         None, gt=0, le=LONGEST_RUN, description="Fail the job after this long in one run; unset: no limit."
     )
+    keep_steps: bool = Field(
+        False,
+        description="Keep the checkpoint of every completed step, while the API key may store as much, so that "
+        "`POST /v1/jobs/{job_id}/steps/{number}/publish` can publish the step after the job has ended.",
+    )
+
+    @field_validator("keep_steps")
+    @classmethod
+    def _has_steps(cls, keep_steps: bool, info: ValidationInfo) -> bool:
+        method = info.data.get("method")
+        if keep_steps and method is not None and METHODS[method].dynamic:
+            raise ValueError(f"'{method}' has one step only, which is the job's result; allowed: false")
+        return keep_steps
 
 
 class DerivedRequest(BaseModel):
@@ -241,3 +265,12 @@ class DerivedRequest(BaseModel):
     def changes(self) -> Mapping[str, Any]:
         """The changes to the earlier job's request, as they were sent."""
         return self.model_extra or {}
+
+
+class StepPublication(_Request):
+    """The request to make a job that publishes a completed step of another job."""
+
+    publish: Publish | None = Field(None, description="As in the request of a job.")
+    hub_token: HubTokenText | None = Field(
+        None, min_length=1, max_length=512, description="As in the request of a job; the other job's token is not used."
+    )

@@ -2,7 +2,16 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from secateur.catalog.gguf import GgufKind
 from secateur.catalog.methods import (
@@ -27,6 +36,11 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Layout = Literal["per-layer", "uniform", "padded"]
 Format = Literal["safetensors", "gguf"]
+LatencyProtocol = Annotated[
+    Literal[True, False, "slimllm"],
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "string", "const": "slimllm"}]}),
+]
+"""Whether and how latency is measured. Generators of clients read no enumeration of values of several types."""
 
 ZERO_SHOT = {
     "boolq": "super_glue/boolq/default.yaml",
@@ -98,7 +112,7 @@ class Evaluation(TextSource):
     the model.
     """
 
-    latency: Literal[True, False, "slimllm"] = Field(
+    latency: LatencyProtocol = Field(
         True,
         description="Measure prefill and decode time and peak memory, before and after; `slimllm`: as the SlimLLM paper's table 3 does, decoding 256 tokens at batch 8, in 20 repeats.",
     )

@@ -100,6 +100,8 @@ class ErrorCode(StrEnum):
     RANGE_NOT_SATISFIABLE = "range_not_satisfiable", "The file has no such range.", "See the 'Content-Range' header for the file's size."
     WRONG_STATE = "wrong_state", "The job's state does not allow the operation.", "See 'state'."
     DATASET_IN_USE = "dataset_in_use", "A job that has not ended names the data set.", "Wait until the jobs that the message names have ended, or cancel them."
+    STEP_NOT_KEPT = "step_not_kept", "The step of the job has no checkpoint that could be published.", "Choose one of the steps that the message names; submit jobs with 'keep_steps'."
+    NO_RECIPE = "no_recipe", "The job publishes a step of another job, so no request produces its model again by itself.", "Read the recipe of the job that its request names in 'resume_from'."
     NO_REPORT = "no_report", "The job has not succeeded, so it has no report.", "Wait until the job has succeeded."
     JOB_CHANGED = "job_changed", "The job is not the one that 'If-Match' names.", "Read the job again, and send its new 'ETag'."
     JOB_DELETED = "job_deleted", "The job that this Idempotency-Key created was deleted.", "Use a new Idempotency-Key."

@@ -40,6 +40,7 @@ OPERATIONS = {
     "GET /v1/jobs/{job_id}/events/stream": "Job.stream",
     "GET /v1/jobs/{job_id}/steps": "Job.steps",
     "GET /v1/jobs/{job_id}/metrics": "Job.metrics",
+    "POST /v1/jobs/{job_id}/steps/{number}/publish": "Job.publish_step",
     "GET /v1/jobs/{job_id}/recipe": "Job.recipe",
     "GET /v1/jobs/{job_id}/report": "Job.reports",
     "GET /v1/jobs/{job_id}/artifacts": "Job.artifacts",

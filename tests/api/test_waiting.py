@@ -89,6 +89,11 @@ def test_get_waits_for_a_change(api: httpx2.Client, job_id: str, session: Sessio
     assert response.headers["Preference-Applied"] == "wait=20"
 
 
+def test_repeated_headers_are_one_list_of_preferences(api: httpx2.Client, body: dict[str, Any]) -> None:
+    headers = [("Prefer", "respond-async"), ("Prefer", "wait=1")]
+    assert api.post("/v1/jobs", json=body, headers=headers).headers["Preference-Applied"] == "wait=1"
+
+
 def test_get_without_a_tag_waits_for_the_next_change(
     api: httpx2.Client, job_id: str, session: Session, later: Callable[..., None]
 ) -> None:

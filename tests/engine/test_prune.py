@@ -25,6 +25,7 @@ from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.loading import load
 from secateur.engine.run import progress, static
 from secateur.engine.run import run as running
+from secateur.engine.run.state import RunState
 from secateur.engine.run.workspace import Paused
 from secateur.engine.scoring import base, llm_pruner, piem
 from tests.engine.models import english, make_tokenizer, save
@@ -119,6 +120,54 @@ def test_resume_goes_on_as_if_nothing_had_happened(trained_folder: Path, tmp_pat
         assert all(data["seconds"] > 0 for data in report["steps"])
         weights, expected = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "straight"))
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("recovery", [{}, {"layerwise": {"kind": "least-squares"}}], ids=["plain", "recovered"])
+def test_a_middle_step_of_a_run_is_a_run_of_its_own(
+    recovery: dict[str, Any], trained_folder: Path, tmp_path: Path
+) -> None:
+    """It has the widths and the perplexity that the step had, scores nothing again, and measures what the step did not."""
+    scratch, kept = tmp_path / "scratch", tmp_path / "kept"
+    scratch.mkdir()
+    kept.mkdir()
+    events: list[dict[str, Any]] = []
+
+    def on_event(event: dict[str, Any]) -> None:
+        events.append(event)
+        for path in scratch.glob("step-*"):
+            shutil.copy(path, kept)
+
+    asked = spec(rounds=3, target_ratio=[0.2, 0.4], recovery=recovery)
+    run(trained_folder, tmp_path / "whole", asked, scratch=scratch, on_event=on_event)
+    of_round = {event["number"]: event for event in events if event["type"] == "step"}
+    assert set(of_round) == set(range(7))
+    for number, rounds in ((1, 1), (5, 2)):
+        step = of_round[number]["data"]
+        ending = spec(rounds=rounds, target_ratio=step["ratio"]["reached"], recovery=recovery)
+        state = RunState.load(of_round[number]["state"]).ending_here(ending).as_dict()
+        again: list[dict[str, Any]] = []
+        out = tmp_path / f"step-{number}"
+        own = shutil.copytree(kept, tmp_path / f"scratch-{number}")
+        report = run(trained_folder, out, ending, scratch=own, resume=state, on_event=again.append).report
+        assert {event["stage"] for event in again if event["type"] == "progress"}.isdisjoint({"scoring", "training"})
+        assert report["widths"]["after"] == step["widths"]
+        assert report["perplexity"]["after"] == pytest.approx(step["perplexity"], rel=1e-6)
+        assert report["ratio"]["reached"] == pytest.approx(step["ratio"]["reached"]) and report["rounds"] == rounds
+        assert [each["number"] for each in report["steps"]] == list(range(number - rounds + 1, number + 1))
+        last = [event["state"] for event in again if event["type"] == "step"][-1]
+        assert RunState.load(last).ending_here(ending).as_dict() == last, "a later attempt resumes from its own state"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rounds": 2}, {"seed": 1}, {"method": "magnitude"}, {"recovery": {"training": {"kind": "lora"}}}]
+)
+def test_a_step_is_of_no_other_request(changes: dict[str, Any], trained_folder: Path, tmp_path: Path) -> None:
+    states: list[dict[str, Any]] = []
+    run(trained_folder, tmp_path / "out", spec(rounds=2), on_event=states.append)
+    state = next(event["state"] for event in states if event.get("number") == 1)
+    with pytest.raises(PruningError) as caught:
+        RunState.load(state).ending_here(spec(**{"rounds": 1, "target_ratio": 0.1, **changes}))
+    assert caught.value.code == "source_changed"
 
 
 def test_pause_after_a_round(trained_folder: Path, tmp_path: Path) -> None:

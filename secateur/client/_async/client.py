@@ -432,6 +432,18 @@ class AsyncJob:
         """Return the figures of the completed steps of the job, one flat row for each step."""
         return MetricsList.model_validate((await self._client.request("GET", f"{self._path}/metrics")).json()).items
 
+    async def publish_step(self, number: int, *, idempotency_key: str | None = None, **rest: Any) -> Self:
+        """Create a job that publishes the model of a completed step of this job, which has ended.
+
+        ``rest`` are the fields of :class:`secateur.catalog.request.StepPublication`.
+
+        Raises:
+            ApiError: The step has no checkpoint (``step_not_kept``); the message names the steps that have one.
+        """
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        path = f"{self._path}/steps/{number}/publish"
+        return type(self)(self._client, await self._client.request("POST", path, json=rest, headers=headers))
+
     async def recipe(self) -> dict[str, Any]:
         """Return the fields of the job's request that differ from their defaults.
 

@@ -24,6 +24,7 @@ from secateur.client.frames import Frame, Frames
 from secateur.client.pauses import ATTEMPTS, sleep, pause
 from secateur.client.report import Report
 from secateur.contract.catalog import Inspection, MethodList, NameList
+from secateur.contract.datasets import DatasetPage, DatasetView
 from secateur.contract.jobs import (
     Artifact,
     ArtifactList,
@@ -35,8 +36,10 @@ from secateur.contract.jobs import (
     JobView,
     LogLineView,
     LogPage,
+    MetricsList,
     Progress,
     StepList,
+    StepMetrics,
     StepView,
 )
 from secateur.contract.keys import DayOfUsage, KeyList, KeyView, KeyWithSecret, Scope, UsageList
@@ -50,6 +53,10 @@ TIMEOUT = 30.0
 PATIENCE = 60.0
 """Seconds for which watching a job continues while the service cannot be reached."""
 CHUNK = 2**20
+UPLOAD_TIMEOUT = 600.0
+"""Seconds for which an upload may wait while the service stores the data set."""
+JSON_LINES = (".jsonl", ".ndjson")
+"""Suffixes of the files that are uploaded as JSON Lines."""
 
 
 class Client:
@@ -76,6 +83,7 @@ class Client:
         except httpx2.InvalidURL as error:
             raise Unreachable(f"The service at {self.url} cannot be reached: {error}") from error
         self.jobs = Jobs(self)
+        self.datasets = Datasets(self)
         self.keys = Keys(self)
         self.workers = Workers(self)
 
@@ -313,6 +321,15 @@ class Job:
         """Queue the job again, from its last completed step."""
         return self._ask("retry")
 
+    def derive(self, *, idempotency_key: str | None = None, **changes: Any) -> "Job":
+        """Create and return a job like this job, with changes to the request's fields.
+
+        ``None`` gives a field its default, mappings are merged field by field, and other values are replaced.
+        """
+        body = {"from": str(self.id), **changes}
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return Job(self._client, self._client.request("POST", "/v1/jobs", json=body, headers=headers))
+
     def _ask(self, what: str) -> Self:
         self._take(self._client.request("POST", f"{self._path}/{what}"))
         return self
@@ -402,6 +419,22 @@ class Job:
         """Return the completed steps of the job."""
         return StepList.model_validate((self._client.request("GET", f"{self._path}/steps")).json()).items
 
+    def metrics(self) -> list[StepMetrics]:
+        """Return the figures of the completed steps of the job, one flat row for each step."""
+        return MetricsList.model_validate((self._client.request("GET", f"{self._path}/metrics")).json()).items
+
+    def publish_step(self, number: int, *, idempotency_key: str | None = None, **rest: Any) -> Self:
+        """Create a job that publishes the model of a completed step of this job, which has ended.
+
+        ``rest`` are the fields of :class:`secateur.catalog.request.StepPublication`.
+
+        Raises:
+            ApiError: The step has no checkpoint (``step_not_kept``); the message names the steps that have one.
+        """
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        path = f"{self._path}/steps/{number}/publish"
+        return type(self)(self._client, self._client.request("POST", path, json=rest, headers=headers))
+
     def recipe(self) -> dict[str, Any]:
         """Return the fields of the job's request that differ from their defaults.
 
@@ -469,6 +502,67 @@ class Job:
         part.replace(target)
 
 
+class Datasets:
+    """The operations of ``/v1/datasets``."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def upload(self, content: Path | str, *, name: str | None = None) -> DatasetView:
+        """Upload a data set; a job names it as ``f"upload:{id}"``.
+
+        ``content`` is a text, or the path (:class:`pathlib.Path`) of a UTF-8 text file or, with the suffix ``.jsonl`` or
+        ``.ndjson``, of a file of JSON Lines. ``name`` defaults to the name of the file. The upload is sent once, because
+        repeating it could make two data sets.
+
+        Raises:
+            ValueError: A text has no name.
+            ApiError: The service refused the data set; ``text_invalid`` names the line at fault.
+        """
+        if name is None:
+            if isinstance(content, str):
+                raise ValueError("A text needs a name.")
+            name = content.name
+        lines = isinstance(content, Path) and content.suffix in JSON_LINES
+        headers = {"Content-Type": "application/x-ndjson" if lines else "text/plain; charset=utf-8"}
+        body: Any = content.encode() if isinstance(content, str) else _pieces(content)
+        if isinstance(content, Path):
+            headers["Content-Length"] = str(content.stat().st_size)
+        response = self._client.request(
+            "POST",
+            "/v1/datasets",
+            repeat=False,
+            params={"name": name},
+            headers=headers,
+            content=body,
+            timeout=UPLOAD_TIMEOUT,
+        )
+        return DatasetView.model_validate(response.json())
+
+    def get(self, dataset_id: uuid.UUID | str) -> DatasetView:
+        """Return a data set of this API key, without its content; with the scope ``admin``, of any API key."""
+        return DatasetView.model_validate((self._client.request("GET", f"/v1/datasets/{dataset_id}")).json())
+
+    def list(self, *, key_id: uuid.UUID | str | None = None, page_size: int = 100) -> Iterator[DatasetView]:
+        """Yield the data sets of this API key, newest first; each page is requested when it is needed.
+
+        With the scope ``admin``, ``key_id`` is another API key, or ``"all"``.
+        """
+        parameters = _given(page_size=page_size, key_id=key_id and str(key_id))
+        while True:
+            response = self._client.request("GET", "/v1/datasets", params=parameters)
+            page = DatasetPage.model_validate(response.json())
+            for item in page.items:
+                yield item
+            if page.next_page_token is None:
+                return
+            parameters["page_token"] = page.next_page_token
+
+    def delete(self, dataset_id: uuid.UUID | str) -> None:
+        """Delete a data set that no job names that has not ended."""
+        self._client.request("DELETE", f"/v1/datasets/{dataset_id}")
+
+
 class Keys:
     """The operations of ``/v1/keys``, for API keys with the scope ``admin``."""
 
@@ -527,6 +621,13 @@ class Workers:
     def resume(self, name: str) -> None:
         """Let a drained worker take jobs again."""
         self._client.request("POST", f"/v1/workers/{name}/resume")
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    """Yield the content of a file."""
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK):
+            yield piece
 
 
 def _given(**fields: Any) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import ErrorCode, PruningError
-from secateur.contract.report import Step, TrainingCurve
+from secateur.contract.report import Step, StepKind, TrainingCurve
 from secateur.engine.model.plan import LayerUnits
 
 VERSION: Literal[2] = 2
@@ -79,6 +80,29 @@ class RunState(_State):
     def as_dict(self) -> dict[str, Any]:
         """Return the state as JSON-able data."""
         return self.model_dump(mode="json", exclude_unset=True) | {"version": self.version}
+
+    def ending_here(self, spec: PruningSpec) -> Self:
+        """Return the state as that of a run of ``spec`` with one target, which ends with the newest step.
+
+        ``spec`` has the ratio that the step reached and the rounds until then; a training stays if the step completed it.
+
+        Raises:
+            PruningError: ``source_changed`` when ``spec`` differs from this run's request in anything else, or when the
+                newest step is not the last step of ``spec``.
+        """
+        asked, target = spec.published(), self.targets[-1]
+        recovery = {**self.spec["recovery"], "training": asked["recovery"]["training"]}
+        ending = {"target_ratio": asked["target_ratio"], "goal": None, "rounds": asked["rounds"], "recovery": recovery}
+        rounds = sum(step.kind == StepKind.ROUND for step in target.steps)
+        steps = rounds + (asked["recovery"]["training"] is not None)
+        if asked != {**self.spec, **ending} or (rounds, steps) != (spec.rounds, len(target.steps)):
+            raise PruningError(
+                ErrorCode.SOURCE_CHANGED,
+                "The request is not that of the run whose step is to be published.",
+                field="model_id",
+            )
+        target = target.model_copy(update={"ratio": asked["target_ratio"], "training": None})
+        return self.model_copy(update={"spec": asked, "targets": (target,)})
 
     def references(self) -> list[TensorReference]:
         """Return references to all files of tensors that the state needs."""

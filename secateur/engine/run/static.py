@@ -90,6 +90,8 @@ class StaticPruner:
         if self._chosen.training is not None and done < self._chosen.steps_per_target:
             self._pause_if_asked()
             self._train(decoder, index)
+        if self.state.targets[index].steps[-1].benchmarks is None:  # it was no last step when it was completed
+            self._measure_whole(decoder, index)
         return StaticPruned(decoder, self._source, self.state.targets[index], self._resolved.spec.gguf_quantization)
 
     def _resume(self, index: int) -> Decoder:
@@ -204,6 +206,13 @@ class StaticPruner:
         layers = decoder.model.get_submodule(decoder.shape.family.layers)
         trained = dict(layers.named_parameters(prefix=decoder.shape.family.layers))
         self._complete(index, step, training=None, tensors=self._keep(index, trained))
+
+    def _measure_whole(self, decoder: Decoder, index: int) -> None:
+        """Measure the model of the newest step of target ``index`` with the whole suite, and report the step again."""
+        *before, last = self.state.targets[index].steps
+        measured = self._inputs.measurer.measure(decoder).model_dump(exclude_unset=True)
+        step = Step(**{**last.model_dump(exclude_unset=True), **measured})
+        self._record(index, step, steps=(*before, step))
 
     def _teach(self, windows: Tensor) -> Tensor:
         """Return the unpruned model's logits ``[windows, length, vocabulary]``."""
