@@ -28,7 +28,7 @@ from app.jobs.routing import Required, waiting_for
 from app.jobs.transitions import Trigger
 from secateur.contract.states import State
 from secateur.contract.workers import Drain
-from tests.test_leases import LOST, TTL, _at_once, _expire
+from tests.test_leases import LOST, ONCE, TTL, _at_once, _expire
 
 GIB = 2**30
 MEMORIES = (None, 10, 20, 30)
@@ -154,7 +154,7 @@ def test_a_second_key_is_next_however_many_jobs_the_first_has(session: Session, 
     session.commit()
     assert (found := claim(session)) and found.job_id == late
     for job_id in (many[0], late):
-        leases.fail(session, job_id, 1, {**LOST, "retryable": False}, 3, 0)
+        leases.fail(session, job_id, 1, {**LOST, "retryable": False}, ONCE)
     session.execute(update(Attempt).where(Attempt.job_id == late).values(started_at=func.now() - dt.timedelta(hours=1)))
     another = add_job(session, second).id
     session.commit()
@@ -219,7 +219,7 @@ def test_a_drained_worker_takes_no_job_and_may_release_its_own(session: Session,
     assert leases.renew(session, job_id, 1, TTL) == leases.Beat(cancel=False, pause=False)
     workers.set_drain(session, "w", Drain.RELEASE)
     assert leases.renew(session, job_id, 1, TTL) == leases.Beat(cancel=False, pause=True)
-    assert leases.record_step(session, job_id, 1, 1, "p", "0", {}).pause
+    assert leases.record_step(session, job_id, 1, 1, {}, {}).pause
     assert leases.release(session, job_id, 1) == State.QUEUED, "not paused: no user asked for it"
     assert (found := claim(session, "v")) and found.job_id == job_id
     for name in ("x", ""):
@@ -257,12 +257,12 @@ def test_every_end_of_an_attempt_is_recorded(
         leases.move(session, job.id, 1, Trigger.PUBLISH)
         leases.move(session, job.id, 1, Trigger.SUCCEED, result={}, report={})
     elif end in ("fail", "retry"):
-        leases.fail(session, job.id, 1, {**LOST, "retryable": end == "retry"}, 3, 0)
+        leases.fail(session, job.id, 1, {**LOST, "retryable": end == "retry"}, ONCE)
     elif end == "cancel":
         leases.move(session, job.id, 1, Trigger.STOPPED)
     elif "lost" in end:
         _expire(session, job.id)
-        assert leases.reap(session, 3, 0) == [job.id]
+        assert leases.reap(session, ONCE) == [job.id]
     else:
         leases.release(session, job.id, 1)
     session.expire_all()
@@ -289,8 +289,8 @@ def test_a_claim_reads_one_row_of_the_queue_for_each_key(session: Session, owner
         session.execute(
             text(
                 "INSERT INTO jobs (id, owner_id, state, version, request, model_id, method, labels, attempt, failures,"
-                " pause_requested, may_be_published) SELECT gen_random_uuid(), :owner, 'queued', 1, '{}', 'm', 'flap',"
-                " '{}', 0, 0, false, false FROM generate_series(1, 3000)"
+                " losses, pause_requested, may_be_published, expired) SELECT gen_random_uuid(), :owner, 'queued', 1, '{}', 'm', 'flap',"
+                " '{}', 0, 0, 0, false, false, false FROM generate_series(1, 3000)"
             ),
             {"owner": owner_id},
         )

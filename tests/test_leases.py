@@ -25,6 +25,7 @@ from tests.patience import PATIENCE
 TTL = 60.0
 LIMITS = leases.Patience(max_failures=3, max_losses=10, publish=3600, backoff=0)
 FILE = {"name": "a", "key": "jobs/x/artifacts/1/a", "size": 1, "sha256": "00"}
+ONCE = leases.Patience(max_failures=1, max_losses=1, publish=0, backoff=0)
 LOST = {"code": "x", "message": "x", "retryable": True}
 
 

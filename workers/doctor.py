@@ -157,6 +157,8 @@ def _storage(settings: Settings) -> Finding:
             )
         with Session(_engine(settings)) as session:
             check(session, store)
+    except OSError as error:
+        return Finding("storage", "failed", f"{settings.nearest_storage_url()}: {error}", "set SECATEUR_STORAGE_URL")
     except ValueError as error:
         return Finding("storage", "failed", str(error), "set SECATEUR_STORAGE_URL and SECATEUR_STORAGE_OPTIONS")
     except PruningError as error:

@@ -20,6 +20,7 @@ from app.http.problem import invalid
 from app.jobs.naming import default_repo_id, repo_ids
 from app.jobs.routing import Required, waiting_for
 from app.jobs.tokens import HubAccess
+from app.storage import library
 from app.storage.library import library_names, open_library
 from app.webhooks.addresses import is_allowed_host
 from secateur.catalog import memory
@@ -27,7 +28,15 @@ from secateur.catalog.architectures import ModelShape
 from secateur.catalog.names import near
 from secateur.catalog.request import JobRequest, ModelRef, Publish, check_repo_id
 from secateur.catalog.resolve import Resolved, components, resolve
-from secateur.catalog.sources import LOCAL_PREFIX, UPLOAD_PREFIX, ModelSource, check_size, locate, read_shape
+from secateur.catalog.sources import (
+    LOCAL_NAME,
+    LOCAL_PREFIX,
+    UPLOAD_PREFIX,
+    ModelSource,
+    check_size,
+    locate,
+    read_shape,
+)
 from secateur.catalog.spec import ZERO_SHOT
 from secateur.contract.errors import ErrorCode
 from secateur.contract.jobs import DryRun, PlannedTarget, Publication
@@ -207,8 +216,12 @@ def _check_dataset(field: str, dataset: str, settings: Settings) -> None:
     if dataset.startswith(UPLOAD_PREFIX):
         return
     if dataset.startswith(LOCAL_PREFIX):
-        if dataset not in (own := local_names.texts(settings)):
-            allowed = ", ".join(near(dataset, own)) or "a text of the service's library, see GET /v1/texts"
+        wanted, own = dataset.removeprefix(LOCAL_PREFIX), library.names(settings, "texts")
+        if wanted not in own or not LOCAL_NAME.fullmatch(wanted):
+            allowed = (
+                ", ".join(LOCAL_PREFIX + name for name in near(wanted, own))
+                or "a text of the service's library, see GET /v1/texts"
+            )
             raise invalid(field, f"there is no text '{dataset}'", code=ErrorCode.TEXT_NOT_FOUND, allowed=allowed)
     else:
         try:

@@ -81,6 +81,8 @@ def _local(name: str) -> str:
 def names(settings: Settings, folder: str) -> list[str]:
     """Return the names of the models, texts or tasks in the library; ``folder`` is one of :data:`FOLDERS`.
 
+    A model is a folder; a text or a task is a file.
+
     Raises:
         PruningError: ``storage_unavailable``.
     """
@@ -89,9 +91,10 @@ def names(settings: Settings, folder: str) -> list[str]:
     elif (root := open_store(settings).root) is not None:
         places = [root / folder]
     else:
-        found = {each.key.split("/")[1] for each in open_store(settings).listing(folder) if "/" in each.key}
-        return sorted(found)
-    return sorted(path.name for place in places if place.is_dir() for path in place.iterdir())
+        parts = [each.key.split("/") for each in open_store(settings).listing(folder)]
+        return sorted({name for _, name, *rest in parts if bool(rest) == (folder == "models")})
+    found = [path for place in places if place.is_dir() for path in place.iterdir()]
+    return sorted(path.name for path in found if path.is_dir() == (folder == "models"))
 
 
 def delete_unused(settings: Settings) -> None:

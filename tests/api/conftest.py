@@ -101,6 +101,12 @@ def api(make_client: Callable[..., httpx2.Client]) -> httpx2.Client:
 
 
 @pytest.fixture
+def whole(make_client: Callable[..., httpx2.Client]) -> httpx2.Client:
+    """A client that may do everything."""
+    return make_client("whole", [*Scope], namespace="org", lend_hub_token=True)
+
+
+@pytest.fixture
 def make_model(settings: Settings) -> Callable[..., str]:
     """A folder that looks like a model from outside: config, weights file, tokenizer; returns its model id."""
 

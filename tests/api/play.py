@@ -44,7 +44,7 @@ def succeed(
     session: Session, settings: Settings, job_id: str, attempt: int, contents: dict[str, bytes] | None = None
 ) -> None:
     contents = CONTENTS if contents is None else contents
-    (settings.data_dir / "storage" / "jobs" / job_id).mkdir(parents=True)
+    (settings.data_dir / "storage" / "jobs" / job_id).mkdir(parents=True, exist_ok=True)
     (settings.data_dir / "storage" / "jobs" / job_id / "secret.json").write_text("no artifact")
     files = store_files(settings, job_id, attempt, contents)
     leases.record_export(session, uuid.UUID(job_id), attempt, REPORT, files)

@@ -227,10 +227,10 @@ def test_texts(api: httpx2.Client, body: dict[str, Any], settings: Settings) -> 
         response = api.post("/v1/jobs", json=body | {"calibration": {"dataset": dataset}})
         assert response.status_code == 202, response.text
     for dataset, allowed in [
-        ("local:none", "a text of the service's texts folder"),
+        ("local:none", "a text of the service's library"),
         ("local:nowel.txt", "local:novel.txt"),
         ("local:../novel.txt", "local:novel.txt"),
-        ("local:", "a text of the service's texts folder"),
+        ("local:", "a text of the service's library"),
         ("/etc/passwd", "local:NAME"),
         ("../x", "local:NAME"),
         ("a/../b", "local:NAME"),

@@ -47,10 +47,10 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_a_costly_body_is_refused_before_it_is_parsed(name: str, api: httpx2.Client) -> None:
+def test_a_costly_body_is_refused_before_it_is_parsed(name: str, whole: httpx2.Client) -> None:
     content, message = ATTACKS[name]
     for path in ("/v1/jobs", "/v1/models/inspect", "/v1/keys"):
-        problem = _refused(api.post(path, content=content, headers=JSON), 422)
+        problem = _refused(whole.post(path, content=content, headers=JSON), 422)
         [error] = problem["errors"]
         assert error["field"] == "body" and message in error["message"]
 
@@ -155,11 +155,11 @@ class TestTypes:
             answer = api.post("/v1/jobs", content=json.dumps(body), headers={"Content-Type": kind})
             assert answer.status_code == 202, kind
 
-    def test_others_are_refused_by_name(self, api: httpx2.Client, body: dict[str, Any]) -> None:
+    def test_others_are_refused_by_name(self, whole: httpx2.Client, body: dict[str, Any]) -> None:
         for path in ("/v1/jobs", "/v1/models/inspect", "/v1/keys"):
             for kind in ("text/plain", "application/x-www-form-urlencoded", "application/jsonp", "json", "", "\xe9"):
                 headers = [("Content-Type", kind.encode("latin-1"))]
-                answer = api.post(path, content=json.dumps(body), headers=headers)  # type: ignore[arg-type]
+                answer = whole.post(path, content=json.dumps(body), headers=headers)  # type: ignore[arg-type]
                 problem = _refused(answer, 415, code="unsupported_media_type")
                 assert "Content-Type: application/json" in problem["detail"]
         assert answer.headers["Accept"] == "application/json"

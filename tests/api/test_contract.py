@@ -15,6 +15,7 @@ from secateur.client import AsyncClient, Client
 from secateur.client._async import client as asynchronous
 from secateur.client._sync import client as synchronous
 from secateur.contract import catalog as catalog_schemas
+from secateur.contract import datasets as dataset_schemas
 from secateur.contract import jobs as job_schemas
 from secateur.contract import keys as auth_schemas
 from secateur.contract import workers as worker_schemas
@@ -27,6 +28,11 @@ OPERATIONS = {
     "GET /v1/texts": "Client.texts",
     "GET /v1/tasks": "Client.tasks",
     "GET /v1/usage": "Client.usage",
+    "POST /v1/datasets": "Datasets.upload",
+    "GET /v1/datasets": "Datasets.list",
+    "GET /v1/datasets/{dataset_id}": "Datasets.get",
+    "DELETE /v1/datasets/{dataset_id}": "Datasets.delete",
+    "GET /v1/jobs/{job_id}/logs": "Job.logs",
     "POST /v1/jobs": "Jobs.create",
     "GET /v1/jobs": "Jobs.list",
     "GET /v1/jobs/{job_id}": "Jobs.get",
@@ -124,7 +130,7 @@ def test_the_clients_models_are_the_services(document: dict[str, Any]) -> None:
     }  # fmt: skip
     models = {
         name: model
-        for module in (job_schemas, auth_schemas, catalog_schemas, worker_schemas)
+        for module in (job_schemas, auth_schemas, catalog_schemas, dataset_schemas, worker_schemas)
         for name, model in vars(module).items()
         if isinstance(model, type) and issubclass(model, BaseModel)
     }

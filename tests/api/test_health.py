@@ -57,14 +57,14 @@ def test_ready_with_a_live_worker(url: str, session: Session, settings: Settings
 
 
 def test_what_is_excluded_does_not_count(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _ready(url, "workers")[0] == 200
+    assert _ready(url, "workers", "scheduler")[0] == 200
     monkeypatch.setenv("SECATEUR_BROKER_URL", "redis://127.0.0.1:9/0")
     get_settings.cache_clear()
-    assert _ready(url, "workers")[0] == 503
+    assert _ready(url, "workers", "scheduler")[0] == 503
     status, told = _ready(url, "workers", "broker", "scheduler")
     assert (status, told["ready"], told["database"]) == (200, True, "ok")
     assert told["workers"] == "no live worker" and told["broker"].startswith("unreachable")
-    assert _ready(url, "scheduler")[0] == 422
+    assert _ready(url, "nothing")[0] == 422
 
 
 def test_silent_processes_are_forgotten(session: Session) -> None:

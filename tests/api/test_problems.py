@@ -145,19 +145,19 @@ def test_what_is_not_there(api: httpx2.Client) -> None:
         _problem(api.get(path), 404, "not_found")
 
 
-def test_the_methods_of_a_path(api: httpx2.Client) -> None:
+def test_the_methods_of_a_path(whole: httpx2.Client) -> None:
     """All of them, of whichever route."""
     job = f"/v1/jobs/{uuid.uuid4()}"
     for method, path, allowed in (
         ("PUT", "/healthz", "GET"),
         ("PUT", "/v1/jobs", "GET, POST"),
-        ("PATCH", job, "DELETE, GET"),
+        ("PUT", job, "DELETE, GET, PATCH"),
         ("GET", f"{job}/cancel", "POST"),
         ("POST", f"{job}/artifacts/a/b", "GET, HEAD"),
         ("DELETE", "/v1/keys", "GET, POST"),
         ("POST", "/openapi.json", "GET, HEAD"),
     ):
-        answer = api.request(method, path)
+        answer = whole.request(method, path)
         assert allowed in _problem(answer, 405, "method_not_allowed")["detail"], path
         assert answer.headers["Allow"] == allowed, path
 
@@ -166,27 +166,27 @@ def test_the_names_of_others_are_not_listed(
     api: httpx2.Client, body: Body, make_model: Callable[..., str], settings: Settings
 ) -> None:
     """A misspelt name is told the names near it; nobody is told all names."""
-    make_model("secret-model")
-    for folder, name in ((settings.texts_dir, "secret-text.txt"), (settings.tasks_dir, "secret-task.jsonl")):
+    make_model("private-model")
+    for folder, name in ((settings.texts_dir, "private-text.txt"), (settings.tasks_dir, "private-task.jsonl")):
         folder.mkdir(parents=True)
         (folder / name).touch()
-    for wrong, near in (("anything", None), ("secret-modle", "secret-model")):
+    for wrong, near in (("anything", None), ("private-modle", "private-model")):
         answer = api.post("/v1/models/inspect", json={"model_id": f"local:{wrong}"})
-        assert "secret" not in answer.text if near is None else near in answer.text
+        assert "private" not in answer.text if near is None else near in answer.text
     for part, far, close in (
-        ("perplexity", ["local:anything"], ["local:secret-txt"]),
-        ("zero_shot", ["anything"], ["secret-tasks"]),
+        ("perplexity", ["local:anything"], ["local:private-txt"]),
+        ("zero_shot", ["anything"], ["private-tasks"]),
     ):
-        assert "secret" not in api.post("/v1/jobs", json=body | {"evaluation": {part: far}}).text
+        assert "private" not in api.post("/v1/jobs", json=body | {"evaluation": {part: far}}).text
         [error] = api.post("/v1/jobs", json=body | {"evaluation": {part: close}}).json()["errors"]
-        assert "secret-t" in error["allowed"]
+        assert "private-t" in error["allowed"]
 
 
 ODD = ("\ud800", "a\udfffb", "\x00", "a\x00b", "\x7f", "\u202e", "\uffff")
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_odd_characters_anywhere(api: httpx2.Client, body: Body, odd: str, session: Session) -> None:
+def test_odd_characters_anywhere(whole: httpx2.Client, body: Body, odd: str, session: Session) -> None:
     """No text of a request, wherever it stands, is a defect of the service."""
     text = body | {"calibration": {"texts": ["some words " * 50]}}
     fields = [
@@ -202,7 +202,7 @@ def test_odd_characters_anywhere(api: httpx2.Client, body: Body, odd: str, sessi
             value = [value] if isinstance(part, int) else {part: value}
         content = json.dumps(text | value).encode()
         for url in ("/v1/jobs", "/v1/jobs?validate_only=true", "/v1/models/inspect"):
-            answer = api.post(url, content=content, headers={"Content-Type": "application/json"})
+            answer = whole.post(url, content=content, headers={"Content-Type": "application/json"})
             assert answer.status_code in (200, 202, 422), (path, answer.text)
             answer.json()
     for url, changed in (
@@ -212,22 +212,22 @@ def test_odd_characters_anywhere(api: httpx2.Client, body: Body, odd: str, sessi
         (f"/v1/keys/{uuid.uuid4()}/rotate", {"grace_seconds": odd}),
     ):
         method = "PUT" if "hub-token" in url else "POST"
-        answer = api.request(
+        answer = whole.request(
             method, url, content=json.dumps(changed).encode(), headers={"Content-Type": "application/json"}
         )
         assert answer.status_code in (201, 404, 422), (url, answer.text)
     escaped = quote(odd.encode(errors="surrogatepass"))
-    job = api.post("/v1/jobs", json=body).json()["id"]
+    job = whole.post("/v1/jobs", json=body).json()["id"]
     for url in (
         *(f"/v1/jobs?{name}={escaped}" for name in ("state", "method", "model_id", "page_size", "page_token", "label.a", "x")),
         f"/v1/jobs?label.{escaped}=x", f"/v1/jobs?{escaped}=x", f"/v1/jobs/{escaped}", f"/v1/{escaped}",
         f"/v1/jobs/{job}/artifacts/{escaped}", f"/v1/jobs/{job}/events?page_token={escaped}",
     ):  # fmt: skip
-        assert api.get(url).status_code in (200, 404, 422), url
+        assert whole.get(url).status_code in (200, 404, 422), url
     for name in ("Idempotency-Key", "If-None-Match", "Last-Event-ID", "Prefer", "X-Request-Id", "Range", "Accept"):
         header = [(name, odd.encode("latin-1", "replace").replace(b"\x00", b"\xff"))]
         for url in (f"/v1/jobs/{job}", f"/v1/jobs/{job}/report", f"/v1/jobs/{job}/artifacts/x"):
-            assert api.get(url, headers=header).status_code < 500, (name, url)  # type: ignore[arg-type]
+            assert whole.get(url, headers=header).status_code < 500, (name, url)  # type: ignore[arg-type]
 
 
 def test_a_bug_is_answered_without_its_inside(api: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:

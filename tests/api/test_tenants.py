@@ -1,5 +1,6 @@
 """What one API key may do to another's jobs and repositories, what an administrator may do, and what each key used."""
 
+import asyncio
 import datetime as dt
 import logging
 import uuid
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from app.auth import service as auth
 from app.auth.models import ApiKey
+from app.auth.service import Caller
 from app.config import Settings, get_settings
 from app.db.session import session_factory
 from app.http.problem import Problem
@@ -23,7 +25,7 @@ from app.jobs.repositories import Repository
 from app.jobs.transitions import Trigger
 from secateur.catalog.request import JobRequest
 from secateur.contract.errors import PruningError
-from secateur.contract.keys import KeySettings, Scope
+from secateur.contract.keys import USER, KeySettings, Scope
 from tests import hub as fake
 from tests.api import play
 from tests.api.test_cli import run
@@ -140,7 +142,8 @@ class TestRepositories:
         def begin(job_id: uuid.UUID, attempt: int) -> Callable[[Session], str]:
             def call(session: Session) -> str:
                 try:
-                    return leases.record_export(session, job_id, attempt, {}, [])
+                    leases.record_export(session, job_id, attempt, {}, [])
+                    return "publishing"
                 except PruningError as error:
                     return error.code
 
@@ -271,7 +274,7 @@ class TestAdministrator:
         owner = key_id(session, "alice")
         auth.revoke(session, owner)
         with pytest.raises(Problem) as caught:
-            service.create(session, get_settings(), owner, JobRequest.model_validate(body), None)
+            asyncio.run(service.create(get_settings(), Caller(owner, USER), JobRequest.model_validate(body), None))
         assert caught.value.status == 401
         session.rollback()
         assert session.scalar(select(func.count()).select_from(Job)) == 0

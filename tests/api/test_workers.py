@@ -28,6 +28,13 @@ GIB = 2**30
 @pytest.fixture(autouse=True)
 def _workers_that_beat_once_stay_live(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_HEARTBEAT_INTERVAL", "3600")
+    monkeypatch.setenv("SECATEUR_LEASE_TTL", "7200")
+
+
+@pytest.fixture
+def api(whole: httpx2.Client) -> httpx2.Client:
+    """A client that may do everything."""
+    return whole
 
 
 def beat(session: Session, name: str, memory: int | None = 80 * GIB, device: str = "cuda", **labels: str) -> None:

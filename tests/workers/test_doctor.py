@@ -10,6 +10,8 @@ from sqlalchemy.orm import Session
 from app.auth import service as auth
 from app.config import Settings, get_settings
 from app.fleet import repository as fleet
+from app.storage.service import join
+from app.storage.store import open_store
 from tests import hub as fake
 from tests.api.conftest import ServerThread
 from tests.api.test_cli import run
@@ -37,12 +39,14 @@ def complete(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
 def test_all_is_well(complete: Settings, session: Session) -> None:
     fleet.beat(session, "w", "worker", {"device": "cpu"})
     fleet.beat(session, "s", "scheduler", {})
+    assert found(complete)["storage"].verdict == "warning", "no worker has joined it yet"
+    join(session, open_store(complete))
     with ServerThread() as url:
-        complete.data_dir.mkdir(parents=True)
+        complete.data_dir.mkdir(parents=True, exist_ok=True)
         (complete.data_dir / "api-url").write_text(url)
         verdicts = {part: finding.verdict for part, finding in found(complete).items()}
     assert {verdicts.pop("device"), verdicts.pop("llama.cpp")} <= {"ok", "warning"}
-    assert set(verdicts.values()) == {"ok"} and len(verdicts) == 10
+    assert set(verdicts.values()) == {"ok"} and len(verdicts) == 11
     told = run("doctor")
     assert told.returncode == 0 and told.stdout.count("ok  ") >= 6
     assert SIGNING not in told.stdout
@@ -53,7 +57,8 @@ def test_all_is_well(complete: Settings, session: Session) -> None:
     [
         ({"database_url": "postgresql+psycopg://x:hunter2@127.0.0.1:9/x"}, "database", "failed", "DATABASE_URL"),
         ({"broker_url": "redis://:hunter2@127.0.0.1:9/0"}, "broker", "failed", "BROKER_URL"),
-        ({"data_dir": Path("/proc/nothing")}, "storage", "failed", "DATA_DIR"),
+        ({"data_dir": Path("/proc/nothing")}, "disk", "failed", "DATA_DIR"),
+        ({"data_dir": Path("/proc/nothing")}, "storage", "failed", "STORAGE_URL"),
         ({"secret_keys": None}, "secrets", "warning", "operating.md"),
         ({"webhook_secret": None}, "secrets", "warning", "operating.md"),
         ({"hub_dir": None, "hf_token": None}, "Hub", "warning", "HF_TOKEN"),
@@ -68,7 +73,7 @@ def test_what_is_amiss(changes: dict[str, object], part: str, verdict: str, advi
 def test_little_room_and_no_worker(complete: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "LITTLE_ROOM", 2**62)
     findings = found(complete)
-    assert [findings[part].verdict for part in ("storage", "workers", "scheduler", "API")] == ["warning"] * 4
+    assert [findings[part].verdict for part in ("disk", "workers", "scheduler", "API")] == ["warning"] * 4
 
 
 def test_an_api_that_is_not_ready_says_what_it_lacks(complete: Settings) -> None:
@@ -94,8 +99,14 @@ def test_tokens_whose_key_is_gone(complete: Settings, session: Session) -> None:
 def test_a_data_folder_of_a_newer_version(complete: Settings) -> None:
     complete.data_dir.mkdir(parents=True)
     (complete.data_dir / "layout-version").write_text("99\n")
-    finding = found(complete)["storage"]
+    finding = found(complete)["disk"]
     assert finding.verdict == "failed" and "newer version" in finding.found
+
+
+def test_a_storage_that_is_not_the_services(complete: Settings, session: Session, tmp_path: Path) -> None:
+    join(session, open_store(complete))
+    finding = found(complete.model_copy(update={"storage_url": (tmp_path / "another").as_uri()}))["storage"]
+    assert finding.verdict == "failed" and "do not use the same storage" in finding.found
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -4,6 +4,7 @@ import logging
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,7 +112,10 @@ def test_one_line_says_how_an_attempt_ended(
             meddle()
 
     monkeypatch.setattr(JobLog, "add", add)
-    supervise_here(job.id, settings, session_factory(), "test", lambda: ended, STANDIN)
+    claimed = time.monotonic()
+    claim = leases.claim(job.session, job.id, "test", settings.lease_ttl)
+    assert claim is not None
+    supervise_here(claim, claimed, settings, session_factory(), lambda: ended, STANDIN)
     [line] = [record for record in caplog.records if record.getMessage().startswith("the attempt has ended")]
     assert re.fullmatch(f"the attempt has ended: {ending}", line.getMessage()), line.getMessage()
     assert "\n" not in line.getMessage()

@@ -103,7 +103,7 @@ def test_the_runner_dies_with_its_supervisor(make_job: MakeJob, supervise: Super
     supervisor.kill()
     wait_for(lambda: not alive(job.runner_pid))  # its lease is longer than this waits
     reap(job)
-    assert (job.row.state, job.row.failures) == ("queued", 1)
+    assert (job.row.state, job.row.failures, job.row.losses) == ("queued", 0, 1)
     supervise(job).wait()
     assert job.row.state == "succeeded"
     assert job.worked[-2:] == [(2, 2), (2, 3)], "resumed after step 1"
