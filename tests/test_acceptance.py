@@ -24,7 +24,7 @@ from secateur.client import Client, JobFailed
 from tests.engine.models import SIZES, english, make_tokenizer, save, train
 from tests.patience import PATIENCE, wait_for
 from tests.workers.conftest import SHORT, alive
-from tests.workers.test_stack import announced
+from tests.workers.test_stack import address_and_key
 
 STRANGER = """
 import json, sys
@@ -107,7 +107,7 @@ def start_service(data: Path) -> Iterator[StartService]:
         environment |= {f"SECATEUR_{name}": value for name, value in SHORT.items()}
         environment |= {"SECATEUR_DATA_DIR": str(data), "SECATEUR_TORCH_THREADS": "1"}
         process = subprocess.Popen([sys.executable, "-m", "workers", "up"], stdout=subprocess.PIPE, env=environment)
-        url, key = announced(process)
+        url, key = address_and_key(process, data)
         client = httpx2.Client(
             base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=PATIENCE, trust_env=False
         )

@@ -22,7 +22,7 @@ from secateur.cli.main import cli
 from tests.engine.models import SIZES, make_tokenizer, save, train
 from tests.patience import PATIENCE
 from tests.workers.conftest import ROOT, SHORT
-from tests.workers.test_stack import announced
+from tests.workers.test_stack import address_and_key
 
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -86,7 +86,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     }
     served = plain | {f"SECATEUR_{name}": value for name, value in SHORT.items()}
     process = subprocess.Popen([sys.executable, "-m", "workers", "up"], stdout=subprocess.PIPE, env=served)
-    url, key = announced(process)
+    url, key = address_and_key(process, data)
     yield plain | {"SECATEUR_URL": url, "SECATEUR_API_KEY": key}
     process.send_signal(signal.SIGINT)
     process.wait(PATIENCE)

@@ -77,7 +77,8 @@ def up(
             typer.echo(f"  web page       {stack.url}/{f'#key={stack.api_key}' if stack.key_is_new else ''}")
             typer.echo(f"  documentation  {stack.url}/docs")
             if stack.key_is_new:
-                typer.echo(f"  API key        {stack.api_key}  (shown this once)")
+                typer.echo(f"  API key        {stack.api_key}")
+                typer.echo("                 which is shown this once; later starts say where it is kept")
             else:
                 typer.echo(
                     f"  API key        in {stack.folder / API_KEY_FILE}; 'secateur keys create NAME' makes another"

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.engine.models import SIZES, make_tokenizer, save, train
 from tests.patience import PATIENCE
 from tests.workers.conftest import SHORT
-from tests.workers.test_stack import announced
+from tests.workers.test_stack import address_and_key
 
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -60,7 +60,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     environment |= {f"SECATEUR_{name}": value for name, value in SHORT.items()}
     environment |= {"SECATEUR_DATA_DIR": str(data), "SECATEUR_TORCH_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "workers", "up"], stdout=subprocess.PIPE, env=environment)
-    yield Site(*announced(process))
+    yield Site(*address_and_key(process, data))
     process.send_signal(signal.SIGINT)
     process.wait(PATIENCE)
 

@@ -43,6 +43,12 @@ def announced(process: subprocess.Popen[bytes]) -> tuple[str, str]:
     return url[1], text.decode()
 
 
+def address_and_key(process: subprocess.Popen[bytes], data: Path) -> tuple[str, str]:
+    """Return the address of ``secateur up`` on the folder ``data``, when it is ready, and the API key that is kept there."""
+    url, _ = announced(process)
+    return url, (data / "api-key").read_text().strip()
+
+
 def test_up_survives_kill_9_and_ends_on_ctrl_c(start: Start, environment: Path) -> None:
     up = start("workers", "up", stdout=subprocess.PIPE)
     url, text = announced(up)
