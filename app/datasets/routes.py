@@ -25,6 +25,9 @@ TYPES: dict[str, Callable[[], Content]] = {
     "application/x-ndjson": JsonLines,
     "application/jsonl": JsonLines,
 }
+BY_NAME = "application/octet-stream"
+"""A type with which the name of the data set says what the content is."""
+LINES = (".jsonl", ".ndjson")
 _uploads = Places(each=4)
 
 Name = Annotated[
@@ -53,9 +56,11 @@ async def upload(request: Request, response: Response, owner: Owner, settings: S
     """Upload a data set: a UTF-8 text, or JSON Lines of texts or of chats.
 
     Each line of JSON Lines is `{"text": …}`, or each is `{"messages": [{"role": …, "content": …}, …]}`. The data set is
-    checked while it arrives. Jobs name it as `upload:ID`.
+    checked while it arrives. Jobs name it as `upload:ID`. The type of the body is `text/plain`, `application/x-ndjson` or
+    `application/jsonl`; with `application/octet-stream`, a name that ends with `.jsonl` or `.ndjson` stands for JSON
+    Lines, and any other name for text.
     """
-    content = _content(request)
+    content = _content(request, name)
     declared = int(request.headers.get("content-length", 0))
     with _uploads.taken(owner.id, "uploads"):
         dataset = await service.upload(settings, owner.id, name, declared, _chunks(request), content)
@@ -71,14 +76,15 @@ router.add_api_route(
     response_model=DatasetView,
     responses=documented(400, 413, 415),
     route_class_override=KeyedRoute,
+    # Generators of clients know this type of the body alone.
     openapi_extra={
-        "requestBody": {"required": True, "content": {name: {"schema": {"type": "string"}} for name in TYPES}}
+        "requestBody": {"required": True, "content": {BY_NAME: {"schema": {"type": "string", "format": "binary"}}}}
     },
 )
 
 
-def _content(request: Request) -> Content:
-    """Return the checks on the content that the request declares.
+def _content(request: Request, name: str) -> Content:
+    """Return the checks on the content that the request declares; ``name`` is the data set's.
 
     Raises:
         Problem: 415 if the type is no data set's, is not declared as UTF-8, or is compressed.
@@ -86,14 +92,15 @@ def _content(request: Request) -> Content:
     given = request.headers.get("content-type", "")
     media_type, _, parameters = (part.strip().lower() for part in given.partition(";"))
     charset = parameters.replace('"', "").removeprefix("charset=")
-    if media_type not in TYPES or charset not in ("", "utf-8", "utf8"):
-        detail = f"The body is of the type '{excerpt(given)}'; a data set is of the type {', '.join(TYPES)}, in UTF-8."
-        raise Problem(415, ErrorCode.UNSUPPORTED_MEDIA_TYPE, detail, headers={"Accept": ", ".join(TYPES)})
+    types = TYPES | {BY_NAME: JsonLines if name.endswith(LINES) else PlainText}
+    if media_type not in types or charset not in ("", "utf-8", "utf8"):
+        detail = f"The body is of the type '{excerpt(given)}'; a data set is of the type {', '.join(types)}, in UTF-8."
+        raise Problem(415, ErrorCode.UNSUPPORTED_MEDIA_TYPE, detail, headers={"Accept": ", ".join(types)})
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         detail = f"The body has the encoding '{excerpt(encoding)}'; send it without a Content-Encoding."
         raise Problem(415, ErrorCode.UNSUPPORTED_MEDIA_TYPE, detail, headers={"Accept-Encoding": "identity"})
-    return TYPES[media_type]()
+    return types[media_type]()
 
 
 async def _chunks(request: Request) -> AsyncIterator[bytes]:

@@ -7,8 +7,8 @@ import httpx2
 import pytest
 from pydantic import BaseModel
 
+from app import hub
 from app.http import problem
-from app.jobs import admission
 from secateur.catalog import request
 from secateur.catalog.request import JobRequest
 from secateur.catalog.sources import ModelSource
@@ -46,7 +46,9 @@ def test_every_request_example_is_accepted(
     api: httpx2.Client, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        admission, "locate", lambda model_id, **_: ModelSource(model_id, None, "0" * 40, None, SMOLLM2_135M)
+        hub,
+        "find_model",
+        lambda endpoint, token, model_id, *_: ModelSource(model_id, None, "0" * 40, None, SMOLLM2_135M),
     )
     examples = document["components"]["schemas"]["JobRequest"]["examples"]
     assert len(examples) == 4

@@ -95,7 +95,7 @@ def prune(session: Session, settings: Settings, owner_id: uuid.UUID, tmp_path: P
             "state": None,
             "datasets": [datasets.describe(dataset) for dataset in found],
         }
-        link: Any = SimpleNamespace(job=job, tell=lambda message: None, wants_pause=lambda: False)
+        link: Any = SimpleNamespace(job=job, tell=lambda message: None, wants_pause=lambda: False, keeps_before=False)
         return dict(runner.work(link)["report"])
 
     return prune
