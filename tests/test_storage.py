@@ -239,6 +239,6 @@ def test_options_may_be_a_file_of_secrets(
     endpoint: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "secateur_storage_options").write_text(json.dumps({"endpoint": endpoint, **s3.ACCESS}))
-    found = Settings(_secrets_dir=tmp_path, storage_url=f"s3://{s3.BUCKET}/secret")  # type: ignore[call-arg]
+    found = Settings(_secrets_dir=tmp_path, storage_url=f"s3://{s3.BUCKET}/secret")
     assert open_store(found).create("a", b"x")
     assert "secret-access" not in repr(found)

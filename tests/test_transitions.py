@@ -92,7 +92,8 @@ def test_cell(shared: Any, state: State, trigger: Trigger, cell: str) -> None:
             assert (refused.value.state, refused.value.trigger) == (state, trigger)
             after = state
         else:
-            transitions.apply(session, job, trigger, **({"worker": "w"} if trigger is Trigger.CLAIM else {}))
+            values: dict[str, Any] = {"worker": "w"} if trigger is Trigger.CLAIM else {}
+            transitions.apply(session, job, trigger, **values)
             after = {"=": state, "asks": state}.get(cell) or State(cell)
         session.commit()
         session.refresh(job)

@@ -190,7 +190,7 @@ class TestSize:
     @pytest.fixture
     def api(self, change: Callable[..., None], request: pytest.FixtureRequest) -> httpx2.Client:
         change(max_dataset_bytes=100_000, max_body_bytes=1000)
-        return request.getfixturevalue("make_client")("alice")  # type: ignore[no-any-return]
+        return request.getfixturevalue("make_client")("alice")
 
     @pytest.mark.parametrize("in_chunks", [False, True])
     def test_the_limit_is_the_data_sets_own(self, api: httpx2.Client, in_chunks: bool) -> None:
@@ -306,7 +306,7 @@ class TestQuota:
     @pytest.fixture
     def api(self, change: Callable[..., None], request: pytest.FixtureRequest) -> httpx2.Client:
         change(max_stored_bytes=1000)
-        return request.getfixturevalue("make_client")("alice")  # type: ignore[no-any-return]
+        return request.getfixturevalue("make_client")("alice")
 
     @pytest.mark.parametrize("in_chunks", [False, True])
     def test_bytes_count(self, api: httpx2.Client, body: Body, in_chunks: bool, session: Session) -> None:

@@ -557,10 +557,10 @@ def test_another_keys_job_is_not_there(make_client: Callable[..., httpx2.Client]
         if "{job_id}" not in path:
             continue
         for method in operations:
-            concrete = path.replace("{job_id}", job_id).replace("{name}", "config.json")
-            content = {"labels": {}} if method == "patch" else None
+            concrete = path.replace("{job_id}", job_id).replace("{name}", "config.json").replace("{number}", "1")
+            content: Any = {"labels": {}} if method == "patch" else None
             assert bob.request(method, concrete, json=content).status_code == 404, (method, path)
             asked += 1
-    assert asked == 15
+    assert asked == 17
     assert bob.get("/v1/jobs").json()["items"] == []
     assert alice.get(f"/v1/jobs/{job_id}").json()["state"] == "queued"

@@ -141,7 +141,7 @@ def test_running_jobs(
 
     def claim() -> uuid.UUID | None:
         found = leases.claim_next(session, "w", 60, 2)
-        return found and found.job_id
+        return None if found is None else found.job_id
 
     assert [claim() for _ in ids] == [ids[0], ids[3], ids[1], None], "the third job waits: its key has two at work"
     leases.release(session, ids[0], 1)
