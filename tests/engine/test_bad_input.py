@@ -165,7 +165,9 @@ def test_text_that_is_not_there(source: Path, tmp_path: Path) -> None:
             prune(str(source), asked(calibration=calibration), tmp_path / "out", texts_dir=tmp_path)
         assert caught.value.code == code
     with pytest.raises(PruningError, match=r"essays\.txt"):
-        prune(str(source), asked(calibration=Calibration(dataset="local:no")), tmp_path / "out", texts_dir=tmp_path)
+        prune(
+            str(source), asked(calibration=Calibration(dataset="local:essay.txt")), tmp_path / "out", texts_dir=tmp_path
+        )
     calibration = Calibration(dataset="local:essays.txt", sequence_length=32)
     assert prune(str(source), asked(calibration=calibration), tmp_path / "out", texts_dir=tmp_path).folder.exists()
 
