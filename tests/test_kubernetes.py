@@ -305,7 +305,7 @@ def test_workers_have_time_to_return_their_job(manifests: list[Manifest]) -> Non
 
 
 def test_pods_are_restricted(manifests: list[Manifest]) -> None:
-    """As the Pod Security Standard ``restricted`` asks, which the namespace enforces, and further."""
+    """Every pod keeps the Pod Security Standard ``restricted``, which the namespace enforces, and stricter rules."""
     (namespace,) = of_kind(manifests, "Namespace")
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     _, image = read_dockerfile()

@@ -29,7 +29,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"scheduler_interval": 61}, ("SCHEDULER_INTERVAL", "LEASE_TTL")),
         ({"max_running_jobs": 1001}, ("MAX_RUNNING_JOBS", "MAX_OPEN_JOBS")),
         ({"webhook_networks": "10.0.0.0/8"}, ("WEBHOOK_NETWORKS", "WEBHOOK_SECRET")),
-        ({"data_dir": "d", "hub_dir": "d/work/hub"}, ("HUB_DIR", "DATA_DIR")),
+        ({"data_dir": "d", "hub_dir": Path("d", "work", "hub")}, ("HUB_DIR", "DATA_DIR")),
         ({"data_dir": "d", "hub_dir": "d/x/../work"}, ("HUB_DIR", "DATA_DIR")),
     ],
 )

@@ -16,7 +16,7 @@ from app.http import pages
 from app.http.pages import PageSize, PageToken
 from app.http.places import Places
 from app.http.problem import Problem, documented, excerpt
-from secateur.contract.datasets import DatasetPage, DatasetView
+from secateur.contract.datasets import JSON_LINES, DatasetPage, DatasetView
 from secateur.contract.errors import ErrorCode
 from secateur.contract.keys import Scope
 
@@ -27,7 +27,6 @@ TYPES: dict[str, Callable[[], Content]] = {
 }
 BY_NAME = "application/octet-stream"
 """A type with which the name of the data set says what the content is."""
-LINES = (".jsonl", ".ndjson")
 _uploads = Places(each=4)
 
 Name = Annotated[
@@ -92,7 +91,7 @@ def _content(request: Request, name: str) -> Content:
     given = request.headers.get("content-type", "")
     media_type, _, parameters = (part.strip().lower() for part in given.partition(";"))
     charset = parameters.replace('"', "").removeprefix("charset=")
-    types = TYPES | {BY_NAME: JsonLines if name.endswith(LINES) else PlainText}
+    types = TYPES | {BY_NAME: JsonLines if name.endswith(JSON_LINES) else PlainText}
     if media_type not in types or charset not in ("", "utf-8", "utf8"):
         detail = f"The body is of the type '{excerpt(given)}'; a data set is of the type {', '.join(types)}, in UTF-8."
         raise Problem(415, ErrorCode.UNSUPPORTED_MEDIA_TYPE, detail, headers={"Accept": ", ".join(types)})

@@ -6,6 +6,9 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
+JSON_LINES = (".jsonl", ".ndjson")
+"""Ends of the names of files of JSON Lines."""
+
 
 class DatasetKind(StrEnum):
     """What a data set consists of: one text, a list of texts, or a list of chats."""

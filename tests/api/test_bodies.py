@@ -68,7 +68,7 @@ def test_refusing_takes_no_memory(name: str) -> None:
 
 
 def test_the_dearest_body_takes_a_few_times_its_size(body: dict[str, Any]) -> None:
-    """Of one size, texts whose every character is escaped take the most time, and those of wide characters the most memory."""
+    """Among bodies of one size, escaped texts take the most time, and texts of wide characters take the most memory."""
     size = 12 * 2**20
     texts = {"plain": ["word " * 200_000] * 12, "wide": [("\U0001f600" + "word " * 199_999)] * 12}
     peaks = {}

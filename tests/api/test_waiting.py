@@ -303,7 +303,7 @@ class TestARevokedKey:
 def test_a_key_waits_only_so_often(
     settings: Settings, session: Session, body: Body, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By streams and by long polls together; another key waits as before, and a place that is left is free."""
+    """Streams and long polls of a key share its places; another key is not affected, and a place is free when it is left."""
     monkeypatch.setenv("SECATEUR_MAX_WAITING", "2")
     get_settings.cache_clear()
     clients = []

@@ -140,7 +140,7 @@ class World:
             return []
 
     def kill_family(self, name: str) -> None:
-        """As a machine's end does it: the process and all that descend from it, at once."""
+        """Kill a process and all that descend from it at once, as the end of their machine does."""
         role, family = self.roles[name], self.family(name)
         role.wanted = False
         for process in family:

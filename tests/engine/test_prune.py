@@ -393,7 +393,7 @@ def test_statistics_that_are_kept_are_not_taken_again(
 def test_another_method_takes_the_statistics_that_it_shares(
     trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a job does that is derived from another with another method and ratio."""
+    """A second run with another method and ratio takes the statistics of the first, as a derived job does."""
     folder = tmp_path / "statistics"
     run(trained_folder, tmp_path / "first", spec(method="flap", rounds=1), statistics_dir=folder)
     [kept] = folder.glob("*-forward_statistics.safetensors")

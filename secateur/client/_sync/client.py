@@ -24,7 +24,7 @@ from secateur.client.frames import Frame, Frames
 from secateur.client.pauses import ATTEMPTS, sleep, pause
 from secateur.client.report import Report
 from secateur.contract.catalog import Inspection, MethodList, NameList
-from secateur.contract.datasets import DatasetPage, DatasetView
+from secateur.contract.datasets import JSON_LINES, DatasetPage, DatasetView
 from secateur.contract.jobs import (
     Artifact,
     ArtifactList,
@@ -55,8 +55,6 @@ PATIENCE = 60.0
 CHUNK = 2**20
 UPLOAD_TIMEOUT = 600.0
 """Seconds for which an upload may wait while the service stores the data set."""
-JSON_LINES = (".jsonl", ".ndjson")
-"""Suffixes of the files that are uploaded as JSON Lines."""
 
 
 class Client:
