@@ -45,10 +45,11 @@ def equipped(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
 def make_jobs(
     equipped: None, api: httpx2.Client, body: dict[str, Any], session: Session, settings: Settings
 ) -> MakeJobs:
-    """A worker that is alive, a job that waits, one that has failed, and one that has succeeded, with all it can have."""
+    """A worker and a scheduler that are alive, a job that waits, one that has failed, and one that has succeeded, with all it can have."""
 
     def make() -> list[str]:
         fleet.beat(session, "worker", "worker", {})
+        fleet.beat(session, "scheduler", "scheduler", {})
         waiting, failed, succeeded = (str(api.post("/v1/jobs", json=body).json()["id"]) for _ in range(3))
         play.fail(session, failed, play.start(session, failed))
         attempt = play.start(session, succeeded)

@@ -17,6 +17,7 @@ from tests.api.conftest import CONFIG
 from tests.patience import wait_for
 
 REQUEST: dict[str, Any] = {"model_id": "org/tiny", "target_ratio": 0.2, "method": "piem"}
+PUBLISHER: dict[str, Any] = {"namespace": "org", "lend_hub_token": True}
 MANY = 60
 """More than the threads that answer requests."""
 
@@ -40,12 +41,12 @@ def silent_hub(hub: fake.FakeHub) -> Iterator[fake.FakeHub]:
 )
 def test_others_are_served_while_the_hub_is_silent(
     silent_hub: fake.FakeHub,
-    make_client: Callable[[str], httpx2.Client],
+    make_client: Callable[..., httpx2.Client],
     body_of_a_local_model: dict[str, Any],
     path: str,
     body: dict[str, Any],
 ) -> None:
-    alice, bob = make_client("alice"), make_client("bob")
+    alice, bob = make_client("alice", **PUBLISHER), make_client("bob", **PUBLISHER)
     sent = body if "model_id" in body else body_of_a_local_model | body
     ended: list[int] = []
 
@@ -78,9 +79,9 @@ def body_of_a_local_model(make_model: Callable[..., str]) -> dict[str, Any]:
 
 
 def test_a_full_pool_says_when_to_come_again(
-    silent_hub: fake.FakeHub, make_client: Callable[[str], httpx2.Client]
+    silent_hub: fake.FakeHub, make_client: Callable[..., httpx2.Client]
 ) -> None:
-    clients = [make_client(name) for name in ("alice", "bob", "carol")]
+    clients = [make_client(name, **PUBLISHER) for name in ("alice", "bob", "carol")]
     inspected = {"model_id": "org/tiny"}
     with ThreadPoolExecutor(hub_answers.THREADS) as pool:
         waiting = [

@@ -61,7 +61,7 @@ class JobHandle:
         self.session = session
         self.id = job_id
         self.folder = settings.data_dir / "notes" / str(job_id)
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def row(self) -> Job:

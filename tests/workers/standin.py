@@ -34,6 +34,7 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
     job = supervisor.job
     script, rounds = job["request"]["script"], job["request"]["rounds"]
     folder = get_settings().data_dir / "notes" / job["job_id"]
+    folder.mkdir(parents=True, exist_ok=True)
     first_attempt = job["attempt"] == 1
     print("a library prints to stdout")
     os.system("echo and so does its child")

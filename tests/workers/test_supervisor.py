@@ -256,7 +256,6 @@ def test_a_job_needs_no_disk_of_an_earlier_attempt(
     supervise(job).wait()
     assert job.worked[-1] == (1, 3)
     monkeypatch.setenv("SECATEUR_DATA_DIR", str(tmp_path / "another"))
-    (tmp_path / "another" / "notes" / str(job.id)).mkdir(parents=True)
     time.sleep(0.1)
     supervise(job).wait()
     assert job.row.state == "succeeded"
