@@ -1,6 +1,7 @@
 """The architectures that can be pruned, and the sizes of a model read from its config."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from secateur.catalog.architectures import chatglm
@@ -9,11 +10,9 @@ from secateur.catalog.architectures.base import (
     MOST_EXPERTS,
     MOST_HEADS,
     Family,
-    LayerShape,
     ModelShape,
-    UnitCost,
     channel_steps,
-    nearest_groups,
+    nearest_amount,
     read_size,
 )
 from secateur.catalog.architectures.chatglm6b import CHATGLM6B
@@ -26,7 +25,8 @@ from secateur.catalog.architectures.mixtral import MIXTRAL
 from secateur.catalog.architectures.opt import OPT
 from secateur.catalog.architectures.phi3 import PHI3
 from secateur.catalog.architectures.qwen3_moe import QWEN3_MOE
-from secateur.catalog.untrusted import LARGEST_NUMBER, MOST_LAYERS, check_values
+from secateur.catalog.structures import LayerCost, LayerShape
+from secateur.catalog.untrusted import LARGEST_NUMBER, MOST_LAYERS, check_values, shown
 from secateur.contract.errors import ErrorCode, PruningError
 
 FAMILIES: tuple[Family, ...] = (
@@ -49,6 +49,8 @@ MODEL_TYPES: dict[str, Family] = {model_type: family for family in FAMILIES for 
 SUPPORTED = ", ".join(sorted({*MODEL_TYPES, chatglm.MODEL_TYPE}))
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 """The keys that a config must have so that the modules with these sizes can be found."""
+PER_LAYER = {"heads": "num_attention_heads", "kv_groups": "num_key_value_heads", "channels_per_expert": "intermediate_size"}
+"""The sizes in which the layers of a pruned model differ, with transformers' usual keys for them."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
 
@@ -146,13 +148,6 @@ def _check_weights(config: Mapping[str, Any]) -> None:
             "This checkpoint is quantised; prune the model it was made from, then quantise the result.",
             field="model_id",
         )
-    if config.get("per_layer_config"):
-        raise PruningError(
-            ErrorCode.UNSUPPORTED_ARCHITECTURE,
-            "This model was pruned before, to layers that differ; prune the model it came from by a larger ratio, "
-            "or once more in layout uniform or padded, which can be pruned again.",
-            field="model_id",
-        )
 
 
 def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
@@ -193,18 +188,13 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
         )
     depth = read_size(config, family.name_of("num_hidden_layers"), most=MOST_LAYERS)
     experts = next((read_size(config, key, most=MOST_EXPERTS) for key in family.experts if key in config), 1)
-    layers = (LayerShape(groups, heads, head_dim, width, experts),) * depth
-    biased = family.biased(config)
-    per_group = layers[0].heads_per_group * head_dim
-    rows = {family.query: per_group, family.key: head_dim, family.value: head_dim}
-    cost = UnitCost(
-        kv_group=sum(count * (hidden + (name in biased)) for name, count in rows.items()) + per_group * hidden,
-        channel=experts * (sum(hidden + (name in biased) for name in family.channel_inputs) + hidden),
-        fixed=hidden * len(biased & {family.attention_output, family.channel_output}),
-    )
+    stock = LayerShape(groups, heads, head_dim, width, experts)
+    layers = _layers(family, config, stock, depth)
+    biased = family.biased(config) | added_biases(family, config)
+    costs = tuple(_cost(family, layer, hidden, biased) for layer in layers)
     vocabulary, tied = read_size(config, "vocab_size"), bool(config.get("tie_word_embeddings", False))
     norms = depth * family.norm_parameters({**config, "head_dim": head_dim})
-    routers = depth * experts * hidden if family.experts else 0
+    routers = sum(layer.experts * hidden for layer in layers) if family.experts else 0
     return ModelShape(
         family=family,
         model_type=str(config["model_type"]),
@@ -213,26 +203,97 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
         tied_embeddings=tied,
         max_positions=read_size(config, family.name_of("max_position_embeddings"), 2048),
         layers=layers,
-        cost=cost,
+        costs=costs,
+        stock_layer=stock,
         other_parameters=vocabulary * hidden * (1 if tied else 2) + norms + routers + family.outer_parameters(config),
         experts_per_token=read_size(config, "num_experts_per_tok", most=experts) if family.experts else 1,
         stock_heads=family.stock_heads(config),
     )
 
 
+def per_layer_keys(family: Family) -> dict[str, str]:
+    """Return the config's keys for the sizes in which layers of a pruned model differ, by their names in a shape.
+
+    ``per_layer_config`` has these keys for each layer. Where every head has its own key and value, two names have one
+    key.
+    """
+    return {size: family.name_of(key) for size, key in PER_LAYER.items()}
+
+
+def added_biases(family: Family, config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the projections that got a bias when the model was pruned, which the stock class does not have."""
+    modules = config.get("added_biases") or ()
+    return frozenset(projection for projection in family.projections if family.module(projection) in modules)
+
+
+def _layers(family: Family, config: Mapping[str, Any], stock: LayerShape, depth: int) -> tuple[LayerShape, ...]:
+    """Return the sizes of every layer: those of ``stock``, or those that ``per_layer_config`` gives the layer.
+
+    Raises:
+        PruningError: ``config_invalid``.
+    """
+    own = config.get("per_layer_config")
+    if not own:
+        return (stock,) * depth
+    keys = per_layer_keys(family)
+    if not isinstance(own, dict) or own.keys() != {str(index) for index in range(depth)}:
+        raise _no_layers(f"'per_layer_config' must be an object with the keys '0' to '{depth - 1}'")
+    layers = []
+    for index in range(depth):
+        sizes = own[str(index)]
+        if not isinstance(sizes, dict) or sizes.keys() != {*keys.values()}:
+            raise _no_layers(f"layer {index} in 'per_layer_config' must have the keys {', '.join({*keys.values()})}")
+        found = {}
+        for size, key in keys.items():
+            value = sizes[key]
+            most = getattr(stock, size)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+                raise _no_layers(
+                    f"'{key}' of layer {index} in 'per_layer_config' must be an integer from 0 to {most}, the size of "
+                    f"the unpruned model, not {shown(value)}"
+                )
+            found[size] = value
+        if (found["heads"] % found["kv_groups"] if found["kv_groups"] else found["heads"]) or (
+            found["kv_groups"] and not found["heads"]
+        ):
+            raise _no_layers(
+                f"{found['heads']} heads of layer {index} are no multiple of its {found['kv_groups']} KV heads"
+            )
+        layers.append(replace(stock, **found))
+    return tuple(layers)
+
+
+def _no_layers(reason: str) -> PruningError:
+    return PruningError(ErrorCode.CONFIG_INVALID, f"config.json: {reason}.", field="model_id")
+
+
+def _cost(family: Family, layer: LayerShape, hidden: int, biased: frozenset[str]) -> LayerCost:
+    per_group = layer.heads_per_group * layer.head_dim
+    rows = {family.query: per_group, family.key: layer.head_dim, family.value: layer.head_dim}
+    return LayerCost(
+        kv_group=sum(count * (hidden + (name in biased)) for name, count in rows.items()) + per_group * hidden,
+        channel=sum(hidden + (name in biased) for name in family.channel_inputs) + hidden,
+        attention_bias=hidden * (family.attention_output in biased),
+        channel_bias=hidden * (family.channel_output in biased),
+    )
+
+
 __all__ = [
     "FAMILIES",
     "MODEL_TYPES",
+    "PER_LAYER",
     "SUPPORTED",
     "Family",
+    "LayerCost",
     "LayerShape",
     "ModelShape",
-    "UnitCost",
+    "added_biases",
     "channel_steps",
     "check_config",
     "declared_parameters",
     "family_of",
-    "nearest_groups",
+    "nearest_amount",
+    "per_layer_keys",
     "shape_from_config",
     "shape_of",
 ]

@@ -8,11 +8,12 @@ transformers uses them.
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal
 
+from secateur.catalog.structures import STRUCTURES, WIDTHS, LayerCost, LayerShape
 from secateur.catalog.untrusted import LARGEST_NUMBER, shown
 from secateur.contract.errors import ErrorCode, PruningError
 
@@ -106,6 +107,8 @@ class Family:
     """
     default_width: int | None = None
     """Number of feed-forward channels for each hidden unit, where ``config.json`` gives no width."""
+    structures: tuple[str, ...] = WIDTHS
+    """The structures whose units this family's layers have, in the order of :data:`STRUCTURES`."""
     names: Mapping[str, str] = field(default_factory=dict)
     """The family's config keys for ``num_attention_heads`` and similar sizes, where the keys differ from these names.
 
@@ -131,49 +134,6 @@ class Family:
         return (*self.attention_inputs, self.attention_output, *self.channel_inputs, self.channel_output)
 
 
-@dataclass(frozen=True)
-class LayerShape:
-    """The widths of one decoder layer."""
-
-    kv_groups: int
-    heads: int
-    head_dim: int
-    channels_per_expert: int
-    """Number of channels of each expert; without a mixture of experts, of the layer."""
-    experts: int = 1
-
-    @property
-    def channels(self) -> int:
-        """Number of channels of all experts, which are stored one after the other."""
-        return self.channels_per_expert * self.experts
-
-    @property
-    def heads_per_group(self) -> int:
-        return self.heads // self.kv_groups
-
-    def without(self, kv_groups: int) -> "LayerShape":
-        """Return the shape of the layer without ``kv_groups`` of its KV groups."""
-        return replace(self, kv_groups=self.kv_groups - kv_groups, heads=self.heads - kv_groups * self.heads_per_group)
-
-    @property
-    def attention_width(self) -> int:
-        """Width of the outputs of all heads side by side."""
-        return self.heads * self.head_dim
-
-
-@dataclass(frozen=True)
-class UnitCost:
-    """The numbers of parameters that are removed with one unit, and the number that stays in a layer whatever is cut.
-
-    The numbers are the same in every layer. All experts have the same width, so removing a channel removes one channel
-    of every expert.
-    """
-
-    kv_group: int
-    channel: int
-    fixed: int
-
-
 def channel_steps(width: int, multiple: int) -> list[int]:
     """Return the channels that each step removes, from ``width`` through the multiples to the one block that stays."""
     if width <= multiple:
@@ -182,18 +142,18 @@ def channel_steps(width: int, multiple: int) -> list[int]:
     return ([odd] if odd else []) + [multiple] * (width // multiple - 1)
 
 
-def nearest_groups(wished: float, choices: Sequence[int], channels: int, total: float, cost: UnitCost) -> int:
-    """Return the number of KV groups to remove.
+def nearest_amount(wished: float, choices: Sequence[int], rest: float, total: float) -> int:
+    """Return the number of parameters to remove with whole KV groups.
 
     Of the choices that come nearest to ``total``, the function returns the nearest to ``wished``. ``total`` is the
-    number of parameters to remove; at most ``channels`` channels make up the part that KV groups do not.
+    number of parameters to remove; channels make up at most ``rest`` parameters of what KV groups do not.
     """
 
-    def miss(count: int) -> float:
-        left = total - count * cost.kv_group
-        return max(-left, left - channels * cost.channel, 0.0)
+    def miss(amount: int) -> float:
+        left = total - amount
+        return max(-left, left - rest, 0.0)
 
-    return min(choices, key=lambda count: (miss(count), abs(count - wished)))
+    return min(choices, key=lambda amount: (miss(amount), abs(amount - wished)))
 
 
 @dataclass(frozen=True)
@@ -207,9 +167,12 @@ class ModelShape:
     tied_embeddings: bool
     max_positions: int
     layers: tuple[LayerShape, ...]
-    cost: UnitCost
+    costs: tuple[LayerCost, ...]
+    """What the units of each layer cost."""
     other_parameters: int
     """Number of parameters that pruning does not change: embeddings, norms, routers and the language-model head."""
+    stock_layer: LayerShape
+    """The sizes that the config gives every layer which has none of its own."""
     experts_per_token: int = 1
     """Number of experts that the router sends each token to."""
     stock_heads: StockHeads = "any"
@@ -218,26 +181,39 @@ class ModelShape:
     @cached_property
     def prunable_parameters(self) -> int:
         """Number of parameters in attention and feed-forward projections; ``target_ratio`` is a share of it."""
-        return sum(self.layer_parameters(layer) for layer in self.layers)
+        return sum(self.layer_parameters(index) for index in range(len(self.layers)))
 
     @property
     def parameters(self) -> int:
         return self.prunable_parameters + self.other_parameters
 
-    def layer_parameters(self, layer: LayerShape) -> int:
-        cost = self.cost
-        return layer.kv_groups * cost.kv_group + layer.channels_per_expert * cost.channel + cost.fixed
+    def layer_parameters(self, index: int, now: LayerShape | None = None) -> int:
+        """Return the prunable parameters of layer ``index``, with the sizes ``now`` or else those of the source."""
+        return self.costs[index].parameters(now or self.layers[index])
+
+    def price(self, structure: str, index: int, now: LayerShape | None = None) -> int:
+        """Return the parameters of one unit of layer ``index``, with the sizes ``now`` or else those of the source."""
+        return STRUCTURES[structure].price(now or self.layers[index], self.costs[index])
+
+    def units(self, structure: str, index: int, now: LayerShape | None = None) -> int:
+        """Return the number of units of layer ``index``, with the sizes ``now`` or else those of the source."""
+        return STRUCTURES[structure].units(now or self.layers[index])
+
+    def removable(self, structure: str, index: int, multiple: int, now: LayerShape | None = None) -> int:
+        """Return how many units layer ``index`` can lose: one group and one block of channels stay in it."""
+        return STRUCTURES[structure].removable(now or self.layers[index], multiple)
+
+    @property
+    def differs(self) -> bool:
+        """Whether the source's layers differ in their sizes."""
+        return any(layer != self.stock_layer for layer in self.layers)
 
     def width_multiple(self, asked: int | None) -> int:
         """Return the number that all feed-forward widths are multiples of.
 
         The number is ``asked`` if the request sets it, else 256 for wide models and 32 for all others.
         """
-        return asked or (256 if self.layers[0].channels_per_expert >= WIDE_INTERMEDIATE else 32)
-
-    def removable(self, layer: LayerShape, multiple: int) -> tuple[int, int]:
-        """Return how many KV groups and channels a layer can lose: one group and one block of channels stay."""
-        return layer.kv_groups - 1, max(layer.channels_per_expert - multiple, 0)
+        return asked or (256 if self.stock_layer.channels_per_expert >= WIDE_INTERMEDIATE else 32)
 
     def takes_heads(self, layer: LayerShape) -> bool:
         """Return whether the stock class allows every layer to have the number of heads of ``layer``."""
@@ -247,51 +223,52 @@ class ModelShape:
             case "divisors":
                 return self.hidden_size % layer.heads == 0
             case "unchanged":
-                return layer.heads == self.layers[0].heads
+                return layer.heads == self.stock_layer.heads
 
     def max_ratio(self, width_multiple: int | None = None, uniform: bool = False) -> float:
         """Return the largest ratio, at which every layer loses all that it can lose."""
-        choices, channels = self._removable(self.width_multiple(width_multiple), uniform)
-        return (choices[-1] * self.cost.kv_group + channels * self.cost.channel) / self.prunable_parameters
+        groups, channels = self._amounts(self.width_multiple(width_multiple), uniform)
+        return (groups[-1] + channels[-1]) / self.prunable_parameters
 
-    def split(self, ratio: float, width_multiple: int | None, uniform: bool = False) -> tuple[int, float]:
-        """Return the number of KV groups and the number of channel parameters that a ratio removes from the source.
+    def split(self, ratio: float, width_multiple: int | None, uniform: bool = False) -> dict[str, float]:
+        """Return the parameters that a ratio removes from the source with KV groups and with channels.
 
         KV groups lose the same share as the whole model, as near as whole groups come to the share and as channels can
-        make up the difference. With ``uniform``, every layer loses the same number of units: of the combinations of
-        whole groups and whole steps of channels that come near to the ratio, the function chooses the one whose share
+        make up the difference. With ``uniform``, every layer is left with the same number of units: of the combinations
+        of whole groups and whole steps of channels that come near to the ratio, the function chooses the one whose share
         of KV groups is nearest to the share of the whole model.
         """
         wanted, multiple = ratio * self.prunable_parameters, self.width_multiple(width_multiple)
-        choices, channels = self._removable(multiple, uniform)
-        share = ratio * sum(layer.kv_groups for layer in self.layers)
+        groups, channels = self._amounts(multiple, uniform)
+        share = ratio * sum(
+            layer.kv_groups * self.price("kv_groups", index) for index, layer in enumerate(self.layers)
+        )
         if uniform:
-            price = self.cost.channel * len(self.layers)
-            steps = list(accumulate(channel_steps(self.layers[0].channels_per_expert, multiple), initial=0))
             found = []
-            for count in choices:
-                above = bisect_left(steps, (wanted - count * self.cost.kv_group) / price)
-                for step in steps[max(above - 1, 0) : above + 1]:  # any other misses by more
-                    miss = abs(count * self.cost.kv_group + step * price - wanted)
-                    found.append((abs(count - share), miss, (count, float(step * price))))
+            for amount in groups:
+                above = bisect_left(channels, wanted - amount)
+                for rest in channels[max(above - 1, 0) : above + 1]:  # any other misses by more
+                    found.append((abs(amount - share), abs(amount + rest - wanted), (amount, float(rest))))
             least = min(miss for _, miss, _ in found)
             near = max(least, min(NEAR * self.prunable_parameters, self.block(width_multiple, uniform) / 2))
-            return min(each for each in found if each[1] <= near)[2]
-        count = nearest_groups(share, choices, channels, wanted, self.cost)
-        return count, min(max(wanted - count * self.cost.kv_group, 0.0), channels * self.cost.channel)
+            amount, most = min(each for each in found if each[1] <= near)[2]
+            return {"kv_groups": amount, "channels": most}
+        amount = nearest_amount(share, groups, channels[-1], wanted)
+        return {"kv_groups": amount, "channels": min(max(wanted - amount, 0.0), channels[-1])}
 
     def nearest_ratio(self, target_ratio: float, width_multiple: int | None = None, uniform: bool = False) -> float:
         """Return the ratio nearest to ``target_ratio`` that whole KV groups and whole blocks of channels reach."""
-        groups, channels = self.split(target_ratio, width_multiple, uniform)
-        limit = self._removable(self.width_multiple(width_multiple), uniform)[1] * self.cost.channel
+        amounts = self.split(target_ratio, width_multiple, uniform)
+        channels, limit = amounts["channels"], self._amounts(self.width_multiple(width_multiple), uniform)[1][-1]
         block = self.block(width_multiple)
         below = min(math.ceil(channels / block - 0.5) * block, limit)  # of two sizes equally near, the smaller is cut
         whole = channels if uniform else min((below, limit), key=lambda size: abs(size - channels))
-        return (groups * self.cost.kv_group + whole) / self.prunable_parameters
+        return (amounts["kv_groups"] + whole) / self.prunable_parameters
 
     def block(self, width_multiple: int | None = None, uniform: bool = False) -> int:
-        """Return the number of parameters in one step of channels; with ``uniform``, all layers take a step at once."""
-        return self.width_multiple(width_multiple) * self.cost.channel * (len(self.layers) if uniform else 1)
+        """Return the number of parameters in the largest step of channels; with ``uniform``, of all layers together."""
+        prices = [self.price("channels", index) for index in range(len(self.layers))]
+        return self.width_multiple(width_multiple) * ((sum if uniform else max)(prices) or 1)
 
     def check_ratio(
         self,
@@ -314,8 +291,8 @@ class ModelShape:
             return
         smallest = block
         if uniform:
-            fewest = [count for count in self._removable(self.width_multiple(width_multiple), True)[0] if count][:1]
-            smallest = min(block, *(count * self.cost.kv_group / self.prunable_parameters for count in fewest), 1.0)
+            fewest = [amount for amount in self._amounts(self.width_multiple(width_multiple), True)[0] if amount][:1]
+            smallest = min(block, *(amount / self.prunable_parameters for amount in fewest), 1.0)
         raise PruningError(
             ErrorCode.RATIO_UNREACHABLE,
             f"This model cannot be pruned by {target_ratio:g}: the nearest ratio that can be met is "
@@ -325,15 +302,38 @@ class ModelShape:
             field=field,
         )
 
-    def _removable(self, multiple: int, uniform: bool = False) -> tuple[Sequence[int], int]:
-        """Return the numbers of KV groups that can be removed, ascending, and the largest number of channels."""
-        by_layer = [self.removable(layer, multiple) for layer in self.layers]
-        channels = sum(channels for _, channels in by_layer)
-        if not uniform:
-            return range(sum(groups for groups, _ in by_layer) + 1), channels
-        first, depth = self.layers[0], len(self.layers)
-        fewer = (first.without(groups) for groups in range(by_layer[0][0] + 1))
-        return [(first.kv_groups - layer.kv_groups) * depth for layer in fewer if self.takes_heads(layer)], channels
+    def common_units(self, multiple: int, layers: Sequence[LayerShape]) -> tuple[list[int], list[int]]:
+        """Return the numbers of KV groups and of channels that every one of ``layers`` can be left with, descending.
+
+        The stock class accepts each number of groups.
+        """
+        fewest = min(layers, key=lambda layer: layer.kv_groups)
+        fewer = (fewest.without(gone) for gone in range(max(fewest.kv_groups, 1)))
+        width = min(layer.channels_per_expert for layer in layers)
+        channels = accumulate((-step for step in channel_steps(width, multiple)), initial=width)
+        return [layer.kv_groups for layer in fewer if not layer.heads or self.takes_heads(layer)], list(channels)
+
+    def _amounts(self, multiple: int, uniform: bool = False) -> tuple[Sequence[int], Sequence[int]]:
+        """Return the parameters that can be removed with KV groups and with channels, each ascending.
+
+        Without ``uniform``, of the amounts of channels only none and the most are given.
+        """
+        prices = {name: [self.price(name, index) for index in range(len(self.layers))] for name in WIDTHS}
+        if uniform:
+            alike, together = (
+                [sum((self.units(name, at) - left) * price for at, price in enumerate(prices[name])) for left in choices]
+                for name, choices in zip(WIDTHS, self.common_units(multiple, self.layers), strict=True)
+            )
+            return alike, together
+        most = {
+            name: [self.removable(name, index, multiple) for index in range(len(self.layers))] for name in WIDTHS
+        }
+        steps = sorted(
+            (gone / count, index) for index, count in enumerate(most["kv_groups"]) for gone in range(1, count + 1)
+        )
+        groups = accumulate((prices["kv_groups"][index] for _, index in steps), initial=0)
+        channels = sum(count * price for count, price in zip(most["channels"], prices["channels"], strict=True))
+        return list(groups), [0, channels]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the sizes as JSON-able data for ``POST /v1/models/inspect``."""
@@ -345,11 +345,13 @@ class ModelShape:
             "tied_embeddings": self.tied_embeddings,
             "parameters": self.parameters,
             "prunable_parameters": self.prunable_parameters,
-            "parameters_per_kv_group": self.cost.kv_group,
-            "parameters_per_channel": self.cost.channel,
             "width_multiple": self.width_multiple(None),
             "max_ratio": self.max_ratio(),
             "experts_per_token": self.experts_per_token,
+            "structures": {
+                name: {"scope": STRUCTURES[name].scope, "summary": STRUCTURES[name].summary}
+                for name in self.family.structures
+            },
             "layers": [
                 {
                     "layer": index,
@@ -358,6 +360,8 @@ class ModelShape:
                     "head_dim": layer.head_dim,
                     "channels": layer.channels_per_expert,
                     "experts": layer.experts,
+                    "parameters": self.layer_parameters(index),
+                    "prices": {name: self.price(name, index) for name in self.family.structures},
                 }
                 for index, layer in enumerate(self.layers)
             ],

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.model.decoder import STRUCTURES, Decoder, Structure
+from secateur.engine.model.decoder import Decoder
+from secateur.engine.structures import WIDTHS
 
 
 @dataclass(frozen=True)
@@ -18,15 +19,15 @@ class ForwardStatistics:
 
     cosines: list[float]
     """Mean over tokens of the cosine between the input and the output of each layer."""
-    variances: dict[Structure, list[Tensor]]
-    """Variance over tokens of the inputs of the output projections, ``[in]`` for each layer."""
+    variances: dict[str, list[Tensor]]
+    """Variance over tokens of the inputs of each structure's output projection, ``[in]`` for each layer."""
 
     @classmethod
     def of(cls, tensors: list[Tensor]) -> "ForwardStatistics":
         """Build the statistics from the tensors that :func:`forward_statistics` returns."""
         cosines, *variances = tensors
-        layers = len(cosines)
-        return cls(cosines.tolist(), {"kv_groups": variances[:layers], "channels": variances[layers:]})
+        layers, left = len(cosines), iter(variances)
+        return cls(cosines.tolist(), {structure: [next(left) for _ in range(layers)] for structure in WIDTHS})
 
 
 @torch.no_grad()
@@ -38,16 +39,14 @@ def forward_statistics(
     :meth:`ForwardStatistics.of` reads the returned tensors.
     """
     cosines = [0.0] * len(decoder.layers)
-    sums: dict[Structure, list[Tensor]] = {
-        structure: [torch.zeros(2, 1, dtype=torch.float64)] * len(cosines) for structure in STRUCTURES
-    }
+    sums = {structure: [torch.zeros(2, 1, dtype=torch.float64)] * len(cosines) for structure in WIDTHS}
 
     def turned(index: int, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         leaving = output[0] if isinstance(output, tuple) else output
         similarity = nn.functional.cosine_similarity(args[0].float(), leaving.float(), dim=-1)
         cosines[index] += float(similarity.double().sum())
 
-    def seen(index: int, structure: Structure, inputs: Tensor) -> None:
+    def seen(index: int, structure: str, inputs: Tensor) -> None:
         flat = inputs.flatten(0, -2).double()
         sums[structure][index] = sums[structure][index] + torch.stack([flat.sum(0), flat.square().sum(0)]).cpu()
 
@@ -56,12 +55,13 @@ def forward_statistics(
         hooks.append(
             layer.module.register_forward_hook(lambda _, args, output, number=number: turned(number, args, output))
         )
-        for structure in STRUCTURES:
-            hooks.append(
-                layer.output(structure).register_forward_pre_hook(
-                    lambda _, args, number=number, structure=structure: seen(number, structure, args[0])
+        for name, structure in WIDTHS.items():
+            if structure.units(layer):
+                hooks.append(
+                    structure.output(layer).register_forward_pre_hook(
+                        lambda _, args, number=number, name=name: seen(number, name, args[0])
+                    )
                 )
-            )
     try:
         for start in range(0, len(tokens), batch_windows):
             decoder.model(tokens[start : start + batch_windows], use_cache=False, logits_to_keep=1)
@@ -72,7 +72,7 @@ def forward_statistics(
     count = tokens.numel()
     variances = [
         (squares / count - (total / count).square()).clamp_min(0)
-        for structure in STRUCTURES
+        for structure in WIDTHS
         for total, squares in sums[structure]
     ]
     return [torch.tensor(cosines, dtype=torch.float64) / count, *variances]

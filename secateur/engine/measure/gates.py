@@ -10,41 +10,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.engine.model.decoder import Decoder, check_gradients, gated
+from secateur.engine.model.decoder import Decoder, check_gradients
+from secateur.engine.structures import WIDTHS, gated
 
 Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
 class GateStatistics:
-    """Statistics of the gates of one layer: ``[kv_groups]`` and ``[channels]``, float64 on the CPU.
+    """Statistics of the gates of one structure in one layer, ``[units]``, float64 on the CPU.
 
-    ``gradient`` is ∂L/∂m and ``curvature`` the empirical Fisher estimate of ∂²L/∂m², where the loss L is the mean token
-    loss in nats.
+    The loss L is the mean token loss in nats.
     """
 
-    kv_group_gradient: Tensor
-    kv_group_curvature: Tensor
-    channel_gradient: Tensor
-    channel_curvature: Tensor
+    gradient: Tensor
+    """∂L/∂m."""
+    curvature: Tensor
+    """The empirical Fisher estimate of ∂²L/∂m²."""
 
     @property
-    def kv_group_loss_change(self) -> Tensor:
-        """Estimated change of the loss when a KV group is removed, ``[kv_groups]``, in nats."""
-        return estimated_loss_change(self.kv_group_gradient, self.kv_group_curvature)
+    def loss_change(self) -> Tensor:
+        """Estimated change of the loss when a unit is removed, ``[units]``, in nats.
 
-    @property
-    def channel_loss_change(self) -> Tensor:
-        """Estimated change of the loss when a channel is removed, ``[channels]``, in nats."""
-        return estimated_loss_change(self.channel_gradient, self.channel_curvature)
+        It is ΔL(u) ≈ −g + ½·h, the second-order Taylor expansion of the loss from gate 1 to gate 0.
+        """
+        return -self.gradient + self.curvature / 2
 
 
-def estimated_loss_change(gradient: Tensor, curvature: Tensor) -> Tensor:
-    """Return ΔL(u) ≈ −g + ½·h, the second-order Taylor expansion of the loss from gate 1 to gate 0."""
-    return -gradient + curvature / 2
+LayerGates = dict[str, GateStatistics]
+"""The gate statistics of one layer, by structure."""
 
 
-def gate_statistics(decoder: Decoder, tokens: Tensor, batch_windows: int, progress: Progress) -> list[GateStatistics]:
+def gate_statistics(decoder: Decoder, tokens: Tensor, batch_windows: int, progress: Progress) -> list[LayerGates]:
     """Compute the gradient and the curvature of every gate over ``tokens`` ``[windows, length]``.
 
     The computation takes two forward passes and one backward pass. Each window has gates of its own, so one backward
@@ -59,27 +56,23 @@ def gate_statistics(decoder: Decoder, tokens: Tensor, batch_windows: int, progre
         PruningError: ``loss_not_finite`` when a gradient is NaN or infinite.
     """
     totals = [
-        [
-            torch.zeros(n, dtype=torch.float64)
-            for n in (layer.kv_groups, layer.kv_groups, layer.channels, layer.channels)
-        ]
+        {name: torch.zeros(2, structure.units(layer), dtype=torch.float64) for name, structure in WIDTHS.items()}
         for layer in decoder.layers
     ]
     for start in range(0, len(tokens), batch_windows):
         batch = tokens[start : start + batch_windows]
         for sums, gradients in zip(reversed(totals), _gradients_from_the_end(decoder, batch), strict=True):
-            for kind, gradient in enumerate(gradients):
+            for structure, gradient in gradients.items():
                 by_window = gradient.double().cpu()
-                sums[2 * kind] += by_window.sum(0)
-                sums[2 * kind + 1] += by_window.square().sum(0)
+                sums[structure] += torch.stack([by_window.sum(0), by_window.square().sum(0)])
         progress(min(start + batch_windows, len(tokens)) / len(tokens))
-    check_gradients(total for sums in totals for total in sums)
+    check_gradients(total for sums in totals for total in sums.values())
     count = decoder.predicted(tokens)
-    return [GateStatistics(*(total / count for total in sums)) for sums in totals]
+    return [{name: GateStatistics(*(total / count)) for name, total in sums.items()} for sums in totals]
 
 
-def _gradients_from_the_end(decoder: Decoder, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the gradients of each layer's gates, last layer first: ``[windows, units]`` for both structures.
+def _gradients_from_the_end(decoder: Decoder, batch: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Yield the gradients of each layer's gates, last layer first: ``[windows, units]`` by structure.
 
     The gradient of a window is that of the window's summed loss.
     """
@@ -87,16 +80,17 @@ def _gradients_from_the_end(decoder: Decoder, batch: Tensor) -> Iterator[tuple[T
     upstream: Tensor | None = None
     for index in reversed(range(len(decoder.layers))):
         layer, hidden = decoder.layers[index], captured.inputs[index].detach().requires_grad_()
-        gates = [
-            torch.ones(len(batch), n, device=decoder.device, requires_grad=True)
-            for n in (layer.kv_groups, layer.channels)
-        ]
-        with torch.enable_grad(), gated(layer, *gates):
+        gates = {
+            name: torch.ones(len(batch), units, device=decoder.device, requires_grad=True)
+            for name, structure in WIDTHS.items()
+            if (units := structure.units(layer))
+        }
+        with torch.enable_grad(), gated(layer, gates):
             output = decoder.run_layer(captured, index, hidden)
             if upstream is None:
                 output = decoder.losses(decoder.head(output), batch).sum()
-            upstream, heads, channels = torch.autograd.grad(output, [hidden, *gates], upstream)
-        yield heads, channels
+            upstream, *gradients = torch.autograd.grad(output, [hidden, *gates.values()], upstream)
+        yield dict(zip(gates, gradients, strict=True))
 
 
 @torch.no_grad()
@@ -106,18 +100,19 @@ def shielded_loss_change(decoder: Decoder, tokens: Tensor, batch_windows: int, p
     ΔL is the mean token loss with the group's gate closed, less the loss with all gates open. Each group takes one
     forward pass from its layer on; the hidden states that enter the layer are kept from one full forward pass.
     """
-    changes = [torch.zeros(layer.kv_groups, dtype=torch.float64) for layer in decoder.layers]
+    units = [WIDTHS["kv_groups"].units(layer) for layer in decoder.layers]
+    changes = [torch.zeros(groups, dtype=torch.float64) for groups in units]
     count = decoder.predicted(tokens)
-    done, work = 0, len(range(0, len(tokens), batch_windows)) * sum(layer.kv_groups for layer in decoder.layers)
+    done, work = 0, len(range(0, len(tokens), batch_windows)) * sum(units)
     for start in range(0, len(tokens), batch_windows):
         batch = tokens[start : start + batch_windows]
         captured = decoder.capture(batch)
         base = decoder.losses(decoder.resume(captured, 0, captured.inputs[0]), batch).double().sum()
         for index, layer in enumerate(decoder.layers):
-            for group in range(layer.kv_groups):
-                gate = torch.ones(1, layer.kv_groups, device=decoder.device)
+            for group in range(units[index]):
+                gate = torch.ones(1, units[index], device=decoder.device)
                 gate[0, group] = 0
-                with gated(layer, kv_groups=gate):
+                with gated(layer, {"kv_groups": gate}):
                     losses = decoder.losses(decoder.resume(captured, index, captured.inputs[index]), batch)
                 changes[index][group] += (losses.double().sum() - base).cpu() / count
                 done += 1

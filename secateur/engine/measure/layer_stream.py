@@ -5,14 +5,15 @@ the output of the layers that were cut before, so an error reaches every later l
 moments of one layer and three sets of hidden states, never the activations of all layers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.model.decoder import Decoder, Layer, Structure
+from secateur.engine.model.decoder import Decoder, Layer
+from secateur.engine.structures import WIDTHS, Width
 
 
 @dataclass
@@ -62,7 +63,7 @@ class LayerStream:
         self._entered = [decoder.enter(batch) for batch in tokens.split(batch_windows)]
         self.hidden = [entered.hidden for entered in self._entered]
         """The hidden states that enter the next layer, by batch: ``[windows, length, hidden]``."""
-        self._targets = {"kv_groups": self.hidden, "channels": self.hidden}
+        self._targets = {"attention": self.hidden, "feed_forward": self.hidden}
         self._index = -1
 
     @torch.no_grad()
@@ -79,16 +80,16 @@ class LayerStream:
             if cut or self._reference is None:
                 self.hidden = [self._run(self._decoder, batch, hidden) for batch, hidden in enumerate(self.hidden)]
             else:
-                self.hidden = self._targets["channels"]
+                self.hidden = self._targets["feed_forward"]
 
     @torch.no_grad()
-    def moments(self, structure: Structure) -> list[Moments]:
-        """Return the moments of this layer's ``structure`` for each expert, for the layer as it is now.
+    def moments(self, name: str) -> list[Moments]:
+        """Return the moments of this layer's width structure ``name`` for each expert, for the layer as it is now.
 
         KV groups that were cut earlier do not count when the moments of the channels are computed.
         """
-        layer = self._decoder.layers[self._index]
-        experts, weight = layer.experts(structure), layer.output(structure).weight
+        layer, structure = self._decoder.layers[self._index], WIDTHS[name]
+        experts, weight = structure.experts(layer), structure.output(layer).weight
         size, hidden_size = weight.shape[1] // experts, weight.shape[0]
 
         def zeros(*shape: int) -> Tensor:
@@ -112,9 +113,9 @@ class LayerStream:
             sent = torch.stack([inputs.any(1) for inputs in given], 1)  # [tokens, experts]
             weights = torch.ones(len(entering), 1, device=weight.device)
             if self._reference is not None:
-                target = self._targets[structure][batch].flatten(0, 1).float()
+                target = self._targets[structure.part][batch].flatten(0, 1).float()
                 weights = 1 / target.square().mean(1, keepdim=True)
-                before = hidden if structure == "kv_groups" else hidden + seen.attended
+                before = hidden if seen.attended is None else hidden + seen.attended
                 lacking = target - before.flatten(0, 1).float() - seen.output.flatten(0, -2).float()
                 lacking /= sent.sum(1, keepdim=True).clamp_min(1)
             for moments, inputs, own in zip(found, given, sent.T, strict=True):
@@ -132,17 +133,12 @@ class LayerStream:
 
     def _run_reference(self, reference: Decoder) -> None:
         """Run this layer of the reference and keep its hidden states after attention and after the layer."""
-        layer, entering = reference.layers[self._index], self._targets["channels"]
+        layer, entering = reference.layers[self._index], self._targets["feed_forward"]
         attended: list[Tensor] = []
-        hook = layer.attention_output.register_forward_hook(lambda _, args, output: attended.append(output))
-        try:
+        with _attending(layer, attended.append):
             leaving = [self._run(reference, batch, hidden) for batch, hidden in enumerate(entering)]
-        finally:
-            hook.remove()
-        self._targets = {
-            "kv_groups": [hidden + output for hidden, output in zip(entering, attended, strict=True)],
-            "channels": leaving,
-        }
+        after = [hidden + output for hidden, output in zip(entering, attended, strict=True)] if attended else entering
+        self._targets = {"attention": after, "feed_forward": leaving}
 
 
 class _Enough(Exception):
@@ -159,15 +155,28 @@ class _Seen:
     """Output of the structure's output projection: ``[windows, length, hidden]``."""
     entering: Tensor
     """Inputs of the structure's input projections: ``[windows, length, hidden]``."""
-    attended: Tensor
-    """Output of attention that is added to the hidden states, ``[windows, length, hidden]``; only for channels."""
+    attended: Tensor | None = None
+    """Output of attention that is added to the hidden states before the structure, ``[windows, length, hidden]``."""
 
 
 @contextmanager
-def _seen(layer: Layer, structure: Structure) -> Iterator[_Seen]:
+def _attending(layer: Layer, seen: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call ``seen`` with the output of the layer's attention, if it has one, whenever the layer runs in this context."""
+    if layer.family.attention_output not in layer.projections:
+        yield
+        return
+    hook = layer.attention_output.register_forward_hook(lambda _, args, output: seen(output))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _seen(layer: Layer, structure: Width) -> Iterator[_Seen]:
     """Stop a layer's forward at the structure's output projection in this context, and record its tensors."""
     empty = torch.empty(0)
-    seen = _Seen(empty, empty, empty, empty)
+    seen = _Seen(empty, empty, empty)
 
     def stop(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         seen.inputs, seen.output = args[0], output
@@ -176,16 +185,16 @@ def _seen(layer: Layer, structure: Structure) -> Iterator[_Seen]:
     def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.entering = args[0]
 
-    def attend(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def attend(output: Tensor) -> None:
         seen.attended = output
 
     hooks = [
-        layer.output(structure).register_forward_hook(stop),
-        layer.inputs(structure)[0].register_forward_pre_hook(enter),
-        layer.attention_output.register_forward_hook(attend),
+        structure.output(layer).register_forward_hook(stop),
+        structure.inputs(layer)[0].register_forward_pre_hook(enter),
     ]
     try:
-        yield seen
+        with _attending(layer, attend):
+            yield seen
     except _Enough:
         pass
     finally:

@@ -1,11 +1,11 @@
 """A loaded model of any family, presented as a stack of prunable decoder layers."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +17,19 @@ from secateur.engine.model.experts import Experts
 from secateur.engine.model.fused import Fused
 from secateur.engine.time_limit import encode
 
-Structure = Literal["kv_groups", "channels"]
-STRUCTURES: tuple[Structure, Structure] = ("kv_groups", "channels")
-
 
 class Layer:
     """One decoder layer: its module, the projections that pruning cuts, and its current widths.
 
-    Both structures, ``kv_groups`` and ``channels``, have the same form: input projections with rows for each unit, and
-    an output projection with columns for each unit. In a mixture of experts, the channels of all experts stand one
-    after the other.
+    In a mixture of experts, the channels of all experts stand one after the other.
     """
 
-    def __init__(self, module: nn.Module, family: Family, head_dim: int, heads_per_group: int) -> None:
+    def __init__(self, module: nn.Module, family: Family, source: LayerShape) -> None:
+        """Present ``module``, a layer that has the sizes ``source``."""
         self.module = module
         self.family = family
-        self.head_dim = head_dim
-        self.heads_per_group = heads_per_group
+        self.head_dim = source.head_dim
+        self.heads_per_group = source.heads_per_group
         self.mixture: Experts | None = None
         """The layer's experts, or ``None`` in a layer without a mixture of experts."""
 
@@ -74,6 +70,12 @@ class Layer:
         return found
 
     @property
+    def projections(self) -> tuple[str, ...]:
+        """The names of the family's projections that this layer has; a layer may lack a whole sub-layer."""
+        modules = {name for name, _ in self.module.named_modules()}
+        return tuple(name for name in self.family.projections if name in modules)
+
+    @property
     def attention_output(self) -> nn.Linear:
         """Attention output projection; its input ``[..., heads * head_dim]`` holds the heads' outputs side by side."""
         return self[self.family.attention_output]
@@ -89,38 +91,14 @@ class Layer:
         return self.heads_per_group * self.head_dim
 
     @property
-    def kv_groups(self) -> int:
-        return self.attention_output.in_features // self.group_width
-
-    @property
-    def channels(self) -> int:
-        return self.channel_output.in_features
-
-    def experts(self, structure: Structure) -> int:
-        """Return the number of experts that share this structure's units; each expert holds the same number."""
-        return self.mixture.count if structure == "channels" and self.mixture is not None else 1
-
-    def inputs(self, structure: Structure) -> list[nn.Linear]:
-        """Return the structure's input projections: query, key and value, or the channels' input projections."""
-        names = self.family.attention_inputs if structure == "kv_groups" else self.family.channel_inputs
-        return [self[name] for name in names]
-
-    def output(self, structure: Structure) -> nn.Linear:
-        """Return the structure's output projection."""
-        return self.attention_output if structure == "kv_groups" else self.channel_output
-
-    def width(self, structure: Structure) -> int:
-        """Return the number of inputs of the structure's output projection that belong to one unit."""
-        return self.group_width if structure == "kv_groups" else 1
-
-    def units(self, structure: Structure) -> int:
-        return self.output(structure).in_features // self.width(structure)
-
-    @property
     def shape(self) -> LayerShape:
-        groups = self.kv_groups
-        experts = self.experts("channels")
-        return LayerShape(groups, groups * self.heads_per_group, self.head_dim, self.channels // experts, experts)
+        """The layer's current sizes."""
+        attention, channels = (
+            self[name].in_features if name in self.projections else 0
+            for name in (self.family.attention_output, self.family.channel_output)
+        )
+        groups, experts = attention // self.group_width, 1 if self.mixture is None else self.mixture.count
+        return LayerShape(groups, groups * self.heads_per_group, self.head_dim, channels // experts, experts)
 
 
 class Decoder:
@@ -144,10 +122,11 @@ class Decoder:
         predicted."""
         modules = model.get_submodule(shape.family.layers)
         assert isinstance(modules, nn.ModuleList)
-        first = shape.layers[0]
-        self.layers = [Layer(module, shape.family, first.head_dim, first.heads_per_group) for module in modules]
-        for layer, widths in zip(self.layers, shape.layers, strict=True):
-            layer.take_apart(widths, shape.hidden_size)
+        self.layers = []
+        for module, source in zip(modules, shape.layers, strict=True):
+            layer = Layer(module, shape.family, source)
+            layer.take_apart(source, shape.hidden_size)
+            self.layers.append(layer)
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +141,7 @@ class Decoder:
     @property
     def prunable_parameters(self) -> int:
         """Number of parameters in the projections of all layers, computed from their current widths."""
-        return sum(self.shape.layer_parameters(widths) for widths in self.widths)
+        return sum(self.shape.layer_parameters(index, widths) for index, widths in enumerate(self.widths))
 
     @property
     def projection_parameters(self) -> int:
@@ -170,7 +149,7 @@ class Decoder:
         return sum(
             parameter.numel()
             for layer in self.layers
-            for name in layer.family.projections
+            for name in layer.projections
             for parameter in layer[name].parameters()
         )
 
@@ -332,38 +311,6 @@ class _StandIn(nn.Module):
 
     def forward(self, hidden_states: Tensor, *others: Any, **named: Any) -> Tensor:
         return self._replaced(hidden_states, Arguments(others, named))
-
-
-@contextmanager
-def gated(layer: Layer, kv_groups: Tensor | None = None, channels: Tensor | None = None) -> Iterator[None]:
-    """Multiply the output of each unit by its gate while the context lasts.
-
-    ``kv_groups`` is ``[windows, kv_groups]`` and ``channels`` is ``[windows, channels]``; a single row is broadcast to
-    all windows. Gate 1 leaves a unit unchanged and gate 0 sets it to zero. The gradient of the loss with respect to a
-    gate is ∂L/∂u of PIEM.
-    """
-    gates: Mapping[nn.Linear, Tensor | None] = {
-        layer.attention_output: None if kv_groups is None else kv_groups.repeat_interleave(layer.group_width, dim=1),
-        layer.channel_output: channels,
-    }
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, gate=gate: (_times(args[0], gate.to(args[0].dtype)),))
-        for module, gate in gates.items()
-        if gate is not None
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _times(inputs: Tensor, gate: Tensor) -> Tensor:
-    """Multiply ``inputs`` ``[windows, length, in]`` by ``gate`` ``[windows, in]`` or ``[1, in]``.
-
-    ``inputs`` may also be ``[windows * length, in]``, as some layers call their projections.
-    """
-    return (inputs.reshape(len(gate), -1, gate.shape[1]) * gate[:, None]).view_as(inputs)
 
 
 def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:

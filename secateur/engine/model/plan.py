@@ -1,105 +1,128 @@
-"""A pruning plan as plain data: the units of the source model that each layer keeps."""
+"""A pruning plan as plain data: the units of the source model that stay, by structure."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from secateur.catalog.architectures import LayerShape, ModelShape
+from secateur.catalog.structures import STRUCTURES, WIDTHS
 from secateur.contract.report import LayerWidths
 
+VERSION: Literal[2] = 2
 
-class LayerUnits(BaseModel):
-    """JSON form of the units that a layer keeps: single KV groups, and channels as ranges ``[first, last]``."""
+Kept = Mapping[str, tuple[int, ...]]
+"""The units that stay, by structure, as ascending indices in the source; all units of other structures stay."""
+Ranges = tuple[tuple[int, int], ...]
+
+
+class _PlanData(BaseModel):
+    """JSON form of a plan: the units that stay, by structure, as ranges ``[first, last]``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kv_groups: tuple[int, ...]
-    channels: tuple[tuple[int, int], ...]
+    version: Literal[2] = VERSION
+    layers: tuple[dict[str, Ranges], ...]
+    model: dict[str, Ranges] = {}
 
 
-@dataclass(frozen=True)
-class LayerPlan:
-    """The units that a layer keeps, as ascending indices in the source model."""
+def _read_version_1(data: Any) -> Any:
+    """Return the present form of the first one: a list of layers, with single KV groups and ranges of channels."""
+    if not isinstance(data, list | tuple):
+        return data
+    layers = [{**layer, "kv_groups": [[group, group] for group in layer["kv_groups"]]} for layer in data]
+    return {"version": VERSION, "layers": layers}
 
-    kv_groups: tuple[int, ...]
-    channels: tuple[int, ...]
+
+PlanData = Annotated[_PlanData, BeforeValidator(_read_version_1)]
+"""JSON form of a plan, see :class:`_PlanData`; the form of version 1 is read."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The units that every layer keeps. Cutting depends only on the source weights and on a plan."""
+    """The units that every layer and the model keep. Cutting depends only on the source weights and on a plan."""
 
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[Kept, ...]
+    model: Kept = field(default_factory=dict)
+    """The units of structures that belong to no layer."""
 
     @classmethod
-    def full(cls, layers: tuple[LayerShape, ...]) -> "Plan":
-        """Return the plan that keeps every unit."""
-        return cls(tuple(LayerPlan(tuple(range(s.kv_groups)), tuple(range(s.channels))) for s in layers))
+    def full(cls, layers: Sequence[LayerShape]) -> "Plan":
+        """Return the plan that keeps every unit and names the units of the width structures."""
+        return cls(
+            tuple({name: tuple(range(getattr(layer, name))) for name in WIDTHS} for layer in layers),
+        )
 
     def then(self, later: "Plan") -> "Plan":
         """Return one plan over the source that equals this plan followed by ``later``.
 
         The indices of ``later`` count the units that this plan keeps.
         """
-        return Plan(
-            tuple(
-                LayerPlan(
-                    tuple(first.kv_groups[index] for index in second.kv_groups),
-                    tuple(first.channels[index] for index in second.channels),
-                )
-                for first, second in zip(self.layers, later.layers, strict=True)
-            )
-        )
+        pairs = zip(self.layers, later.layers, strict=True)
+        return Plan(tuple(_then(first, second) for first, second in pairs), _then(self.model, later.model))
+
+    def shapes(self, shape: ModelShape) -> list[LayerShape]:
+        """Return the sizes of each layer that the plan leaves; ``shape`` is the source's shape."""
+        return [_left(source, kept) for source, kept in zip(shape.layers, self.layers, strict=True)]
 
     def widths(self, shape: ModelShape) -> list[LayerWidths]:
         """Return the number of units that each layer keeps; ``shape`` is the source's shape."""
-        source = shape.layers[0]
-        return [
-            LayerWidths(
-                layer=index,
-                kv_groups=len(layer.kv_groups),
-                heads=len(layer.kv_groups) * source.heads_per_group,
-                channels=len(layer.channels) // source.experts,
-            )
-            for index, layer in enumerate(self.layers)
-        ]
+        return widths_of(self.shapes(shape))
 
     def parameters(self, shape: ModelShape) -> int:
         """Return the number of prunable parameters that the plan keeps; ``shape`` is the source's shape."""
-        cost, experts = shape.cost, shape.layers[0].experts
-        return sum(
-            len(layer.kv_groups) * cost.kv_group + len(layer.channels) // experts * cost.channel + cost.fixed
-            for layer in self.layers
-        )
+        return sum(shape.layer_parameters(index, left) for index, left in enumerate(self.shapes(shape)))
 
-    def as_data(self) -> tuple[LayerUnits, ...]:
+    def as_data(self) -> _PlanData:
         """Return the JSON form of the plan."""
-        return tuple(LayerUnits(kv_groups=layer.kv_groups, channels=_ranges(layer.channels)) for layer in self.layers)
+        return _PlanData(layers=tuple(map(_as_ranges, self.layers)), model=_as_ranges(self.model))
 
     @classmethod
-    def from_data(cls, layers: Iterable[LayerUnits]) -> "Plan":
+    def from_data(cls, data: _PlanData) -> "Plan":
         """Return the plan of a JSON form."""
-        return cls(
-            tuple(
-                LayerPlan(
-                    layer.kv_groups,
-                    tuple(index for first, last in layer.channels for index in range(first, last + 1)),
-                )
-                for layer in layers
-            )
-        )
+        return cls(tuple(map(_indices, data.layers)), _indices(data.model))
 
 
-def widths_of(layers: Sequence[LayerShape]) -> list[LayerWidths]:
+def widths_of(layers: Iterable[LayerShape]) -> list[LayerWidths]:
     """Return the widths of layers with the given shapes."""
     return [
-        LayerWidths(layer=index, kv_groups=layer.kv_groups, heads=layer.heads, channels=layer.channels_per_expert)
+        LayerWidths(
+            layer=index,
+            kv_groups=layer.kv_groups,
+            heads=layer.heads,
+            channels=layer.channels_per_expert,
+            experts=layer.experts,
+        )
         for index, layer in enumerate(layers)
     ]
 
 
-def _ranges(indices: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def _then(first: Kept, second: Kept) -> Kept:
+    both = {name: tuple(first[name][index] for index in second[name]) for name in first.keys() & second.keys()}
+    return {**first, **second, **both}
+
+
+def _left(layer: LayerShape, kept: Kept) -> LayerShape:
+    """Return the sizes of ``layer`` with the units ``kept`` alone."""
+    for name, structure in STRUCTURES.items():
+        if name in kept:
+            layer = structure.left(layer, len(kept[name]))
+    return layer
+
+
+def _as_ranges(kept: Kept) -> dict[str, Ranges]:
+    return {structure: _ranges(indices) for structure, indices in kept.items()}
+
+
+def _indices(kept: Mapping[str, Ranges]) -> Kept:
+    return {
+        structure: tuple(index for first, last in ranges for index in range(first, last + 1))
+        for structure, ranges in kept.items()
+    }
+
+
+def _ranges(indices: tuple[int, ...]) -> Ranges:
     ranges: list[tuple[int, int]] = []
     for index in indices:
         if ranges and ranges[-1][1] == index - 1:

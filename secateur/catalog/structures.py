@@ -1,0 +1,106 @@
+"""The structures: the kinds of units that pruning removes, with the number of units and their prices in each layer.
+
+The engine's side of each structure is in ``secateur/engine/structures``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The sizes of one decoder layer; the layers of a model may differ in each of them.
+
+    A layer without attention has no KV groups and no heads, and a layer without feed-forward has no channels.
+    """
+
+    kv_groups: int
+    heads: int
+    head_dim: int
+    channels_per_expert: int
+    """Number of channels of each expert; without a mixture of experts, of the layer."""
+    experts: int = 1
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of all experts, which are stored one after the other."""
+        return self.channels_per_expert * self.experts
+
+    @property
+    def heads_per_group(self) -> int:
+        """Number of query heads in each KV group; 1 in a layer without attention."""
+        return self.heads // self.kv_groups if self.kv_groups else 1
+
+    def without(self, kv_groups: int) -> "LayerShape":
+        """Return the shape of the layer without ``kv_groups`` of its KV groups."""
+        return replace(self, kv_groups=self.kv_groups - kv_groups, heads=self.heads - kv_groups * self.heads_per_group)
+
+    @property
+    def attention_width(self) -> int:
+        """Width of the outputs of all heads side by side."""
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """The numbers of parameters from which the prices of a layer's units follow."""
+
+    kv_group: int
+    """Parameters of one KV group."""
+    channel: int
+    """Parameters of one channel of one expert."""
+    attention_bias: int = 0
+    channel_bias: int = 0
+    """Parameters of the biases of the two output projections, which stay as long as the layer has units of the kind."""
+
+    def parameters(self, layer: LayerShape) -> int:
+        """Return the number of prunable parameters of a layer with the sizes ``layer``."""
+        attention = layer.kv_groups * self.kv_group + self.attention_bias * (layer.kv_groups > 0)
+        return attention + layer.channels * self.channel + self.channel_bias * (layer.channels > 0)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A kind of unit; ``scope`` says whether every layer has units of its own or the model has them."""
+
+    name: str
+    summary: str
+    scope: Literal["layer", "model"]
+    units: Callable[[LayerShape], int]
+    """Number of units in a layer; channels that all experts lose together are one unit."""
+    price: Callable[[LayerShape, LayerCost], int]
+    """Number of parameters that are removed with one unit of a layer."""
+    removable: Callable[[LayerShape, int], int]
+    """Number of units that a layer can lose, if widths are multiples of the given number."""
+    left: Callable[[LayerShape, int], LayerShape]
+    """The sizes of a layer of whose units in a plan, where each expert's channels count, so many stay."""
+
+
+STRUCTURES: dict[str, Structure] = {
+    structure.name: structure
+    for structure in (
+        Structure(
+            "kv_groups",
+            "a key-value head with every query head that reads it",
+            "layer",
+            units=lambda layer: layer.kv_groups,
+            price=lambda layer, cost: cost.kv_group,
+            removable=lambda layer, multiple: max(layer.kv_groups - 1, 0),
+            left=lambda layer, kept: layer.without(layer.kv_groups - kept),
+        ),
+        Structure(
+            "channels",
+            "a feed-forward channel, in a mixture one of every expert",
+            "layer",
+            units=lambda layer: layer.channels_per_expert,
+            price=lambda layer, cost: layer.experts * cost.channel,
+            removable=lambda layer, multiple: max(layer.channels_per_expert - multiple, 0),
+            left=lambda layer, kept: replace(layer, channels_per_expert=kept // layer.experts),
+        ),
+    )
+}
+"""All structures by name, in the order in which a plan is applied."""
+
+WIDTHS = ("kv_groups", "channels")
+"""The structures that are cut together, under one price: whole KV groups first, and channels make up the rest."""
