@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
 from secateur.catalog.methods import METHODS
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
 from secateur.contract.errors import PruningError
-from secateur.engine.model.plan import LayerUnits, Plan
+from secateur.engine.model.plan import Plan, PlanData
 from secateur.engine.run.run import NamedModel, open_run
 from secateur.engine.run.workspace import Listener, Workspace
 from tests.engine.models import FAMILIES, LIKE_LLAMA, english, make_model, make_tokenizer, save
@@ -33,6 +34,7 @@ REFERENCE = Path(__file__).parents[1] / "tests" / "engine" / "reference.json"
 RATIO = 0.4
 TIED = 0.03
 """Share of a layer's units that may differ although their numbers are equal: units whose scores tie to within rounding."""
+PLAN: TypeAdapter[Any] = TypeAdapter(PlanData)
 TOLERANCE = 2e-3
 """Relative difference of a tensor's norm."""
 
@@ -85,7 +87,7 @@ def prune(source: Path, method: str, rounds: int, folder: Path) -> Result:
             for name, tensor in load_file(file).items()
         }
     return {
-        "plan": [layer.model_dump(mode="json") for layer in pruned.plan.as_data()],
+        "plan": pruned.plan.as_data().model_dump(mode="json"),
         "plan_hash": plan_hash(pruned.plan),
         "weights_hash": weights_hash(tensors),
         "norms": [float(f"{tensors[name].double().norm():.6g}") for name in sorted(tensors)],
@@ -94,7 +96,7 @@ def prune(source: Path, method: str, rounds: int, folder: Path) -> Result:
 
 def plan_hash(plan: Plan) -> str:
     """A hash over layer, structure and sorted kept units, whatever the plan's JSON form."""
-    kept = [{"kv_groups": sorted(each.kv_groups), "channels": sorted(each.channels)} for each in plan.layers]
+    kept = [{structure: sorted(units) for structure, units in layer.items()} for layer in plan.layers]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -112,12 +114,10 @@ def difference(expected: Result, found: Result) -> str | None:
     if "error" in expected or "error" in found:
         one, other = expected.get("error"), found.get("error")
         return None if one == other else f"error {one} became {other}"
-    plans = [Plan.from_data(map(LayerUnits.model_validate, each["plan"])) for each in (expected, found)]
+    plans = [Plan.from_data(PLAN.validate_python(each["plan"])) for each in (expected, found)]
     for index, (old, new) in enumerate(zip(plans[0].layers, plans[1].layers, strict=True)):
-        for structure, was, now in (
-            ("kv_groups", old.kv_groups, new.kv_groups),
-            ("channels", old.channels, new.channels),
-        ):
+        for structure in sorted(old.keys() | new.keys(), reverse=True):
+            was, now = old.get(structure, ()), new.get(structure, ())
             if len(was) != len(now):
                 return f"layer {index} keeps {len(now)} {structure}, not {len(was)}"
             if len(set(was) - set(now)) > max(TIED * len(was), 1 if structure == "channels" else 0):

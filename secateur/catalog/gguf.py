@@ -134,7 +134,7 @@ def _unlike(shape: ModelShape, config: Mapping[str, Any], runtime: Runtime) -> s
         return f"it rotates only {rotary:g} of each head (partial_rotary_factor)"
     if activation != runtime.activation:
         return f"its activation is {activation!r}, llama.cpp's {runtime.activation!r}"
-    if scalar is not None and scalar != shape.layers[0].head_dim:
+    if scalar is not None and scalar != shape.stock_layer.head_dim:
         return f"its attention is scaled by {scalar} (query_pre_attn_scalar), not by the size of a head"
     if shape.model_type in ("qwen3", "qwen3_moe") and config.get("attention_bias"):
         return "its attention has biases"

@@ -55,15 +55,16 @@ def estimate(resolved: Resolved, shape: ModelShape, mapped: bool) -> Memory:
     """
     spec, chosen, ratio = resolved.spec, resolved.components, min(resolved.ratios)
     needs = chosen.needs
-    size, layer = DTYPE_BYTES[resolved.dtype], shape.layers[0]
+    size = DTYPE_BYTES[resolved.dtype]
     tokens = spec.calibration.samples * spec.calibration.sequence_length
     batch = min(max(BATCH_TOKENS, spec.calibration.sequence_length), tokens)
     hidden, depth = shape.hidden_size, len(shape.layers)
-    widest = max(layer.channels_per_expert, layer.attention_width)
+    widest = max(max(layer.channels_per_expert, layer.attention_width) for layer in shape.layers)
+    channels = max(layer.channels for layer in shape.layers)
     states = hidden * size
     logits = batch * shape.vocab_size * (size + WIDE)
-    block = max(shape.layer_parameters(each) for each in shape.layers)
-    backward = batch * (ATTENTION_TENSORS * hidden + CHANNEL_TENSORS * layer.channels) * size
+    block = max(shape.layer_parameters(index) for index in range(depth))
+    backward = batch * (ATTENTION_TENSORS * hidden + CHANNEL_TENSORS * channels) * size
 
     stages = {"evaluating": logits}
     if Need.MOMENTS in needs:

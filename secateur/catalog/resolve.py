@@ -159,6 +159,13 @@ def _check_model(spec: PruningSpec, chosen: Components, shape: ModelShape, confi
             f"recovery.layerwise.kind {_without_bias()}.",
             field="recovery.layerwise.kind",
         )
+    _check_layout(spec, shape, config)
+    if chosen.dynamic and shape.differs:
+        raise PruningError(
+            ErrorCode.METHOD_UNSUPPORTED,
+            f"Method '{spec.method}' does not support models whose layers differ; allowed: {', '.join(STATIC_METHODS)}.",
+            field="method",
+        )
     if chosen.dynamic and (shape.family.experts or shape.family.two_positions):
         raise PruningError(
             ErrorCode.METHOD_UNSUPPORTED,
@@ -177,6 +184,30 @@ def _check_model(spec: PruningSpec, chosen: Components, shape: ModelShape, confi
         )
         if obstacle is not None:
             raise obstacle
+
+
+def _check_layout(spec: PruningSpec, shape: ModelShape, config: Mapping[str, Any]) -> None:
+    """Check that the stock class can hold a source whose layers differ, if the layout is one of the stock class.
+
+    Raises:
+        PruningError: ``ratio_unreachable`` or ``recovery_unsupported``, for the field ``layout``.
+    """
+    if spec.layout == "per-layer":
+        return
+    if config.get("added_biases"):
+        raise PruningError(
+            ErrorCode.RECOVERY_UNSUPPORTED,
+            f"This model was pruned before and got biases, for which layout '{spec.layout}' has no place; allowed: "
+            "'per-layer'.",
+            field="layout",
+        )
+    if len({(layer.heads_per_group, layer.head_dim, layer.experts) for layer in shape.layers}) > 1:
+        raise PruningError(
+            ErrorCode.RATIO_UNREACHABLE,
+            f"This model's layers differ in more than their numbers of KV groups and channels, and in layout "
+            f"'{spec.layout}' all layers are alike; allowed: 'per-layer'.",
+            field="layout",
+        )
 
 
 def _ratio_of(goal: Goal | None, shape: ModelShape, dtype: str) -> float:

@@ -25,12 +25,16 @@ class ComponentNames(_Data):
 
 
 class LayerWidths(_Data):
-    """The number of units of each structure in one layer."""
+    """The sizes of one layer, from which the number of its units of every structure follows.
+
+    A layer without attention has no KV groups, and a layer without feed-forward has no channels.
+    """
 
     layer: int = Field(description="Index of the layer, from 0.")
     kv_groups: int
     heads: int = Field(description="Query heads of all KV groups.")
     channels: int = Field(description="Feed-forward channels; in a mixture of experts, of each expert.")
+    experts: int = Field(1, description="Experts of a mixture; 1 in a layer without a mixture.")
 
 
 class ReachedRatio(_Data):

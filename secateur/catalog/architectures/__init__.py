@@ -49,7 +49,11 @@ MODEL_TYPES: dict[str, Family] = {model_type: family for family in FAMILIES for 
 SUPPORTED = ", ".join(sorted({*MODEL_TYPES, chatglm.MODEL_TYPE}))
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 """The keys that a config must have so that the modules with these sizes can be found."""
-PER_LAYER = {"heads": "num_attention_heads", "kv_groups": "num_key_value_heads", "channels_per_expert": "intermediate_size"}
+PER_LAYER = {
+    "heads": "num_attention_heads",
+    "kv_groups": "num_key_value_heads",
+    "channels_per_expert": "intermediate_size",
+}
 """The sizes in which the layers of a pruned model differ, with transformers' usual keys for them."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
@@ -78,6 +82,8 @@ def _unlike_llama(config: Mapping[str, Any]) -> str | None:
     """Return why a model without an adapter is not built like Llama, as far as its config tells; else ``None``."""
     if config.get("is_encoder_decoder") or "text_config" in config:
         return "it is more than a decoder of text"
+    if config.get("per_layer_config") and "added_biases" not in config:
+        return "its layers differ ('per_layer_config')"
     if experts := [key for key in EXPERTS if config.get(key)]:
         return f"it is a mixture of experts ('{experts[0]}')"
     if missing := [size for size in SIZES if not isinstance(config.get(size), int)]:

@@ -240,9 +240,7 @@ class ModelShape:
         """
         wanted, multiple = ratio * self.prunable_parameters, self.width_multiple(width_multiple)
         groups, channels = self._amounts(multiple, uniform)
-        share = ratio * sum(
-            layer.kv_groups * self.price("kv_groups", index) for index, layer in enumerate(self.layers)
-        )
+        share = ratio * sum(layer.kv_groups * self.price("kv_groups", index) for index, layer in enumerate(self.layers))
         if uniform:
             found = []
             for amount in groups:
@@ -321,13 +319,14 @@ class ModelShape:
         prices = {name: [self.price(name, index) for index in range(len(self.layers))] for name in WIDTHS}
         if uniform:
             alike, together = (
-                [sum((self.units(name, at) - left) * price for at, price in enumerate(prices[name])) for left in choices]
+                [
+                    sum((self.units(name, at) - left) * price for at, price in enumerate(prices[name]))
+                    for left in choices
+                ]
                 for name, choices in zip(WIDTHS, self.common_units(multiple, self.layers), strict=True)
             )
             return alike, together
-        most = {
-            name: [self.removable(name, index, multiple) for index in range(len(self.layers))] for name in WIDTHS
-        }
+        most = {name: [self.removable(name, index, multiple) for index in range(len(self.layers))] for name in WIDTHS}
         steps = sorted(
             (gone / count, index) for index, count in enumerate(most["kv_groups"]) for gone in range(1, count + 1)
         )

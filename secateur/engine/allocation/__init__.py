@@ -5,7 +5,7 @@ The package also converts the share of each layer into whole units.
 
 from secateur.engine.allocation import cosine, lsps, threshold, uniform
 from secateur.engine.allocation.base import Allocator, LayerLimit, Share
-from secateur.engine.allocation.budget import UnitCounts, best, equal_units, whole_units
+from secateur.engine.allocation.budget import Layers, UnitCounts, best, equal_units, whole_units
 
 ALLOCATORS: dict[str, Allocator] = {
     "cosine": cosine.allocate,
@@ -15,4 +15,14 @@ ALLOCATORS: dict[str, Allocator] = {
     "uniform": uniform.allocate,
 }
 
-__all__ = ["ALLOCATORS", "Allocator", "LayerLimit", "Share", "UnitCounts", "best", "equal_units", "whole_units"]
+__all__ = [
+    "ALLOCATORS",
+    "Allocator",
+    "LayerLimit",
+    "Layers",
+    "Share",
+    "UnitCounts",
+    "best",
+    "equal_units",
+    "whole_units",
+]

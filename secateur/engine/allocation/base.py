@@ -1,17 +1,16 @@
 """Define the function shape that all allocators have."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from secateur.engine.scoring.base import Context
 
 
 @dataclass(frozen=True)
 class LayerLimit:
-    """The most that can be removed from a layer: KV groups, channels, and the parameters of both together."""
+    """The most that can be removed from a layer: units of each structure, and the parameters of all together."""
 
-    kv_groups: int
-    channels: int
+    units: Mapping[str, int]
     parameters: int
 
 
@@ -19,12 +18,12 @@ class LayerLimit:
 class Share:
     """What is removed from each layer.
 
-    ``budgets`` are parameters, ``[layers]``; ``kv_groups`` is the number of KV groups among them, if the allocator
-    decides that number too.
+    ``budgets`` are parameters, ``[layers]``; ``units`` has the numbers of units among them, ``[layers]``, of each
+    structure for which the allocator decides that number too.
     """
 
     budgets: list[float]
-    kv_groups: list[int] | None = None
+    units: Mapping[str, list[int]] = field(default_factory=dict)
 
 
 Allocator = Callable[[Context, Sequence[LayerLimit], float], Share]
@@ -34,7 +33,7 @@ Allocator = Callable[[Context, Sequence[LayerLimit], float], Share]
 def layer_parameters(context: Context) -> list[float]:
     """Return the number of prunable parameters of each layer at its present widths."""
     decoder = context.decoder
-    return [float(decoder.shape.layer_parameters(layer.shape)) for layer in decoder.layers]
+    return [float(decoder.shape.layer_parameters(at, layer.shape)) for at, layer in enumerate(decoder.layers)]
 
 
 def fill(weights: Sequence[float], limits: Sequence[float], total: float) -> list[float]:

@@ -16,7 +16,7 @@ The value is below 1, so that something is removed from every layer.
 
 def sensitivity(context: Context) -> list[float]:
     """Return α(l), the mean of |∂L/∂u| over the layer's units, scaled into (0, 1] by the largest mean of all layers."""
-    means = [float(torch.cat([gate.kv_group_gradient, gate.channel_gradient]).abs().mean()) for gate in context.gates]
+    means = [float(torch.cat([gate.gradient for gate in layer.values()]).abs().mean()) for layer in context.gates]
     largest = max(means) or 1.0
     return [mean / largest for mean in means]
 

@@ -1,6 +1,7 @@
 """Compute how much is removed after each round."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,11 +22,10 @@ def cumulative_ratios(target: float, rounds: int, schedule: Literal["geometric",
 
 @dataclass(frozen=True)
 class RoundGoal:
-    """What is removed from the source after a round: KV groups and parameters of channels, together ``ratio``."""
+    """What is removed from the source after a round: parameters by structure, together ``ratio``."""
 
     ratio: float
-    kv_groups: int
-    channel_parameters: float
+    parameters: Mapping[str, float]
 
 
 def round_goals(
@@ -42,12 +42,14 @@ def round_goals(
     are removed as early as the ratio of a round allows, so that no round requires more channels than the last one does.
     With ``uniform``, every layer loses the same number of KV groups.
     """
-    groups, channels = shape.split(ratio, width_multiple, uniform)
-    together = len(shape.layers) if uniform else 1
+    last = shape.split(ratio, width_multiple, uniform)
+    groups, channels = last["kv_groups"], last["channels"]
+    prices = [shape.price("kv_groups", index) for index, layer in enumerate(shape.layers) if layer.kv_groups]
+    step, together = max(prices, default=1), sum(prices) if uniform else 1
     goals = []
     for reached in cumulative_ratios(ratio, rounds, schedule):
         wanted = reached * shape.prunable_parameters
-        count = min(math.ceil(groups * reached / ratio - 1e-9), int(wanted // shape.cost.kv_group), groups)
-        count = groups if reached == ratio else count // together * together
-        goals.append(RoundGoal(reached, count, min(max(wanted - count * shape.cost.kv_group, 0.0), channels)))
+        amount = min(math.ceil(groups * reached / ratio / step - 1e-9) * step, int(wanted // step) * step, groups)
+        amount = groups if reached == ratio else amount // together * together
+        goals.append(RoundGoal(reached, {"kv_groups": amount, "channels": min(max(wanted - amount, 0.0), channels)}))
     return goals

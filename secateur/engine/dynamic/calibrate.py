@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from secateur.engine.allocation.schedule import round_goals
 from secateur.engine.measure.gates import gate_statistics
-from secateur.engine.model.decoder import STRUCTURES, Decoder
+from secateur.engine.model.decoder import Decoder
 from secateur.engine.run.rounds import unit_counts
-from secateur.engine.scoring.base import Context, Scores
+from secateur.engine.scoring.base import Context
+from secateur.engine.structures import WIDTHS
 
 Progress = Callable[[float], None]
 RANK = 128
@@ -38,25 +39,24 @@ def kept_units(context: Context) -> list[list[int]]:
     """
     shape, resolved = context.decoder.shape, context.resolved
     gates = gate_statistics(context.decoder, context.tokens, context.batch_windows, context.progress)
-    by_price = HEADS * shape.cost.channel / shape.cost.kv_group
-    context.scores = Scores(
-        [layer.kv_group_curvature * by_price for layer in gates], [layer.channel_curvature for layer in gates]
-    )
+    by_price = [HEADS * shape.price("channels", index) / shape.price("kv_groups", index) for index in range(len(gates))]
+    context.scores = {
+        "kv_groups": [layer["kv_groups"].curvature * price for layer, price in zip(gates, by_price, strict=True)],
+        "channels": [layer["channels"].curvature for layer in gates],
+    }
     schedule, multiple = resolved.spec.allocation.schedule, resolved.width_multiple
     (goal,) = round_goals(shape, context.target_ratio, 1, schedule, multiple, resolved.uniform)
     counts = unit_counts(context, goal)
-    return [
-        [width.kv_groups - count.kv_groups, width.channels - count.channels]
-        for width, count in zip(shape.layers, counts, strict=True)
-    ]
+    return [[shape.units(name, index) - count[name] for name in WIDTHS] for index, count in enumerate(counts)]
 
 
 def saved_share(decoder: Decoder, kept: list[list[int]]) -> float:
     """Return the share of the projections' multiplications that is saved when a token is generated."""
-    shape, cost = decoder.shape, decoder.shape.cost
+    shape = decoder.shape
     saved = sum(
-        (width.kv_groups - groups) * cost.kv_group + (width.channels - channels) * cost.channel
-        for width, (groups, channels) in zip(shape.layers, kept, strict=True)
+        (shape.units(name, index) - units) * shape.price(name, index)
+        for index, own in enumerate(kept)
+        for name, units in zip(WIDTHS, own, strict=True)
     )
     return saved / shape.prunable_parameters
 
@@ -73,10 +73,11 @@ def priors(decoder: Decoder, tokens: Tensor, batch_windows: int, seed: int, prog
       projection times ``factor``. The three tensors are needed to compensate for channels that do not generate.
     """
     generator = torch.Generator().manual_seed(seed)
-    rank = [min(RANK, layer.channels) for layer in decoder.layers]
+    channels = [WIDTHS["channels"].units(layer) for layer in decoder.layers]
+    rank = [min(RANK, units) for units in channels]
     probes = [
-        torch.randn(layer.channels, min(size + OVERSAMPLING, layer.channels), generator=generator).to(decoder.device)
-        for layer, size in zip(decoder.layers, rank, strict=True)
+        torch.randn(units, min(size + OVERSAMPLING, units), generator=generator).to(decoder.device)
+        for units, size in zip(channels, rank, strict=True)
     ]
     squares: dict[tuple[int, str], Tensor] = {}
     images = [torch.zeros_like(probe) for probe in probes]
@@ -89,12 +90,12 @@ def priors(decoder: Decoder, tokens: Tensor, batch_windows: int, seed: int, prog
 
     hooks = []
     for index, layer in enumerate(decoder.layers):
-        for structure in STRUCTURES:
+        for name, structure in WIDTHS.items():
 
-            def hook(_: nn.Module, args: tuple[Tensor], index: int = index, structure: str = structure) -> None:
-                measure(index, structure, args[0])
+            def hook(_: nn.Module, args: tuple[Tensor], index: int = index, name: str = name) -> None:
+                measure(index, name, args[0])
 
-            hooks.append(layer.output(structure).register_forward_pre_hook(hook))
+            hooks.append(structure.output(layer).register_forward_pre_hook(hook))
     try:
         for start in range(0, len(tokens), batch_windows):
             decoder.model(tokens[start : start + batch_windows], use_cache=False, logits_to_keep=1)
@@ -104,12 +105,12 @@ def priors(decoder: Decoder, tokens: Tensor, batch_windows: int, seed: int, prog
             handle.remove()
     found: dict[str, Tensor] = {}
     for index, layer in enumerate(decoder.layers):
-        for structure in STRUCTURES:
-            weight = layer.output(structure).weight.float()
-            mean, norms = squares[index, structure] / tokens.numel(), weight.square().sum(0)
-            found[f"{index}.{structure}.energy"] = (mean * norms).view(-1, layer.width(structure)).sum(1)
-            found[f"{index}.{structure}.norms"] = norms
-            if structure == "channels":
+        for name, structure in WIDTHS.items():
+            weight = structure.output(layer).weight.float()
+            mean, norms = squares[index, name] / tokens.numel(), weight.square().sum(0)
+            found[f"{index}.{name}.energy"] = (mean * norms).view(-1, structure.width(layer)).sum(1)
+            found[f"{index}.{name}.norms"] = norms
+            if name == "channels":
                 factor = nystrom(probes[index], images[index] / tokens.numel(), rank[index]).float()
                 found[f"{index}.channels.factor"] = factor
                 found[f"{index}.channels.rest"] = (mean - factor.square().sum(1)).clamp_min(0)

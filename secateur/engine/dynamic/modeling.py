@@ -47,7 +47,7 @@ def modeling_file(decoder: Decoder) -> str:
 
 def _modules(shape: ModelShape) -> dict[str, tuple[Blocks, Blocks]]:
     """Return, by module, the blocks of its outputs and the blocks of its inputs, in their order."""
-    family, layer = shape.family, shape.layers[0]
+    family, layer = shape.family, shape.stock_layer
     group = layer.heads_per_group * layer.head_dim
     outputs: dict[str, tuple[str, int]] = {
         family.query: ("kv_groups", group),
@@ -71,7 +71,7 @@ def _modules(shape: ModelShape) -> dict[str, tuple[Blocks, Blocks]]:
 
 def _sizes(shape: ModelShape) -> dict[str, int]:
     """Return the attributes that hold a width, each with the share of the width that one KV group has."""
-    layer = shape.layers[0]
+    layer = shape.stock_layer
     of_group: dict[str, Any] = {
         "kv_groups": 1,
         "heads": layer.heads_per_group,

@@ -140,7 +140,7 @@ def write_dynamic(
     The files are those of the whole model, the modeling file, the tensors ``known`` from calibration, and the config
     with ``settings``.
     """
-    write_model(decoder, source, Plan.full(decoder.shape.layers), folder, stock=True)
+    write_model(decoder, source, folder, stock=True)
     save_file(known, folder / PRIORS)
     (folder / MODELING_FILE).write_text(modeling_file(decoder))
     _configure(decoder, folder, settings)

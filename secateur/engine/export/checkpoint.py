@@ -2,11 +2,9 @@
 
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,18 +14,18 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers.core_model_loading import revert_weight_conversion
 
-from secateur.catalog.architectures import Family
+from secateur.catalog.architectures import Family, LayerShape, per_layer_keys
 from secateur.catalog.sources import ModelSource
 from secateur.contract.errors import ErrorCode, PruningError
-from secateur.contract.report import LayerWidths, Report
+from secateur.contract.report import Report
 from secateur.engine.evaluation.size import weight_bytes
 from secateur.engine.export.card import PICTURE, model_card
 from secateur.engine.export.picture import draw_widths
 from secateur.engine.model.decoder import Decoder
-from secateur.engine.model.plan import Plan, widths_of
+from secateur.engine.model.per_layer import OF_LAYERS, modeling_file, own_class
+from secateur.engine.model.plan import Plan
 from secateur.extras import missing
 
-TEMPLATE = Path(__file__).with_name("modeling_pruned.py.tmpl")
 COPIED = (
     "tokenizer.json",
     "tokenizer.model",
@@ -44,8 +42,6 @@ COPIED = (
 LICENCES = ("LICENSE*", "MODEL_LICENSE*", "NOTICE*", "USE_POLICY*")
 MODELING_FILE = "modeling_pruned.py"
 MANIFEST = "secateur.json"
-WIDTHS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_groups", "intermediate_size": "channels"}
-"""The config's names of a layer's widths, each with the plan's name of the width."""
 SHARD_SIZE = "5GB"
 ROOM = 64 * 2**20
 """Bytes of disk that must be free beyond the size of the weights."""
@@ -81,12 +77,12 @@ def check_room(decoder: Decoder, folder: Path, formats: Sequence[str]) -> None:
         raise PruningError(ErrorCode.DISK_FULL, f"The pruned model needs {need:,} bytes of disk; {free:,} are free.")
 
 
-def write_model(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path, stock: bool = False) -> None:
+def write_model(decoder: Decoder, source: ModelSource, folder: Path, stock: bool = False) -> None:
     """Write config, weights and tokenizer into ``folder``, and the modeling file if the model needs one.
 
     With ``stock``, the checkpoint is one of the stock class; all layers must have the widths of the first layer.
     """
-    _write_config(decoder, source, plan, folder, stock)
+    _write_config(decoder, source, folder, stock)
     # The source's names are restored, because transformers 5 renames a few weights, and 4 and vLLM do not.
     state = revert_weight_conversion(decoder.model, _without_ties(decoder.model.state_dict()))
     whole = {name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in state.items()}
@@ -105,12 +101,11 @@ def write_manifest(decoder: Decoder, plan: Plan, folder: Path, report: Report, e
     if picture:
         draw_widths(report.widths, folder / PICTURE)
     gguf_file = next((file.name for file in folder.glob("*.gguf")), None)
-    own_class = _own_class(decoder)
-    card = model_card(report, extra, gguf_file, own_class.name if own_class else None, picture=picture)
+    own = own_class(type(decoder.model))
+    card = model_card(report, extra, gguf_file, own.name if own else None, picture=picture)
     (folder / "README.md").write_text(card)
     files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
-    kept = [layer.model_dump(mode="json") for layer in plan.as_data()]
-    manifest = {**extra, "plan": kept, "report": report.as_dict(), "files": files}
+    manifest = {**extra, "plan": plan.as_data().model_dump(mode="json"), "report": report.as_dict(), "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest) + "\n")
 
 
@@ -136,100 +131,61 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def _write_config(decoder: Decoder, source: ModelSource, plan: Plan, folder: Path, stock: bool) -> None:
+def _write_config(decoder: Decoder, source: ModelSource, folder: Path, stock: bool) -> None:
     shape, model = decoder.shape, decoder.model
     config = dict(source.config or {}) if source.gguf_file is None else _plain_config(decoder)
-    config.pop("auto_map", None)  # the source's auto_map names code that was not reviewed
+    for key in ("auto_map", *OF_LAYERS):  # the source's auto_map names code that was not reviewed
+        config.pop(key, None)
     _add_legacy_rope(config)
-    config.update(dict.fromkeys(shape.family.experts, shape.layers[0].experts))
-    config["head_dim"] = shape.layers[0].head_dim
+    config.update(dict.fromkeys(shape.family.experts, shape.stock_layer.experts))
+    config["head_dim"] = shape.stock_layer.head_dim
     dtype_key = "dtype" if "dtype" in config else "torch_dtype"
     config[dtype_key] = str(model.dtype).removeprefix("torch.")
-    own_class = _own_class(decoder)
-    if own_class is not None:
-        shutil.copyfile(own_class, folder / own_class.name)
+    own, classes = own_class(type(model)), _classes(decoder)
+    names = {kind: stock.__name__ for kind, stock in classes.items()}
+    if own is not None:
+        shutil.copyfile(own, folder / own.name)
     if stock:
         layer = decoder.layers[0].shape
-        config.update(_config_widths(shape.family, widths_of([layer])[0]), architectures=[type(model).__name__])
+        config.update(_config_widths(shape.family, layer), architectures=[type(model).__name__])
         if shape.hidden_size % layer.heads and shape.model_type in shape.family.twins:
             model_type, causal = shape.family.twins[shape.model_type]
             config = model.config.to_dict() | config  # keys that config.json omits have this type's defaults
             config |= {"model_type": model_type, "architectures": [causal], "sliding_window": None}
             # transformers warns of Mistral models from older versions
             config["transformers_version"] = versions()["transformers"]
-        if own_class is not None:
-            config["auto_map"] = _auto_map(own_class.stem, _classes(decoder))
+        if own is not None:
+            config["auto_map"] = _auto_map(own.stem, names)
     else:
-        classes = _classes(decoder)
         config.update(
-            architectures=[f"Pruned{classes['causal']}"],
-            auto_map=_auto_map(Path(MODELING_FILE).stem, {kind: f"Pruned{name}" for kind, name in classes.items()}),
-            per_layer_config={str(layer.layer): _config_widths(shape.family, layer) for layer in plan.widths(shape)},
+            architectures=[f"Pruned{names['causal']}"],
+            auto_map=_auto_map(Path(MODELING_FILE).stem, {kind: f"Pruned{name}" for kind, name in names.items()}),
+            per_layer_config={
+                str(index): _config_widths(shape.family, layer.shape) for index, layer in enumerate(decoder.layers)
+            },
             allow_global_per_layer_attribute_access=True,
             added_biases=sorted(_added_biases(decoder, config)),
         )
-        (folder / MODELING_FILE).write_text(_modeling_file(decoder, classes))
+        (folder / MODELING_FILE).write_text(
+            modeling_file(shape, classes, "transformers" if own is None else f".{own.stem}")
+        )
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _config_widths(family: Family, layer: LayerWidths) -> dict[str, int]:
+def _config_widths(family: Family, layer: LayerShape) -> dict[str, int]:
     """Return a layer's widths under the config's names."""
-    return {family.name_of(size): getattr(layer, width) for size, width in WIDTHS.items()}
+    return {key: getattr(layer, size) for size, key in per_layer_keys(family).items()}
 
 
-def _classes(decoder: Decoder) -> dict[str, str]:
-    """Return the names of the stock classes."""
+def _classes(decoder: Decoder) -> dict[str, type[Any]]:
+    """Return the stock classes."""
     model = decoder.model
-    classes = {"config": model.config, "base": model.base_model, "causal": model}
-    return {kind: type(instance).__name__ for kind, instance in classes.items()}
+    return {"config": type(model.config), "base": type(model.base_model), "causal": type(model)}
 
 
 def _auto_map(module: str, classes: dict[str, str]) -> dict[str, str]:
     kinds = {"AutoConfig": "config", "AutoModel": "base", "AutoModelForCausalLM": "causal"}
     return {auto: f"{module}.{classes[kind]}" for auto, kind in kinds.items()}
-
-
-def _own_class(decoder: Decoder) -> Path | None:
-    """Return the file of the model's class if the class is ours, else ``None``.
-
-    Every checkpoint of such a model contains the file; transformers has all other classes.
-    """
-    module = type(decoder.model).__module__
-    return Path(inspect.getfile(type(decoder.model))) if module.startswith("secateur.") else None
-
-
-def _modeling_file(decoder: Decoder, classes: dict[str, str]) -> str:
-    """Return the template filled with its base classes, and with the sizes that follow from a layer's widths.
-
-    A size is a sum of widths; it is written as the factor of each width: ``{"num_attention_heads": 64}``.
-    """
-    family, head_dim = decoder.shape.family, decoder.shape.layers[0].head_dim
-    heads, kv_heads, channels = (family.name_of(size) for size in WIDTHS)
-    outputs = {family.query: (heads, head_dim), family.key: (kv_heads, head_dim), family.value: (kv_heads, head_dim)}
-    outputs |= dict.fromkeys(family.channel_inputs, (channels, 1))
-    inputs = {family.attention_output: (heads, head_dim), family.channel_output: (channels, 1)}
-    linears: dict[str, tuple[Counter[str], Counter[str]]] = {}
-    attention = (*family.attention_inputs, family.attention_output)
-    for projection in attention if family.experts else family.projections:
-        module = linears.setdefault(family.module(projection), (Counter(), Counter()))
-        for sums, sizes in zip(module, (outputs, inputs), strict=True):
-            if projection in sizes:
-                width, times = sizes[projection]
-                sums[width] += times
-    held = {"kv_groups": {kv_heads: 1}, "heads": {heads: 1}, "attention_width": {heads: head_dim}}
-    prefix, _, layers = family.layers.partition(".")
-    own_class = _own_class(decoder)
-    return TEMPLATE.read_text().format(
-        **classes,
-        module="transformers" if own_class is None else f".{own_class.stem}",
-        whose="are the stock ones" if own_class is None else f"are those of {own_class.name}",
-        prefix=prefix,
-        sdpa=type(decoder.model)._supports_sdpa,
-        linears=json.dumps(linears, indent=4),
-        sizes=json.dumps({name: held[size] for name, size in family.sizes.items()}),
-        keys=json.dumps([*dict.fromkeys((heads, kv_heads, channels))]),
-        layers=layers,
-    )
 
 
 def _added_biases(decoder: Decoder, config: dict[str, Any]) -> set[str]:
@@ -242,7 +198,8 @@ def _added_biases(decoder: Decoder, config: dict[str, Any]) -> set[str]:
     return {
         family.module(name)
         for name in family.projections
-        if name not in stock and any(layer[name].bias is not None for layer in decoder.layers)
+        if name not in stock
+        and any(layer[name].bias is not None for layer in decoder.layers if name in layer.projections)
     }
 
 

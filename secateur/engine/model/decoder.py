@@ -126,6 +126,7 @@ class Decoder:
         for module, source in zip(modules, shape.layers, strict=True):
             layer = Layer(module, shape.family, source)
             layer.take_apart(source, shape.hidden_size)
+            layer.tell_sizes()
             self.layers.append(layer)
 
     @property

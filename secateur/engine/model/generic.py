@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from secateur.catalog.architectures import SUPPORTED, Family, ModelShape, family_of, shape_of
 from secateur.catalog.sources import ModelSource, read_shape
 from secateur.contract.errors import ErrorCode, PruningError
-from secateur.engine.model.cutting import cut
-from secateur.engine.model.decoder import STRUCTURES, Decoder, Structure, gated
+from secateur.engine.model.decoder import Decoder
+from secateur.engine.model.per_layer import OF_LAYERS
+from secateur.engine.structures import WIDTHS, Width, gated
 from secateur.engine.time_limit import BUILD_SECONDS, within
 
 QUERY, KEY, VALUE = (
@@ -50,7 +51,8 @@ def sizes_of(source: ModelSource) -> ModelShape:
 def _discover(config: Mapping[str, Any]) -> ModelShape:
     slow = _refusal(config, f"transformers does not build it within {BUILD_SECONDS:.0f} seconds")
     try:
-        loaded, model = within(BUILD_SECONDS, slow, lambda: _build(config))
+        plain = {key: value for key, value in config.items() if key not in OF_LAYERS}
+        loaded, model = within(BUILD_SECONDS, slow, lambda: _build(plain))
     except PruningError:
         raise
     except Exception as error:  # the constructors may raise any exception
@@ -92,11 +94,15 @@ def _discover(config: Mapping[str, Any]) -> ModelShape:
         stock_heads=lambda config: "divisors",
     )
     # Keys that are missing in config.json have the defaults of the config's class.
-    shape = shape_of(
-        family, {**loaded.to_dict(), **config, "head_dim": head_dim, "tie_word_embeddings": loaded.tie_word_embeddings}
-    )
+    whole = {
+        **loaded.to_dict(),
+        **plain,
+        "head_dim": head_dim,
+        "tie_word_embeddings": loaded.tie_word_embeddings,
+    }
     total = sum(parameter.numel() for parameter in model.parameters())
-    return replace(shape, other_parameters=total - shape.prunable_parameters)
+    other = total - shape_of(family, whole).prunable_parameters
+    return replace(shape_of(family, {**whole, **config, "head_dim": head_dim}), other_parameters=other)
 
 
 def _build(config: Mapping[str, Any]) -> tuple[PreTrainedConfig, PreTrainedModel]:
@@ -191,11 +197,11 @@ def verify(decoder: Decoder) -> None:
         if not _close(decoder.resume(captured, 0, captured.inputs[0]), whole):
             _refuse(config, "its logits are not made of what leaves its last layer")
         for index in sorted({0, len(decoder.layers) // 2, len(decoder.layers) - 1}):
-            for structure in STRUCTURES:
+            for structure in WIDTHS.values():
                 if not _cuts_as_it_shields(decoder, tokens, index, structure):
                     _refuse(
                         config,
-                        f"cutting {structure} of layer {index} does not give the same output as setting them to zero",
+                        f"cutting {structure.name} of layer {index} does not give the same output as setting them to zero",
                     )
     except (
         RuntimeError,
@@ -209,19 +215,19 @@ def verify(decoder: Decoder) -> None:
         _refuse(config, f"it does not run when it is cut ({str(error).strip().splitlines()[0][:200]})")
 
 
-def _cuts_as_it_shields(decoder: Decoder, tokens: Tensor, index: int, structure: Structure) -> bool:
+def _cuts_as_it_shields(decoder: Decoder, tokens: Tensor, index: int, structure: Width) -> bool:
     layer = decoder.layers[index]
-    units = layer.units(structure)
-    if units == 1:
+    units = structure.units(layer)
+    if units < 2:
         return True
     kept = tuple(range(1, units, 2))
     gate = torch.zeros(1, units, device=decoder.device)
     gate[:, list(kept)] = 1
-    with gated(layer, **{structure: gate}):
+    with gated(layer, {structure.name: gate}):
         shielded = decoder.model(tokens, use_cache=False).logits
-    whole = [(linear, linear.weight, linear.bias) for linear in (*layer.inputs(structure), layer.output(structure))]
+    whole = [(linear, linear.weight, linear.bias) for linear in (*structure.inputs(layer), structure.output(layer))]
     try:
-        cut(layer, structure, kept)
+        structure.cut(layer, kept)
         return _close(decoder.model(tokens, use_cache=False).logits, shielded)
     finally:
         for linear, weight, bias in whole:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from secateur.catalog.architectures import check_config
+from secateur.catalog.architectures import ModelShape, check_config
 from secateur.catalog.sources import (
     ModelSource,
     check_declared,
@@ -32,6 +32,7 @@ from secateur.engine.model import chatglm
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.generic import sizes_of, verify
 from secateur.engine.model.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM
+from secateur.engine.model.per_layer import as_stock, pruned_class
 from secateur.engine.time_limit import with_tokenizer
 
 # The pattern is not *.safetensors, because some repositories hold a second copy of the model under other names.
@@ -118,8 +119,8 @@ def load(source: ModelSource, dtype: str, device: torch.device, max_parameters: 
     check_size(shape, max_parameters)
     tokenizer = _load_tokenizer(source)
     if shape.family.experts:
-        _check_experts(source, shape.layers[0].experts)
-    return adopt(_load_model(source, dtype, shape.family.layers).to(device), tokenizer, source)
+        _check_experts(source, shape.stock_layer.experts)
+    return adopt(_load_model(source, dtype, shape).to(device), tokenizer, source)
 
 
 def describe_loaded(
@@ -195,7 +196,7 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel:
+def _load_model(source: ModelSource, dtype: str, shape: ModelShape) -> PreTrainedModel:
     torch_dtype: torch.dtype = getattr(torch, source.dtype if dtype == "auto" else dtype)
     try:
         if source.chatglm:
@@ -203,7 +204,9 @@ def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel
         assert source.config is not None
         # Our class is not registered with AutoModel, which would then also load pruned models with it.
         own = source.config["model_type"] == ChatGLM6BConfig.model_type
-        model, info = (ChatGLM6BForCausalLM if own else AutoModelForCausalLM).from_pretrained(
+        kind = ChatGLM6BForCausalLM if own else AutoModelForCausalLM
+        per_layer = bool(source.config.get("per_layer_config"))
+        model, info = (pruned_class(shape) if per_layer else kind).from_pretrained(
             source.path,
             gguf_file=source.gguf_file,
             # Without dequantize, transformers may keep weights packed, which can be neither scored nor cut.
@@ -229,7 +232,7 @@ def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel
         raise PruningError(
             ErrorCode.WEIGHTS_MISSING, f"{source.model_id} lacks the tensor {missing[0]}.", field="model_id"
         )
-    beyond = sorted(name for name in info["unexpected_keys"] if name.startswith(f"{layers}."))
+    beyond = sorted(name for name in info["unexpected_keys"] if name.startswith(f"{shape.family.layers}."))
     if beyond:
         raise PruningError(
             ErrorCode.CONFIG_INVALID,
@@ -245,7 +248,7 @@ def _load_model(source: ModelSource, dtype: str, layers: str) -> PreTrainedModel
             ),
             field="model_id",
         )
-    loaded: PreTrainedModel = model
+    loaded: PreTrainedModel = as_stock(model) if per_layer else model
     return loaded
 
 

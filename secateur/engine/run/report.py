@@ -1,6 +1,5 @@
 """The report of one target."""
 
-from secateur.catalog.architectures import ModelShape
 from secateur.catalog.resolve import Resolved
 from secateur.catalog.sources import ModelSource
 from secateur.contract.report import (
@@ -57,7 +56,7 @@ def build_report(
             of_all_parameters=1 - last.parameters / baseline.parameters,
             of_flops=1 - last.flops / baseline.flops,
         ),
-        redundancy_removed=1 - _units(widths.after, shape) / _units(widths.before, shape),
+        redundancy_removed=1 - _units(widths.after) / _units(widths.before),
         benchmarks=benchmarks,
         retained_accuracy=retained,
         generations=compare_generations(baseline.generations or [], last.generations or []),
@@ -83,9 +82,9 @@ def build_report(
     )
 
 
-def _units(widths: list[LayerWidths], shape: ModelShape) -> int:
+def _units(widths: list[LayerWidths]) -> int:
     """Return the number of KV groups and channels of all layers; the channels of every expert count."""
-    return sum(layer.kv_groups + layer.channels * shape.layers[0].experts for layer in widths)
+    return sum(layer.kv_groups + layer.channels * layer.experts for layer in widths)
 
 
 def _peak_memory(step: Step) -> int | None:

@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.report import Step, StepKind, TrainingCurve
-from secateur.engine.model.plan import LayerUnits
+from secateur.engine.model.plan import PlanData
 
-VERSION: Literal[2] = 2
+VERSION: Literal[3] = 3
 
 
 class _State(BaseModel):
@@ -40,7 +40,7 @@ class TargetState(_State):
     """
 
     ratio: float
-    plan: tuple[LayerUnits, ...] | None = None
+    plan: PlanData | None = None
     steps: tuple[Step, ...] = ()
     tensors: TensorReference | None = None
     training: TrainingState | None = None
@@ -49,7 +49,7 @@ class TargetState(_State):
 class RunState(_State):
     """The state of a run after a step: everything that resuming needs, except the source."""
 
-    version: Literal[2] = VERSION
+    version: Literal[3] = VERSION
     fingerprint: str
     revision: str | None
     spec: dict[str, Any]

@@ -32,6 +32,7 @@ from secateur.engine.run.rounds import prune_round
 from secateur.engine.run.state import RunState, TargetState, TensorReference, TrainingState
 from secateur.engine.run.workspace import Paused
 from secateur.engine.scoring import Context
+from secateur.engine.structures import WIDTHS
 
 
 class StaticPruned:
@@ -48,7 +49,7 @@ class StaticPruned:
             check_room(decoder, folder, formats)
             if "gguf" in formats:
                 gguf.write_gguf(decoder, self._source, self._gguf_file(folder), self._quantization)
-            write_model(decoder, self._source, self.plan, folder, layout != "per-layer")
+            write_model(decoder, self._source, folder, layout != "per-layer")
             return Published(parameters=decoder.parameters, weights_bytes=weight_bytes(decoder))
 
     def check(self, folder: Path, layout: Layout) -> None:
@@ -249,12 +250,13 @@ def recovered_tensors(decoder: Decoder) -> dict[str, Tensor]:
 
     A layer-wise recovery changes no other tensors.
     """
-    names = {decoder.shape.family.attention_output, decoder.shape.family.channel_output}
+    family = decoder.shape.family
     return {
-        f"{decoder.shape.family.layers}.{index}.{name}.{kind}": tensor
+        f"{family.layers}.{index}.{structure.output_name(family)}.{kind}": tensor
         for index, layer in enumerate(decoder.layers)
-        for name in names
-        for kind, tensor in layer[name].state_dict().items()
+        for structure in WIDTHS.values()
+        if structure.units(layer)
+        for kind, tensor in structure.output(layer).state_dict().items()
     }
 
 

@@ -11,23 +11,15 @@ from torch import Tensor
 from secateur.catalog.resolve import Resolved
 from secateur.engine.measure.cache import Statistics
 from secateur.engine.measure.forward_statistics import ForwardStatistics, forward_statistics
-from secateur.engine.measure.gates import GateStatistics, Progress, gate_statistics
-from secateur.engine.model.decoder import Decoder, Structure
+from secateur.engine.measure.gates import GateStatistics, LayerGates, Progress, gate_statistics
+from secateur.engine.model.decoder import Decoder, Layer
+from secateur.engine.structures import WIDTHS, Width
 
+Scores = dict[str, list[Tensor]]
+"""Scores of the units, by structure: for each layer a float64 tensor ``[units]`` on the CPU.
 
-@dataclass(frozen=True)
-class Scores:
-    """Scores of the units of every layer, as float64 tensors on the CPU, one for each layer.
-
-    ``kv_groups`` holds tensors ``[kv_groups]`` and ``channels`` tensors ``[channels]``. Within a layer, the units with
-    the lowest scores are removed first.
-    """
-
-    kv_groups: list[Tensor]
-    channels: list[Tensor]
-
-    def of(self, structure: Structure) -> list[Tensor]:
-        return self.kv_groups if structure == "kv_groups" else self.channels
+Within a layer, the units with the lowest scores are removed first.
+"""
 
 
 @dataclass
@@ -59,15 +51,15 @@ class Context:
         return compute() if self.statistics is None else self.statistics.get(name, compute)
 
     @cached_property
-    def gates(self) -> list[GateStatistics]:
-        """Gate statistics of every layer from two forward passes and one backward pass, which scorer and allocator share."""
+    def gates(self) -> list[LayerGates]:
+        """Gate statistics of every layer, by structure, from two forward passes and one backward pass, which scorer and allocator share."""
 
         def compute() -> list[Tensor]:
             found = gate_statistics(self.decoder, self.tokens, self.batch_windows, self.progress)
-            return [tensor for layer in found for tensor in vars(layer).values()]
+            return [tensor for layer in found for gates in layer.values() for tensor in vars(gates).values()]
 
-        tensors = self.memo("gates", compute)
-        return [GateStatistics(*tensors[start : start + 4]) for start in range(0, len(tensors), 4)]
+        left = iter(self.memo("gates", compute))
+        return [{name: GateStatistics(next(left), next(left)) for name in WIDTHS} for _ in self.decoder.layers]
 
     @cached_property
     def forward_statistics(self) -> ForwardStatistics:
@@ -92,37 +84,32 @@ def memoised(score: Scorer) -> Scorer:
     def look_up(context: Context) -> Scores:
         def compute() -> list[Tensor]:
             scores = score(context)
-            return [*scores.kv_groups, *scores.channels]
+            return [tensor for name in WIDTHS for tensor in scores[name]]
 
-        tensors, layers = (
-            context.memo(f"scores-{context.resolved.components.scorer.name}", compute),
-            len(context.decoder.layers),
-        )
-        return Scores(tensors[:layers], tensors[layers:])
+        left = iter(context.memo(f"scores-{context.resolved.components.scorer.name}", compute))
+        return {name: [next(left) for _ in context.decoder.layers] for name in WIDTHS}
 
     return look_up
 
 
-def by_group(rows: Tensor, groups: int) -> Tensor:
-    """Sum the block of rows that belongs to each KV group: ``[groups * n] -> [groups]``."""
-    return rows.view(groups, -1).sum(1)
+def by_unit(rows: Tensor, units: int) -> Tensor:
+    """Sum the block of rows that belongs to each unit: ``[units * n] -> [units]``."""
+    return rows.view(units, -1).sum(1)
 
 
 def l1_norms(decoder: Decoder) -> Scores:
     """Return ‖W_u‖1 over all weights and biases of each unit, as one tensor ``[units]`` for each layer."""
-    kv_groups, channels = [], []
-    for layer in decoder.layers:
-        family = layer.family
-        groups = layer.attention_output.weight.abs().sum(0, dtype=torch.float64)
-        total = by_group(groups, layer.kv_groups)
-        for name in family.attention_inputs:
-            total = total + by_group(_rows(layer[name]), layer.kv_groups)
-        kv_groups.append(total.cpu())
-        width = layer.channel_output.weight.abs().sum(0, dtype=torch.float64)
-        for name in family.channel_inputs:
-            width = width + _rows(layer[name])
-        channels.append(width.cpu())
-    return Scores(kv_groups, channels)
+    return {name: [_l1_norm(layer, structure) for layer in decoder.layers] for name, structure in WIDTHS.items()}
+
+
+def _l1_norm(layer: Layer, structure: Width) -> Tensor:
+    units = structure.units(layer)
+    if not units:
+        return torch.zeros(0, dtype=torch.float64)
+    total = by_unit(structure.output(layer).weight.abs().sum(0, dtype=torch.float64), units)
+    for projection in structure.inputs(layer):
+        total = total + by_unit(_rows(projection), units)
+    return total.cpu()
 
 
 def _rows(linear: torch.nn.Linear) -> Tensor:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from secateur.engine.model.decoder import STRUCTURES, Layer, Structure
+from secateur.engine.model.decoder import Layer
 from secateur.engine.scoring.base import Context, Scores
+from secateur.engine.structures import WIDTHS, Width
 
 
 def score(context: Context) -> Scores:
@@ -14,21 +15,18 @@ def score(context: Context) -> Scores:
     before it is standardised, and the score of a KV group is the mean over its inputs. The scores depend on the
     unpruned model alone: all units are scored before any unit is cut.
     """
-    scores: dict[Structure, list[Tensor]] = {
-        structure: [
-            _standardised(layer, structure, variance)
-            for layer, variance in zip(
-                context.decoder.layers, context.forward_statistics.variances[structure], strict=True
-            )
-        ]
-        for structure in STRUCTURES
+    layers, variances = context.decoder.layers, context.forward_statistics.variances
+    return {
+        name: [_standardised(layer, structure, own) for layer, own in zip(layers, variances[name], strict=True)]
+        for name, structure in WIDTHS.items()
     }
-    return Scores(**scores)
 
 
-def _standardised(layer: Layer, structure: Structure, variance: Tensor) -> Tensor:
-    metric = variance * layer.output(structure).weight.double().square().sum(0).cpu()
-    if structure == "kv_groups":
+def _standardised(layer: Layer, structure: Width, variance: Tensor) -> Tensor:
+    if not structure.units(layer):
+        return variance[:0]
+    metric = variance * structure.output(layer).weight.double().square().sum(0).cpu()
+    if structure.part == "attention":
         metric = metric.square()
     standard = (metric - metric.mean()) / metric.std().clamp_min(torch.finfo(torch.float64).tiny)
-    return standard.view(-1, layer.width(structure)).mean(1)
+    return standard.view(-1, structure.width(layer)).mean(1)

@@ -1,7 +1,7 @@
 """Score units by LLM-Pruner's first-order Taylor importance (Ma et al. 2023, equations 3 to 5)."""
 
 from secateur.engine.scoring.base import Context, Scores, memoised
-from secateur.engine.scoring.taylor import coupled, gradients_from_the_end, sums_by_unit, unit_weights
+from secateur.engine.scoring.taylor import coupled, gradients_from_the_end, sums_by_unit, unit_weights, zero_scores
 
 
 @memoised
@@ -17,13 +17,14 @@ def score(context: Context) -> Scores:
     """
     layers = context.decoder.layers
     weights = [unit_weights(layer) for layer in layers]
-    scores = []
+    scores = zero_scores(context.decoder)
     batches = context.tokens.split(context.batch_windows)
     for index, gradients in gradients_from_the_end(context.decoder, batches, weights):
         saliences = {
             name: [(weight * gradient).abs() for weight, gradient in zip(tensors, gradients[name], strict=True)]
             for name, tensors in weights[index].items()
         }
-        scores.append(coupled(layers[index], sums_by_unit(layers[index], saliences)))
+        for name, own in coupled(layers[index], sums_by_unit(layers[index], saliences)).items():
+            scores[name][index] += own
         context.progress(1 - index / len(layers))
-    return Scores([heads for heads, _ in reversed(scores)], [channels for _, channels in reversed(scores)])
+    return scores

@@ -46,7 +46,7 @@ def score(context: Context) -> Scores:
     """
     layers = context.decoder.layers
     generator = torch.Generator().manual_seed(context.seed)
-    factors = [{name: _adapter(layer[name], generator) for name in layer.family.projections} for layer in layers]
+    factors = [{name: _adapter(layer[name], generator) for name in layer.projections} for layer in layers]
     every = [factor for named in factors for pair in named.values() for factor in pair]
     optimizer = torch.optim.AdamW(every, lr=LEARNING_RATE, weight_decay=0.0)
     scores = zero_scores(context.decoder)
@@ -59,9 +59,10 @@ def score(context: Context) -> Scores:
             nn.utils.clip_grad_norm_(every, MAX_GRADIENT_NORM)
             for index, layer in enumerate(layers):
                 sums = sums_by_unit(layer, {name: [_salience(layer[name], *of)] for name, of in factors[index].items()})
-                heads, channels = coupled(layer, {name: of / (of.norm() + 1e-8) for name, of in sums.items()})
-                scores.kv_groups[index].mul_(DECAY).add_(heads, alpha=1 - DECAY)
-                scores.channels[index].mul_(DECAY).add_(channels, alpha=1 - DECAY)
+                for structure, own in coupled(
+                    layer, {name: of / (of.norm() + 1e-8) for name, of in sums.items()}
+                ).items():
+                    scores[structure][index].mul_(DECAY).add_(own, alpha=1 - DECAY)
             optimizer.step()
     return scores
 

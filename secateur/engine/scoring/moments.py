@@ -11,7 +11,8 @@ from torch import Tensor
 
 from secateur.catalog.spec import Scoring
 from secateur.engine.measure.layer_stream import Moments
-from secateur.engine.model.decoder import Layer, Structure
+from secateur.engine.model.decoder import Layer
+from secateur.engine.structures import Width
 
 SPARED_SHARE = 0.01
 
@@ -24,7 +25,7 @@ class UnitContext:
     """
 
     layer: Layer
-    structure: Structure
+    structure: Width
     expert: int
     moments: Moments
     removed: int
@@ -33,23 +34,23 @@ class UnitContext:
     @property
     def output_weight(self) -> Tensor:
         """Weight of the output projection, ``[out, in]``, float32."""
-        return self._own(self.layer.output(self.structure).weight, 1).float()
+        return self._own(self.structure.output(self.layer).weight, 1).float()
 
     @property
     def input_weights(self) -> list[Tensor]:
         """Weight of each input projection, ``[units * rows, hidden]``, float32."""
-        return [self._own(projection.weight, 0).float() for projection in self.layer.inputs(self.structure)]
+        return [self._own(projection.weight, 0).float() for projection in self.structure.inputs(self.layer)]
 
     @property
     def units(self) -> int:
-        return self.layer.units(self.structure) // self.layer.experts(self.structure)
+        return self.structure.units(self.layer) // self.structure.experts(self.layer)
 
     def by_unit(self, values: Tensor) -> Tensor:
         """Sum ``values`` over the inputs of each unit: ``[in] -> [units]``."""
-        return values.view(-1, self.layer.width(self.structure)).sum(1)
+        return values.view(-1, self.structure.width(self.layer)).sum(1)
 
     def _own(self, weight: Tensor, dim: int) -> Tensor:
-        return weight.chunk(self.layer.experts(self.structure), dim)[self.expert]
+        return weight.chunk(self.structure.experts(self.layer), dim)[self.expert]
 
 
 LayerwiseScorer = Callable[[UnitContext], Tensor]
@@ -72,7 +73,7 @@ def lorap(context: UnitContext) -> Tensor:
     inputs and outputs are blocks, squares are added up within the block.
     """
     scores = _group_importance(context, context.output_weight.square().sum(0))
-    return scores if context.structure == "kv_groups" else _spare_lowest(context, scores)
+    return _spare_lowest(context, scores) if context.structure.single else scores
 
 
 def slimllm(context: UnitContext) -> Tensor:
@@ -80,7 +81,7 @@ def slimllm(context: UnitContext) -> Tensor:
 
     KV groups follow equation 4 and algorithm 1, channels equations 5 to 8.
     """
-    return _pearson(context) if context.structure == "kv_groups" else _feature_space(context)
+    return _feature_space(context) if context.structure.single else _pearson(context)
 
 
 def _group_importance(context: UnitContext, output_importance: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ def _head_covariance(context: UnitContext) -> Tensor:
 
     The result is ``[out, units, units]``, float64.
     """
-    width = context.layer.width(context.structure)
+    width = context.structure.width(context.layer)
     blocks = context.output_weight.double().view(context.output_weight.shape[0], -1, width)  # [out, units, width]
     units = blocks.shape[1]
     inputs = context.moments.covariance.double().view(units, width, units, width)

@@ -56,9 +56,8 @@ def score(context: Context) -> Scores:
                     saliences[name] = [(weight + move) * gradient for weight, move, gradient in triples]
                     for _, move, gradient in triples:
                         move -= LEARNING_RATE * gradient
-                heads, channels = coupled(layers[index], sums_by_unit(layers[index], saliences))
-                scores.kv_groups[index] -= heads
-                scores.channels[index] -= channels
+                for structure, own in coupled(layers[index], sums_by_unit(layers[index], saliences)).items():
+                    scores[structure][index] -= own
     return scores
 
 

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from secateur.engine.measure.gates import shielded_loss_change
 from secateur.engine.scoring.base import Context, Scores, l1_norms
+from secateur.engine.structures import WIDTHS
 
 # Floating-point operations that exact shielding may cost in a round: a minute on a few CPU cores, minutes on a GPU.
 AFFORDABLE_FLOPS = {"cpu": 4e12, "cuda": 4e16}
@@ -27,9 +28,9 @@ def score(context: Context) -> Scores:
     if exact:
         context.progress = lambda share: report(share / 2)
     norms, gates = l1_norms(context.decoder), context.gates
-    head_changes = [layer.kv_group_loss_change for layer in gates]
+    changes = {name: [layer[name].loss_change for layer in gates] for name in norms}
     if exact:
-        head_changes = context.memo(
+        changes["kv_groups"] = context.memo(
             "shielded",
             lambda: shielded_loss_change(
                 context.decoder, context.tokens, context.batch_windows, lambda share: report((1 + share) / 2)
@@ -37,21 +38,16 @@ def score(context: Context) -> Scores:
         )
 
     def combine(norms: list[Tensor], changes: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        largest = max(float(gradient.abs().mean()) for gradient in gradients) or 1.0
+        largest = max(_mean(gradient) for gradient in gradients) or 1.0
         scores = []
         for norm, change, gradient in zip(norms, changes, gradients, strict=True):
             importance = weights.lambda_weight * _scaled(norm) + weights.lambda_loss * _scaled(change)
-            sensitivity = float(gradient.abs().mean()) / largest
+            sensitivity = _mean(gradient) / largest
             share = importance / importance.abs().sum().clamp_min(1e-300)
-            scores.append(sensitivity * share + weights.gamma * gradient.abs() / (len(gradient) * largest))
+            scores.append(sensitivity * share + weights.gamma * gradient.abs() / (max(len(gradient), 1) * largest))
         return scores
 
-    return Scores(
-        combine(norms.kv_groups, head_changes, [layer.kv_group_gradient for layer in gates]),
-        combine(
-            norms.channels, [layer.channel_loss_change for layer in gates], [layer.channel_gradient for layer in gates]
-        ),
-    )
+    return {name: combine(norms[name], changes[name], [layer[name].gradient for layer in gates]) for name in norms}
 
 
 def exact_shielding(context: Context) -> bool:
@@ -63,9 +59,14 @@ def exact_shielding(context: Context) -> bool:
     if context.resolved.spec.scoring.shielding != "auto":
         return context.resolved.spec.scoring.shielding == "exact"
     decoder = context.decoder
-    groups = sum(layer.kv_groups for layer in decoder.layers)
+    groups = sum(WIDTHS["kv_groups"].units(layer) for layer in decoder.layers)
     cost = groups * context.tokens.numel() * 2 * decoder.parameters
     return cost <= AFFORDABLE_FLOPS.get(decoder.device.type, 0)
+
+
+def _mean(gradient: Tensor) -> float:
+    """Return the mean magnitude, which is 0 in a layer that has no such units."""
+    return float(gradient.abs().mean()) if len(gradient) else 0.0
 
 
 def _scaled(term: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 
 from secateur.engine.scoring.base import Context, Scores
+from secateur.engine.structures import WIDTHS
 
 
 def score(context: Context) -> Scores:
@@ -13,4 +14,4 @@ def score(context: Context) -> Scores:
         return torch.rand(count, generator=generator, dtype=torch.float64)
 
     layers = context.decoder.layers
-    return Scores([draw(layer.kv_groups) for layer in layers], [draw(layer.channels) for layer in layers])
+    return {name: [draw(structure.units(layer)) for layer in layers] for name, structure in WIDTHS.items()}

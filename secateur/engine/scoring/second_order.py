@@ -26,7 +26,7 @@ The inputs of one step are chosen together.
 def score(context: UnitContext) -> Tensor:
     """Return scores that rank removed units in the order of their removal; kept units share the highest score."""
     order = eliminate(
-        context.output_weight, context.moments.gram, context.layer.width(context.structure), context.removed
+        context.output_weight, context.moments.gram, context.structure.width(context.layer), context.removed
     )
     scores = torch.full((context.units,), float(context.removed))
     scores[order] = torch.arange(float(len(order)))

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from secateur.engine.model.decoder import Decoder, Layer, check_gradients
-from secateur.engine.scoring.base import Context, Scores, by_group
+from secateur.engine.scoring.base import Context, Scores, by_unit
+from secateur.engine.structures import WIDTHS
 
 Tensors = dict[str, list[Tensor]]
 """Tensors of one layer, by the name of the projection."""
@@ -18,11 +19,10 @@ def unit_weights(layer: Layer) -> Tensors:
 
     The bias of an output projection belongs to no unit.
     """
-    family = layer.family
-    inputs = (*family.attention_inputs, *family.channel_inputs)
+    outputs = {structure.output_name(layer.family) for structure in WIDTHS.values()}
     return {
-        name: [tensor for tensor in layer[name].parameters() if name in inputs or tensor.dim() == 2]
-        for name in family.projections
+        name: [tensor for tensor in layer[name].parameters() if name not in outputs or tensor.dim() == 2]
+        for name in layer.projections
     }
 
 
@@ -93,10 +93,10 @@ def added(
 
 def zero_scores(decoder: Decoder) -> Scores:
     """Return scores of zero, to which a scorer adds."""
-    return Scores(
-        [torch.zeros(layer.kv_groups, dtype=torch.float64) for layer in decoder.layers],
-        [torch.zeros(layer.channels, dtype=torch.float64) for layer in decoder.layers],
-    )
+    return {
+        name: [torch.zeros(structure.units(layer), dtype=torch.float64) for layer in decoder.layers]
+        for name, structure in WIDTHS.items()
+    }
 
 
 def training_batches(context: Context, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -116,29 +116,27 @@ def training_batches(context: Context, steps: int, generator: torch.Generator) -
 def sums_by_unit(layer: Layer, saliences: Tensors) -> dict[str, Tensor]:
     """Sum saliences over each unit's rows or columns, projection by projection.
 
-    The saliences have the shapes of the weights (and biases). The sums are float64 on the CPU, ``[kv_groups]`` for the
-    projections of attention and ``[channels]`` for the others.
+    The saliences have the shapes of the weights (and biases). The sums are float64 on the CPU, ``[units]`` of the
+    projection's structure.
     """
-    family = layer.family
     sums = {}
-    for name, (weight, *bias) in saliences.items():
-        outputs = (family.attention_output, family.channel_output)
-        units = weight.sum(0 if name in outputs else 1, dtype=torch.float64)
-        for rows in bias:
-            units = units + rows
-        attention = name in (*family.attention_inputs, family.attention_output)
-        sums[name] = (by_group(units, layer.kv_groups) if attention else units).cpu()
+    for structure in WIDTHS.values():
+        output = structure.output_name(layer.family)
+        for name in {*structure.input_names(layer.family), output} & saliences.keys():
+            weight, *bias = saliences[name]
+            rows = weight.sum(0 if name == output else 1, dtype=torch.float64)
+            for each in bias:
+                rows = rows + each
+            sums[name] = by_unit(rows, structure.units(layer)).cpu()
     return sums
 
 
-def coupled(layer: Layer, sums: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Add up the sums by unit of the projections that are cut together: ``[kv_groups]`` and ``[channels]``."""
-    family = layer.family
-    attention, channel = (
-        torch.stack([sums[name] for name in (*inputs, output)]).sum(0)
-        for inputs, output in (
-            (family.attention_inputs, family.attention_output),
-            (family.channel_inputs, family.channel_output),
-        )
-    )
-    return attention, channel
+def coupled(layer: Layer, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add up the sums by unit of the projections that are cut together: ``[units]`` by structure."""
+    return {
+        name: torch.stack(
+            [sums[each] for each in (*structure.input_names(layer.family), structure.output_name(layer.family))]
+        ).sum(0)
+        for name, structure in WIDTHS.items()
+        if structure.units(layer)
+    }
