@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from collections.abc import Iterable
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -34,6 +35,7 @@ from transformers import (
 )
 
 from secateur.catalog.architectures import shape_from_config
+from secateur.engine.model.plan import Kept
 from secateur.engine.model.decoder import Decoder, token_losses
 from secateur.engine.model.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM
 
@@ -153,3 +155,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 def decoder_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Decoder:
     return Decoder(model, tokenizer, shape_from_config(model.config.to_dict()))
+
+
+def layer_plan(kv_groups: Iterable[int], channels: Iterable[int]) -> Kept:
+    """What a layer keeps."""
+    return {"kv_groups": tuple(kv_groups), "channels": tuple(channels)}

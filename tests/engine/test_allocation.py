@@ -9,15 +9,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.catalog.architectures import LayerShape, ModelShape, UnitCost
+from secateur.catalog.architectures import LayerCost, LayerShape, ModelShape
 from secateur.catalog.architectures.llama import LLAMA
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import PruningError
-from secateur.engine.allocation import ALLOCATORS, LayerLimit, whole_units
+from secateur.engine.allocation import ALLOCATORS, LayerLimit, Layers, whole_units
 from secateur.engine.allocation.base import Share, fill
 from secateur.engine.measure.forward_statistics import ForwardStatistics
 from secateur.engine.measure.gates import GateStatistics
-from secateur.engine.scoring import Scores
 
 
 def context_of(shape: ModelShape, ratio: float, seed: int, **allocation: Any) -> Any:
@@ -27,33 +26,27 @@ def context_of(shape: ModelShape, ratio: float, seed: int, **allocation: Any) ->
     def draw(count: int) -> Tensor:
         return torch.randn(count, generator=generator, dtype=torch.float64)
 
-    gates = [
-        GateStatistics(*(draw(n) for n in (layer.kv_groups, layer.channels_per_expert) * 2)) for layer in shape.layers
-    ]
+    widths = [{"kv_groups": layer.kv_groups, "channels": layer.channels_per_expert} for layer in shape.layers]
+    gates = [{name: GateStatistics(draw(n), draw(n)) for name, n in layer.items()} for layer in widths]
     return SimpleNamespace(
         decoder=SimpleNamespace(shape=shape, layers=[SimpleNamespace(shape=layer) for layer in shape.layers]),
         resolved=SimpleNamespace(spec=PruningSpec(target_ratio=ratio, method="random", allocation=allocation)),
         target_ratio=ratio,
         gates=gates,
         forward_statistics=ForwardStatistics(draw(len(shape.layers)).tanh().tolist(), {}),
-        scores=Scores(
-            [draw(layer.kv_groups) for layer in shape.layers], [draw(s.channels_per_expert) for s in shape.layers]
-        ),
+        scores={name: [draw(layer[name]) for layer in widths] for name in ("kv_groups", "channels")},
         details={},
     )
 
 
 def limits_of(shape: ModelShape, multiple: int) -> list[LayerLimit]:
-    cost = shape.cost
-    return [
-        LayerLimit(groups, channels, groups * cost.kv_group + channels * cost.channel)
-        for groups, channels in (shape.removable(layer, multiple) for layer in shape.layers)
-    ]
+    return Layers(shape, shape.layers, multiple).limits
 
 
-def make_shape(widths: list[tuple[int, int]], cost: UnitCost) -> ModelShape:
+def make_shape(widths: list[tuple[int, int]], cost: LayerCost) -> ModelShape:
     layers = tuple(LayerShape(groups, groups, 16, channels) for groups, channels in widths)
-    return ModelShape(LLAMA, "llama", 64, 100, True, 128, layers, cost, other_parameters=0)
+    costs, widest = (cost,) * len(layers), max(layers, key=lambda layer: layer.channels)
+    return ModelShape(LLAMA, "llama", 64, 100, True, 128, layers, costs, other_parameters=0, stock_layer=widest)
 
 
 @st.composite
@@ -63,7 +56,7 @@ def problems(draw: st.DrawFn) -> tuple[ModelShape, int, float]:
     widths = st.tuples(st.integers(1, 8), st.integers(1, multiple * 12))
     shape = make_shape(
         draw(st.lists(widths, min_size=2, max_size=8)),
-        UnitCost(draw(st.integers(1, 5000)), draw(st.integers(1, 300)), 0),
+        LayerCost(draw(st.integers(1, 5000)), draw(st.integers(1, 300))),
     )
     ratio = draw(st.floats(0.05, 0.9))
     try:
@@ -78,24 +71,24 @@ def problems(draw: st.DrawFn) -> tuple[ModelShape, int, float]:
 @given(problem=problems(), seed=st.integers(0, 100))
 def test_every_allocator_spends_its_budget(name: str, problem: tuple[ModelShape, int, float], seed: int) -> None:
     shape, multiple, ratio = problem
-    cost, limits, context = shape.cost, limits_of(shape, multiple), context_of(shape, ratio, seed)
-    groups, channel_parameters = shape.split(ratio, multiple)
-    total = groups * cost.kv_group + channel_parameters
+    cost, limits, context = shape.costs[0], limits_of(shape, multiple), context_of(shape, ratio, seed)
+    split = shape.split(ratio, multiple)
+    total = sum(split.values())
     share = ALLOCATORS[name](context, limits, total)
     half = multiple * cost.channel / 2
     assert len(share.budgets) == len(limits)
     assert all(-1e-6 <= b <= limit.parameters + 1e-6 for b, limit in zip(share.budgets, limits, strict=True))
     assert sum(share.budgets) == pytest.approx(total, abs=max(half, 1e-6 * total))
-    counts = whole_units(shape.layers, share, groups, context.scores, cost, multiple)
+    counts = whole_units(Layers(shape, shape.layers, multiple), share, split["kv_groups"], context.scores)
     for was, gone, limit in zip(shape.layers, counts, limits, strict=True):
-        assert 0 <= gone.kv_groups <= limit.kv_groups and 0 <= gone.channels <= limit.channels
-        left = was.channels_per_expert - gone.channels
-        assert gone.channels == 0 or left % multiple == 0
-    given_up = sum(gone.kv_groups * cost.kv_group + gone.channels * cost.channel for gone in counts)
+        assert all(0 <= gone[name] <= most for name, most in limit.units.items())
+        left = was.channels_per_expert - gone["channels"]
+        assert gone["channels"] == 0 or left % multiple == 0
+    given_up = sum(gone["kv_groups"] * cost.kv_group + gone["channels"] * cost.channel for gone in counts)
     assert abs(given_up - ratio * shape.prunable_parameters) <= half + 1e-6
 
 
-SMOL = make_shape([(3, 1536)] * 30, UnitCost(294_912, 1728, 0))
+SMOL = make_shape([(3, 1536)] * 30, LayerCost(294_912, 1728))
 
 
 def budgets(name: str, shape: ModelShape, ratio: float, context: Any = None) -> Share:
@@ -104,8 +97,8 @@ def budgets(name: str, shape: ModelShape, ratio: float, context: Any = None) -> 
 
 
 def test_uniform_gives_the_same_ratio_everywhere() -> None:
-    shape = make_shape([(3, 1536), (2, 96), (1, 640)], UnitCost(30_000, 100, 0))
-    sizes = [shape.layer_parameters(layer) for layer in shape.layers]
+    shape = make_shape([(3, 1536), (2, 96), (1, 640)], LayerCost(30_000, 100))
+    sizes = [shape.layer_parameters(index) for index in range(len(shape.layers))]
     assert budgets("uniform", shape, 0.3).budgets == pytest.approx([0.3 * size for size in sizes])
 
 
@@ -132,7 +125,7 @@ def test_cosine_is_equation_11_with_the_first_and_last_layer_kept(ratio: float, 
 
 
 def test_cosine_lets_every_layer_of_a_shallow_model_give() -> None:
-    shape = make_shape([(4, 64)] * 4, UnitCost(10, 1, 0))
+    shape = make_shape([(4, 64)] * 4, LayerCost(10, 1))
     assert all(budget > 0 for budget in budgets("cosine", shape, 0.4, context_of(shape, 0.4, seed=0)).budgets)
 
 
@@ -143,7 +136,7 @@ def test_cosine_takes_the_alpha_of_the_request() -> None:
 
 
 def test_threshold_takes_the_lowest_scores_of_the_whole_model() -> None:
-    shape = make_shape([(2, 4), (3, 4)], UnitCost(10, 3, 0))
+    shape = make_shape([(2, 4), (3, 4)], LayerCost(10, 3))
     context = context_of(shape, 0.2, 0)
     context.scores = Scores(
         [torch.tensor([0.5, 7.0]), torch.tensor([3.0, 0.2, 9.0])],
@@ -160,7 +153,7 @@ def test_threshold_takes_the_lowest_scores_of_the_whole_model() -> None:
         (45, [19, 26], [1, 2]),
     ):
         share = ALLOCATORS["threshold"](context, limits, total)
-        assert share.budgets == pytest.approx(expected) and share.kv_groups == groups, total
+        assert share.budgets == pytest.approx(expected) and share.units["kv_groups"] == groups, total
 
 
 def test_lsps_falls_in_a_line_with_sensitivity() -> None:

@@ -40,8 +40,8 @@ from secateur.engine.export.card import model_card
 from secateur.engine.model.cutting import apply_plan, padded
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.loading import load
-from secateur.engine.model.plan import LayerPlan, LayerUnits, Plan, widths_of
-from tests.engine.models import FAMILIES, LIKE_LLAMA, VOCABULARY, decoder_of, make_model, save
+from secateur.engine.model.plan import Plan, PlanData, widths_of
+from tests.engine.models import FAMILIES, LIKE_LLAMA, VOCABULARY, decoder_of, layer_plan, make_model, save
 from tests.engine.test_slicing import of_each, some_plan
 
 STRANGER = """
@@ -206,19 +206,19 @@ def alike(shape: ModelShape) -> Plan:
     """The same cut in every layer, of heads as far as the stock class takes it."""
     first = shape.layers[0]
     groups = next(gone for gone in range(first.kv_groups - 1, -1, -1) if shape.takes_heads(first.without(gone)))
-    kept = LayerPlan(tuple(range(groups, first.kv_groups)), of_each(shape, range(0, 160, 2)))
+    kept = layer_plan(tuple(range(groups, first.kv_groups)), of_each(shape, range(0, 160, 2)))
     return Plan((kept,) * len(shape.layers))
 
 
 def none_whole(shape: ModelShape) -> Plan:
     """Layers that differ, and none that keeps everything."""
     first, _, last = some_plan(shape).layers
-    return Plan((first, LayerPlan(first.kv_groups, of_each(shape, range(96))), last))
+    return Plan((first, layer_plan(first["kv_groups"], of_each(shape, range(96))), last))
 
 
 def five(shape: ModelShape) -> Plan:
     """Five heads of six in every layer, which do not divide the hidden size."""
-    return Plan((LayerPlan((0, 1, 3, 4, 5), tuple(range(80))),) * len(shape.layers))
+    return Plan((layer_plan((0, 1, 3, 4, 5), tuple(range(80))),) * len(shape.layers))
 
 
 PLANS = {"": some_plan, "uniform": alike, "padded": none_whole, "five": five}

@@ -23,13 +23,13 @@ from secateur.engine.export.gguf_tokenizer import DIGITS, GPT2, PRE_TOKENIZERS
 from secateur.engine.model.cutting import apply_plan
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.loading import load
-from secateur.engine.model.plan import LayerPlan, Plan
-from tests.engine.models import FAMILIES, SIZES, VOCABULARY, english, make_model, save
+from secateur.engine.model.plan import Plan
+from tests.engine.models import FAMILIES, SIZES, VOCABULARY, english, layer_plan, make_model, save
 from tests.engine.running import prune
 from tests.engine.test_slicing import of_each, some_plan
 
 DIFFERENT = some_plan(shape_from_config({"model_type": "llama", **SIZES}))
-UNIFORM = Plan((LayerPlan((0, 2), tuple(range(64))),) * 3)
+UNIFORM = Plan((layer_plan((0, 2), tuple(range(64))),) * 3)
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -87,7 +87,7 @@ def pruned(
     source = locate(str(save(model, tokenizer, folder / "source")), allow_paths=True)
     decoder = load(source, "auto", torch.device("cpu"))
     if decoder.shape.family.experts:
-        plan = Plan(tuple(LayerPlan(kept.kv_groups, of_each(decoder.shape, kept.channels)) for kept in plan.layers))
+        plan = Plan(tuple(layer_plan(kept["kv_groups"], of_each(decoder.shape, kept["channels"])) for kept in plan.layers))
     apply_plan(decoder, plan)
     return decoder, source
 
@@ -150,7 +150,7 @@ def test_models_in_half_precision(dtype: str, tokenizer: PreTrainedTokenizerFast
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K_M"])
 def test_kinds(kind: GgufKind, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     sizes = {"hidden_size": 256, "head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    plan = Plan((LayerPlan((0,), tuple(range(256))), *(LayerPlan((0, 1), tuple(range(512))),) * 2))
+    plan = Plan((layer_plan((0,), tuple(range(256))), *(layer_plan((0, 1), tuple(range(512))),) * 2))
     decoder, source = pruned("llama", plan, tmp_path, tokenizer, **sizes, intermediate_size=512)
     path = tmp_path / "model.gguf"
     check_ready(decoder, source)

@@ -13,10 +13,10 @@ from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import PruningError
 from secateur.engine.model.cutting import apply_plan
 from secateur.engine.model.decoder import token_losses
-from secateur.engine.model.plan import LayerPlan, Plan
+from secateur.engine.model.plan import Plan
 from secateur.engine.scoring import Context, Scores, llm_pruner, loraprune, movement
 from secateur.engine.scoring.taylor import training_batches
-from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, english, make_model
+from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, english, layer_plan, make_model
 from tests.engine.running import resolved
 
 SCORERS = {"llm-pruner": llm_pruner.score, "movement": movement.score, "loraprune": loraprune.score}
@@ -114,7 +114,7 @@ def test_llm_pruner_is_whole_model_autograd(
     model = make_model(family).double()
     if cut:  # widths that differ from layer to layer
         groups = tuple(range(model.config.num_key_value_heads))
-        kept = [LayerPlan(groups, tuple(range(160))), LayerPlan(groups[1:], tuple(range(64)))]
+        kept = [layer_plan(groups, tuple(range(160))), layer_plan(groups[1:], tuple(range(64)))]
         apply_plan(decoder_of(model, tokenizer), Plan((*kept, kept[0])))
     expected = []
     weights, gradients, _ = differentiated(copy.deepcopy(model).requires_grad_(True), tokens)

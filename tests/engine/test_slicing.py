@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from secateur.catalog.architectures import ModelShape
 from secateur.engine.model.cutting import apply_plan
 from secateur.engine.model.decoder import gated
-from secateur.engine.model.plan import LayerPlan, Plan
-from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, make_model
+from secateur.engine.model.plan import Plan
+from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, layer_plan, make_model
 
 TOKENS = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(3))
 
@@ -21,9 +21,9 @@ def some_plan(shape: ModelShape) -> Plan:
     groups = shape.layers[0].kv_groups
     return Plan(
         (
-            LayerPlan(tuple(range(1, groups)), of_each(shape, range(0, 160, 5))),
-            LayerPlan(tuple(range(groups)), of_each(shape, range(160))),
-            LayerPlan((groups - 1,), of_each(shape, range(64))),
+            layer_plan(tuple(range(1, groups)), of_each(shape, range(0, 160, 5))),
+            layer_plan(tuple(range(groups)), of_each(shape, range(160))),
+            layer_plan((groups - 1,), of_each(shape, range(64))),
         )
     )
 
@@ -44,8 +44,8 @@ def test_sliced_equals_masked(name: str, tokenizer: PreTrainedTokenizerFast) -> 
     with ExitStack() as stack:
         for layer, kept in zip(decoder.layers, plan.layers, strict=True):
             heads, channels = torch.zeros(1, layer.kv_groups), torch.zeros(1, layer.channels)
-            heads[0, list(kept.kv_groups)] = 1
-            channels[0, list(kept.channels)] = 1
+            heads[0, list(kept["kv_groups"])] = 1
+            channels[0, list(kept["channels"])] = 1
             stack.enter_context(gated(layer, heads, channels))
         masked = decoder.model(TOKENS).logits
     full = decoder.model(TOKENS).logits
@@ -79,7 +79,7 @@ def test_keeping_everything_is_bit_identical(tokenizer: PreTrainedTokenizerFast)
 def test_cutting_twice_is_cutting_once(tokenizer: PreTrainedTokenizerFast) -> None:
     once, twice = (decoder_of(make_model("llama"), tokenizer) for _ in range(2))
     first = some_plan(once.shape)
-    second = Plan(tuple(LayerPlan((0,), tuple(range(0, len(layer.channels), 2))) for layer in first.layers))
+    second = Plan(tuple(layer_plan((0,), tuple(range(0, len(layer["channels"]), 2))) for layer in first.layers))
     apply_plan(once, first.then(second))
     apply_plan(twice, first)
     apply_plan(twice, second)

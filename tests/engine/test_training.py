@@ -16,10 +16,10 @@ from secateur.catalog.spec import TrainingSettings
 from secateur.contract.errors import PruningError
 from secateur.engine.model.cutting import apply_plan
 from secateur.engine.model.decoder import Decoder, token_losses
-from secateur.engine.model.plan import LayerPlan, Plan
+from secateur.engine.model.plan import Plan
 from secateur.engine.recovery import training
 from secateur.engine.recovery.training import Segment, train
-from tests.engine.models import VOCABULARY, decoder_of, english, make_model
+from tests.engine.models import VOCABULARY, decoder_of, english, layer_plan, make_model
 
 Kind = Literal["lora", "distill"]
 KINDS: tuple[Kind, ...] = ("lora", "distill")
@@ -50,7 +50,7 @@ def noise(windows: int, length: int = 12) -> Tensor:
 def cut(decoder: Decoder) -> Decoder:
     """Unequal widths by layer, and a bias where pruning may have put one."""
     widths = [(2, 96), (3, 128), (1, 64)]
-    apply_plan(decoder, Plan(tuple(LayerPlan(tuple(range(g)), tuple(range(c))) for g, c in widths)))
+    apply_plan(decoder, Plan(tuple(layer_plan(tuple(range(g)), tuple(range(c))) for g, c in widths)))
     output = decoder.layers[0].channel_output
     if output.bias is None:
         bias = torch.full((output.out_features,), 0.01, dtype=output.weight.dtype)
