@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 import transformers
+from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -28,7 +29,7 @@ from secateur.catalog.sources import locate
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.generic import sizes_of
-from secateur.engine.model.plan import LayerUnits, Plan
+from secateur.engine.model.plan import Plan, PlanData
 from secateur.engine.run import static
 from secateur.engine.run.run import NamedModel, prune_to_folder
 from secateur.engine.run.workspace import Workspace
@@ -208,15 +209,15 @@ def difference(source: Path, output: Path) -> float | None:
     if shape.family.experts:
         return None
     manifest = json.loads((output / "secateur.json").read_text())
-    plan = Plan.from_data([LayerUnits.model_validate(units) for units in manifest["plan"]])
+    plan = Plan.from_data(TypeAdapter(PlanData).validate_python(manifest["plan"]))
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
     pruned = AutoModelForCausalLM.from_pretrained(output, dtype="auto", trust_remote_code=True).eval()
-    group = shape.layers[0].heads_per_group * shape.layers[0].head_dim
+    group = shape.stock_layer.heads_per_group * shape.stock_layer.head_dim
     layers: Any = model.get_submodule(shape.family.layers)
     for layer, kept in zip(layers, plan.layers, strict=True):
-        heads = [index * group + offset for index in kept.kv_groups for offset in range(group)]
+        heads = [index * group + offset for index in kept["kv_groups"] for offset in range(group)]
         _zero_all_but(layer, shape.family.attention_output, heads)
-        _zero_all_but(layer, shape.family.channel_output, list(kept.channels))
+        _zero_all_but(layer, shape.family.channel_output, list(kept["channels"]))
     expected = model(tokens, use_cache=False).logits.float()
     found = pruned(tokens, use_cache=False).logits.float()
     return float((expected - found).abs().max() / expected.abs().max())

@@ -45,7 +45,7 @@ def repeat_kv_heads(decoder: Decoder) -> Decoder:
         for projection in (family.key, family.value):
             for kind in layer[projection].state_dict():
                 name = f"{family.layers}.{index}.{projection}.{kind}"
-                heads = state[name].unflatten(0, (layer.kv_groups, layer.head_dim))
+                heads = state[name].unflatten(0, (layer.shape.kv_groups, layer.head_dim))
                 state[name] = heads.repeat_interleave(layer.heads_per_group, 0).flatten(0, 1)
     model = AutoModelForCausalLM.from_config(config, dtype=decoder.model.dtype)
     model.load_state_dict(state)

@@ -235,7 +235,7 @@ def test_a_size_as_the_target(service: Service) -> None:
     job_id = service.submit(target_ratio=None, goal={"parameters": wanted}, rounds=1, method="magnitude")
     job = service.wait(job_id, "succeeded", "failed")
     assert job["state"] == "succeeded", job["error"]
-    block = 32 * whole["parameters_per_channel"]
+    block = 32 * whole["layers"][0]["prices"]["channels"]
     assert job["result"]["parameters"]["after"] == pytest.approx(wanted, abs=block)
 
 

@@ -33,7 +33,7 @@ def test_repeating_kv_heads_changes_no_logit(family: str, tokenizer: PreTrainedT
     before = {name: tensor.clone() for name, tensor in decoder.model.state_dict().items()}
     repeated = repeat_kv_heads(decoder)
     tokens = torch.arange(40).view(2, 20) * 7 % VOCABULARY
-    assert [layer.kv_groups for layer in repeated.layers] == [SIZES["num_attention_heads"]] * len(repeated.layers)
+    assert [layer.kv_groups for layer in repeated.widths] == [SIZES["num_attention_heads"]] * len(repeated.layers)
     assert repeated.shape.layers[0].heads_per_group == 1
     assert repeated.projection_parameters == repeated.shape.prunable_parameters > decoder.projection_parameters
     torch.testing.assert_close(repeated.model(tokens).logits, decoder.model(tokens).logits, rtol=1e-10, atol=1e-10)

@@ -70,7 +70,7 @@ def test_from_a_loaded_model_to_a_saved_one(
     assert isinstance(result, Result) and result.model is model, "pruned in place"
     assert sum(parameter.numel() for parameter in model.parameters()) == result.report.parameters.after < before
     assert result.report.ratio.reached == pytest.approx(0.3, abs=0.05)
-    assert [len(layer.channels) for layer in result.plan.layers] == [
+    assert [len(layer["channels"]) for layer in result.plan.layers] == [
         each.channels for each in result.report.widths.after
     ]
     inputs = result.tokenizer("The river", return_tensors="pt")

@@ -1,9 +1,9 @@
 """Small real models for the tests: random ones of every family, and one that is trained for seconds."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from collections.abc import Iterable
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -35,9 +35,9 @@ from transformers import (
 )
 
 from secateur.catalog.architectures import shape_from_config
-from secateur.engine.model.plan import Kept
 from secateur.engine.model.decoder import Decoder, token_losses
 from secateur.engine.model.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM
+from secateur.engine.model.plan import Kept
 
 TEXTS = Path(__file__).parents[2] / "demo"
 VOCABULARY = 384

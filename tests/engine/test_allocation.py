@@ -138,10 +138,10 @@ def test_cosine_takes_the_alpha_of_the_request() -> None:
 def test_threshold_takes_the_lowest_scores_of_the_whole_model() -> None:
     shape = make_shape([(2, 4), (3, 4)], LayerCost(10, 3))
     context = context_of(shape, 0.2, 0)
-    context.scores = Scores(
-        [torch.tensor([0.5, 7.0]), torch.tensor([3.0, 0.2, 9.0])],
-        [torch.tensor([0.1, 0.3, 8.0, 0.9]), torch.tensor([0.4, 5.0, 6.0, 0.6])],
-    )
+    context.scores = {
+        "kv_groups": [torch.tensor([0.5, 7.0]), torch.tensor([3.0, 0.2, 9.0])],
+        "channels": [torch.tensor([0.1, 0.3, 8.0, 0.9]), torch.tensor([0.4, 5.0, 6.0, 0.6])],
+    }
     limits = limits_of(shape, 1)
     # ascending: channel .1, group .2, channels .3 and .4, group .5, channels .6 and .9, group 3, channel 5 …
     for total, expected, groups in (
@@ -159,9 +159,7 @@ def test_threshold_takes_the_lowest_scores_of_the_whole_model() -> None:
 def test_lsps_falls_in_a_line_with_sensitivity() -> None:
     context = context_of(SMOL, 0.3, 0)
     found = torch.tensor(budgets("lsps", SMOL, 0.3, context).budgets)
-    means = torch.stack(
-        [torch.cat([gate.kv_group_gradient, gate.channel_gradient]).abs().mean() for gate in context.gates]
-    )
+    means = torch.stack([torch.cat([gate.gradient for gate in layer.values()]).abs().mean() for layer in context.gates])
     line = 1 - 0.9 * means / means.max()
     assert torch.allclose(found / found.sum(), (line / line.sum()).float(), rtol=1e-4)
 

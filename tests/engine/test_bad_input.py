@@ -113,7 +113,7 @@ def broken_config(folder: Path) -> None:
         (edit(intermediate_size=-1), "config_invalid", "intermediate_size"),
         (edit(intermediate_size=96), "config_invalid", "proj"),
         (edit(quantization_config={"quant_method": "gptq"}), "weights_quantized", "quantised"),
-        (edit(per_layer_config={"0": {"intermediate_size": 64}}), "unsupported_architecture", "pruned before"),
+        (edit(per_layer_config={"0": {"intermediate_size": 64}}), "config_invalid", "keys '0' to"),
     ],
 )
 def test_bad_models(spoil: Callable[[Path], None], code: str, says: str, source: Path, tmp_path: Path) -> None:

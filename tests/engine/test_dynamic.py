@@ -43,8 +43,8 @@ class Case:
         self.source, self.folder = locate(str(source), allow_paths=True), folder
         folder.mkdir()
         self.plain = load(self.source, "auto", torch.device("cpu"))
-        self.kept = [[layer.kv_groups - 1, 96] for layer in self.plain.layers]
-        self.kept[1] = [self.plain.layers[1].kv_groups, 128]
+        self.kept = [[layer.shape.kv_groups - 1, 96] for layer in self.plain.layers]
+        self.kept[1] = [self.plain.layers[1].shape.kv_groups, 128]
         known = priors(self.plain, CALIBRATION, 2, 0, lambda share: None)
         asked = {"enabled": True, "kept": self.kept, "prior_weight": 0.5, "per_sequence": False, "refresh_tokens": None}
         write_dynamic(self.plain, self.source, folder, known, asked | settings)
@@ -374,7 +374,7 @@ def test_widths_save_what_is_asked_and_differ_by_layer(ratio: float, trained: Pr
     spec = PruningSpec(target_ratio=ratio, method="dsgp")
     context = Context(decoder, CALIBRATION, 2, resolved(spec, decoder.shape), ratio, 0, lambda share: None)
     kept = kept_units(context)
-    block = 32 * decoder.shape.cost.channel / decoder.shape.prunable_parameters
+    block = 32 * decoder.shape.price("channels", 0) / decoder.shape.prunable_parameters
     assert abs(saved_share(decoder, kept) - ratio) <= block / 2 + 1e-9
     assert len({tuple(each) for each in kept}) > 1
 

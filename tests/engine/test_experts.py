@@ -56,15 +56,15 @@ def test_every_expert_gives_its_own_lowest(method: str, tokenizer: PreTrainedTok
     reference = pruned if asked.components.fits_to_reference else None
     context = Context(pruned, TOKENS, 2, asked, 0.4, 1, lambda share: None, reference=reference)
     plan = prune_round(context, target)
-    block = 16 * whole.shape.cost.channel / whole.shape.prunable_parameters
+    block = 16 * whole.shape.price("channels", 0) / whole.shape.prunable_parameters
     assert abs(pruned.reached_ratio - 0.4) <= block + 1e-9
     differ = False
     for index, (layer, kept) in enumerate(zip(pruned.layers, plan.layers, strict=True)):
-        width, by_expert = layer.shape.channels_per_expert, torch.tensor(kept.channels).view(4, -1)
+        width, by_expert = layer.shape.channels_per_expert, torch.tensor(kept["channels"]).view(4, -1)
         assert by_expert.shape == (4, width) and bool((by_expert // 160 == torch.arange(4)[:, None]).all())
         differ |= bool((by_expert % 160 != by_expert[0] % 160).any())
         if context.scores is not None and width < 160:
-            for scores, own in zip(context.scores.channels[index].chunk(4), by_expert % 160, strict=True):
+            for scores, own in zip(context.scores["channels"][index].chunk(4), by_expert % 160, strict=True):
                 gone = torch.ones(160, dtype=torch.bool)
                 gone[own] = False
                 assert scores[gone].max() <= scores[own].min()

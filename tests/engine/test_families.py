@@ -34,7 +34,7 @@ def test_every_family_can_be_pruned(name: str, method: str, tokenizer: PreTraine
         reference = whole if asked.components.fits_to_reference else None
         context = Context(pruned, TOKENS, 2, asked, 0.4, number, lambda share: None, reference=reference)
         prune_round(context, target)
-    half_a_block = 16 * whole.shape.cost.channel / whole.shape.prunable_parameters
+    half_a_block = 16 * whole.shape.price("channels", 0) / whole.shape.prunable_parameters
     assert abs(pruned.reached_ratio - 0.4) <= half_a_block + 1e-9
     assert pruned.prunable_parameters == whole.shape.prunable_parameters - round(
         pruned.reached_ratio * whole.shape.prunable_parameters

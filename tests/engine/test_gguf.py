@@ -87,7 +87,9 @@ def pruned(
     source = locate(str(save(model, tokenizer, folder / "source")), allow_paths=True)
     decoder = load(source, "auto", torch.device("cpu"))
     if decoder.shape.family.experts:
-        plan = Plan(tuple(layer_plan(kept["kv_groups"], of_each(decoder.shape, kept["channels"])) for kept in plan.layers))
+        plan = Plan(
+            tuple(layer_plan(kept["kv_groups"], of_each(decoder.shape, kept["channels"])) for kept in plan.layers)
+        )
     apply_plan(decoder, plan)
     return decoder, source
 

@@ -93,7 +93,9 @@ def differentiated(model: PreTrainedModel, tokens: Tensor) -> tuple[list[Salienc
 
 
 def assert_close(found: Scores, expected: list[tuple[Tensor, Tensor]], tolerance: float) -> None:
-    for heads, channels, (wanted_heads, wanted_channels) in zip(found.kv_groups, found.channels, expected, strict=True):
+    for heads, channels, (wanted_heads, wanted_channels) in zip(
+        found["kv_groups"], found["channels"], expected, strict=True
+    ):
         for one, other in ((heads, wanted_heads), (channels, wanted_channels)):
             assert one.dtype == torch.float64 and one.device.type == "cpu" and one.shape == other.shape
             assert float((one - other).norm() / other.norm()) < tolerance
@@ -128,7 +130,7 @@ def test_llm_pruner_is_whole_model_autograd(
 def test_llm_pruner_sums_first_order_loss_changes(tokenizer: PreTrainedTokenizerFast, tokens: Tensor) -> None:
     """Each weight of one channel nudged by a share of itself, up and down."""
     model, channel, share = make_model("llama-biased").double(), 17, 0.02
-    found = llm_pruner.score(context_of(model, tokenizer, tokens)).channels[1][channel]
+    found = llm_pruner.score(context_of(model, tokenizer, tokens))["channels"][1][channel]
     total = 0.0
     with torch.no_grad():
         for name, value in projections(model.model.layers[1]).items():
@@ -194,7 +196,7 @@ def test_movement_keeps_what_training_moves_from_zero(tokenizer: PreTrainedToken
         optimizer.step()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(movement, "LEARNING_RATE", 1e-6)
-        found = movement.score(context).channels
+        found = movement.score(context)["channels"]
     for index, channels in enumerate(found):
         assert spearmanr(channels, (squared(index) - before[index]) / 2e-6).statistic > 0.99
 
@@ -293,7 +295,7 @@ def test_threads_do_not_change_the_order(
     for count in (1, 2):
         threads(count)
         found.append(scorer(context_of(trained, tokenizer, text[:4, :32], batch_windows=2, seed=3)))
-    for one, other in zip(found[0].kv_groups + found[0].channels, found[1].kv_groups + found[1].channels, strict=True):
+    for one, other in zip(*(each["kv_groups"] + each["channels"] for each in found), strict=True):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
         assert torch.equal(one.argsort(), other.argsort())
 
@@ -309,7 +311,7 @@ def test_half_precision_ranks_like_single(
 ) -> None:
     single = scorer(context_of(trained, tokenizer, text, batch_windows=8))
     half = scorer(context_of(copy.deepcopy(trained).to(dtype), tokenizer, text, batch_windows=8))
-    for one, other in zip(single.channels, half.channels, strict=True):
+    for one, other in zip(single["channels"], half["channels"], strict=True):
         assert other.dtype == torch.float64
         assert spearmanr(one, other).statistic > 0.97
 

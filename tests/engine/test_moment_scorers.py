@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from secateur.catalog.spec import PruningSpec, Scoring
 from secateur.engine.allocation import best
 from secateur.engine.measure.layer_stream import LayerStream
-from secateur.engine.model.cutting import cut
-from secateur.engine.model.decoder import STRUCTURES, Decoder, Structure
+from secateur.engine.model.decoder import Decoder
 from secateur.engine.scoring import LAYERWISE_SCORERS, Context, UnitContext, flap, second_order
+from secateur.engine.structures import WIDTHS
 from tests.engine.models import VOCABULARY, decoder_of, make_model
 from tests.engine.running import resolved
 
@@ -25,7 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "llama-multi-head": {"num_attention_heads": 12, "num_key_value_heads": 12},
 }
-Where = tuple[int, Structure]
+Where = tuple[int, str]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -34,7 +34,7 @@ def decoder(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) 
 
 
 def places(decoder: Decoder) -> Iterator[Where]:
-    return ((index, structure) for index in range(len(decoder.layers)) for structure in STRUCTURES)
+    return ((index, structure) for index in range(len(decoder.layers)) for structure in WIDTHS)
 
 
 def stored(decoder: Decoder, where: Where) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,8 +43,10 @@ def stored(decoder: Decoder, where: Where) -> tuple[Tensor, Tensor, Tensor]:
     layer = decoder.layers[index]
     seen: dict[str, Tensor] = {}
     hooks = [
-        layer.inputs(structure)[-1].register_forward_hook(lambda _, args, __: seen.update(entering=args[0])),
-        layer.output(structure).register_forward_hook(lambda _, args, out: seen.update(inputs=args[0], leaving=out)),
+        WIDTHS[structure].inputs(layer)[-1].register_forward_hook(lambda _, args, __: seen.update(entering=args[0])),
+        WIDTHS[structure]
+        .output(layer)
+        .register_forward_hook(lambda _, args, out: seen.update(inputs=args[0], leaving=out)),
     ]
     decoder.model(TOKENS)
     for hook in hooks:
@@ -57,14 +59,16 @@ def scored(decoder: Decoder, where: Where, scorer: str, removed: int = 1, **sett
     stream = LayerStream(decoder, TOKENS, 2, None)
     for number, layer in enumerate(stream.layers()):
         if number == index:
-            context = UnitContext(layer, structure, 0, stream.moments(structure)[0], removed, Scoring(**settings))
+            context = UnitContext(
+                layer, WIDTHS[structure], 0, stream.moments(structure)[0], removed, Scoring(**settings)
+            )
             return LAYERWISE_SCORERS[scorer](context).double()
     raise AssertionError
 
 
 def units_of(decoder: Decoder, where: Where, values: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
     """``values`` cut along ``dim`` into what belongs to each unit."""
-    return values.chunk(decoder.layers[where[0]].units(where[1]), dim)
+    return values.chunk(WIDTHS[where[1]].units(decoder.layers[where[0]]), dim)
 
 
 def assert_close(found: Tensor, expected: list[float] | Tensor, tolerance: float = 1e-4) -> None:
@@ -75,7 +79,7 @@ def assert_close(found: Tensor, expected: list[float] | Tensor, tolerance: float
 def test_wanda(decoder: Decoder) -> None:
     for where in places(decoder):
         _, inputs, _ = stored(decoder, where)
-        weight = decoder.layers[where[0]].output(where[1]).weight
+        weight = WIDTHS[where[1]].output(decoder.layers[where[0]]).weight
         metric = torch.stack([weight[:, j].abs().mean() * inputs[:, j].norm() for j in range(weight.shape[1])])
         assert_close(scored(decoder, where, "wanda"), [float(u.sum()) for u in units_of(decoder, where, metric)])
 
@@ -84,8 +88,10 @@ def group_importance(decoder: Decoder, where: Where) -> list[float]:
     """LoRAP's: a norm for each projection, over all weights of the unit scaled by the norms of what they multiply."""
     layer, structure = decoder.layers[where[0]], where[1]
     entering, inputs, _ = stored(decoder, where)
-    scaled = [units_of(decoder, where, layer.output(structure).weight * inputs.norm(dim=0), 1)]
-    scaled += [units_of(decoder, where, linear.weight * entering.norm(dim=0)) for linear in layer.inputs(structure)]
+    scaled = [units_of(decoder, where, WIDTHS[structure].output(layer).weight * inputs.norm(dim=0), 1)]
+    scaled += [
+        units_of(decoder, where, linear.weight * entering.norm(dim=0)) for linear in WIDTHS[structure].inputs(layer)
+    ]
     return [sum(float(piece.norm()) for piece in pieces) for pieces in zip(*scaled, strict=True)]
 
 
@@ -109,13 +115,10 @@ def similarities(decoder: Decoder, where: Where) -> list[float]:
     index, structure = where
     _, _, whole = stored(decoder, where)
     found = []
-    for gone in range(decoder.layers[index].units(structure)):
+    for gone in range(WIDTHS[structure].units(decoder.layers[index])):
         without = decoder_of(copy.deepcopy(decoder.model), decoder.tokenizer)
-        cut(
-            without.layers[index],
-            structure,
-            [unit for unit in range(without.layers[index].units(structure)) if unit != gone],
-        )
+        layer, cut = without.layers[index], WIDTHS[structure]
+        cut.cut(layer, [unit for unit in range(cut.units(layer)) if unit != gone])
         found.append(pearson(stored(without, where)[2], whole))
     return found
 
@@ -165,7 +168,7 @@ def feature_importance(decoder: Decoder, where: Where) -> Tensor:
     factors = 1 / (1 + np.exp(-(values**2) / (values**2).mean()))
     rotated = (layer.channel_output.weight.numpy().T @ directions.T) * factors
     total = torch.tensor(np.linalg.norm(rotated, axis=1)) * inputs.norm(dim=0)
-    for linear in layer.inputs("channels"):
+    for linear in WIDTHS["channels"].inputs(layer):
         total = total + (linear.weight * entering.norm(dim=0)).norm(dim=1)
     return total
 
@@ -188,12 +191,12 @@ def test_flap(decoder: Decoder) -> None:
     found = flap.score(Context(decoder, TOKENS, 2, resolved(spec, decoder.shape), 0.2, 0, lambda share: None))
     for where in places(decoder):
         _, inputs, _ = stored(decoder, where)
-        weight = decoder.layers[where[0]].output(where[1]).weight.numpy()
+        weight = WIDTHS[where[1]].output(decoder.layers[where[0]]).weight.numpy()
         metric = inputs.numpy().var(axis=0) * (weight**2).sum(axis=0)
         metric = metric**2 if where[1] == "kv_groups" else metric
         standard = torch.tensor((metric - metric.mean()) / metric.std(ddof=1))
         expected = [float(unit.mean()) for unit in units_of(decoder, where, standard)]
-        assert_close(found.of(where[1])[where[0]], expected, 1e-8)
+        assert_close(found[where[1]][where[0]], expected, 1e-8)
 
 
 def refit_error(weight: Tensor, inputs: Tensor, gone: list[int]) -> float:
@@ -253,8 +256,9 @@ def test_obs_in_large_steps_is_nearly_as_good(monkeypatch: pytest.MonkeyPatch) -
 def test_obs_scores_are_its_order(decoder: Decoder) -> None:
     for where in places(decoder):
         _, inputs, _ = stored(decoder, where)
-        layer, removed = decoder.layers[where[0]], decoder.layers[where[0]].units(where[1]) // 2
-        gram, weight = (inputs.T @ inputs).float(), layer.output(where[1]).weight.float()
-        order = second_order.eliminate(weight, gram, layer.width(where[1]), removed)
+        layer = decoder.layers[where[0]]
+        removed = WIDTHS[where[1]].units(layer) // 2
+        gram, weight = (inputs.T @ inputs).float(), WIDTHS[where[1]].output(layer).weight.float()
+        order = second_order.eliminate(weight, gram, WIDTHS[where[1]].width(layer), removed)
         kept = best(scored(decoder, where, "obs", removed), removed)
-        assert set(kept) == set(range(layer.units(where[1]))) - set(order.tolist())
+        assert set(kept) == set(range(WIDTHS[where[1]].units(layer))) - set(order.tolist())

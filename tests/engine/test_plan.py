@@ -91,7 +91,9 @@ def make_shape(widths: tuple[int, int, int], layers: int, cost: LayerCost) -> Mo
     groups, per_group, intermediate = widths
     layer = LayerShape(groups, groups * per_group, 16, intermediate)
     costs = (cost,) * layers
-    return ModelShape(LLAMA, "llama", 64, 100, True, 128, (layer,) * layers, costs, other_parameters=0, stock_layer=layer)
+    return ModelShape(
+        LLAMA, "llama", 64, 100, True, 128, (layer,) * layers, costs, other_parameters=0, stock_layer=layer
+    )
 
 
 @st.composite
@@ -203,7 +205,9 @@ def test_layers_that_are_alike_come_as_near_as_groups_and_steps_together_can() -
     shape = shape_from_config(make_model("qwen3-moe", moe_intermediate_size=128).config.to_dict())
     depth = len(shape.layers)
     reachable = {
-        depth * (groups * shape.price("kv_groups", 0) + steps * 32 * shape.price("channels", 0)) / shape.prunable_parameters
+        depth
+        * (groups * shape.price("kv_groups", 0) + steps * 32 * shape.price("channels", 0))
+        / shape.prunable_parameters
         for groups in range(3)
         for steps in range(4)
     }

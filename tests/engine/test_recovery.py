@@ -14,16 +14,16 @@ from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import PruningError
 from secateur.engine.allocation.schedule import round_goals
 from secateur.engine.measure.layer_stream import LayerStream, Moments
-from secateur.engine.model.cutting import cut
-from secateur.engine.model.decoder import STRUCTURES, Decoder, Structure
+from secateur.engine.model.decoder import Decoder
 from secateur.engine.recovery import LAYERWISE_RECOVERIES, Cut, least_squares
 from secateur.engine.run.rounds import prune_round
 from secateur.engine.scoring import LAYERWISE_SCORERS, Context, UnitContext
+from secateur.engine.structures import WIDTHS
 from tests.engine.models import VOCABULARY, decoder_of, make_model
 from tests.engine.running import resolved
 
 TOKENS = torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(2))
-KEPT: dict[Structure, list[list[int]]] = {
+KEPT: dict[str, list[list[int]]] = {
     "kv_groups": [[0, 2], [1], [0, 1, 2]],
     "channels": [list(range(0, 160, 2)), list(range(64)), list(range(5, 133))],
 }
@@ -39,8 +39,11 @@ def activations(decoder: Decoder, index: int) -> dict[str, Tensor]:
         )
 
     hooks = [keep(layer.module, "layer")]
-    for structure in STRUCTURES:
-        hooks += [keep(layer.output(structure), structure), keep(layer.inputs(structure)[0], f"{structure}-entering")]
+    for structure in WIDTHS:
+        hooks += [
+            keep(WIDTHS[structure].output(layer), structure),
+            keep(WIDTHS[structure].inputs(layer)[0], f"{structure}-entering"),
+        ]
     decoder.model(TOKENS)
     for hook in hooks:
         hook.remove()
@@ -65,7 +68,7 @@ def test_moments_are_sums_over_stored_activations(
     for index, layer in enumerate(stream.layers()):
         wanted = activations(whole, index)
         targets = {"kv_groups": wanted["layer-in"] + wanted["kv_groups-out"], "channels": wanted["layer-out"]}
-        for structure in STRUCTURES:
+        for structure in WIDTHS:
             (found,), now = stream.moments(structure), activations(decoder, index)
             inputs, entering = now[f"{structure}-in"], now[f"{structure}-entering-in"]
             weights = torch.ones(len(inputs), 1, dtype=torch.float64)
@@ -88,7 +91,7 @@ def test_moments_are_sums_over_stored_activations(
             centred = inputs - mean
             assert_close(found.mean, mean)
             assert_close(found.covariance, (weights * centred).T @ centred / weights.sum(), 1e-3)
-            cut(layer, structure, KEPT[structure][index])
+            WIDTHS[structure].cut(layer, KEPT[structure][index])
     assert_close(torch.cat(stream.hidden).flatten(0, 1), activations(decoder, 2)["layer-out"])
 
 
@@ -217,7 +220,7 @@ def test_parts_that_give_nothing_are_not_scored(
         asked.append(context.removed)
         return score(context)
 
-    def summed(stream: LayerStream, structure: Structure) -> list[Moments]:
+    def summed(stream: LayerStream, structure: str) -> list[Moments]:
         taken.append(structure)
         return moments(stream, structure)
 
@@ -226,7 +229,7 @@ def test_parts_that_give_nothing_are_not_scored(
     spec = PruningSpec(target_ratio=0.1, method="wanda", recovery={"layerwise": {"kind": recovery}})
     context = Context(decoder, TOKENS, 2, resolved(spec, decoder.shape), 0.1, 0, lambda share: None)
     plan = prune_round(context, round_goals(decoder.shape, 0.1, 1, "geometric", 32)[0])
-    gone = [3 - len(layer.kv_groups) for layer in plan.layers] + [160 - len(layer.channels) for layer in plan.layers]
+    gone = [whole - len(layer[name]) for name, whole in (("kv_groups", 3), ("channels", 160)) for layer in plan.layers]
     assert 0 in gone and sorted(asked) == sorted(count for count in gone if count)
     assert len(taken) == (len(asked) if recovery == "none" else len(gone))
 

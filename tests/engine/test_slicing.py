@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from secateur.catalog.architectures import ModelShape
 from secateur.engine.model.cutting import apply_plan
-from secateur.engine.model.decoder import gated
 from secateur.engine.model.plan import Plan
+from secateur.engine.structures import WIDTHS, gated
 from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, layer_plan, make_model
 
 TOKENS = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(3))
@@ -43,10 +43,10 @@ def test_sliced_equals_masked(name: str, tokenizer: PreTrainedTokenizerFast) -> 
     plan = some_plan(decoder.shape)
     with ExitStack() as stack:
         for layer, kept in zip(decoder.layers, plan.layers, strict=True):
-            heads, channels = torch.zeros(1, layer.kv_groups), torch.zeros(1, layer.channels)
-            heads[0, list(kept["kv_groups"])] = 1
-            channels[0, list(kept["channels"])] = 1
-            stack.enter_context(gated(layer, heads, channels))
+            gates = {name: torch.zeros(1, structure.units(layer)) for name, structure in WIDTHS.items()}
+            for name, gate in gates.items():
+                gate[0, list(kept[name])] = 1
+            stack.enter_context(gated(layer, gates))
         masked = decoder.model(TOKENS).logits
     full = decoder.model(TOKENS).logits
     apply_plan(decoder, plan)

@@ -43,11 +43,11 @@ def padded(decoder: Decoder, *, enabled: bool = True) -> Iterator[None]:
 
 def _pad(decoder: Decoder) -> None:
     shape, stock = decoder.shape, decoder.shape.stock_layer
-    most = max(layer.kv_groups for layer in decoder.layers)
+    most = max(layer.kv_groups for layer in decoder.widths)
     fewer = (stock.without(gone) for gone in range(stock.kv_groups - most, -1, -1))
     units = {
         "kv_groups": next(layer.kv_groups for layer in fewer if shape.takes_heads(layer)),
-        "channels": max(layer.shape.channels_per_expert for layer in decoder.layers),
+        "channels": max(layer.channels_per_expert for layer in decoder.widths),
     }
     for layer in decoder.layers:
         for name, structure in WIDTHS.items():
