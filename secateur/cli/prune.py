@@ -59,12 +59,16 @@ def inspect(
         }
         typer.echo(json.dumps(found))
         return
-    first, count = shape.layers[0], len(shape.layers)
-    experts = f"{first.experts} experts, a token {shape.experts_per_token}, of " if shape.family.experts else ""
+    layers = shape.layers
+    groups, heads, channels = (
+        _range([getattr(layer, size) for layer in layers]) for size in ("kv_groups", "heads", "channels_per_expert")
+    )
+    of_experts = f"{_range([layer.experts for layer in layers])} experts, a token {shape.experts_per_token}, of "
+    experts = of_experts if shape.family.experts else ""
     typer.echo(f"{model}: family {shape.family.name}, type {shape.model_type}, {shape.parameters:,} parameters")
     typer.echo(
-        f"{count} layers of {first.kv_groups} KV groups ({first.heads} heads of {first.head_dim}) and "
-        f"{experts}{first.channels_per_expert} feed-forward channels: {shape.prunable_parameters:,} parameters can be pruned"
+        f"{len(layers)} layers of {groups} KV groups ({heads} heads of {shape.stock_layer.head_dim}) and "
+        f"{experts}{channels} feed-forward channels: {shape.prunable_parameters:,} parameters can be pruned"
     )
     for size in made:
         typer.echo(
@@ -227,3 +231,9 @@ class _Progress:
         if self._lines and where(event) != self._last:
             typer.echo(f"{where(event)} ({event.share:.0%})", err=True)
         self._last = where(event)
+
+
+def _range(sizes: list[int]) -> str:
+    """Return the sizes of layers as text: one number, or the least and the most."""
+    least, most = min(sizes), max(sizes)
+    return str(most) if least == most else f"{least} to {most}"

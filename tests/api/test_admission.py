@@ -153,7 +153,10 @@ def test_inspect(api: httpx2.Client, make_model: Callable[..., str]) -> None:
     found = api.post("/v1/models/inspect", json={"model_id": make_model()}).json()
     assert (found["supported"], found["reason"]) == (True, None)
     assert found["shape"]["family"] == "llama"
-    assert found["shape"]["layers"][0] == {
+    layer = found["shape"]["layers"][0]
+    prices, parameters = layer.pop("prices"), layer.pop("parameters")
+    assert layer["kv_groups"] * prices["kv_groups"] + layer["channels"] * prices["channels"] == parameters
+    assert layer == {
         "layer": 0,
         "kv_groups": 4,
         "heads": 8,

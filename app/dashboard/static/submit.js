@@ -179,10 +179,15 @@ export function submitView({ page, signal }) {
 function describeModel(found) {
   if (!found.supported) return [h("p", { class: "error" }, found.reason.message)];
   if (!found.shape) return [h("p", {}, "This service can prune it; its sizes are known once it is loaded.")];
-  const first = found.shape.layers[0];
+  const layers = found.shape.layers;
+  const range = (size) => {
+    const sizes = layers.map((layer) => layer[size]);
+    const [least, most] = [Math.min(...sizes), Math.max(...sizes)];
+    return least === most ? number(most) : `${number(least)} to ${number(most)}`;
+  };
   return [
     h("h2", {}, found.model_id),
-    h("p", {}, `${found.shape.family}, ${number(found.shape.parameters)} parameters, ${found.shape.layers.length} layers of ${first.heads} heads (${first.kv_groups} KV groups) and ${number(first.channels)} channels`),
+    h("p", {}, `${found.shape.family}, ${number(found.shape.parameters)} parameters, ${layers.length} layers of ${range("heads")} heads (${range("kv_groups")} KV groups) and ${range("channels")} channels`),
     h("ul", {}, found.sizes.map((size) => h("li", {}, `at ${percent(size.target_ratio, 0)}: ${number(size.parameters)} parameters, ${megabytes(size.bytes)}`))),
   ];
 }

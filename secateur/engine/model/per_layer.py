@@ -93,7 +93,7 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
     """
     pruned = model.config
     plain = {key: value for key, value in pruned.to_dict().items() if key not in OF_LAYERS}
-    stock = type(pruned).__mro__[1].from_dict(plain)
+    stock = ChatGLM6BConfig(**plain) if isinstance(model, ChatGLM6BForCausalLM) else AutoConfig.for_model(**plain)
     stock._attn_implementation = pruned._attn_implementation
     for module in model.modules():
         if hasattr(module, "config"):
