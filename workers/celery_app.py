@@ -115,7 +115,7 @@ def _beat() -> None:
         "cpus": os.cpu_count(),
         "host_memory_bytes": host_memory(),
         "labels": settings.worker_labels,
-        **device_memory(),
+        **device_memory(settings.max_child_memory_bytes),
     }
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     swept = -math.inf

@@ -299,7 +299,7 @@ def waiting_for(settings: Settings, job: Any) -> str | None:
         return None
     with reading() as session:
         offers = fleet.offers(session, settings.worker_silence)
-    return routing.waiting_for(Required(job.required_labels, job.required_memory_bytes), offers)
+    return routing.waiting_for(Required.of(job), offers)
 
 
 def page(

@@ -67,7 +67,7 @@ class ErrorCode(StrEnum):
     TASK_INVALID = "task_invalid", "The file of a zero-shot task cannot be used.", "Correct the file; see the message."
     # The run
     LOSS_NOT_FINITE = "loss_not_finite", "The loss or a gradient became NaN or infinite.", "Use dtype 'float32' or 'bfloat16', or a smaller learning rate."
-    OUT_OF_MEMORY = "out_of_memory", "The model does not fit into the worker's memory.", "Use a smaller dtype, fewer or shorter calibration samples, or a larger worker."
+    OUT_OF_MEMORY = "out_of_memory", "The model does not fit into the worker's memory.", "Use a smaller dtype, fewer or shorter calibration samples, or a larger worker. A job moves to a larger worker by itself if one is live."
     DISK_FULL = "disk_full", "The disk has no room for the result.", "Make room; the job may then be retried.", True
     DISK_LIMIT_EXCEEDED = "disk_limit_exceeded", "The job's files take more space than SECATEUR_MAX_JOB_DISK_BYTES allows.", "Use a smaller model or a larger target ratio, or ask the operator to raise the limit."
     EXPORT_INVALID = "export_invalid", "The written checkpoint does not compute what the pruned model computes.", "Report a defect; nothing was published."

@@ -59,7 +59,7 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
             time.sleep(3600)
         if number == script.get("crash_in_round"):
             os.kill(os.getpid(), signal.SIGSEGV)
-        if number == script.get("grow_in_round"):
+        if number == script.get("grow_in_round") and first_attempt:
             grow(script.get("in_a_child", False))
         if number == script.get("fill_in_round"):
             fill(Path(job["folder"]), script["fill_in_round_with"])
