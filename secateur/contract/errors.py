@@ -108,7 +108,7 @@ class ErrorCode(StrEnum):
     IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused", "The Idempotency-Key was used with another body.", "Use a new Idempotency-Key."
     TOO_MANY_JOBS = "too_many_jobs", "The API key has as many unfinished jobs as it may have.", "Wait as long as 'Retry-After' says.", True
     RATE_LIMITED = "rate_limited", "The API key sent more requests than it may send.", "Wait as long as 'Retry-After' says.", True
-    TOO_MANY_AT_ONCE = "too_many_at_once", "The API key has as many waiting requests or large bodies at once as it may have.", "Wait until one of them has ended.", True
+    TOO_MANY_AT_ONCE = "too_many_at_once", "The API key has as many waiting requests or bodies at once as it may have.", "Wait until one of them has ended.", True
     WEBHOOKS_DISABLED = "webhooks_disabled", "This service does not send webhooks.", "Ask the operator to set SECATEUR_WEBHOOK_SECRET."
     WEBHOOK_URL_FORBIDDEN = "webhook_url_forbidden", "Webhooks may not be sent to this address.", "Use a public address, or ask the operator to set SECATEUR_WEBHOOK_NETWORKS."
     STORAGE_UNAVAILABLE = "storage_unavailable", "The service's object store does not answer as it should.", "Try again later; the operator sees the reason in the log and in 'secateur doctor'.", True
