@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 
-from app import catalog_routes, errors, health, startup
+from app import catalog_routes, errors, health, startup, tracing
 from app.auth import routes as keys
 from app.config import get_settings
 from app.dashboard import routes as dashboard
@@ -87,6 +87,7 @@ def create_app() -> FastAPI:
     if settings.dashboard:
         dashboard.install(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    tracing.install(app)
     return app
 
 

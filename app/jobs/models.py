@@ -53,6 +53,8 @@ class Job(Base):
     """Memory that a worker's device must have to take the job; ``None`` if the need is not known."""
     request_id: Mapped[str | None]
     """Id of the HTTP request that created the job; the request's log lines carry the same id."""
+    traceparent: Mapped[str | None]
+    """Span of that request (W3C Trace Context), of which the spans of the job's attempts are children."""
 
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)
