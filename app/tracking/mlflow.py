@@ -35,7 +35,9 @@ class Mlflow:
     """
 
     def __init__(self, uri: str) -> None:
-        self._client = httpx2.Client(base_url=f"{uri}/api/2.0/mlflow", timeout=TIMEOUT)
+        url = httpx2.URL(f"{uri}/api/2.0/mlflow")
+        auth = (url.username, url.password) if url.userinfo else None
+        self._client = httpx2.Client(base_url=url.copy_with(userinfo=b""), auth=auth, timeout=TIMEOUT)
 
     def __enter__(self) -> Self:
         return self
