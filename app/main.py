@@ -64,6 +64,7 @@ def create_app() -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         openapi_url="/openapi.json" if settings.docs else None,
+        telemetry=tracing.of_requests(),
     )
     app.state.feed, app.state.registry = feed, registry
     app.add_middleware(
@@ -87,7 +88,6 @@ def create_app() -> FastAPI:
     if settings.dashboard:
         dashboard.install(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    tracing.install(app)
     return app
 
 

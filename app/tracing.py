@@ -1,13 +1,13 @@
 """OpenTelemetry traces of the API's requests and the workers' attempts.
 
-They are sent to the collector that ``SECATEUR_OTLP_ENDPOINT`` names. OpenTelemetry is imported only if the variable is set.
+They are sent to the collector that ``SECATEUR_OTLP_ENDPOINT`` names. The exporter is imported only if the variable is set.
 """
 
 from functools import lru_cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 
 from app.config import Settings, get_settings
 from secateur.extras import require
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 TIMEOUT = 5.0
 """Seconds after which the export of a batch of spans is given up; the process does not wait for exports until it ends."""
-PROBES = r"^https?://[^/]+/(healthz|readyz|metrics)\b"
-"""URLs of requests that have no span, because they come every few seconds."""
+PROBES = ("/healthz", "/readyz", "/metrics")
+"""Paths of requests that have no span, because they come every few seconds."""
 
 
 def check(settings: Settings) -> None:
@@ -51,16 +51,13 @@ def tracer_provider(service: str) -> "TracerProvider | None":
     return provider
 
 
-def install(app: FastAPI) -> None:
-    """Make each request to ``app`` a span if a collector is set; health checks and scrapes of metrics have none."""
+def of_requests() -> TelemetryConfig:
+    """Return how FastAPI traces requests: one span for each if a collector is set, and none for health checks."""
+    config: TelemetryConfig = {"metrics": False, "logs": False, "operation_spans": False, "auto_configure": False}
     provider = tracer_provider("secateur-api")
     if provider is None:
-        return
-    from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
-
-    FastAPIInstrumentor.instrument_app(
-        app, tracer_provider=provider, excluded_urls=PROBES, exclude_spans=["receive", "send"]
-    )
+        return {**config, "tracing": False}
+    return {**config, "tracer_provider": provider, "exclude": lambda scope: scope.get("path") in PROBES}
 
 
 def traceparent() -> str | None:

@@ -12,7 +12,6 @@ EXTRAS = {
     "telemetry": (
         "opentelemetry.sdk",
         "opentelemetry.exporter.otlp.proto.http",
-        "opentelemetry.instrumentation.fastapi",
     ),
 }
 """The modules that show whether an extra is installed."""
