@@ -20,6 +20,7 @@ from celery.signals import (
     after_setup_logger,
     after_setup_task_logger,
     worker_process_init,
+    worker_process_shutdown,
     worker_ready,
     worker_shutdown,
     worker_shutting_down,
@@ -33,7 +34,7 @@ from app.http import logs
 from app.jobs.dispatch import TRANSPORT_OPTIONS
 from app.storage.library import delete_unused
 from secateur.launch import die_with_parent
-from workers import scratch
+from workers import scratch, tracing
 from workers.devices import device_memory, host_memory
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,11 @@ def _pass_on_shutdown(**_: Any) -> None:
 def _begin_child(**_: Any) -> None:
     die_with_parent(MAIN_PID)
     session_factory.cache_clear()  # a forked process must not use the main process's connections
+
+
+@worker_process_shutdown.connect
+def _end_child(**_: Any) -> None:
+    tracing.close()
 
 
 @worker_ready.connect

@@ -50,6 +50,8 @@ class Claim:
     """Id of the HTTP request that created the job."""
     exported: bool = False
     """Whether the pruned model is complete in the object store, so that only publishing remains."""
+    traceparent: str | None = None
+    """Span of that HTTP request (W3C Trace Context)."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def claim(session: Session, job_id: uuid.UUID, worker: str, ttl: float) -> Claim
         not_before=None,
         started_at=job.started_at or dt.datetime.now(dt.UTC),
     )
-    claimed = Claim(job.id, job.attempt, texts.whole_request(job), job.request_id, job.exported_at is not None)
+    request, exported = texts.whole_request(job), job.exported_at is not None
+    claimed = Claim(job.id, job.attempt, request, job.request_id, exported, job.traceparent)
     session.commit()
     return claimed
 

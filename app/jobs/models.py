@@ -55,6 +55,8 @@ class Job(Base):
     """Memory of the largest worker that was too small for the job; only a worker that is known to have more may take it."""
     request_id: Mapped[str | None]
     """Id of the HTTP request that created the job; the request's log lines carry the same id."""
+    traceparent: Mapped[str | None]
+    """Span of that request (W3C Trace Context), of which the spans of the job's attempts are children."""
 
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)

@@ -79,8 +79,14 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
         if number == script.get("kill_worker_after_checkpoint") and first_attempt:
             os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(3600)
+        figures = {"kind": "round" if number else "baseline"}
         supervisor.tell(
-            {"type": "step", "number": number, "data": {"perplexity": 10.0 + number}, "state": {"step": number}}
+            {
+                "type": "step",
+                "number": number,
+                "data": {**figures, "perplexity": 10.0 + number},
+                "state": {"step": number},
+            }
         )
         if supervisor.wants_pause():
             return {"type": "paused"}
