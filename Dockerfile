@@ -7,7 +7,7 @@ FROM ${PYTHON_IMAGE} AS build
 # Package indexes, as pip names them. Empty: pip's default. For a CPU-only torch, name the index of its CPU wheels as the extra one.
 ARG PIP_INDEX_URL=
 ARG PIP_EXTRA_INDEX_URL=
-ARG EXTRAS=server,engine,eval
+ARG EXTRAS=server,engine,eval,telemetry
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=/build/constraints.txt
 
 RUN python -m venv /opt/secateur

@@ -1,14 +1,14 @@
 # Two commands: `make demo` and `make test`. Both make .venv on their first run and install nothing on later ones.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-SUITE := --numprocesses 2 --dist loadscope
+SUITE := --numprocesses 2 --dist worksteal
 
 .PHONY: demo test test-busy test-slow test-browser test-docs test-wheel test-base test-image image chaos test-gguf test-compat bench-quality bench-speed bench-load bench-hostile bench-paper bench-progress bench-dynamic bench-census check lint types contracts client openapi clean
 
 demo: .venv/.model
 	$(BIN)/python -m demo
 
-# Two processes with servers of their own; a file's tests stay together, for what they share.
+# Two processes with servers of their own; the one that is done first takes over tests of the other.
 test: .venv/.installed
 	$(BIN)/python -m pytest $(SUITE)
 

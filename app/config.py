@@ -116,6 +116,18 @@ def _storage_url(url: str) -> str:
     return url
 
 
+def _server_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        known = known and not (parts.query or parts.fragment)
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError("the address of a server is 'http://HOST:PORT' or 'https://HOST/PATH'")
+    return url.rstrip("/")
+
+
 def _json_object(secret: SecretStr) -> SecretStr:
     try:
         known = isinstance(json.loads(secret.get_secret_value()), dict)
@@ -221,6 +233,12 @@ class Settings(LibrarySettings):
     dashboard: bool = True
     """Whether to serve the web page at ``/``."""
     log_format: Literal["text", "json"] = "text"
+    otlp_endpoint: Annotated[str, AfterValidator(_server_url)] | None = None
+    """Address of an OpenTelemetry collector, such as ``http://collector:4318``, to which traces are sent by OTLP/HTTP; it
+    needs the extra ``telemetry``. If this is unset, there are no traces."""
+    mlflow_tracking_uri: Annotated[str, AfterValidator(_server_url)] | None = None
+    """Address of an MLflow tracking server, such as ``http://user:password@mlflow:5000``, which gets each job as a run. If
+    this is unset, nothing is tracked."""
     worker_labels: Annotated[dict[LabelName, LabelValue], NoDecode, BeforeValidator(_named)] = {}
     """Labels that the workers of this machine announce, such as ``gpu=h100,zone=a``; a job may require labels."""
     database_pool: int = Field(19, ge=1)

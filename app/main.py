@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 
-from app import catalog_routes, errors, health, startup
+from app import catalog_routes, errors, health, startup, tracing
 from app.auth import routes as keys
 from app.config import get_settings
 from app.dashboard import routes as dashboard
@@ -64,6 +64,7 @@ def create_app() -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         openapi_url="/openapi.json" if settings.docs else None,
+        telemetry=tracing.of_requests(),
     )
     app.state.feed, app.state.registry = feed, registry
     app.add_middleware(

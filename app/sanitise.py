@@ -45,7 +45,8 @@ class Sanitiser:
             *secrets,
         ):
             known |= set() if secret is None else set(secret.get_secret_value().split(","))
-        known |= {str(make_url(url).password or "") for url in (settings.database_url, settings.broker_url)}
+        urls = (settings.database_url, settings.broker_url, settings.mlflow_tracking_uri)
+        known |= {str(make_url(url).password or "") for url in urls if url is not None}
         self._secrets = _any_of(secret for secret in known if len(secret) >= SHORTEST_SECRET)
         # Temporary folders may be in the data folder, and the data folder may be in the home folder: longest first.
         folders = {str(folder) for folder in _folders(settings) if len(Path(folder).parts) > 1}

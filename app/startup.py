@@ -12,7 +12,7 @@ from psycopg.errors import UndefinedColumn, UndefinedTable
 from pydantic import ValidationError
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
-from app import data_folder
+from app import data_folder, tracing
 from app.config import Settings
 from app.data_folder import DataFolderError
 from app.db.migrate import MIGRATE, SchemaError, check_schema
@@ -28,8 +28,10 @@ def check(settings: Settings, *, owns_folder: bool) -> None:
     A database that does not answer is no reason to refuse: the process waits for it, as for one that is lost later.
 
     Raises:
+        MissingExtra: a setting needs packages that are not installed.
         DataFolderError, SchemaError: the data folder or the schema is of another version.
     """
+    tracing.check(settings)
     (data_folder.claim if owns_folder else data_folder.check)(settings.data_dir)
     try:
         check_schema(settings.database_url)

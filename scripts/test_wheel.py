@@ -22,7 +22,7 @@ METHODS = ("secateur", "dsgp")
 
 Each of the methods writes a different template.
 """
-EXTRAS = {"all", "dev", "engine", "eval", "gguf", "server"}
+EXTRAS = {"all", "dev", "engine", "eval", "gguf", "server", "telemetry"}
 HEAVY = ("torch", "transformers", "fastapi", "starlette", "celery", "sqlalchemy", "matplotlib", "lm_eval")
 SLOWEST_IMPORT = 2.0
 """Longest time of ``import secateur`` that is allowed, in times of ``import pydantic``."""

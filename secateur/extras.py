@@ -9,6 +9,10 @@ EXTRAS = {
     "eval": ("lm_eval", "matplotlib"),
     "gguf": ("llama_cpp",),
     "server": ("fastapi", "uvicorn", "celery", "redis", "sqlalchemy", "psycopg", "alembic"),
+    "telemetry": (
+        "opentelemetry.sdk",
+        "opentelemetry.exporter.otlp.proto.http",
+    ),
 }
 """The modules that show whether an extra is installed."""
 
@@ -18,8 +22,15 @@ class MissingExtra(PruningError, ImportError):
 
 
 def missing(extra: str) -> list[str]:
-    """Return the modules of ``extra`` that are not installed; no module is imported."""
-    return [module for module in EXTRAS[extra] if find_spec(module) is None]
+    """Return the modules of ``extra`` that are not installed; no module is imported, except packages that contain one."""
+    return [module for module in EXTRAS[extra] if not _is_installed(module)]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that would contain the module is not installed
+        return False
 
 
 def require(extra: str, task: str, *modules: str, field: str | None = None) -> None:

@@ -59,9 +59,7 @@ def expected(keys: list[Key], offer: Offer, most: int | None) -> list[uuid.UUID]
         held = [
             job
             for job in key.jobs
-            if (job.not_before is None or job.not_before < dt.datetime.now(dt.UTC))
-            and Required(job.required_labels, job.required_memory_bytes).labelled(offer)
-            and Required(job.required_labels, job.required_memory_bytes).fits(offer)
+            if (job.not_before is None or job.not_before < dt.datetime.now(dt.UTC)) and Required.of(job).holds(offer)
         ]
         if held and (most is None or key.running < most):
             head = min(held, key=lambda job: (-job.priority, job.id))
@@ -112,6 +110,7 @@ def test_the_order_is_that_of_the_model(shared: Engine, seed: int) -> None:
                     "priority": dice.randint(-1, 1),
                     "required_labels": dice.choice(LABELS),
                     "required_memory_bytes": dice.choice(MEMORIES),
+                    "outgrown_memory_bytes": dice.choice((None, *MEMORIES)),
                     "not_before": dice.choice((None, None, now - dt.timedelta(hours=1), now + dt.timedelta(hours=1))),
                 }
                 key.jobs.append(add_job(session, owner.id, **values))
@@ -126,7 +125,7 @@ def test_the_order_is_that_of_the_model(shared: Engine, seed: int) -> None:
         jobs = [job for key in keys for job in key.jobs]
         unheld = unheld[: dice.randint(0, 4)]
         assert repository.count_unheld(session, unheld) == sum(
-            waiting_for(Required(job.required_labels, job.required_memory_bytes), unheld) is not None for job in jobs
+            waiting_for(Required.of(job), unheld) is not None for job in jobs
         )
 
 
@@ -323,6 +322,17 @@ def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         (Required({}, None), [Offer({}, None, None)], None),
         (Required({}, 5 * GIB), [Offer({}, 5 * GIB, "cpu")], None),
         (Required({}, 5 * GIB), [Offer({}, None, "cuda")], None),
+        (Required({}, 5 * GIB, 24 * GIB), [Offer({}, 25 * GIB, "cuda")], None),
+        (
+            Required({}, 5 * GIB, 24 * GIB),
+            [Offer({}, 24 * GIB, "cuda"), Offer({}, None, "cuda")],
+            "a worker with more than 24.0 GiB of memory; the live workers offer: 24.0 GiB, memory that is not known",
+        ),
+        (
+            Required({}, 80 * GIB, 24 * GIB),
+            [Offer({}, 40 * GIB, "cuda")],
+            "a worker with 80.0 GiB of memory; the live workers offer: 40.0 GiB",
+        ),
         (
             Required({}, 80 * GIB),
             [Offer({"gpu": "a10"}, 24 * GIB, "cuda")] * 2,

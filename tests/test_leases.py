@@ -15,18 +15,24 @@ from sqlalchemy.orm import Session, sessionmaker
 from app.auth import service as auth
 from app.config import Settings
 from app.db.session import session_factory
+from app.fleet import repository as fleet
+from app.fleet.models import Worker
 from app.jobs import leases, transitions
 from app.jobs.leases import LeaseLost
 from app.jobs.models import Job, JobEvent, JobStep
+from app.jobs.routing import Required, waiting_for
 from app.jobs.transitions import TransitionRefused, Trigger
 from secateur.contract.states import State
+from secateur.contract.workers import Drain
 from tests.patience import PATIENCE
 
 TTL = 60.0
-LIMITS = leases.Patience(max_failures=3, max_losses=10, publish=3600, backoff=0)
+LIMITS = leases.Patience(max_failures=3, max_losses=10, publish=3600, backoff=0, worker_silence=600)
 FILE = {"name": "a", "key": "jobs/x/artifacts/1/a", "size": 1, "sha256": "00"}
-ONCE = leases.Patience(max_failures=1, max_losses=1, publish=0, backoff=0)
+ONCE = leases.Patience(max_failures=1, max_losses=1, publish=0, backoff=0, worker_silence=600)
 LOST = {"code": "x", "message": "x", "retryable": True}
+TOO_LARGE = {"code": "out_of_memory", "message": "m", "retryable": False}
+GIB = 2**30
 
 
 @pytest.fixture
@@ -249,6 +255,80 @@ def test_a_hub_that_does_not_answer_before_the_export_counts_as_a_failure(sessio
 def test_what_is_not_retryable_fails_at_once(session: Session, queued: uuid.UUID) -> None:
     leases.claim(session, queued, "w", TTL)
     assert leases.fail(session, queued, 1, {**LOST, "retryable": False}, LIMITS) == State.FAILED
+
+
+def _beat(session: Session, **memories: int | None) -> None:
+    for name, memory in memories.items():
+        fleet.beat(session, name, "worker", {} if memory is None else {"memory_bytes": memory})
+
+
+def _take(session: Session, worker: str) -> int | None:
+    """The number of the attempt that the worker begins, or ``None`` if it may take no job."""
+    claim = leases.claim_next(session, worker, TTL, None)
+    return claim and claim.attempt
+
+
+def test_what_does_not_fit_moves_to_ever_larger_workers(session: Session, queued: uuid.UUID) -> None:
+    _beat(session, a=GIB, b=GIB, c=2 * GIB, d=3 * GIB, unknown=None)
+    for attempt, (worker, smaller) in enumerate({"a": "a b", "c": "a b c"}.items(), 1):
+        assert _take(session, worker) == attempt
+        assert leases.fail(session, queued, attempt, TOO_LARGE, ONCE) == State.QUEUED
+        job = _job(session, queued)
+        assert (job.failures, job.losses, job.worker) == (0, 0, None)
+        assert job.last_error is not None
+        assert (
+            job.last_error["message"]
+            == f"m The worker has {attempt}.0 GiB of memory; the job moves to a worker with more."
+        )
+        assert [_take(session, name) for name in (*smaller.split(), "unknown")] == [None] * (attempt + 2)
+    assert _take(session, "d") == 3
+    assert leases.fail(session, queued, 3, TOO_LARGE, LIMITS) == State.FAILED
+    job = _job(session, queued)
+    assert job.error is not None and job.error["code"] == TOO_LARGE["code"]
+    assert job.error["message"] == "m The worker has 3.0 GiB of memory; no larger worker that can hold the job is live."
+    transitions.apply(session, job, Trigger.RETRY)
+    session.commit()
+    assert [_take(session, name) for name in ("a", "d", "unknown")] == [None] * 3, "a retry repeats no failure"
+    assert waiting_for(Required.of(job), fleet.offers(session, 600)) == (
+        "a worker with more than 3.0 GiB of memory; the live workers offer: 1.0 GiB, 2.0 GiB, 3.0 GiB, memory that is not known"
+    )
+    _beat(session, e=4 * GIB)
+    assert _take(session, "e") == 4
+
+
+@pytest.mark.parametrize("why", ["drained", "silent", "without the labels", "memory is not known"])
+def test_a_larger_worker_that_cannot_take_the_job_does_not_count(session: Session, queued: uuid.UUID, why: str) -> None:
+    _beat(session, a=GIB, b=None if why == "memory is not known" else 2 * GIB)
+    if why == "drained":
+        fleet.set_drain(session, "b", Drain.FINISH)
+    if why == "silent":
+        session.execute(
+            update(Worker).where(Worker.name == "b").values(last_seen_at=func.now() - dt.timedelta(hours=1))
+        )
+    if why == "without the labels":
+        fleet.beat(session, "a", "worker", {"memory_bytes": GIB, "labels": {"gpu": "x"}})
+        session.execute(update(Job).values(required_labels={"gpu": "x"}))
+    session.commit()
+    assert _take(session, "a") == 1
+    assert leases.fail(session, queued, 1, TOO_LARGE, LIMITS) == State.FAILED
+    error = _job(session, queued).error
+    assert error is not None and "1.0 GiB" in error["message"] and "no larger worker" in error["message"]
+
+
+def test_a_worker_whose_memory_is_not_known_leaves_nothing_to_compare(session: Session, queued: uuid.UUID) -> None:
+    _beat(session, a=None, b=GIB)
+    assert _take(session, "a") == 1
+    assert leases.fail(session, queued, 1, TOO_LARGE, LIMITS) == State.FAILED
+    job = _job(session, queued)
+    assert (job.error, job.outgrown_memory_bytes) == (TOO_LARGE, None)
+
+
+def test_a_cancelled_job_moves_nowhere(session: Session, queued: uuid.UUID) -> None:
+    _beat(session, a=GIB, b=2 * GIB)
+    assert _take(session, "a") == 1
+    transitions.apply(session, _job(session, queued), Trigger.CANCEL)
+    session.commit()
+    assert leases.fail(session, queued, 1, TOO_LARGE, LIMITS) == State.CANCELLED
 
 
 def test_reaping(session: Session, queued: uuid.UUID) -> None:

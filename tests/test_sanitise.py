@@ -22,6 +22,7 @@ def sanitise(monkeypatch: pytest.MonkeyPatch) -> Sanitiser:
     settings = Settings(
         data_dir=Path(DATA),
         database_url="postgresql+psycopg://secateur:hunter22@db/x",
+        mlflow_tracking_uri="http://secateur:runner33@mlflow:5000",
         hf_token=SecretStr("servicetoken"),
         secret_keys=SecretStr("A" * 43 + "=," + "B" * 43 + "="),
     )
@@ -40,6 +41,7 @@ def test_a_traceback_keeps_names_and_loses_places(sanitise: Sanitiser) -> None:
     "secret",
     [
         "hunter22",
+        "runner33",
         "servicetoken",
         "jobtoken",
         "wJalr/XUtn+FEMI",

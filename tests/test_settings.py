@@ -66,6 +66,11 @@ def test_what_agrees_is_accepted(given: dict[str, object]) -> None:
         {"lease_ttl": 1e300},
         {"broker_url": "amqp://x"},
         {"broker_url": "redis://"},
+        {"otlp_endpoint": "collector:4318"},
+        {"otlp_endpoint": "http://collector:port"},
+        {"mlflow_tracking_uri": "sqlite:///mlflow.db"},
+        {"mlflow_tracking_uri": "http:///path"},
+        {"mlflow_tracking_uri": "https://mlflow/?a=b"},
     ],
 )  # fmt: skip
 def test_values_that_make_no_sense_are_refused(given: dict[str, object]) -> None:

@@ -62,12 +62,14 @@ def up(
     to the folder SECATEUR_HUB_DIR (default: the folder hub in the data folder).
     """
     require("engine", "'secateur up'")
+    from app import tracing
     from app.config import get_settings
     from workers.embedded import EmbeddedError
     from workers.stack import API_KEY_FILE, Stack, StackError
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     settings = get_settings()
+    tracing.check(settings)
     stack = Stack(settings.data_dir, _hub_folder(settings, publish), host, port)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stack.end())

@@ -20,6 +20,7 @@ from celery.signals import (
     after_setup_logger,
     after_setup_task_logger,
     worker_process_init,
+    worker_process_shutdown,
     worker_ready,
     worker_shutdown,
     worker_shutting_down,
@@ -33,7 +34,7 @@ from app.http import logs
 from app.jobs.dispatch import TRANSPORT_OPTIONS
 from app.storage.library import delete_unused
 from secateur.launch import die_with_parent
-from workers import scratch
+from workers import scratch, tracing
 from workers.devices import device_memory, host_memory
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,11 @@ def _begin_child(**_: Any) -> None:
     session_factory.cache_clear()  # a forked process must not use the main process's connections
 
 
+@worker_process_shutdown.connect
+def _end_child(**_: Any) -> None:
+    tracing.close()
+
+
 @worker_ready.connect
 def _start_beating(**_: Any) -> None:
     threading.Thread(target=_beat, daemon=True).start()
@@ -115,7 +121,7 @@ def _beat() -> None:
         "cpus": os.cpu_count(),
         "host_memory_bytes": host_memory(),
         "labels": settings.worker_labels,
-        **device_memory(),
+        **device_memory(settings.max_child_memory_bytes),
     }
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     swept = -math.inf

@@ -17,17 +17,18 @@ def gpus() -> list[str]:
     return [str(number) for number, line in enumerate(_nvidia_smi("-L")) if line.startswith("GPU ")]
 
 
-def device_memory() -> dict[str, Any]:
+def device_memory(most: int | None = None) -> dict[str, Any]:
     """Return ``device`` (``cuda`` or ``cpu``) and, where it is known, ``memory_bytes``.
 
-    The memory is that of the first GPU to use, or that of the machine.
+    The memory is that of the first GPU to use, or that of the machine, of which a job may use ``most`` bytes.
     """
     if visible := gpus():
         found = _nvidia_smi("--query-gpu=memory.total", "--format=csv,noheader,nounits", f"--id={visible[0]}")
         if found and found[0].strip().isdigit():
             return {"device": "cuda", "memory_bytes": int(found[0]) * 2**20}
         return {"device": "cuda"}
-    return {"device": "cpu", "memory_bytes": host_memory()}
+    machine = host_memory()
+    return {"device": "cpu", "memory_bytes": min(machine, most or machine)}
 
 
 def host_memory() -> int:

@@ -21,6 +21,7 @@ from app.jobs import dispatch, fair_queue, leases, retention
 from app.jobs.leases import Patience
 from app.storage.service import delete_requested
 from app.storage.store import open_store
+from app.tracking import service as tracking
 from app.webhooks import service as webhooks
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def run(settings: Settings, sessions: sessionmaker[Session]) -> None:
             (deliver_webhooks, settings.scheduler_interval),
             (delete_leftovers, HOUSEKEEPING_SECONDS),
             (beat, settings.heartbeat_interval),
+            *([(track_jobs, settings.scheduler_interval)] if settings.mlflow_tracking_uri else []),
         )
     ]
     for duty in duties:
@@ -109,6 +111,11 @@ def wake_workers(session: Session, settings: Settings) -> None:
 def deliver_webhooks(session: Session, settings: Settings) -> None:
     """Send the webhook deliveries that are due."""
     webhooks.deliver_due(session, settings)
+
+
+def track_jobs(session: Session, settings: Settings) -> None:
+    """Tell MLflow what has happened to jobs."""
+    tracking.report_due(session, settings)
 
 
 def delete_leftovers(session: Session, settings: Settings) -> None:

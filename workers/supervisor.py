@@ -43,6 +43,7 @@ from workers.job_log import JobLog
 from workers.job_process import JobProcess
 from workers.limits import Limits
 from workers.supervisor_link import explain
+from workers.tracing import Trace
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ class Attempt:
         self.output = self.folder / "output"
         self.temporary = self.folder / "tmp"
         self.log = JobLog(Sanitiser(settings))
+        self.trace = Trace(claim)
 
     def run(self, runner: list[str], publisher: list[str]) -> None:
         log.info("the attempt has begun")
@@ -165,6 +167,7 @@ class Attempt:
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
         ending.tell()
+        self.trace.end(ending.outcome, ending.code)
 
     def _run(self, runner: list[str], publisher: list[str]) -> Ending:
         """Make the attempt, record what follows from the way it ended, and return the ending."""
@@ -307,6 +310,7 @@ class Attempt:
         remaining = progress.pop("remaining_seconds")
         finish = None if remaining is None else dt.datetime.now(dt.UTC) + dt.timedelta(seconds=remaining)
         self.progress = {**self.progress, **progress, "estimated_finish_at": finish and finish.isoformat()}
+        self.trace.enter(self.progress["stage"], self.progress["step"])
         return self._write(leases.report_progress, self.progress)
 
     def _beat(self, child: JobProcess) -> None:

@@ -9,6 +9,7 @@ from app.jobs.models import Attempt, Job, JobEvent, JobLogLine, JobStep
 from app.jobs.repositories import Repository
 from app.jobs.usage import Usage
 from app.storage.models import Deletion, StorageIdentity, StoredFile
+from app.tracking.models import TrackedRun
 from app.webhooks.models import WebhookDelivery
 
 metadata = Base.metadata
@@ -25,6 +26,7 @@ TABLES = (
     Repository,
     StorageIdentity,
     StoredFile,
+    TrackedRun,
     Usage,
     WebhookDelivery,
     Worker,

@@ -13,7 +13,6 @@ from json.scanner import py_make_scanner  # type: ignore[attr-defined]
 from types import UnionType
 from typing import Any, get_args
 
-from anyio import CapacityLimiter, to_thread
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
@@ -21,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from app.http.fields import problem_of
 from app.http.places import Places
 from app.http.problem import Problem, excerpt, invalid
+from app.http.turns import Turns
 from secateur.contract.errors import ErrorCode
 
 MOST_NAMES = 1_000
@@ -32,17 +32,19 @@ LONGEST_STRING = 12_000_000
 LONGEST_NUMBER = 100
 LONGEST_GAP = 65_536
 LARGE = 2**20
-"""Number of bytes from which a body is large. Large bodies are parsed one at a time, and few of one key are held."""
+"""Number of bytes from which a body is large. Large bodies are parsed one at a time, and few of one key are held.
+
+Small bodies do not wait for large ones, and the keys' bodies of either size are parsed in turn.
+"""
 
 _TOKEN = re.compile(
-    rb'(?P<string>")|(?P<opens>[\[{])|(?P<closes>[\]}])|(?P<literal>[^\s,:\[\]{}"]{1,65537}+)|[\s,:]{1,65537}+'
+    rb'(?P<string>")|(?P<opens>[\[{])|(?P<closes>[\]}])|(?P<long_number>[-0-9][-+.0-9eE]{100,65536}+)|(?P<literal>[^\s,:\[\]{}"]{1,65537}+)|[\s,:]{1,65537}+'
 )
 _INSIDE = re.compile(rb'(?:[^"\\]++|\\.){0,65536}+', re.DOTALL)  # in parts: one match holds the interpreter's lock
 _NAME = re.compile(rb'"\s*+:')
 _JSON = re.compile(r"application/([^\s;/]+\+)?json\s*(;.*)?", re.IGNORECASE)
-_parsers = CapacityLimiter(2)  # more threads would leave the event loop too small a share of the interpreter's lock
-_large_parsers = CapacityLimiter(1)
-_held = Places(each=4)
+_small_places, _small_turns = Places(each=64), Turns(2)  # more threads would take too much of the interpreter's lock
+_large_places, _large_turns = Places(each=4), Turns(1)
 
 
 class ReadRequest(Request):
@@ -66,7 +68,7 @@ async def read(request: Request, model: type[BaseModel] | UnionType) -> Request:
 
     Raises:
         Problem: 400, 413, 415, 422 or 429: the body is not UTF-8 or ended early, is too large, is not of a JSON type,
-            is not what ``model`` allows, or the API key is sending as many large bodies as it may.
+            is not what ``model`` allows, or the API key is sending as many bodies of this size as it may.
     """
     headers = request.headers
     size = int(headers.get("content-length", 0))
@@ -74,12 +76,12 @@ async def read(request: Request, model: type[BaseModel] | UnionType) -> Request:
     if not size and not chunked:
         return request
     _check_type(headers.get("content-type"), headers.get("content-encoding", "identity"))
-    if size < LARGE and not chunked:
+    large = size >= LARGE or chunked
+    places, turns = (_large_places, _large_turns) if large else (_small_places, _small_turns)
+    key_id = request.state.owner.id
+    with places.taken(key_id, "large bodies" if large else "bodies"):
         content = await _receive(request)
-        return ReadRequest(request, await to_thread.run_sync(parse, content, model, limiter=_parsers))
-    with _held.taken(request.state.owner.id, "large bodies"):
-        content = await _receive(request)
-        return ReadRequest(request, await to_thread.run_sync(parse, content, model, limiter=_large_parsers))
+        return ReadRequest(request, await turns.run(key_id, parse, content, model))
 
 
 def _check_type(content_type: str | None, encoding: str) -> None:
@@ -173,6 +175,8 @@ def check_counts(content: bytes) -> None:
                 _check(depth, DEEPEST, "nested more than {} deep")
             case "closes":
                 depth -= 1
+            case "long_number":  # JSONDecoder would match it in one piece, which holds the interpreter's lock
+                raise _long_number()
             case "literal":
                 values += 1
             case None:
@@ -219,8 +223,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _number(text: str) -> str:
     if len(text) > LONGEST_NUMBER:
-        raise invalid("body", f"a number of more than {LONGEST_NUMBER} digits", allowed=f"at most {LONGEST_NUMBER}")
+        raise _long_number()
     return text
+
+
+def _long_number() -> Problem:
+    return invalid("body", f"a number of more than {LONGEST_NUMBER} digits", allowed=f"at most {LONGEST_NUMBER}")
 
 
 def _no_number(name: str) -> float:

@@ -47,12 +47,18 @@ def lock(session: Session) -> None:
 def holds(offer: Offer) -> ColumnElement[bool]:
     """Return the condition that a worker with ``offer`` can hold a job.
 
-    A job whose need of memory is not known fits every worker, and a worker whose memory is not known holds every job.
+    A job whose need of memory is not known fits every worker, and a worker whose memory is not known holds every job. A
+    job for which a worker was too small fits only workers that are known to have more memory.
     """
     labelled = Job.required_labels.contained_by(offer.labels)
+    least, outgrown = Job.required_memory_bytes, Job.outgrown_memory_bytes
     if offer.memory_bytes is None:
-        return labelled
-    return and_(labelled, or_(Job.required_memory_bytes.is_(None), Job.required_memory_bytes <= offer.memory_bytes))
+        return and_(labelled, outgrown.is_(None))
+    return and_(
+        labelled,
+        or_(least.is_(None), least <= offer.memory_bytes),
+        or_(outgrown.is_(None), outgrown < offer.memory_bytes),
+    )
 
 
 def first(

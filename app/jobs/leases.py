@@ -20,6 +20,7 @@ from app.fleet import repository as fleet
 from app.jobs import checkpoints, fair_queue, repositories, repository, texts, transitions, usage
 from app.jobs.models import Job, JobEvent, JobLogLine, JobStep
 from app.jobs.naming import published_repo_ids
+from app.jobs.routing import Required, gib
 from app.jobs.transitions import LIVE, Trigger
 from app.storage import repository as storage
 from app.storage.service import artifacts_folder, tensors_folder
@@ -49,6 +50,8 @@ class Claim:
     """Id of the HTTP request that created the job."""
     exported: bool = False
     """Whether the pruned model is complete in the object store, so that only publishing remains."""
+    traceparent: str | None = None
+    """Span of that HTTP request (W3C Trace Context)."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,19 @@ class Patience:
     publish: float
     backoff: float
     """Wait before the second attempt; every further attempt doubles the wait, up to :data:`LONGEST_WAIT`."""
+    worker_silence: float
+    """Time without a heartbeat after which a worker counts as lost, so that no job moves to it."""
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
         """Return the limits that the operator set."""
-        return cls(settings.max_failures, settings.max_losses, settings.publish_patience, settings.retry_backoff)
+        return cls(
+            settings.max_failures,
+            settings.max_losses,
+            settings.publish_patience,
+            settings.retry_backoff,
+            settings.worker_silence,
+        )
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,8 @@ def claim(session: Session, job_id: uuid.UUID, worker: str, ttl: float) -> Claim
         not_before=None,
         started_at=job.started_at or dt.datetime.now(dt.UTC),
     )
-    claimed = Claim(job.id, job.attempt, texts.whole_request(job), job.request_id, job.exported_at is not None)
+    request, exported = texts.whole_request(job), job.exported_at is not None
+    claimed = Claim(job.id, job.attempt, request, job.request_id, exported, job.traceparent)
     session.commit()
     return claimed
 
@@ -349,7 +361,7 @@ def fail(
 
     Requeue the job if ``patience`` allows another attempt; otherwise fail the job. ``place`` {stage, step} says where the
     attempt was: an error of the job's own processes that comes a second time at the same place, with no step completed
-    in between, fails the job at once.
+    in between, fails the job at once. After ``out_of_memory``, the job is left to a larger worker, if one is live.
 
     Raises:
         LeaseLost: ``attempt`` no longer owns the job, or its lease ran out.
@@ -366,7 +378,8 @@ def _fail(
 
     Three budgets limit the attempts at a job. A lost worker counts against ``max_losses``, because the job is rarely
     the cause. A Hub that does not answer counts against ``publish`` seconds in a row, because the pruned model is ready.
-    Every other retryable error counts against ``max_failures``.
+    Every other retryable error counts against ``max_failures``. A move to a larger worker counts against none of them:
+    each move leaves fewer workers that are larger still.
     """
     if job.failures and _repeats(session, job, error, place):
         error = {**error, "retryable": False, "message": f"{error['message']} It happened twice at the same place."}
@@ -382,6 +395,11 @@ def _fail(
         waiting_since = job.waiting_since or now
         waited = (now - waiting_since).total_seconds()
         again, wait = waited < patience.publish, max(patience.backoff, waited / 4)
+    elif error["code"] == ErrorCode.OUT_OF_MEMORY and (outgrown := _outgrow(session, job)) is not None:
+        again, wait = _has_holder(session, job, patience), 0.0
+        failures += not again
+        follows = "the job moves to a worker with more" if again else "no larger worker that can hold the job is live"
+        error = {**error, "message": f"{error['message']} The worker has {gib(outgrown)} of memory; {follows}."}
     else:
         failures += 1
         again, wait = again and failures < patience.max_failures, patience.backoff * 2 ** (failures - 1)
@@ -396,6 +414,20 @@ def _fail(
         if error["code"] in UNWRITTEN:
             repositories.release(session, job.id)
     return State(job.state)
+
+
+def _outgrow(session: Session, job: Job) -> int | None:
+    """Leave the job to workers with more memory than its worker, and return that memory, or ``None`` if it is not known."""
+    worker = None if job.worker is None else fleet.get(session, job.worker)
+    memory = None if worker is None else fleet.offer(worker).memory_bytes
+    if memory is not None:
+        job.outgrown_memory_bytes = max(memory, job.outgrown_memory_bytes or 0)
+    return memory
+
+
+def _has_holder(session: Session, job: Job, patience: Patience) -> bool:
+    """Return whether a worker that is live and not drained can hold the job; it may be busy."""
+    return any(Required.of(job).holds(offer) for offer in fleet.offers(session, patience.worker_silence))
 
 
 def _repeats(session: Session, job: Job, error: dict[str, Any], place: dict[str, Any] | None) -> bool:

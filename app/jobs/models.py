@@ -51,8 +51,12 @@ class Job(Base):
     """Labels that a worker must have to take the job."""
     required_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
     """Memory that a worker's device must have to take the job; ``None`` if the need is not known."""
+    outgrown_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """Memory of the largest worker that was too small for the job; only a worker that is known to have more may take it."""
     request_id: Mapped[str | None]
     """Id of the HTTP request that created the job; the request's log lines carry the same id."""
+    traceparent: Mapped[str | None]
+    """Span of that request (W3C Trace Context), of which the spans of the job's attempts are children."""
 
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)

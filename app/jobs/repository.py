@@ -39,7 +39,8 @@ from secateur.contract.states import TERMINAL, State
 COLUMNS = (
     Job.id, Job.owner_id, Job.state, Job.version, Job.model_id, Job.method, Job.labels, Job.attempt, Job.failures,
     Job.pause_requested, Job.progress, Job.error, Job.last_error, Job.not_before, Job.result, Job.created_at,
-    Job.started_at, Job.finished_at, Job.expires_at, Job.required_labels, Job.required_memory_bytes, Job.derived_from, Job.request,
+    Job.started_at, Job.finished_at, Job.expires_at, Job.required_labels, Job.required_memory_bytes,
+    Job.outgrown_memory_bytes, Job.derived_from, Job.request,
 )  # fmt: skip
 VIEW = select(*COLUMNS).where(
     Job.id == bindparam("job_id"), (Job.owner_id == bindparam("owner_id")) | bindparam("all_keys", type_=Boolean)

@@ -5,31 +5,53 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 from app.fleet.repository import Offer
 
 
 @dataclass(frozen=True)
 class Required:
-    """What a worker must offer: labels, and memory of its device in bytes, ``None`` if the need is not known."""
+    """What a worker must offer: labels, and memory of its device in bytes.
+
+    ``memory_bytes`` is the least memory, ``None`` if the need is not known. ``more_than_bytes`` is the memory of a worker
+    that was too small, ``None`` if there was none.
+    """
 
     labels: Mapping[str, str]
     memory_bytes: int | None
+    more_than_bytes: int | None = None
+
+    @classmethod
+    def of(cls, job: Any) -> Self:
+        """Return what the row of a job requires."""
+        return cls(job.required_labels, job.required_memory_bytes, job.outgrown_memory_bytes)
 
     def labelled(self, offer: Offer) -> bool:
         """Return whether the worker has the labels."""
         return self.labels.items() <= offer.labels.items()
 
     def fits(self, offer: Offer) -> bool:
-        """Return whether the worker has the memory; memory that is not known suffices."""
-        return self.memory_bytes is None or offer.memory_bytes is None or self.memory_bytes <= offer.memory_bytes
+        """Return whether the worker has the memory; memory that is not known suffices until a worker was too small."""
+        if offer.memory_bytes is None:
+            return self.more_than_bytes is None
+        enough = self.memory_bytes is None or self.memory_bytes <= offer.memory_bytes
+        return enough and (self.more_than_bytes is None or self.more_than_bytes < offer.memory_bytes)
+
+    def holds(self, offer: Offer) -> bool:
+        """Return whether the worker can hold the job."""
+        return self.labelled(offer) and self.fits(offer)
 
 
 def waiting_for(required: Required, offers: Sequence[Offer]) -> str | None:
     """Return what the job waits for, in words, or ``None`` if a worker with one of ``offers`` can hold the job."""
-    if any(required.labelled(offer) and required.fits(offer) for offer in offers):
+    if any(required.holds(offer) for offer in offers):
         return None
-    wanted = [] if required.memory_bytes is None else [f"{_gib(required.memory_bytes)} of memory"]
+    least, outgrown = required.memory_bytes, required.more_than_bytes
+    if outgrown is not None and (least is None or least <= outgrown):
+        wanted = [f"more than {gib(outgrown)} of memory"]
+    else:
+        wanted = [] if least is None else [f"{gib(least)} of memory"]
     if required.labels:
         wanted.append(f"the labels {_listed(required.labels)}")
     worker = " with ".join(["a worker", *filter(None, [" and ".join(wanted)])])
@@ -39,7 +61,7 @@ def waiting_for(required: Required, offers: Sequence[Offer]) -> str | None:
 
 
 def _described(offer: Offer) -> str:
-    memory = "memory that is not known" if offer.memory_bytes is None else _gib(offer.memory_bytes)
+    memory = "memory that is not known" if offer.memory_bytes is None else gib(offer.memory_bytes)
     return f"{memory} {_listed(offer.labels)}".strip()
 
 
@@ -47,5 +69,6 @@ def _listed(labels: Mapping[str, str]) -> str:
     return ",".join(f"{name}={value}" for name, value in sorted(labels.items()))
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Return a number of bytes in words."""
     return f"{size / 2**30:.1f} GiB"

@@ -14,6 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
+from app import tracing
 from app.auth import repository as keys
 from app.auth.service import Caller
 from app.config import Settings
@@ -198,6 +199,7 @@ def _store(
             required_labels=dict(required.labels),
             required_memory_bytes=required.memory_bytes,
             request_id=logs.request_id(),
+            traceparent=tracing.traceparent(),
         )
         repository.add(session, job)
         if origin is not None and not repository.copy_steps(session, origin.job_id, origin.numbers, job.id):
@@ -299,7 +301,7 @@ def waiting_for(settings: Settings, job: Any) -> str | None:
         return None
     with reading() as session:
         offers = fleet.offers(session, settings.worker_silence)
-    return routing.waiting_for(Required(job.required_labels, job.required_memory_bytes), offers)
+    return routing.waiting_for(Required.of(job), offers)
 
 
 def page(

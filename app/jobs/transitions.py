@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from app.config import get_settings
 from app.jobs import attempts, usage
 from app.jobs.models import Job, JobEvent
+from app.tracking import repository as tracking
 from app.webhooks import repository as webhooks
 from secateur.contract.states import TERMINAL, State
 
@@ -76,8 +77,10 @@ class TransitionRefused(Exception):
 
 
 def record_event(session: Session, job: Job, type: str, data: dict[str, Any]) -> None:
-    """Append an event to the job and wake the waiters of the job."""
+    """Append an event to the job, wake the waiters of the job, and let MLflow be told if the service tracks its jobs."""
     session.add(JobEvent(job_id=job.id, attempt=job.attempt, type=type, data=data))
+    if get_settings().mlflow_tracking_uri is not None:
+        tracking.owe(session, job.id)
     wake(session, job)
 
 

@@ -67,7 +67,7 @@ class ErrorCode(StrEnum):
     TASK_INVALID = "task_invalid", "The file of a zero-shot task cannot be used.", "Correct the file; see the message."
     # The run
     LOSS_NOT_FINITE = "loss_not_finite", "The loss or a gradient became NaN or infinite.", "Use dtype 'float32' or 'bfloat16', or a smaller learning rate."
-    OUT_OF_MEMORY = "out_of_memory", "The model does not fit into the worker's memory.", "Use a smaller dtype, fewer or shorter calibration samples, or a larger worker."
+    OUT_OF_MEMORY = "out_of_memory", "The model does not fit into the worker's memory.", "Use a smaller dtype, fewer or shorter calibration samples, or a larger worker. A job moves to a larger worker by itself if one is live."
     DISK_FULL = "disk_full", "The disk has no room for the result.", "Make room; the job may then be retried.", True
     DISK_LIMIT_EXCEEDED = "disk_limit_exceeded", "The job's files take more space than SECATEUR_MAX_JOB_DISK_BYTES allows.", "Use a smaller model or a larger target ratio, or ask the operator to raise the limit."
     EXPORT_INVALID = "export_invalid", "The written checkpoint does not compute what the pruned model computes.", "Report a defect; nothing was published."
@@ -108,7 +108,7 @@ class ErrorCode(StrEnum):
     IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused", "The Idempotency-Key was used with another body.", "Use a new Idempotency-Key."
     TOO_MANY_JOBS = "too_many_jobs", "The API key has as many unfinished jobs as it may have.", "Wait as long as 'Retry-After' says.", True
     RATE_LIMITED = "rate_limited", "The API key sent more requests than it may send.", "Wait as long as 'Retry-After' says.", True
-    TOO_MANY_AT_ONCE = "too_many_at_once", "The API key has as many waiting requests or large bodies at once as it may have.", "Wait until one of them has ended.", True
+    TOO_MANY_AT_ONCE = "too_many_at_once", "The API key has as many waiting requests or bodies at once as it may have.", "Wait until one of them has ended.", True
     WEBHOOKS_DISABLED = "webhooks_disabled", "This service does not send webhooks.", "Ask the operator to set SECATEUR_WEBHOOK_SECRET."
     WEBHOOK_URL_FORBIDDEN = "webhook_url_forbidden", "Webhooks may not be sent to this address.", "Use a public address, or ask the operator to set SECATEUR_WEBHOOK_NETWORKS."
     STORAGE_UNAVAILABLE = "storage_unavailable", "The service's object store does not answer as it should.", "Try again later; the operator sees the reason in the log and in 'secateur doctor'.", True

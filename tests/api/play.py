@@ -13,7 +13,7 @@ from app.storage.store import open_store
 
 REPORT = {"ratio": {"target": 0.2, "reached": 0.2}, "perplexity": {"before": 10.0, "after": 11.0}}
 CONTENTS = {"config.json": b'{"a": 1}', "model.safetensors": bytes(range(256)) * 40}
-LIMITS = leases.Patience(max_failures=3, max_losses=10, publish=3600, backoff=0)
+LIMITS = leases.Patience(max_failures=3, max_losses=10, publish=3600, backoff=0, worker_silence=600)
 RESULT = {"repo_id": "secateur/tiny", "commit_sha": "abc"}
 
 

@@ -183,6 +183,28 @@ def test_a_body_that_ends_early_is_no_defect(api: httpx2.Client, url: str, caplo
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
+def test_a_long_number_is_refused_before_the_parser_matches_it() -> None:
+    for number in (b"1" * 1_100_000, b"-0." + b"1" * 1_100_000, b"1e" + b"1" * 1_100_000):
+        with pytest.raises(Problem, match="a number of more than 100 digits"):
+            bodies.check_counts(b'{"seed":' + number + b"}")
+    bodies.check_counts(b'{"seed":' + b"1" * 100 + b',"model_id":"' + b"1" * 1_100_000 + b'"}')
+
+
+def test_small_bodies_of_one_key_are_limited(
+    api: httpx2.Client, url: str, make_client: Any, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies._small_places, "each", 1)
+    address = httpx2.URL(url)
+    head = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 2000\r\nAuthorization: {api.headers['Authorization']}\r\nExpect: 100-continue\r\n\r\n"
+    with socket.create_connection((address.host, address.port or 0), timeout=PATIENCE) as waiting:
+        waiting.sendall(head.encode())
+        assert waiting.recv(100).startswith(b"HTTP/1.1 100"), "the service reads the body"
+        answer = api.post("/v1/jobs", json=body)
+        assert int(answer.headers["Retry-After"]) > 0
+        _refused(answer, 429, code="too_many_at_once")
+        assert make_client("bob").post("/v1/jobs", json=body).status_code == 202
+
+
 def test_large_bodies_of_one_key_are_few(api: httpx2.Client, url: str, make_client: Any, body: dict[str, Any]) -> None:
     """So that their sum is bounded; another key's are taken."""
     address, waiting = httpx2.URL(url), []

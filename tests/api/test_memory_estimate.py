@@ -103,6 +103,12 @@ def test_what_this_machine_has() -> None:
     assert known["device"] in ("cpu", "cuda") and known["memory_bytes"] > 2**28
 
 
+def test_a_worker_offers_the_memory_that_a_job_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert device_memory(2**20) == {"device": "cpu", "memory_bytes": 2**20}
+    assert device_memory(2**80) == device_memory(None) == device_memory()
+
+
 def test_a_gpu_is_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text('#!/bin/sh\ncase "$*" in -L) echo "GPU 0: H";; *--id=0*) echo 81920;; esac\n')

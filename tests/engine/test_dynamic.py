@@ -27,6 +27,7 @@ from secateur.engine.run.workspace import Paused
 from secateur.engine.scoring.base import Context
 from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, english, make_model, save
 from tests.engine.running import prune, resolved
+from tests.tiers import slow_but
 
 DENSE = [name for name in FAMILIES if name not in ("chatglm6b", "mixtral", "qwen3-moe")]
 SEVERAL = ["llama", "gemma2", "phi3", "gpt2", "gpt-neox", "opt"]
@@ -444,7 +445,7 @@ def test_families_that_cannot_are_refused(name: str, tokenizer: PreTrainedTokeni
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("layout", ["uniform", "padded"])
+@pytest.mark.parametrize("layout", slow_but(["padded"], ["uniform", "padded"]))
 def test_it_composes_with_a_static_pruning(layout: str, trained_folder: Path, tmp_path: Path) -> None:
     asked = {name: ASKED[name] for name in ("calibration", "evaluation")}
     static = PruningSpec.model_validate(asked | {"method": "magnitude", "target_ratio": 0.3, "layout": layout})

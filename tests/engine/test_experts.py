@@ -28,6 +28,7 @@ from secateur.engine.scoring import Context
 from secateur.engine.scoring.taylor import gradients_from_the_end, unit_weights
 from tests.engine.models import VOCABULARY, decoder_of, make_model, save
 from tests.engine.running import prune, resolved
+from tests.tiers import slow_but
 
 TOKENS = torch.randint(VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(2))
 NAMES = ["mixtral", "qwen3-moe"]
@@ -45,7 +46,7 @@ def test_taken_apart_it_is_the_module_it_was(name: str, tokenizer: PreTrainedTok
     assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
 
 
-@pytest.mark.parametrize("method", STATIC_METHODS)
+@pytest.mark.parametrize("method", slow_but(["secateur", "piem-lsps", "magnitude"], STATIC_METHODS))
 def test_every_expert_gives_its_own_lowest(method: str, tokenizer: PreTrainedTokenizerFast) -> None:
     whole = decoder_of(make_model("mixtral"), tokenizer)
     pruned = Decoder(copy.deepcopy(whole.model), tokenizer, whole.shape)

@@ -18,11 +18,14 @@ from secateur.engine.run.rounds import prune_round
 from secateur.engine.scoring import Context
 from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, make_model
 from tests.engine.running import resolved
+from tests.tiers import slow_but
 
 TOKENS = torch.randint(VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("method", ["secateur", "slimllm", "flap", "piem-lsps", "loraprune"])
+@pytest.mark.parametrize(
+    "method", slow_but(["secateur", "piem-lsps"], ["secateur", "slimllm", "flap", "piem-lsps", "loraprune"])
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_can_be_pruned(name: str, method: str, tokenizer: PreTrainedTokenizerFast) -> None:
     whole = decoder_of(make_model(name), tokenizer)

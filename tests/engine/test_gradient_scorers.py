@@ -18,6 +18,7 @@ from secateur.engine.scoring import Context, Scores, llm_pruner, loraprune, move
 from secateur.engine.scoring.taylor import training_batches
 from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, english, layer_plan, make_model
 from tests.engine.running import resolved
+from tests.tiers import slow_but
 
 SCORERS = {"llm-pruner": llm_pruner.score, "movement": movement.score, "loraprune": loraprune.score}
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
@@ -280,7 +281,7 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("scorer", SCORERS.values(), ids=SCORERS)
+@pytest.mark.parametrize("scorer", slow_but([llm_pruner.score], SCORERS.values()), ids=SCORERS)
 def test_threads_do_not_change_the_order(
     scorer: Callable[[Context], Scores],
     trained: PreTrainedModel,
@@ -300,7 +301,7 @@ def test_threads_do_not_change_the_order(
         assert torch.equal(one.argsort(), other.argsort())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_but([torch.bfloat16], [torch.float16, torch.bfloat16]))
 @pytest.mark.parametrize("scorer", SCORERS.values(), ids=SCORERS)
 def test_half_precision_ranks_like_single(
     scorer: Callable[[Context], Scores],

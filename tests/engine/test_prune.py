@@ -19,7 +19,7 @@ from secateur.catalog.spec import Allocation, Calibration, Evaluation, PruningSp
 from secateur.contract.errors import PruningError
 from secateur.contract.report import Latency, Spread
 from secateur.engine.evaluation import latency, suite
-from secateur.engine.export import check_checkpoint
+from secateur.engine.export import check_checkpoint, checkpoint
 from secateur.engine.model import loading
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.loading import load
@@ -30,6 +30,7 @@ from secateur.engine.run.workspace import Paused
 from secateur.engine.scoring import base, llm_pruner, piem
 from tests.engine.models import english, make_tokenizer, save
 from tests.engine.running import Pruned, prune
+from tests.tiers import slow_but
 
 UNIT = 32 * 3 * 48
 """Parameters of one block of channels of the trained model."""
@@ -37,8 +38,9 @@ UNIT = 32 * 3 * 48
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading a checkpoint in a fresh process is the export's test; here it would only cost time."""
+    """Loading a checkpoint in a fresh process is the export's test, and so is the picture; here they would only cost time."""
     monkeypatch.setattr(static, "check_checkpoint", lambda decoder, folder, own_code: None)
+    monkeypatch.setattr(checkpoint, "draw_widths", lambda widths, file: file.touch())
 
 
 def spec(**changes: Any) -> PruningSpec:
@@ -54,6 +56,7 @@ def spec(**changes: Any) -> PruningSpec:
     return PruningSpec(**{**plain, **changes})
 
 
+RECOVERED = {"layerwise": {"kind": "least-squares"}}
 SHORT = {"texts": english("calibration"), "samples": 6, "sequence_length": 32}
 
 
@@ -62,7 +65,7 @@ def run(folder: Path, out: Path, asked: PruningSpec, **options: Any) -> Pruned:
 
 
 @pytest.mark.parametrize("method", STATIC_METHODS)
-@pytest.mark.parametrize(("ratio", "rounds"), [(0.1, 1), (0.5, 3)])
+@pytest.mark.parametrize(("ratio", "rounds"), slow_but([(0.5, 3)], [(0.1, 1), (0.5, 3)]))
 def test_every_method_meets_its_target(
     method: str, ratio: float, rounds: int, trained_folder: Path, tmp_path: Path
 ) -> None:
@@ -122,7 +125,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(trained_folder: Path, tmp_pat
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("recovery", [{}, {"layerwise": {"kind": "least-squares"}}], ids=["plain", "recovered"])
+@pytest.mark.parametrize("recovery", slow_but([RECOVERED], [{}, RECOVERED]), ids=["plain", "recovered"])
 def test_a_middle_step_of_a_run_is_a_run_of_its_own(
     recovery: dict[str, Any], trained_folder: Path, tmp_path: Path
 ) -> None:
@@ -158,16 +161,15 @@ def test_a_middle_step_of_a_run_is_a_run_of_its_own(
         assert RunState.load(last).ending_here(ending).as_dict() == last, "a later attempt resumes from its own state"
 
 
-@pytest.mark.parametrize(
-    "changes", [{"rounds": 2}, {"seed": 1}, {"method": "magnitude"}, {"recovery": {"training": {"kind": "lora"}}}]
-)
-def test_a_step_is_of_no_other_request(changes: dict[str, Any], trained_folder: Path, tmp_path: Path) -> None:
+def test_a_step_is_of_no_other_request(trained_folder: Path, tmp_path: Path) -> None:
     states: list[dict[str, Any]] = []
     run(trained_folder, tmp_path / "out", spec(rounds=2), on_event=states.append)
     state = next(event["state"] for event in states if event.get("number") == 1)
-    with pytest.raises(PruningError) as caught:
-        RunState.load(state).ending_here(spec(**{"rounds": 1, "target_ratio": 0.1, **changes}))
-    assert caught.value.code == "source_changed"
+    others = [{"rounds": 2}, {"seed": 1}, {"method": "magnitude"}, {"recovery": {"training": {"kind": "lora"}}}]
+    for changes in others:
+        with pytest.raises(PruningError) as caught:
+            RunState.load(state).ending_here(spec(**{"rounds": 1, "target_ratio": 0.1, **changes}))
+        assert caught.value.code == "source_changed"
 
 
 def test_pause_after_a_round(trained_folder: Path, tmp_path: Path) -> None:
@@ -208,7 +210,7 @@ def same_weights(*folders: Path) -> bool:
 NEITHER = [name for name, method in METHODS.items() if not method.dynamic and not method.needs_gradients]
 
 
-@pytest.mark.parametrize("method", [*NEITHER, "piem-lsps"])
+@pytest.mark.parametrize("method", slow_but(["secateur", "piem-lsps"], [*NEITHER, "piem-lsps"]))
 def test_same_seed_same_plan_on_one_thread_and_two(method: str, trained_folder: Path, tmp_path: Path) -> None:
     plans = []
     for threads in (1, 2):
@@ -240,7 +242,7 @@ STEPWISE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", STEPWISE)
+@pytest.mark.parametrize("kind", slow_but(["bias", "linear-regression and lora"], STEPWISE))
 def test_resume_after_every_state_with_a_recovery(kind: str, trained_folder: Path, tmp_path: Path) -> None:
     """Through JSON and the scratch folder alone, to the same bits; and without the folder's file, not at all.
 
@@ -279,7 +281,10 @@ def test_resume_after_every_state_with_a_recovery(kind: str, trained_folder: Pat
 
 
 @pytest.mark.parametrize(
-    "changes", [{"method": "piem-lsps"}, {"method": "secateur"}, {"method": "slimllm", "rounds": 1}]
+    "changes",
+    slow_but(
+        [{"method": "secateur"}], [{"method": "piem-lsps"}, {"method": "secateur"}, {"method": "slimllm", "rounds": 1}]
+    ),
 )
 def test_several_targets_are_as_many_jobs(changes: dict[str, Any], trained_folder: Path, tmp_path: Path) -> None:
     ratios = [0.2, 0.35, 0.5]
@@ -357,7 +362,7 @@ def test_times_of_a_busy_machine_are_called_so(
     assert "the machine was busy" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("method", ["piem-lsps", "flap", "slimllm", "secateur", "llm-pruner"])
+@pytest.mark.parametrize("method", slow_but(["piem-lsps"], ["piem-lsps", "flap", "slimllm", "secateur", "llm-pruner"]))
 def test_statistics_that_are_kept_are_not_taken_again(
     method: str, trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,22 +420,22 @@ def test_scores_that_cost_no_pass_are_not_kept(method: str, trained_folder: Path
     assert not (tmp_path / "statistics").exists()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"method": "piem-lsps", "recovery": {"layerwise": {"kind": "least-squares"}}},
-        {"method": "piem", "recovery": {"layerwise": {"kind": "bias"}}, "allocation": {"kind": "cosine"}},
-        {"method": "flap", "recovery": {"layerwise": {"kind": "least-squares", "fit_to": "layer"}}},
-        {"method": "slimllm", "recovery": {"layerwise": {"kind": "none"}}, "allocation": {"kind": "lsps"}},
-        {
-            "method": "llm-pruner",
-            "allocation": {"kind": "inner"},
-            "recovery": {"layerwise": {"kind": "linear-regression"}},
-        },
-        {"method": "magnitude", "scoring": {"kind": "obs"}, "allocation": {"kind": "cosine"}},
-        {"method": "secateur", "recovery": {"layerwise": {"kind": "least-squares", "damping": 0.5}}},
-    ],
-)
+MIXED: list[dict[str, Any]] = [
+    {"method": "piem-lsps", "recovery": {"layerwise": {"kind": "least-squares"}}},
+    {"method": "piem", "recovery": {"layerwise": {"kind": "bias"}}, "allocation": {"kind": "cosine"}},
+    {"method": "flap", "recovery": {"layerwise": {"kind": "least-squares", "fit_to": "layer"}}},
+    {"method": "slimllm", "recovery": {"layerwise": {"kind": "none"}}, "allocation": {"kind": "lsps"}},
+    {
+        "method": "llm-pruner",
+        "allocation": {"kind": "inner"},
+        "recovery": {"layerwise": {"kind": "linear-regression"}},
+    },
+    {"method": "magnitude", "scoring": {"kind": "obs"}, "allocation": {"kind": "cosine"}},
+    {"method": "secateur", "recovery": {"layerwise": {"kind": "least-squares", "damping": 0.5}}},
+]
+
+
+@pytest.mark.parametrize("changes", slow_but([MIXED[0], MIXED[3]], MIXED))
 def test_kinds_can_be_mixed(changes: dict[str, Any], trained_folder: Path, tmp_path: Path) -> None:
     asked = spec(**changes)
     report = run(trained_folder, tmp_path / "out", asked).report
@@ -463,7 +468,7 @@ def test_added_biases_load_in_a_process_that_never_saw_this(
 
 
 @pytest.mark.parametrize("method", ["magnitude", "flap"])
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+@pytest.mark.parametrize(("dtype", "size"), slow_but([("bfloat16", 2)], [("float32", 4), ("bfloat16", 2)]))
 def test_a_size_can_be_asked_for(method: str, dtype: str, size: int, trained_folder: Path, tmp_path: Path) -> None:
     for name, target in (("parameters", 100_000), ("bytes", 90_000 * size)):
         asked = spec(method=method, rounds=1, dtype=dtype, target_ratio=None, goal={name: target})
@@ -519,7 +524,7 @@ def test_request_texts_are_not_published(trained_folder: Path, tmp_path: Path) -
         assert b"saffron" not in file.read_bytes(), file
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["bfloat16", "float16"]))
 def test_half_precision(dtype: str, trained_folder: Path, tmp_path: Path) -> None:
     report = run(trained_folder, tmp_path / "out", spec(dtype=dtype, rounds=1)).report
     single = run(trained_folder, tmp_path / "single", spec(rounds=1)).report
@@ -572,7 +577,9 @@ def test_licences_go_along(trained_folder: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("method", "rounds"), [("magnitude", 3), ("piem-lsps", 2), ("secateur", 1)])
+@pytest.mark.parametrize(
+    ("method", "rounds"), slow_but([("piem-lsps", 2)], [("magnitude", 3), ("piem-lsps", 2), ("secateur", 1)])
+)
 @pytest.mark.parametrize("ratio", [0.2, 0.45])
 def test_uniform_layers_are_all_alike(
     method: str, rounds: int, ratio: float, trained_folder: Path, tmp_path: Path

@@ -59,7 +59,7 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
             time.sleep(3600)
         if number == script.get("crash_in_round"):
             os.kill(os.getpid(), signal.SIGSEGV)
-        if number == script.get("grow_in_round"):
+        if number == script.get("grow_in_round") and first_attempt:
             grow(script.get("in_a_child", False))
         if number == script.get("fill_in_round"):
             fill(Path(job["folder"]), script["fill_in_round_with"])
@@ -79,8 +79,14 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
         if number == script.get("kill_worker_after_checkpoint") and first_attempt:
             os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(3600)
+        figures = {"kind": "round" if number else "baseline"}
         supervisor.tell(
-            {"type": "step", "number": number, "data": {"perplexity": 10.0 + number}, "state": {"step": number}}
+            {
+                "type": "step",
+                "number": number,
+                "data": {**figures, "perplexity": 10.0 + number},
+                "state": {"step": number},
+            }
         )
         if supervisor.wants_pause():
             return {"type": "paused"}

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
+from app.fleet import repository as fleet
 from app.jobs import leases
 from secateur.contract.errors import ErrorCode, PruningError
 from tests.workers.conftest import JobHandle, MakeJob, wait_for
@@ -75,7 +76,7 @@ def test_what_counts_as_the_same_failure(
         assert claim is not None
         made += 1
         error = PruningError(code, "It failed.").as_dict()
-        if leases.fail(session, job.id, claim.attempt, error, leases.Patience(5, 5, 0, 0), place) == "failed":
+        if leases.fail(session, job.id, claim.attempt, error, leases.Patience(5, 5, 0, 0, 60), place) == "failed":
             break
     assert (made, job.row.state) == (attempts, "failed")
 
@@ -87,7 +88,7 @@ def test_a_step_in_between_is_progress(session: Session, make_job: MakeJob) -> N
         claim = leases.claim(session, job.id, "test", 600)
         assert claim is not None
         leases.record_step(session, job.id, claim.attempt, number, {}, {})
-        assert leases.fail(session, job.id, claim.attempt, error, leases.Patience(3, 3, 0, 0), HERE) == "queued"
+        assert leases.fail(session, job.id, claim.attempt, error, leases.Patience(3, 3, 0, 0, 60), HERE) == "queued"
 
 
 @pytest.mark.parametrize("in_a_child", [False, True])
@@ -99,6 +100,27 @@ def test_a_child_that_takes_too_much_memory(
     error = ends(job, supervise)
     assert error["code"] == "out_of_memory" and "1,073,741,824" in error["message"]
     assert job.row.attempt == 1
+
+
+def test_a_job_that_is_too_large_moves_to_a_larger_worker(
+    session: Session, make_job: MakeJob, supervise: Supervise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEUR_MAX_CHILD_MEMORY_BYTES", str(2**30))
+    monkeypatch.setenv("SECATEUR_HEARTBEAT_INTERVAL", "100")  # the larger worker sends no heartbeat but its first
+    fleet.beat(session, "test", "worker", {"memory_bytes": 2**30})
+    fleet.beat(session, "large", "worker", {"memory_bytes": 2**31})
+    job = make_job({"grow_in_round": 1})
+    supervise(job)
+    wait_for(lambda: job.events("retry"))
+    assert (job.row.state, job.row.failures, job.row.outgrown_memory_bytes) == ("queued", 0, 2**30)
+    error = job.row.last_error
+    assert error is not None and error["code"] == "out_of_memory"
+    assert error["message"].endswith("The worker has 1.0 GiB of memory; the job moves to a worker with more.")
+    assert leases.claim_next(session, "test", 600, None) is None
+    fleet.beat(session, "test", "worker", {"memory_bytes": 2**31})
+    supervise(job)
+    job.wait_for_state("succeeded")
+    assert job.worked[-1][0] == 2 and (2, 0) not in job.worked, "it continues from its last step"
 
 
 @pytest.mark.parametrize("how", ["one file", "many files"])
