@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from secateur.catalog.resolve import resolve
 from secateur.catalog.sources import locate, read_shape
@@ -43,7 +43,7 @@ def test_a_pruned_model_is_pruned_again(
     family: str, layout: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """Each export compares its logits and what it generates in a fresh process."""
-    first, config = first_generation(family, tokenizer, tmp_path)
+    first, _ = first_generation(family, tokenizer, tmp_path)
     shape = read_shape(locate(str(first), allow_paths=True))
     assert len(set(shape.layers)) > 1 and shape.differs
     (report,) = prune_to_folder(NamedModel(str(first)), spec(0.4, layout), tmp_path / "second")
@@ -61,8 +61,6 @@ def test_a_pruned_model_is_pruned_again(
 def test_it_is_loaded_without_its_code_and_computes_the_same(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
     first, config = first_generation("llama", tokenizer, tmp_path, "flap")
     assert config["added_biases"], "flap adds biases, for which the stock class has no place"
     stranger = AutoModelForCausalLM.from_pretrained(first, trust_remote_code=True)
@@ -76,7 +74,7 @@ def test_it_is_loaded_without_its_code_and_computes_the_same(
         with pytest.raises(PruningError, match="got biases") as caught:
             resolve(spec(0.4, layout), decoder.shape, config=config, source_dtype="float32")
         assert (caught.value.code, caught.value.field) == (code, "layout")
+    request = PruningSpec(target_ratio=0.4, method="dsgp")
     with pytest.raises(PruningError, match="layers differ") as caught:
-        request = PruningSpec(target_ratio=0.4, method="dsgp")
         resolve(request, decoder.shape, config=config, source_dtype="float32")
     assert caught.value.code == "method_unsupported"
