@@ -1,7 +1,7 @@
 """The choice of the tokens that stay: as few as the allowed growth of the texts' token count permits."""
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +60,12 @@ def choose(
     always = {token for token in named if 0 <= token < rows}
     always |= {token["id"] for token in description["added_tokens"]} | pieces.irreplaceable()
     always |= {int(token) for ids in _encode(source, _template_texts(tokenizer)) for token in ids}
-    always |= _parts(pieces, always)
+    parts = {token: pieces.parts(token) for token in pieces.texts}
+    always |= {part for token in always & parts.keys() for part in parts[token]}
 
     folds = _folds(texts)
     counts = np.array([_count(source, fold, rows) for fold in folds])
-    orders = [_order(pieces, always, counts.sum(0) - own, rows) for own in counts]
+    orders = [_order(pieces, parts, always, counts.sum(0) - own, rows) for own in counts]
     lengths = [int(own.sum()) for own in counts]
 
     sizes = [*range(-(-len(always) // multiple) * multiple, rows, multiple), rows]
@@ -75,14 +76,14 @@ def choose(
         if size not in growths:
             written = 0
             for fold, order in zip(folds, orders, strict=True):
-                trial = build(cut_description(description, _first(order, size, rows)))
+                trial = build(cut_description(description, pieces, _first(order, size, rows)))
                 written += int(_count(trial, fold, size).sum())
             growths[size] = written / max(sum(lengths), 1) - 1
         return growths[size] <= max_growth
 
     size = sizes[bisect_left(range(len(sizes) - 1), True, key=fits)]
-    vocabulary = _first(_order(pieces, always, counts.sum(0), rows), size, rows)
-    _check_numbers(source, build(cut_description(description, vocabulary)), vocabulary)
+    vocabulary = _first(_order(pieces, parts, always, counts.sum(0), rows), size, rows)
+    _check_numbers(source, build(cut_description(description, pieces, vocabulary)), vocabulary)
     return Choice(vocabulary, growths[size])
 
 
@@ -90,19 +91,21 @@ def _first(order: Sequence[int], size: int, rows: int) -> Vocabulary:
     return Vocabulary(tuple(sorted(order[:size])), rows)
 
 
-def _order(pieces: Pieces, always: Collection[int], counts: "np.ndarray[Any, Any]", rows: int) -> list[int]:
+def _order(
+    pieces: Pieces,
+    parts: Mapping[int, set[int]],
+    always: Collection[int],
+    counts: "np.ndarray[Any, Any]",
+    rows: int,
+) -> list[int]:
     """Return all rows: first ``always``, then the pieces by use, each after its parts, and last rows without a piece."""
     order = dict.fromkeys(sorted(always))
     for token in sorted(pieces.texts, key=lambda token: (-counts[token], pieces.precedence(token))):
         if token not in order:
-            order.update(dict.fromkeys(sorted(pieces.parts(token) - {token})))
+            order.update(dict.fromkeys(sorted(parts[token] - {token})))
             order[token] = None
     order.update(dict.fromkeys(range(rows)))
     return list(order)
-
-
-def _parts(pieces: Pieces, tokens: Iterable[int]) -> set[int]:
-    return set().union(*(pieces.parts(token) for token in tokens if token in pieces.texts))
 
 
 def _folds(texts: Sequence[str]) -> list[list[str]]:

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from secateur.engine.structures.vocabulary.kept import Vocabulary, unsupported
-from secateur.engine.structures.vocabulary.pieces import read_pieces
+from secateur.engine.structures.vocabulary.pieces import Pieces
 
 NUMBERLESS = {"ByteLevel"}
 """Post-processors that name no token ids."""
@@ -27,11 +27,13 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return description
 
 
-def cut_description(description: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+def cut_description(description: Mapping[str, Any], pieces: Pieces, vocabulary: Vocabulary) -> dict[str, Any]:
     """Return the content of ``tokenizer.json`` with only the kept tokens, under their new ids.
 
+    ``pieces`` are those of ``description``.
+
     Raises:
-        PruningError: ``vocabulary_unsupported`` for a kind of model or of post-processor that cannot be renumbered.
+        PruningError: ``vocabulary_unsupported`` for a kind of post-processor that cannot be renumbered.
     """
     added = [
         {**token, "id": vocabulary.renumber(token["id"], f"the added token {token['content']!r}")}
@@ -42,7 +44,7 @@ def cut_description(description: Mapping[str, Any], vocabulary: Vocabulary) -> d
         padding = {**padding, "pad_id": vocabulary.renumber(padding["pad_id"], "padding.pad_id of tokenizer.json")}
     return {
         **description,
-        "model": read_pieces(description).cut(description["model"], vocabulary),
+        "model": pieces.cut(description["model"], vocabulary),
         "added_tokens": added,
         "post_processor": _cut_processor(description.get("post_processor"), vocabulary),
         "padding": padding,

@@ -50,13 +50,14 @@ def rewrite_files(folder: Path, vocabulary: Vocabulary) -> list[str]:
         PruningError: ``vocabulary_unsupported``; some files may then be rewritten.
     """
     source = _read(folder / DESCRIPTION)
-    cut = cut_description(source, vocabulary)
+    pieces = read_pieces(source)
+    cut = cut_description(source, pieces, vocabulary)
     _write(folder / DESCRIPTION, cut)
     for name in IDS:
         if (path := folder / name).is_file():
             _write(path, cut_ids(_read(path), vocabulary))
     if (path := folder / "merges.txt").is_file():
-        kept = read_pieces(cut).ids
+        kept = cut_ids(pieces.ids, vocabulary)
         lines = path.read_text(encoding="utf-8").split("\n")
         merges = [line for line in lines if line.startswith("#version") or (line.count(" ") == 1 and stays(line, kept))]
         path.write_text("\n".join(merges) + "\n", encoding="utf-8")
@@ -71,27 +72,33 @@ def rewrite_files(folder: Path, vocabulary: Vocabulary) -> list[str]:
         _write(path, config, indent=2)
     if (path := folder / "generation_config.json").is_file():
         _write(path, renumber_config(_read(path), vocabulary), indent=2)
-    return [note for name in SENTENCEPIECE if (folder / name).is_file() for note in _cut_pieces(folder / name, source, vocabulary)]
+    ids = pieces.ids | {token["content"]: token["id"] for token in source["added_tokens"]}
+    return [
+        f"{name} is left out, because it numbers tokens otherwise than {DESCRIPTION}, which has them all."
+        for name in SENTENCEPIECE
+        if (folder / name).is_file() and not _cut_sentencepiece(folder / name, ids, vocabulary)
+    ]
 
 
-def _cut_pieces(path: Path, description: Mapping[str, Any], vocabulary: Vocabulary) -> list[str]:
-    """Cut a SentencePiece model, or delete it and return a note that says so."""
+def _cut_sentencepiece(path: Path, ids: Mapping[str, int], vocabulary: Vocabulary) -> bool:
+    """Cut a SentencePiece model and return True, or delete it and return False if its pieces are not numbered as ``ids``.
+
+    https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto describes the file.
+    """
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(path.read_bytes())
-    ids = read_pieces(description).ids | {token["content"]: token["id"] for token in description["added_tokens"]}
-    if any(ids.get(piece.piece, index) != index for index, piece in enumerate(model.pieces)):
+    if any(ids.get(piece.piece) != index for index, piece in enumerate(model.pieces)):
         path.unlink()
-        return [f"{path.name} is left out, because it numbers tokens otherwise than {DESCRIPTION}, which has them all."]
+        return False
     kept = [model.pieces[token] for token in vocabulary.kept if token < len(model.pieces)]
     trainer = model.trainer_spec
     for key in ("unk_id", "bos_id", "eos_id", "pad_id"):
-        token = getattr(trainer, key)
-        setattr(trainer, key, vocabulary.remap.get(token, -1))
+        setattr(trainer, key, vocabulary.remap.get(getattr(trainer, key), -1))
     trainer.vocab_size = len(kept)
     del model.pieces[:]
     model.pieces.extend(kept)
     path.write_bytes(model.SerializeToString())
-    return []
+    return True
 
 
 def _read(path: Path) -> dict[str, Any]:

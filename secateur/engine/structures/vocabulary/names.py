@@ -81,7 +81,7 @@ def _renumbered(
             result[key] = value
         elif TOKEN_KEY.search(key):
             result[key] = _ids(value, name, renumber)
-        elif UNREADABLE_KEY.search(key) and key != "label2id":
+        elif UNREADABLE_KEY.search(key):
             raise unsupported(f"the key {name} of the model's configuration holds token ids that cannot be renumbered")
         elif "vocab" in key and type(value) is int and key not in UNRELATED_KEYS:
             if key not in SIZE_KEYS or value != rows:
@@ -90,7 +90,7 @@ def _renumbered(
                     f"of the embedding, which has {rows} rows"
                 )
             result[key] = size
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) and all(isinstance(inner, str) for inner in value):
             result[key] = _renumbered(value, rows, size, renumber, f"{name}.")
         else:
             result[key] = value

@@ -53,9 +53,11 @@ class Pieces(ABC):
             always.add(self.unknown)
         if self.byte_fallback:
             return always | {i for text, i in self.ids.items() if len(text) == 1 and (text.isascii() or text == SPACE)}
-        return always | {i for text, i in self.ids.items() if any(character not in self.ids for character in text)} | {
-            i for text, i in self.ids.items() if len(text) == 1
-        }
+        return (
+            always
+            | {i for text, i in self.ids.items() if any(character not in self.ids for character in text)}
+            | {i for text, i in self.ids.items() if len(text) == 1}
+        )
 
 
 class BpePieces(Pieces):

@@ -69,5 +69,7 @@ def _rows(tensor: Tensor, kept: Tensor) -> nn.Parameter:
 
 
 def _bytes(embedding: nn.Module, head: nn.Module | None) -> int:
-    tables = {id(tensor): tensor for module in (embedding, head) if module is not None for tensor in module.parameters()}
+    tables = {
+        id(tensor): tensor for module in (embedding, head) if module is not None for tensor in module.parameters()
+    }
     return sum(tensor.nbytes for tensor in tables.values())
