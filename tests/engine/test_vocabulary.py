@@ -1,10 +1,15 @@
 """The structure vocabulary: the choice of tokens, the tokenizer's files, the tables, and what the configs name."""
 
+import argparse
+import calendar
+import inspect
 import io
 import json
+import optparse
 import subprocess
 import sys
 from functools import cache
+from html.entities import html5
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -33,7 +38,10 @@ from secateur.engine.structures.vocabulary.pieces import BYTES
 from tests.engine.models import make_model
 
 PAGES = [page for page in topics.values() if len(page) > 1500]
-TRAINING, USED, HELD_OUT = PAGES, PAGES[::2], PAGES[1::8]
+USED, HELD_OUT = PAGES[::2], PAGES[1::8]
+OTHERS = [*map(inspect.getsource, (argparse, calendar, optparse)), " ".join(html5.values()) * 3]
+"""Texts for which the tokenizers have tokens that the user's texts do not need."""
+TRAINING = PAGES + OTHERS
 KINDS = ("byte-level", "sentencepiece", "unigram", "unigram-bytes")
 ENDS = ["<unk>", "<s>", "</s>"]
 TEMPLATE = "{% for message in messages %}<|turn|>{{ message.role + ' speaks: ' }}{{ message.content }}\n{% endfor %}"
@@ -150,7 +158,7 @@ def test_every_kept_token_is_made_from_its_own_text_as_before(kind: str) -> None
 def test_held_out_texts_grow_within_the_bound(kind: str) -> None:
     chosen, before = choice(kind), source(kind)
     assert 0 < chosen.growth <= 0.01
-    assert chosen.vocabulary.size < 0.95 * len(before) and chosen.vocabulary.size % 16 == 0
+    assert chosen.vocabulary.size < len(before) - 50 and chosen.vocabulary.size % 16 == 0
     assert tokens(cut(kind), HELD_OUT) <= 1.01 * tokens(before, HELD_OUT)
     wider = choose(before, USED, len(before), max_growth=0.1)
     assert wider.vocabulary.size < chosen.vocabulary.size and chosen.growth < wider.growth <= 0.1
@@ -323,11 +331,13 @@ def test_a_sentencepiece_model_is_cut_with_the_fast_tokenizer(kind: str, tmp_pat
     for line in [*USED[1].splitlines(), "日本 é 👍🏽"]:
         ids = after.EncodeAsIds(line)
         assert after.DecodeIds(ids) == line
-        assert fast(line, add_special_tokens=False).input_ids == ids or not line
+        # transformers and sentencepiece do not treat every run of spaces alike.
+        if before.EncodeAsIds(line) == tokenizer(line, add_special_tokens=False).input_ids:
+            assert fast(line, add_special_tokens=False).input_ids == ids
         if remap.keys() >= {*before.EncodeAsIds(line)}:
             assert ids == [remap[token] for token in before.EncodeAsIds(line)]
     (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
-    other = Vocabulary(tuple(range(200)), 300)
+    other = Vocabulary(tuple(range(200)), 4002)
     byte_level().save_pretrained(tmp_path)
     with pytest.raises(PruningError, match="added token"):
         rewrite_files(tmp_path, other)

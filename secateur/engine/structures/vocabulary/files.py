@@ -72,7 +72,7 @@ def rewrite_files(folder: Path, vocabulary: Vocabulary) -> list[str]:
         _write(path, config, indent=2)
     if (path := folder / "generation_config.json").is_file():
         _write(path, renumber_config(_read(path), vocabulary), indent=2)
-    ids = pieces.ids | {token["content"]: token["id"] for token in source["added_tokens"]}
+    ids = {**pieces.ids, **{token["content"]: token["id"] for token in source["added_tokens"]}}
     return [
         f"{name} is left out, because it numbers tokens otherwise than {DESCRIPTION}, which has them all."
         for name in SENTENCEPIECE
@@ -85,7 +85,7 @@ def _cut_sentencepiece(path: Path, ids: Mapping[str, int], vocabulary: Vocabular
 
     https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto describes the file.
     """
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     model.ParseFromString(path.read_bytes())
     if any(ids.get(piece.piece) != index for index, piece in enumerate(model.pieces)):
         path.unlink()
