@@ -1,0 +1,23 @@
+"""The structure ``vocabulary``: tokens that the user's texts do not need leave the tokenizer and the model.
+
+The order of use: :func:`named_tokens` and :func:`choose` give a :class:`Choice`; :func:`cut_model` and
+:func:`cut_tokenizer` cut what is in memory; :func:`rewrite_files` and :func:`renumber_config` cut what is published.
+"""
+
+from secateur.engine.structures.vocabulary.choose import Choice, choose
+from secateur.engine.structures.vocabulary.files import cut_tokenizer, rewrite_files
+from secateur.engine.structures.vocabulary.kept import Vocabulary
+from secateur.engine.structures.vocabulary.names import named_tokens, renumber_config
+from secateur.engine.structures.vocabulary.tables import TableBytes, cut_model
+
+__all__ = [
+    "Choice",
+    "TableBytes",
+    "Vocabulary",
+    "choose",
+    "cut_model",
+    "cut_tokenizer",
+    "named_tokens",
+    "renumber_config",
+    "rewrite_files",
+]
