@@ -244,7 +244,7 @@ def test_what_is_saved_is_the_stock_class(
 
 
 BLOCKS: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {"n_routed_experts": 8, "n_group": 2, "topk_group": 1},
+    "deepseek_v3": {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 8, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
     "ernie4_5_moe": {"moe_num_experts": 8, "moe_k": 3, "moe_num_shared_experts": 1},
     "glm4_moe": {"n_routed_experts": 8, "n_group": 1, "topk_group": 1},
@@ -260,10 +260,10 @@ BLOCKS: dict[str, dict[str, Any]] = {
 """Model types whose blocks of experts have other routers, with the settings that make such a block small."""
 
 
-def block_of(model_type: str) -> nn.Module:
+def block_of(model_type: str, **changes: int) -> nn.Module:
     """Return a random block of experts of a stock class."""
     sizes = {"hidden_size": 48, "intermediate_size": 32, "moe_intermediate_size": 32, "num_experts_per_tok": 3}
-    config = AutoConfig.for_model(model_type, **{**sizes, **BLOCKS[model_type]})
+    config = AutoConfig.for_model(model_type, **{**sizes, **BLOCKS[model_type], **changes})
     module = __import__(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__, fromlist=["x"])
     names = ("MoE", "Moe", "SparseMoeBlock")
     made = next(c for n, c in vars(module).items() if n.endswith(names) and issubclass(c, nn.Module))
@@ -304,7 +304,7 @@ def test_routers_of_other_classes(model_type: str, kept: tuple[int, ...]) -> Non
 
 
 def test_groups_keep_as_many_each() -> None:
-    layer = layer_of(block_of("deepseek_v3"))
+    layer = layer_of(block_of("deepseek_v3", num_experts_per_tok=3))
     assert experts.groups(layer) == 2 and experts.experts_per_token(layer) == 3
     scores = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1], dtype=torch.float64)
     assert experts.best([scores], [4], [layer]) == [(0, 1, 4, 5)]
