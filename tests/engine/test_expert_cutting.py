@@ -69,7 +69,7 @@ class _Shield(TorchFunctionMode):
 
 
 @contextmanager
-def shielded(block: nn.Module, kept: Iterable[int]) -> Iterator[None]:
+def shielded(block: Any, kept: Iterable[int]) -> Iterator[None]:
     """Let the router of ``block`` choose among the experts ``kept`` alone, while the context lasts."""
     router: Any = getattr(block, "gate", None) or block.router
     weight = next(parameter for parameter in router.parameters() if parameter.dim() == 2 and len(parameter) > 1)
@@ -239,8 +239,8 @@ def test_what_is_saved_is_the_stock_class(
     check_checkpoint(decoder, folder, own_code=False)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert sum(parameter.numel() for parameter in loaded.parameters()) == decoder.parameters
-    balanced = [model(TOKENS, output_router_logits=True).aux_loss for model in (loaded, decoder.model)]
-    assert torch.allclose(*balanced, rtol=2e-2)
+    one, other = (model(TOKENS, output_router_logits=True).aux_loss for model in (loaded, decoder.model))
+    assert torch.allclose(one, other, rtol=2e-2)
 
 
 BLOCKS: dict[str, dict[str, Any]] = {

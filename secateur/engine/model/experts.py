@@ -24,7 +24,7 @@ class Experts(nn.Module):
         gate_up, down = module.gate_up_proj, module.down_proj
         assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
         self.count = len(gate_up)
-        self.act_fn: Callable[[Tensor], Tensor] = module.act_fn  # a module, or a function in some classes
+        self.act_fn: Any = module.act_fn  # a module, or a function in some classes
         gate, up = (half.flatten(0, 1) for half in gate_up.detach().chunk(2, dim=1))
         self.gate, self.up = _linear(gate, gate_up.requires_grad), _linear(up, gate_up.requires_grad)
         self.down = _linear(down.detach().transpose(0, 1).flatten(1), down.requires_grad)

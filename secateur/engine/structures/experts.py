@@ -19,6 +19,8 @@ ROUTERS = ("gate", "router")
 """The names that stock classes give to the router."""
 COUNTS = ("num_experts", "n_routed_experts")
 """Attributes of a stock block and of its router that hold the number of experts."""
+PER_TOKEN_ATTRIBUTE = "top_k"
+"""The attribute of a stock router or block that holds the number of experts to which each token is sent."""
 PER_TOKEN = "num_experts_per_tok"
 """The config's key for the number of experts to which each token is sent."""
 
@@ -38,11 +40,8 @@ def groups(layer: Layer) -> int:
 
 def experts_per_token(layer: Layer) -> int:
     """Return the number of experts to which the router of a mixture sends each token."""
-    return next(
-        int(module.top_k)
-        for module in (_router(layer), _block(layer))
-        if isinstance(getattr(module, "top_k", None), int)
-    )
+    told = (getattr(module, PER_TOKEN_ATTRIBUTE, None) for module in (_router(layer), _block(layer)))
+    return next(number for number in told if isinstance(number, int))
 
 
 def best(scores: Sequence[Tensor], counts: Sequence[int], layers: Sequence[Layer]) -> list[tuple[int, ...]]:
@@ -90,13 +89,13 @@ def cut(layer: Layer, kept: Sequence[int]) -> None:
         if isinstance(owner, nn.Linear):
             owner.out_features = len(kept)
     mixture.keep(indices)
-    open_to_a_token = len(kept) * int(getattr(router, "topk_group", parts)) // parts
+    open_to_a_token = len(kept) * int(getattr(router, "topk_group", None) or parts) // parts
     for owner in owners:
         for name in COUNTS:
             if isinstance(getattr(owner, name, None), int):
                 setattr(owner, name, len(kept))
-        if isinstance(per_token := getattr(owner, "top_k", None), int):
-            owner.top_k = min(per_token, open_to_a_token)
+        if isinstance(per_token := getattr(owner, PER_TOKEN_ATTRIBUTE, None), int):
+            setattr(owner, PER_TOKEN_ATTRIBUTE, min(per_token, open_to_a_token))
 
 
 def config_keys(layer: Layer) -> dict[str, int]:
