@@ -1,5 +1,6 @@
 """A mixture of experts as three linear projections, scored and recovered like a gated feed-forward block."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ class Experts(nn.Module):
         """
         super().__init__()
         gate_up, down = module.gate_up_proj, module.down_proj
-        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor) and isinstance(module.act_fn, nn.Module)
+        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
         self.count = len(gate_up)
-        self.act_fn = module.act_fn
+        self.act_fn: Any = module.act_fn  # a module, or a function in some classes
         gate, up = (half.flatten(0, 1) for half in gate_up.detach().chunk(2, dim=1))
         self.gate, self.up = _linear(gate, gate_up.requires_grad), _linear(up, gate_up.requires_grad)
         self.down = _linear(down.detach().transpose(0, 1).flatten(1), down.requires_grad)
@@ -31,6 +32,10 @@ class Experts(nn.Module):
         """Whether each expert runs only on the tokens that the router sends to it. The projections are then not
         called as modules, so hooks on the projections do not run, and nothing that hooks or wrapping modules add
         takes effect."""
+        self.watch: Callable[[int, Tensor, Tensor], None] | None = None
+        """A function that is called for each expert that runs while ``routed``, or ``None``. The arguments are the
+        expert, the weights ``[tokens]`` of the tokens that are sent to the expert, and the expert's outputs ``[tokens,
+        hidden]`` for these tokens before the weights multiply the outputs."""
 
     def forward(self, hidden: Tensor, sent_to: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted sum of the experts' outputs ``[tokens, hidden]``.
@@ -52,9 +57,20 @@ class Experts(nn.Module):
             tokens, place = torch.where(sent_to == expert)
             own = hidden[tokens]
             activations = self.act_fn(own @ gate[expert].T) * (own @ up[expert].T)
-            outputs = activations @ down[expert].T * weights[tokens, place, None]
-            given.index_add_(0, tokens, outputs.to(given.dtype))
+            outputs, own_weights = activations @ down[expert].T, weights[tokens, place]
+            if self.watch is not None:
+                self.watch(expert, own_weights, outputs)
+            given.index_add_(0, tokens, (outputs * own_weights[:, None]).to(given.dtype))
         return given
+
+    def keep(self, kept: Tensor) -> None:
+        """Cut the module in place to the experts ``kept``, a tensor of ascending indices on the module's device."""
+        for linear, dim in ((self.gate, 0), (self.up, 0), (self.down, 1)):
+            by_expert = linear.weight.detach().unflatten(dim, (self.count, -1))
+            weight = by_expert.index_select(dim, kept).flatten(dim, dim + 1)
+            linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+        self.count = len(kept)
+        self.gate.out_features = self.up.out_features = self.down.in_features = self.down.weight.shape[1]
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return the state dict of the stock module that this module replaces; arguments as in ``nn.Module``."""
