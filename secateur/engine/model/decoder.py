@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.catalog.architectures import Family, LayerShape, ModelShape
 from secateur.contract.errors import ErrorCode, PruningError
+from secateur.engine.model.absent import Absent
 from secateur.engine.model.experts import Experts
 from secateur.engine.model.fused import Fused
 from secateur.engine.time_limit import encode
@@ -90,11 +91,17 @@ class Layer:
 
     @property
     def kv_groups(self) -> int:
-        return self.attention_output.in_features // self.group_width
+        """Number of KV groups; 0 in a layer without attention."""
+        absent = self._is_absent(self.family.attention_output)
+        return 0 if absent else self.attention_output.in_features // self.group_width
 
     @property
     def channels(self) -> int:
-        return self.channel_output.in_features
+        """Number of channels of all experts; 0 in a layer without feed-forward."""
+        return 0 if self._is_absent(self.family.channel_output) else self.channel_output.in_features
+
+    def _is_absent(self, projection: str) -> bool:
+        return isinstance(self.module.get_submodule(projection.partition(".")[0]), Absent)
 
     def experts(self, structure: Structure) -> int:
         """Return the number of experts that share this structure's units; each expert holds the same number."""
@@ -114,7 +121,7 @@ class Layer:
         return self.group_width if structure == "kv_groups" else 1
 
     def units(self, structure: Structure) -> int:
-        return self.output(structure).in_features // self.width(structure)
+        return self.kv_groups if structure == "kv_groups" else self.channels
 
     @property
     def shape(self) -> LayerShape:

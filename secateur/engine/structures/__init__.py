@@ -1,0 +1,1 @@
+"""The structures that pruning can remove, one file for each."""
