@@ -39,7 +39,9 @@ def loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: P
 
 
 @contextmanager
-def shielded(decoder: Decoder, blocks: tuple[int, ...] = (), outputs: tuple[tuple[int, str], ...] = ()) -> Iterator[None]:
+def shielded(
+    decoder: Decoder, blocks: tuple[int, ...] = (), outputs: tuple[tuple[int, str], ...] = ()
+) -> Iterator[None]:
     """Let blocks return what entered them, and let output projections (``kv_groups``, ``channels``) return zeros."""
 
     def unchanged(_: Any, args: tuple[Tensor, ...], output: Any) -> Any:
@@ -143,7 +145,9 @@ def test_cut_sublayers_are_shielded_sublayers(name: str, tokenizer: PreTrainedTo
         checkpoint.write_model(decoder, source, Plan.full(tuple(decoder.widths)), folder, stock=True)
         check_checkpoint(decoder, folder, own_code=name == "chatglm6b")
     assert same(logits(decoder), expected)
-    assert isinstance(decoder.layers[0].module.get_submodule(sublayers.modules(decoder.shape.family, "attention")[0]), Absent)
+    assert isinstance(
+        decoder.layers[0].module.get_submodule(sublayers.modules(decoder.shape.family, "attention")[0]), Absent
+    )
 
 
 def test_the_last_attention_of_its_kind_stays(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -101,10 +101,7 @@ def absent_modules(decoder: Decoder) -> dict[str, list[str]]:
     """Return the modules that are absent, by the number of the block, for the config of the layout ``per-layer``."""
     found = {
         str(index): [
-            name
-            for sublayer in UNITS
-            if is_absent(layer, sublayer)
-            for name in modules(decoder.shape.family, sublayer)
+            name for sublayer in UNITS if is_absent(layer, sublayer) for name in modules(decoder.shape.family, sublayer)
         ]
         for index, layer in enumerate(decoder.layers)
     }
