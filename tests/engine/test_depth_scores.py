@@ -1,6 +1,7 @@
 """Scores of blocks and sub-layers against dropping and measuring; compensation against the map that it folds."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,12 +16,11 @@ from secateur.engine.recovery.depth import LastProjection, absent, compensate
 from secateur.engine.scoring.depth import Removal, Unit, by_structure, can_leave, greedy, influences
 from secateur.engine.structures import layers, sublayers
 from tests.engine.models import FAMILIES, LIKE_LLAMA, VOCABULARY, decoder_of, english, make_model
+from tests.engine.test_depth import loaded
 
 TOKENS = torch.randint(VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(3))
 UNITS: list[Unit] = [(structure, index) for structure in ("layers", "attention", "feed_forward") for index in range(3)]  # type: ignore[misc]
-ADDITIVE = [name for name in FAMILIES if name not in ("gemma2", "gemma3", "glm4", "chatglm6b", "gpt-neox")] + [
-    "gpt-neox"
-]
+ADDITIVE = [name for name in FAMILIES if name not in ("gemma2", "gemma3", "glm4", "chatglm6b")]
 
 
 def ignore(share: float) -> None:
@@ -97,8 +97,10 @@ def test_compensated_loss_is_that_of_folded_weights(
 
 @pytest.mark.parametrize("name", [*ADDITIVE, *LIKE_LLAMA])
 @pytest.mark.parametrize("without", [None, "feed_forward"])
-def test_folded_weights_are_the_map(name: str, without: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    decoder = decoder_of(make_model(name), tokenizer)
+def test_folded_weights_are_the_map(
+    name: str, without: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    decoder, _ = loaded(make_model(name), tokenizer, tmp_path)
     entered = decoder.enter(TOKENS)
     hidden = entered.hidden
     with torch.no_grad(), absent(decoder.layers[0], 0, {} if without is None else {without: {0}}):
@@ -124,10 +126,10 @@ def test_compensation_lowers_the_loss(
 ) -> None:
     decoder = decoder_of(trained.to(dtype), tokenizer)
     plain = dropped(decoder, [unit])
-    compensate(decoder, texts(tokenizer, "calibration", 64), 16, by_structure([unit]), ignore)
+    tokens = texts(tokenizer, "calibration", 64)
+    compensate(decoder, tokens, 16, by_structure([unit]), ignore)
     compensated = dropped(decoder, [unit])
-    evaluation = texts(tokenizer, "evaluation", 16)
-    assert loss(compensated, evaluation) < loss(plain, evaluation)
+    assert loss(compensated, tokens) < loss(plain, tokens)
     assert {tensor.dtype for tensor in compensated.model.state_dict().values()} == {dtype}
 
 
