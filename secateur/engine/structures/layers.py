@@ -1,0 +1,85 @@
+"""Whole blocks as a structure: a removed block leaves the model, whose class is the stock one with fewer layers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from secateur.catalog.architectures import Family
+from secateur.contract.errors import ErrorCode, PruningError
+from secateur.engine.model.decoder import Decoder
+from secateur.engine.structures.caches import number_caches
+
+BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""The keys of a config that hold one entry for each layer."""
+NUMBERS_OF_LAYERS = ("mlp_only_layers",)
+"""The keys of a config that hold the numbers of some layers."""
+FIRST_LAYERS = ("max_window_layers",)
+"""The keys of a config that hold a number n, by which the first n layers differ from the others."""
+MODULES_BY_LAYER = "per_layer_config"
+"""The key of the config of a model in the layout ``per-layer`` that maps each layer's number to its widths."""
+
+
+def refusal(config: Mapping[str, Any]) -> str | None:
+    """Return why no block can leave a model with this config, or ``None``."""
+    if config.get("scale_attn_by_inverse_layer_idx"):
+        return "its attention is scaled by the number of the layer (scale_attn_by_inverse_layer_idx)"
+    return None
+
+
+def cut(decoder: Decoder, kept: Sequence[int]) -> None:
+    """Keep only the blocks ``kept`` of the model in memory; the numbers are ascending and count the present blocks.
+
+    The model's config, and the numbers by which attention modules find their caches, follow.
+
+    Raises:
+        PruningError: ``unsupported_architecture`` when the class does not compute the same with fewer blocks.
+    """
+    if len(kept) == len(decoder.layers):
+        return
+    config = decoder.model.config
+    if reason := refusal(config.to_dict()):
+        raise PruningError(
+            ErrorCode.UNSUPPORTED_ARCHITECTURE, f"No layer of this model can be removed: {reason}.", field="structures"
+        )
+    family = decoder.shape.family
+    changed = config_with(config.to_dict(), family, kept)
+    decoder.layers = [decoder.layers[index] for index in kept]
+    decoder.model.set_submodule(family.layers, nn.ModuleList(layer.module for layer in decoder.layers))
+    for key in (family.name_of("num_hidden_layers"), *BY_LAYER, *NUMBERS_OF_LAYERS, *FIRST_LAYERS, MODULES_BY_LAYER):
+        if getattr(config, key, None) is not None and key in changed:
+            setattr(config, key, changed[key])
+    number_caches(decoder)
+
+
+def config_with(config: Mapping[str, Any], family: Family, kept: Sequence[int]) -> dict[str, Any]:
+    """Return ``config`` for a model that keeps only the blocks ``kept``; the numbers are ascending.
+
+    The config of the loaded model has every per-layer list that ``config.json`` leaves to a default, such as
+    ``layer_types``: the lists must be written, because their defaults follow from the numbers of the layers.
+    """
+    changed, place = dict(config), {index: new for new, index in enumerate(kept)}
+    changed[family.name_of("num_hidden_layers")] = len(kept)
+    for key in BY_LAYER:
+        if entries := config.get(key):
+            changed[key] = [entries[index] for index in kept]
+    for key in NUMBERS_OF_LAYERS:
+        if numbers := config.get(key):
+            changed[key] = [place[index] for index in numbers if index in place]
+    for key in FIRST_LAYERS:
+        if config.get(key) is not None:
+            changed[key] = sum(index < config[key] for index in kept)
+    if by_number := config.get(MODULES_BY_LAYER):
+        changed[MODULES_BY_LAYER] = {
+            str(place[int(number)]): widths for number, widths in by_number.items() if int(number) in place
+        }
+    return changed
+
+
+def written_config(config: Mapping[str, Any], loaded: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return the ``config.json`` of a model whose blocks were cut.
+
+    ``config`` is the source's ``config.json``; ``loaded`` is the config of the cut model in memory.
+    """
+    keys = (family.name_of("num_hidden_layers"), *BY_LAYER, *NUMBERS_OF_LAYERS, *FIRST_LAYERS)
+    return {**config, **{key: loaded[key] for key in keys if loaded.get(key) is not None}}
