@@ -265,7 +265,7 @@ def _beat(session: Session, **memories: int | None) -> None:
 def _take(session: Session, worker: str) -> int | None:
     """The number of the attempt that the worker begins, or ``None`` if it may take no job."""
     claim = leases.claim_next(session, worker, TTL, None)
-    return claim and claim.attempt
+    return None if claim is None else claim.attempt
 
 
 def test_what_does_not_fit_moves_to_ever_larger_workers(session: Session, queued: uuid.UUID) -> None:

@@ -69,7 +69,8 @@ def _report(mlflow: Mlflow, run: TrackedRun, job: Job, key: str, events: Sequenc
     """Tell MLflow what is new of the job, and return the columns of the run that say what MLflow knows."""
     run_id = run.run_id or _begin(mlflow, job, key)
     mlflow.log(run_id, {}, _state(job), [metric for event in events for metric in _metrics(event)])
-    mlflow.update_run(run_id, STATUSES[State(job.state)], job.finished_at and _milliseconds(job.finished_at))
+    ended = None if job.finished_at is None else _milliseconds(job.finished_at)
+    mlflow.update_run(run_id, STATUSES[State(job.state)], ended)
     return {"run_id": run_id, "last_event": events[-1].id if events else run.last_event}
 
 

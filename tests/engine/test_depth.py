@@ -19,8 +19,7 @@ from secateur.engine.model.absent import Absent
 from secateur.engine.model.cutting import padded
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.loading import load
-from secateur.engine.model.plan import Plan
-from secateur.engine.structures import layers, sublayers
+from secateur.engine.structures import WIDTHS, layers, sublayers
 from secateur.engine.structures.caches import cache_numbers
 from tests.engine.models import FAMILIES, LIKE_LLAMA, VOCABULARY, make_model, save
 
@@ -51,7 +50,7 @@ def shielded(
         for index in blocks:
             stack.callback(decoder.layers[index].module.register_forward_hook(unchanged).remove)
         for index, structure in outputs:
-            output = decoder.layers[index].output(structure)  # type: ignore[arg-type]
+            output = WIDTHS[structure].output(decoder.layers[index])
             stack.callback(output.register_forward_hook(lambda _, args, output: torch.zeros_like(output)).remove)
         yield
 
@@ -97,8 +96,7 @@ def write_blocks(decoder: Decoder, source: Any, folder: Path) -> None:
     """Write the model as one of the stock class, and let a new process load it and generate with a cache."""
     config = layers.written_config(source.config, decoder.model.config.to_dict(), decoder.shape.family)
     folder.mkdir()
-    plan = Plan.full(tuple(decoder.widths))
-    checkpoint.write_model(decoder, replace(source, config=config), plan, folder, stock=True)
+    checkpoint.write_model(decoder, replace(source, config=config), folder, stock=True)
     own = decoder.shape.family.name == "chatglm6b"
     assert own == any(folder.glob("*.py"))
     check_checkpoint(decoder, folder, own_code=own)
@@ -142,7 +140,7 @@ def test_cut_sublayers_are_shielded_sublayers(name: str, tokenizer: PreTrainedTo
     folder.mkdir()
     with sublayers.held(decoder), padded(decoder):
         assert same(logits(decoder), expected)
-        checkpoint.write_model(decoder, source, Plan.full(tuple(decoder.widths)), folder, stock=True)
+        checkpoint.write_model(decoder, source, folder, stock=True)
         check_checkpoint(decoder, folder, own_code=name == "chatglm6b")
     assert same(logits(decoder), expected)
     assert isinstance(

@@ -13,13 +13,14 @@ from secateur.contract.errors import PruningError
 from secateur.engine.measure.forward_statistics import ForwardStatistics, forward_statistics
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.recovery.depth import LastProjection, absent, compensate
-from secateur.engine.scoring.depth import Removal, Unit, by_structure, can_leave, greedy, influences
+from secateur.engine.scoring.depth import Depth, Removal, Unit, by_structure, can_leave, greedy, influences
 from secateur.engine.structures import layers, sublayers
 from tests.engine.models import FAMILIES, LIKE_LLAMA, VOCABULARY, decoder_of, english, make_model
 from tests.engine.test_depth import loaded
 
 TOKENS = torch.randint(VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(3))
-UNITS: list[Unit] = [(structure, index) for structure in ("layers", "attention", "feed_forward") for index in range(3)]  # type: ignore[misc]
+DEPTHS: tuple[Depth, ...] = ("layers", "attention", "feed_forward")
+UNITS: list[Unit] = [(structure, index) for structure in DEPTHS for index in range(3)]
 ADDITIVE = [name for name in FAMILIES if name not in ("gemma2", "gemma3", "glm4", "chatglm6b")]
 
 
@@ -50,7 +51,8 @@ def dropped(decoder: Decoder, units: list[Unit]) -> Decoder:
 @pytest.mark.parametrize("name", ["llama", "gpt-neox", "opt", "mixtral", "gemma2"])
 def test_greedy_is_dropping_and_measuring(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     decoder = decoder_of(make_model(name), tokenizer)
-    base, gone = loss(decoder, TOKENS), []
+    base = loss(decoder, TOKENS)
+    gone: list[Unit] = []
     prices = {unit: 2 if unit[0] == "layers" else 1 for unit in UNITS}
     for removal in greedy(decoder, TOKENS, 3, prices, False, any_number, ignore):
         before = loss(dropped(decoder, gone), TOKENS)

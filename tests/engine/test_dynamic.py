@@ -25,6 +25,7 @@ from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.loading import load
 from secateur.engine.run.workspace import Paused
 from secateur.engine.scoring.base import Context
+from secateur.engine.structures import WIDTHS
 from tests.engine.models import FAMILIES, VOCABULARY, decoder_of, english, make_model, save
 from tests.engine.running import prune, resolved
 from tests.tiers import slow_but
@@ -98,14 +99,14 @@ def gates(decoder: Decoder, chosen: dict[tuple[int, str], Tensor]) -> Iterator[N
     hooks = []
     for (index, structure), units in chosen.items():
         layer = decoder.layers[index]
-        gate = torch.zeros(len(units), layer.units(structure)).scatter_(1, units, 1.0)  # type: ignore[arg-type]
-        gate = gate.repeat_interleave(layer.width(structure), 1)  # type: ignore[arg-type]
+        gate = torch.zeros(len(units), WIDTHS[structure].units(layer)).scatter_(1, units, 1.0)
+        gate = gate.repeat_interleave(WIDTHS[structure].width(layer), 1)
 
         def close(_: Any, args: tuple[Tensor], gate: Tensor = gate) -> tuple[Tensor]:
             inputs = args[0].reshape(len(PROMPTS), -1, gate.shape[1])
             return ((inputs * gate[:, None]).reshape(args[0].shape),)
 
-        hooks.append(layer.output(structure).register_forward_pre_hook(close))  # type: ignore[arg-type]
+        hooks.append(WIDTHS[structure].output(layer).register_forward_pre_hook(close))
     yield
     for hook in hooks:
         hook.remove()
@@ -116,7 +117,9 @@ def needed(case: Case, prompts: Tensor, weight: float, together: bool) -> dict[t
     seen: dict[tuple[int, str], Tensor] = {}
     decoder, known, chosen = case.plain, load_file(case.folder / PRIORS), {}
     hooks = [
-        layer.output(structure).register_forward_pre_hook(
+        WIDTHS[structure]
+        .output(layer)
+        .register_forward_pre_hook(
             lambda _, args, key=(index, structure): seen.__setitem__(
                 key, args[0].reshape(len(prompts), -1, args[0].shape[-1])
             )
@@ -129,14 +132,14 @@ def needed(case: Case, prompts: Tensor, weight: float, together: bool) -> dict[t
         hook.remove()
     for (index, structure), inputs in seen.items():
         layer = decoder.layers[index]
-        columns, width = layer.output(structure).weight, layer.width(structure)  # type: ignore[arg-type]
+        columns, width = WIDTHS[structure].output(layer).weight, WIDTHS[structure].width(layer)
         energies = torch.stack(
             [
                 sum(
                     (inputs[:, :, at] ** 2).sum(1) * (columns[:, at] ** 2).sum()
                     for at in range(unit * width, (unit + 1) * width)
                 )  # type: ignore[misc]
-                for unit in range(layer.units(structure))  # type: ignore[arg-type]
+                for unit in range(WIDTHS[structure].units(layer))
             ],
             1,
         )

@@ -21,13 +21,11 @@ from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import PruningError
 from secateur.engine.export.check import check_checkpoint
 from secateur.engine.export.checkpoint import write_model
-from secateur.engine.model import cutting
 from secateur.engine.model.decoder import Decoder, Layer
 from secateur.engine.model.loading import load
-from secateur.engine.model.plan import Plan
 from secateur.engine.scoring.base import Context
 from secateur.engine.scoring.experts import EXPERT_SCORERS
-from secateur.engine.structures import experts
+from secateur.engine.structures import WIDTHS, experts
 from tests.engine.models import VOCABULARY, decoder_of, english, make_model, save, train
 from tests.engine.running import resolved
 
@@ -202,9 +200,9 @@ def test_experts_and_then_their_channels(name: str, tokenizer: PreTrainedTokeniz
     kept, own = (0, 2, 3, 5), [expert * 160 + channel for expert in range(6) for channel in range(expert, 96 + expert)]
     for layer in one.layers:
         experts.cut(layer, kept)
-        cutting.cut(layer, "channels", [place * 160 + c for place, e in enumerate(kept) for c in range(e, 96 + e)])
+        WIDTHS["channels"].cut(layer, [place * 160 + c for place, e in enumerate(kept) for c in range(e, 96 + e)])
     for layer in other.layers:
-        cutting.cut(layer, "channels", own)
+        WIDTHS["channels"].cut(layer, own)
         experts.cut(layer, kept)
     first, second = one.model.state_dict(), other.model.state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -227,11 +225,11 @@ def test_what_is_saved_is_the_stock_class(
     scores = EXPERT_SCORERS["reap"](context_of(decoder))
     for layer, kept in zip(decoder.layers, experts.best(scores, [left] * 3, decoder.layers), strict=True):
         experts.cut(layer, kept)
-        cutting.cut(layer, "channels", [expert * 160 + channel for expert in range(left) for channel in range(96)])
+        WIDTHS["channels"].cut(layer, [expert * 160 + channel for expert in range(left) for channel in range(96)])
     experts.tell_config(decoder)
     folder = tmp_path / "out"
     folder.mkdir()
-    write_model(decoder, source, Plan.full(decoder.shape.layers), folder, stock=True)
+    write_model(decoder, source, folder, stock=True)
     config = json.loads((folder / "config.json").read_text()) | experts.config_keys(decoder.layers[0])
     (folder / "config.json").write_text(json.dumps(config))
     assert {config[key] for key in decoder.shape.family.experts} == {left}
@@ -277,8 +275,9 @@ def block_of(model_type: str, **changes: int) -> nn.Module:
 def layer_of(block: nn.Module) -> Layer:
     module = nn.Module()
     module.mlp = block
-    layer = Layer(module, MIXTRAL, 8, 2)
-    layer.take_apart(LayerShape(3, 6, 8, 32, 8), 48)
+    shape = LayerShape(3, 6, 8, 32, 8)
+    layer = Layer(module, MIXTRAL, shape)
+    layer.take_apart(shape, 48)
     return layer
 
 

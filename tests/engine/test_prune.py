@@ -165,7 +165,12 @@ def test_a_step_is_of_no_other_request(trained_folder: Path, tmp_path: Path) -> 
     states: list[dict[str, Any]] = []
     run(trained_folder, tmp_path / "out", spec(rounds=2), on_event=states.append)
     state = next(event["state"] for event in states if event.get("number") == 1)
-    others = [{"rounds": 2}, {"seed": 1}, {"method": "magnitude"}, {"recovery": {"training": {"kind": "lora"}}}]
+    others: list[dict[str, Any]] = [
+        {"rounds": 2},
+        {"seed": 1},
+        {"method": "magnitude"},
+        {"recovery": {"training": {"kind": "lora"}}},
+    ]
     for changes in others:
         with pytest.raises(PruningError) as caught:
             RunState.load(state).ending_here(spec(**{"rounds": 1, "target_ratio": 0.1, **changes}))

@@ -3,7 +3,7 @@
 A unit is a structure (``layers``, ``attention``, ``feed_forward``) and the number of a block.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,7 +62,7 @@ def greedy(
     compensated: bool,
     fits: Callable[[Collection[Unit], Unit], bool],
     progress: Callable[[float], None],
-) -> Iterator[Removal]:
+) -> Generator[Removal]:
     """Yield units in the order of removal: in each step the unit whose removal costs the least loss per parameter.
 
     The loss is measured on ``tokens`` ``[windows, length]``. ``prices`` maps the units to the parameters that leave with
@@ -154,8 +154,8 @@ def _maps(
         leaving = [_run(decoder, e, index, index + 1, h, gone) for e, h in zip(entered, hidden, strict=True)]
         if ("layers", index) in candidates and place >= 0:
             fit(("layers", index), place, entering, leaving)
-        for sublayer in ("attention", "feed_forward"):
-            if (unit := (sublayer, index)) in candidates:
+        for unit in candidates:
+            if unit[1] == index and unit[0] != "layers":
                 fit(unit, index, hidden, leaving)
         place, entering, hidden = index, hidden, leaving
     return maps

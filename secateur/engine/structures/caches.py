@@ -17,7 +17,7 @@ def number_caches(decoder: Decoder) -> None:
     for index, number in numbers.items():
         for module in decoder.layers[index].module.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = number
+                setattr(module, "layer_idx", number)  # noqa: B010 - to a type checker, modules hold only tensors
 
 
 def cache_numbers(kinds: Sequence[str] | None, present: Sequence[bool]) -> dict[int, int]:
@@ -29,7 +29,7 @@ def cache_numbers(kinds: Sequence[str] | None, present: Sequence[bool]) -> dict[
     places = defaultdict(list)
     for index in range(len(present)):
         places[kinds[index] if kinds else ""].append(index)
-    numbers = {}
+    numbers: dict[int, int] = {}
     for own in places.values():
         numbers.update(zip((index for index in own if present[index]), own, strict=False))
     return dict(sorted(numbers.items()))
