@@ -8,10 +8,12 @@ in ``secateur.engine``.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import AfterValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
+
+from secateur.catalog.structures import DEPTH, STRUCTURES, WIDTHS
 
 DEFAULT_METHOD = "secateur"
 """The method of the library and the command line, unless the caller names another one."""
@@ -58,6 +60,8 @@ class Scorer:
 
     name: str
     needs: frozenset[Need] = frozenset()
+    structures: tuple[str, ...] = WIDTHS
+    """The structures whose units the scorer scores."""
 
     @property
     def layerwise(self) -> bool:
@@ -69,7 +73,9 @@ class Scorer:
 
 
 SCORERS = _table(
+    Scorer("compensated-loss", structures=DEPTH),
     Scorer("flap", frozenset({Need.FORWARD})),
+    Scorer("frequency", structures=("experts",)),
     Scorer("llm-pruner", frozenset({Need.GRADIENTS})),
     Scorer("loraprune", frozenset({Need.GRADIENTS})),
     Scorer("lorap", frozenset({Need.MOMENTS})),
@@ -77,7 +83,10 @@ SCORERS = _table(
     Scorer("movement", frozenset({Need.GRADIENTS})),
     Scorer("obs", frozenset({Need.MOMENTS, Need.SOLVE})),
     Scorer("piem", frozenset({Need.GATES})),
-    Scorer("random"),
+    Scorer("random", structures=(*WIDTHS, "experts")),
+    Scorer("reap", structures=("experts",)),
+    Scorer("shortgpt", structures=DEPTH),
+    Scorer("sleb", structures=DEPTH),
     Scorer("slimllm", frozenset({Need.MOMENTS})),
     Scorer("wanda", frozenset({Need.MOMENTS})),
 )
@@ -169,6 +178,14 @@ class Method:
     damping: float = DAMPING
     dynamic: bool = False
     """Whether the published model chooses its units for each prompt; a dynamic method cuts nothing."""
+    also: tuple[str, ...] = ()
+    """The scorers of structures that ``scorer`` does not score."""
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """The structures that the method cuts, unless the request names others."""
+        own = SCORERS[self.scorer].structures
+        return WIDTHS if own[: len(WIDTHS)] == WIDTHS else own[:1]
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -190,7 +207,7 @@ PIEM_PASSES = (
 LAYERWISE_PASSES = "one forward of every layer before and one after it is cut"
 
 METHODS = _table(
-    Method("secateur", "ours: SlimLLM's layer ratios, second-order selection, damped least-squares refit towards the unpruned model on the pruned prefix", "Secateur", "docs/methods.md", "obs", "cosine", "least-squares", passes=f"one forward for the ratios, {LAYERWISE_PASSES}, one of the unpruned model beside it"),
+    Method("secateur", "ours: SlimLLM's layer ratios, second-order selection, damped least-squares refit towards the unpruned model on the pruned prefix", "Secateur", "docs/methods.md", "obs", "cosine", "least-squares", passes=f"one forward for the ratios, {LAYERWISE_PASSES}, one of the unpruned model beside it", also=("compensated-loss", "reap")),
     Method("secateur-gradient", "ours, with gradients: PIEM scores in several rounds, SlimLLM's layer ratios, a strongly damped least-squares recovery; best at small ratios", "Secateur", "docs/methods.md", "piem", "cosine", "least-squares", passes=f"one forward for the ratios, {PIEM_PASSES}, {LAYERWISE_PASSES}", default_rounds=4, fit_to="layer", damping=10.0),
     Method("piem-lsps", "PIEM scores, LSPS layer ratios: the paper's full method", PIEM_PAPER, "section 3.2 and 3.3", "piem", "lsps", passes=PIEM_PASSES, default_rounds=4),
     Method("piem", "PIEM scores, the same ratio in every layer", PIEM_PAPER, "section 3.2", "piem", "uniform", passes=PIEM_PASSES),
@@ -204,15 +221,18 @@ METHODS = _table(
     Method("lorap", "input-weighted norms for channels and, in the same way, heads; LoRAP's low-rank attention does not fit a stock checkpoint", "Li et al., LoRAP: Transformer Sub-Layers Deserve Differentiated Structured Compression for Large Language Models", "7 to 9", "lorap", "uniform", passes=LAYERWISE_PASSES),
     Method("movement", "accumulated −w·∂L/∂w over some training steps", "Sanh et al., Movement Pruning: Adaptive Sparsity by Fine-Tuning", "section 4", "movement", "uniform", passes="a few training steps over the calibration tokens", default_rounds=4),
     Method("magnitude", "L1 norm of a unit's weights, the same ratio in every layer", "Han et al., Learning both Weights and Connections for Efficient Neural Networks", "section 3", "magnitude", "uniform"),
+    Method("shortgpt", "whole layers that hardly change the direction of the hidden states are dropped", "Men et al., ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", "1", "shortgpt", "threshold", passes="one forward"),
+    Method("sleb", "whole layers are dropped one by one: each time the layer without which the loss is lowest", "Song et al., SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer Blocks", "algorithm 1", "sleb", "threshold", passes="for each dropped layer, one forward from every layer that is left"),
+    Method("reap", "whole experts with the least router weight times output norm, over the tokens sent to them, are dropped; the same number in every layer", "Lasby et al., REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", "9", "reap", "uniform", passes="one forward"),
     Method("dsgp", "the whole model reads the prompt; then only the units with the most energy in prompt and calibration text generate the answer, from smaller weights", "Zhu et al., Dynamic Structured Pruning for LLMs based on Real-Time Sensitivity Analysis", "abstract; docs/dynamic.md", "wanda", "threshold", passes="two forwards and one backward over the calibration tokens, one forward", dynamic=True),
     Method("random", "units drawn at random, the same ratio in every layer: the floor", "none", "none", "random", "uniform"),
 )  # fmt: skip
 
-STATIC_METHODS = [name for name, method in METHODS.items() if not method.dynamic]
-"""The names of the methods that cut units."""
+STATIC_METHODS = [name for name, method in METHODS.items() if not method.dynamic and method.structures == WIDTHS]
+"""The names of the methods that cut KV groups and channels, which every model has."""
 
 
-def _known(table: Mapping[str, _Named]) -> AfterValidator:
+def _known(table: Mapping[str, Any]) -> AfterValidator:
     """Return a validator that accepts only the names of ``table``."""
 
     def check(name: str) -> str:
@@ -225,7 +245,7 @@ def _known(table: Mapping[str, _Named]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _enum(table: Mapping[str, _Named]) -> WithJsonSchema:
+def _enum(table: Mapping[str, Any]) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "enum": list(table)})
 
 
@@ -233,5 +253,6 @@ def _enum(table: Mapping[str, _Named]) -> WithJsonSchema:
 MethodName = Annotated[str, _known(METHODS), _enum(METHODS)]
 ScorerName = Annotated[str, _known(SCORERS), _enum(SCORERS)]
 AllocatorName = Annotated[str, _known(ALLOCATORS), _enum(ALLOCATORS)]
+StructureName = Annotated[str, _known(STRUCTURES), _enum(STRUCTURES)]
 LayerwiseRecoveryName = Annotated[str, _known(LAYERWISE_RECOVERIES), _enum(LAYERWISE_RECOVERIES)]
 TrainingName = Annotated[str, _known(TRAININGS), _enum(TRAININGS)]

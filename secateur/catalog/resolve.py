@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.catalog.architectures import ModelShape
+from secateur.catalog.budget import whole_units, without_whole
 from secateur.catalog.gguf import gguf_obstacle
 from secateur.catalog.methods import (
     ALLOCATORS,
     LAYERWISE_RECOVERIES,
     METHODS,
     NO_RECOVERY,
-    SCORERS,
     STATIC_METHODS,
     TRAININGS,
     Allocator,
@@ -25,7 +25,8 @@ from secateur.catalog.methods import (
     Scorer,
     Training,
 )
-from secateur.catalog.spec import DTYPE_BYTES, MAX_RATIO, Goal, PruningSpec, _without_bias
+from secateur.catalog.spec import DTYPE_BYTES, MAX_RATIO, Goal, PruningSpec, _without_bias, scorer_of
+from secateur.catalog.structures import STRUCTURES, WHOLE, WIDTHS
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.report import ComponentNames
 
@@ -46,6 +47,10 @@ class Components:
     damping: float
     rounds: int
     """The number of pruning rounds for each target ratio."""
+    structures: tuple[str, ...]
+    """The structures that are cut, in the order in which they are cut."""
+    whole_scorers: Mapping[str, Scorer]
+    """The scorer of each structure that is removed whole, before the widths are cut."""
     targets: int
     """The number of pruned models that the request makes."""
 
@@ -59,10 +64,17 @@ class Components:
         """Everything that the components need of the model."""
         if self.dynamic:
             return self.method.needs
-        needs = self.scorer.needs | self.allocator.needs | self.layerwise.needs
+        needs = frozenset[Need]()
+        if self.cuts_widths:
+            needs |= self.scorer.needs | self.allocator.needs | self.layerwise.needs
         if self.training is not None:
             needs |= self.training.needs
         return needs | {Need.REFERENCE} if self.fits_to_reference else needs
+
+    @property
+    def cuts_widths(self) -> bool:
+        """Whether KV groups and channels are cut."""
+        return any(name in WIDTHS for name in self.structures)
 
     @property
     def recovers_layerwise(self) -> bool:
@@ -72,7 +84,7 @@ class Components:
     @property
     def fits_to_reference(self) -> bool:
         """Whether layers are fitted to the hidden states of the unpruned model."""
-        return self.layerwise.fits and self.fit_to == "model"
+        return self.cuts_widths and self.layerwise.fits and self.fit_to == "model"
 
     @property
     def steps_per_target(self) -> int:
@@ -99,9 +111,13 @@ def components(spec: PruningSpec) -> Components:
     """Return the components that a request prunes with."""
     method, layerwise = METHODS[spec.method], spec.recovery.layerwise
     allocator = "uniform" if spec.layout == "uniform" else spec.allocation.kind or method.allocator
+    asked = [name for name in STRUCTURES if name in (spec.structures or method.structures)]
+    scorers = {name: scorer for name in asked if (scorer := scorer_of(name, spec.method, spec.scoring.kind))}
     return Components(
         method=method,
-        scorer=SCORERS[spec.scoring.kind or method.scorer],
+        scorer=scorers[asked[-1]],
+        structures=tuple(asked),
+        whole_scorers={name: scorer for name, scorer in scorers.items() if name in WHOLE},
         allocator=ALLOCATORS[allocator],
         layerwise=LAYERWISE_RECOVERIES[layerwise.kind or method.layerwise_recovery],
         training=None if spec.recovery.training is None else TRAININGS[spec.recovery.training.kind],
@@ -120,6 +136,8 @@ class Resolved:
     components: Components
     ratios: tuple[float, ...]
     """The ratio of each pruned model, ascending."""
+    whole: tuple[Mapping[str, int], ...]
+    """For each ratio, the number of units of each structure that is removed whole; of experts, the number in each layer."""
     width_multiple: int
     """The number that all feed-forward widths are multiples of."""
     dtype: str
@@ -145,10 +163,19 @@ def resolve(spec: PruningSpec, shape: ModelShape, *, config: Mapping[str, Any], 
     dtype = source_dtype if spec.dtype == "auto" else spec.dtype
     field = "target_ratio" if spec.goal is None else "goal"
     ratios = tuple(_ratio_of(spec.goal, shape, dtype) if ratio is None else ratio for ratio in spec.requested_ratios)
+    whole = []
     for ratio in ratios:
-        shape.check_ratio(ratio, spec.allocation.width_multiple, uniform, field=field)
+        removed = whole_units(shape, chosen.structures, spec.shares, ratio)
+        if chosen.cuts_widths:
+            left = without_whole(shape, removed)
+            share = (ratio * shape.prunable_parameters - shape.prunable_parameters + left.prunable_parameters) / (
+                left.prunable_parameters
+            )
+            left.check_ratio(share, spec.allocation.width_multiple, uniform, field=field)
+        whole.append(removed)
     _check_model(spec, chosen, shape, config)
-    return Resolved(spec, chosen, ratios, shape.width_multiple(spec.allocation.width_multiple), dtype)
+    width_multiple = shape.width_multiple(spec.allocation.width_multiple)
+    return Resolved(spec, chosen, ratios, tuple(whole), width_multiple, dtype)
 
 
 def _check_model(spec: PruningSpec, chosen: Components, shape: ModelShape, config: Mapping[str, Any]) -> None:

@@ -24,10 +24,13 @@ from secateur.catalog.methods import (
     FitTo,
     LayerwiseRecoveryName,
     MethodName,
+    Scorer,
     ScorerName,
+    StructureName,
     TrainingName,
 )
 from secateur.catalog.sources import UPLOAD_PREFIX
+from secateur.catalog.structures import STRUCTURES, WHOLE, WIDTHS
 from secateur.contract.jobs import without_texts
 
 MAX_RATIO = 0.9
@@ -275,6 +278,7 @@ def target_folder(ratio: float) -> str:
     return f"ratio-{ratio:g}"
 
 
+Share = Annotated[float, Field(gt=0, le=MAX_RATIO, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(gt=0, le=MAX_RATIO, allow_inf_nan=False, strict=True)]
 Ratios = Annotated[list[Ratio], Field(min_length=1, max_length=MAX_TARGETS)]
 _ONE_RATIO: TypeAdapter[float] = TypeAdapter(Ratio)
@@ -310,6 +314,21 @@ class PruningSpec(_Settings):
     scoring: Scoring = Scoring()
     allocation: Allocation = Field(Allocation(), validate_default=True)
     recovery: Recovery = Field(Recovery(), validate_default=True)
+    structures: list[StructureName] | None = Field(
+        None,
+        validate_default=True,
+        min_length=1,
+        max_length=len(STRUCTURES),
+        description="The kinds of units that are removed. Unset: what the method cuts, in most methods `kv_groups` and `channels`, which always go together. `layers`, `attention`, `feed_forward` and `experts` are removed whole, before the widths are cut.",
+        examples=[["layers"], ["experts", "kv_groups", "channels"]],
+    )
+    shares: dict[StructureName, Share] = Field(
+        {},
+        validate_default=True,
+        max_length=len(STRUCTURES),
+        description="The part of the ratio that each of `layers`, `attention`, `feed_forward` and `experts` gives, as a share of the same parameters as `target_ratio`; `kv_groups` and `channels` give the rest. May be left out if `structures` has one entry besides these two or instead of them.",
+        examples=[{"layers": 0.1}],
+    )
     dynamic: Dynamic = Dynamic()
     layout: Layout = Field(
         "per-layer",
@@ -401,6 +420,50 @@ class PruningSpec(_Settings):
                 )
         return allocation
 
+    @field_validator("structures")
+    @classmethod
+    def _can_be_scored(cls, structures: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        """Check that the structures differ, that the widths are together, and that the method scores all of them."""
+        if not {"method", "scoring"} <= info.data.keys():  # a field that is missing here has an error of its own
+            return structures
+        method, scoring = info.data["method"], info.data["scoring"]
+        asked = METHODS[method].structures if structures is None else structures
+        if len(set(asked)) < len(asked):
+            raise ValueError("each structure may be named once")
+        if len(set(asked) & {*WIDTHS}) == 1:
+            raise ValueError(f"{' and '.join(WIDTHS)} are cut together: name both of them, or none")
+        if METHODS[method].dynamic and structures is not None and {*structures} != {*WIDTHS}:
+            raise ValueError(f"'{method}' chooses among {' and '.join(WIDTHS)} alone")
+        for structure in asked:
+            if scorer_of(structure, method, scoring.kind) is None:
+                scored = [name for name in STRUCTURES if scorer_of(name, method, scoring.kind) is not None]
+                raise ValueError(
+                    f"'{method}' has no scores of '{structure}'; allowed: {', '.join(scored)}, or a 'scoring.kind' among "
+                    f"{', '.join(name for name, entry in SCORERS.items() if structure in entry.structures)}"
+                )
+        return structures
+
+    @field_validator("shares")
+    @classmethod
+    def _shares_add_up(cls, shares: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        """Check that every structure that needs a share has one, and that no other has."""
+        if not {"method", "structures", "target_ratio"} <= info.data.keys():
+            return shares
+        asked = info.data["structures"] or METHODS[info.data["method"]].structures
+        whole = [name for name in asked if name in WHOLE]
+        if strange := [name for name in shares if name not in whole]:
+            raise ValueError(f"'{strange[0]}' has no share; allowed: {', '.join(whole) or 'no shares'}")
+        if len(whole) == len(asked) == 1 and not shares:
+            return shares
+        if missing := [name for name in whole if name not in shares]:
+            raise ValueError(f"'{missing[0]}' is one of several structures, so it needs a share of the ratio")
+        ratios = info.data["target_ratio"]
+        smallest = min(ratios) if isinstance(ratios, list) else ratios
+        together = sum(shares.values())
+        if smallest is not None and together > smallest + 1e-9:
+            raise ValueError(f"the shares add up to {together:g}, which is more than the ratio {smallest:g}")
+        return shares
+
     @field_validator("layout")
     @classmethod
     def _fits_stock_class(cls, layout: Layout, info: ValidationInfo) -> Layout:
@@ -448,6 +511,13 @@ class PruningSpec(_Settings):
     def published(self) -> dict[str, Any]:
         """Return the request as reports and model cards show it, with texts replaced by :func:`without_texts`."""
         return without_texts(self.model_dump(mode="json"))
+
+
+def scorer_of(structure: str, method: str, kind: str | None) -> Scorer | None:
+    """Return the scorer of a structure: ``kind`` if it scores the structure, or else one of the method's own."""
+    names = (kind, METHODS[method].scorer, *METHODS[method].also)
+    scorers = (SCORERS[name] for name in names if name is not None)
+    return next((scorer for scorer in scorers if structure in scorer.structures), None)
 
 
 def _without_bias() -> str:

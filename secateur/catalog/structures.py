@@ -77,9 +77,53 @@ class Structure:
     """The sizes of a layer of whose units in a plan, where each expert's channels count, so many stay."""
 
 
+def _without_attention(layer: LayerShape) -> LayerShape:
+    return replace(layer, kv_groups=0, heads=0)
+
+
+def _without_feed_forward(layer: LayerShape) -> LayerShape:
+    return replace(layer, channels_per_expert=0)
+
+
 STRUCTURES: dict[str, Structure] = {
     structure.name: structure
     for structure in (
+        Structure(
+            "layers",
+            "a whole decoder layer",
+            "layer",
+            units=lambda layer: int(bool(layer.kv_groups or layer.channels)),
+            price=lambda layer, cost: cost.parameters(layer),
+            removable=lambda layer, multiple: int(bool(layer.kv_groups or layer.channels)),
+            left=lambda layer, kept: layer if kept else _without_feed_forward(_without_attention(layer)),
+        ),
+        Structure(
+            "attention",
+            "the attention of a decoder layer, whose feed-forward stays",
+            "layer",
+            units=lambda layer: int(bool(layer.kv_groups)),
+            price=lambda layer, cost: cost.parameters(layer) - cost.parameters(_without_attention(layer)),
+            removable=lambda layer, multiple: int(bool(layer.kv_groups and layer.channels)),
+            left=lambda layer, kept: layer if kept else _without_attention(layer),
+        ),
+        Structure(
+            "feed_forward",
+            "the feed-forward block of a decoder layer, whose attention stays",
+            "layer",
+            units=lambda layer: int(bool(layer.channels)),
+            price=lambda layer, cost: cost.parameters(layer) - cost.parameters(_without_feed_forward(layer)),
+            removable=lambda layer, multiple: int(bool(layer.kv_groups and layer.channels)),
+            left=lambda layer, kept: layer if kept else _without_feed_forward(layer),
+        ),
+        Structure(
+            "experts",
+            "a whole expert of a mixture of experts, with its row of the router",
+            "layer",
+            units=lambda layer: layer.experts if layer.experts > 1 else 0,
+            price=lambda layer, cost: layer.channels_per_expert * cost.channel,
+            removable=lambda layer, multiple: max(layer.experts - 1, 0),
+            left=lambda layer, kept: replace(layer, experts=kept),
+        ),
         Structure(
             "kv_groups",
             "a key-value head with every query head that reads it",
@@ -101,6 +145,12 @@ STRUCTURES: dict[str, Structure] = {
     )
 }
 """All structures by name, in the order in which a plan is applied."""
+
+DEPTH = ("layers", "attention", "feed_forward")
+"""The structures of which a layer has one unit."""
+
+WHOLE = (*DEPTH, "experts")
+"""The structures that are removed before the widths are cut, because their units hold those of other structures."""
 
 WIDTHS = ("kv_groups", "channels")
 """The structures that are cut together, under one price: whole KV groups first, and channels make up the rest."""

@@ -107,8 +107,6 @@ class Family:
     """
     default_width: int | None = None
     """Number of feed-forward channels for each hidden unit, where ``config.json`` gives no width."""
-    structures: tuple[str, ...] = WIDTHS
-    """The structures whose units this family's layers have, in the order of :data:`STRUCTURES`."""
     names: Mapping[str, str] = field(default_factory=dict)
     """The family's config keys for ``num_attention_heads`` and similar sizes, where the keys differ from these names.
 
@@ -123,6 +121,11 @@ class Family:
         """Return the name of the stock layer's module that computes ``projection``."""
         owner = projection.rpartition(".")[0]
         return owner if owner in self.fused else projection
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """The structures whose units this family's layers have, in the order of :data:`STRUCTURES`."""
+        return tuple(name for name in STRUCTURES if name != "experts" or self.experts)
 
     @property
     def attention_inputs(self) -> tuple[str, str, str]:
@@ -305,9 +308,9 @@ class ModelShape:
 
         The stock class accepts each number of groups.
         """
-        fewest = min(layers, key=lambda layer: layer.kv_groups)
+        fewest = min((each for each in layers if each.kv_groups), key=lambda each: each.kv_groups, default=layers[0])
         fewer = (fewest.without(gone) for gone in range(max(fewest.kv_groups, 1)))
-        width = min(layer.channels_per_expert for layer in layers)
+        width = min((layer.channels_per_expert for layer in layers if layer.channels), default=0)
         channels = accumulate((-step for step in channel_steps(width, multiple)), initial=width)
         return [layer.kv_groups for layer in fewer if not layer.heads or self.takes_heads(layer)], list(channels)
 
@@ -320,7 +323,7 @@ class ModelShape:
         if uniform:
             alike, together = (
                 [
-                    sum((self.units(name, at) - left) * price for at, price in enumerate(prices[name]))
+                    sum(max(self.units(name, at) - left, 0) * price for at, price in enumerate(prices[name]))
                     for left in choices
                 ]
                 for name, choices in zip(WIDTHS, self.common_units(multiple, self.layers), strict=True)

@@ -92,10 +92,10 @@ def equal_units(layers: Layers, total: float, kv_groups: float) -> list[UnitCoun
         wanted = kv_groups if structure == "kv_groups" else left
 
         def gone(kept: int, prices: list[int] = prices, units: list[int] = units) -> int:
-            return sum((count - kept) * price for count, price in zip(units, prices, strict=True))
+            return sum(max(count - kept, 0) * price for count, price in zip(units, prices, strict=True))
 
         kept = min(choices[structure], key=lambda kept: abs(gone(kept) - wanted))
-        counts.append([count - kept for count in units])
+        counts.append([max(count - kept, 0) for count in units])
         left -= gone(kept)
     return [dict(zip(WIDTHS, of_layer, strict=True)) for of_layer in zip(*counts, strict=True)]
 

@@ -16,7 +16,8 @@ The value is below 1, so that something is removed from every layer.
 
 def sensitivity(context: Context) -> list[float]:
     """Return α(l), the mean of |∂L/∂u| over the layer's units, scaled into (0, 1] by the largest mean of all layers."""
-    means = [float(torch.cat([gate.gradient for gate in layer.values()]).abs().mean()) for layer in context.gates]
+    gradients = [torch.cat([gate.gradient for gate in layer.values()]).abs() for layer in context.gates]
+    means = [float(own.sum()) / max(len(own), 1) for own in gradients]
     largest = max(means) or 1.0
     return [mean / largest for mean in means]
 

@@ -18,8 +18,8 @@ def forward_flops(decoder: Decoder, tokens: int) -> int:
     """
     shape = decoder.shape
     projections = decoder.prunable_parameters + shape.vocab_size * shape.hidden_size
-    for index, widths in enumerate(decoder.widths):
-        idle = max(widths.experts - shape.experts_per_token, 0)
-        projections -= widths.channels_per_expert * shape.costs[index].channel * idle
+    for layer in decoder.layers:
+        idle = max(layer.shape.experts - shape.experts_per_token, 0)
+        projections -= layer.shape.channels_per_expert * layer.cost.channel * idle
     heads = sum(widths.attention_width for widths in decoder.widths)
     return 2 * tokens * projections + 4 * tokens * tokens * heads

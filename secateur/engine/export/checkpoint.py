@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from secateur.engine.export.picture import draw_widths
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.per_layer import OF_LAYERS, modeling_file, own_class
 from secateur.engine.model.plan import Plan
+from secateur.engine.structures.experts import config_keys, units
+from secateur.engine.structures.layers import written_config
 from secateur.extras import missing
 
 COPIED = (
@@ -92,6 +95,18 @@ def write_model(decoder: Decoder, source: ModelSource, folder: Path, stock: bool
     _write_tokenizer(decoder, source, folder)
 
 
+def fits_stock_class(decoder: Decoder) -> bool:
+    """Return whether the stock class holds a model from which only whole units were removed, without padding.
+
+    Its layers have the widths of the source's config, and all the same number of experts.
+    """
+    widths = {replace(layer, experts=1) for layer in decoder.widths}
+    alike = len({layer.experts for layer in decoder.widths}) == 1
+    whole = decoder.widths != list(decoder.shape.layers)
+    added = _added_biases(decoder, decoder.model.config.to_dict())
+    return whole and alike and widths == {replace(decoder.shape.stock_layer, experts=1)} and not added
+
+
 def write_manifest(decoder: Decoder, plan: Plan, folder: Path, report: Report, extra: Mapping[str, Any]) -> None:
     """Write the model card and the manifest into ``folder``; the manifest holds the plan, file hashes, and ``extra``.
 
@@ -137,7 +152,8 @@ def _write_config(decoder: Decoder, source: ModelSource, folder: Path, stock: bo
     for key in ("auto_map", *OF_LAYERS):  # the source's auto_map names code that was not reviewed
         config.pop(key, None)
     _add_legacy_rope(config)
-    config.update(dict.fromkeys(shape.family.experts, shape.stock_layer.experts))
+    config = written_config(config, model.config.to_dict(), shape.family)
+    config.update(config_keys(max(decoder.layers, key=units)))
     config["head_dim"] = shape.stock_layer.head_dim
     dtype_key = "dtype" if "dtype" in config else "torch_dtype"
     config[dtype_key] = str(model.dtype).removeprefix("torch.")

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.plan import Plan
 from secateur.engine.structures import STRUCTURES, WIDTHS
+from secateur.engine.structures.caches import number_caches
+from secateur.engine.structures.experts import channels_of, tell_config
 
 
 def apply_plan(decoder: Decoder, plan: Plan) -> None:
@@ -14,9 +16,16 @@ def apply_plan(decoder: Decoder, plan: Plan) -> None:
     The indices in ``plan`` count the units of the model *as it is now*.
     """
     for layer, kept in zip(decoder.layers, plan.layers, strict=True):
+        kept = dict(kept)
+        if "experts" in kept and "channels" in kept:  # channels are counted over all experts that there are
+            width = WIDTHS["channels"].units(layer) // STRUCTURES["experts"].units(layer)
+            places = {channel: place for place, channel in enumerate(channels_of(kept["experts"], width))}
+            kept["channels"] = tuple(places[channel] for channel in kept["channels"])
         for name, structure in STRUCTURES.items():
             if name in kept:
                 structure.cut(layer, kept[name])
+    number_caches(decoder)
+    tell_config(decoder)
 
 
 @contextmanager

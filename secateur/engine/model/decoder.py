@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.catalog.architectures import Family, LayerShape, ModelShape
+from secateur.catalog.structures import LayerCost
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.experts import Experts
 from secateur.engine.model.fused import Fused
@@ -24,8 +25,9 @@ class Layer:
     In a mixture of experts, the channels of all experts stand one after the other.
     """
 
-    def __init__(self, module: nn.Module, family: Family, source: LayerShape) -> None:
-        """Present ``module``, a layer that has the sizes ``source``."""
+    def __init__(self, module: nn.Module, family: Family, source: LayerShape, cost: LayerCost) -> None:
+        """Present ``module``, a layer that has the sizes ``source`` and whose units have the prices ``cost``."""
+        self.cost = cost
         self.module = module
         self.family = family
         self.head_dim = source.head_dim
@@ -123,8 +125,8 @@ class Decoder:
         modules = model.get_submodule(shape.family.layers)
         assert isinstance(modules, nn.ModuleList)
         self.layers = []
-        for module, source in zip(modules, shape.layers, strict=True):
-            layer = Layer(module, shape.family, source)
+        for module, source, cost in zip(modules, shape.layers, shape.costs, strict=True):
+            layer = Layer(module, shape.family, source, cost)
             layer.take_apart(source, shape.hidden_size)
             layer.tell_sizes()
             self.layers.append(layer)
@@ -142,7 +144,7 @@ class Decoder:
     @property
     def prunable_parameters(self) -> int:
         """Number of parameters in the projections of all layers, computed from their current widths."""
-        return sum(self.shape.layer_parameters(index, widths) for index, widths in enumerate(self.widths))
+        return sum(layer.cost.parameters(layer.shape) for layer in self.layers)
 
     @property
     def projection_parameters(self) -> int:

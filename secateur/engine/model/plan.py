@@ -62,9 +62,12 @@ class Plan:
         pairs = zip(self.layers, later.layers, strict=True)
         return Plan(tuple(_then(first, second) for first, second in pairs), _then(self.model, later.model))
 
-    def shapes(self, shape: ModelShape) -> list[LayerShape]:
-        """Return the sizes of each layer that the plan leaves; ``shape`` is the source's shape."""
-        return [_left(source, kept) for source, kept in zip(shape.layers, self.layers, strict=True)]
+    def shapes(self, shape: ModelShape, structures: Sequence[str] = tuple(STRUCTURES)) -> list[LayerShape]:
+        """Return the sizes of each layer that the plan leaves; ``shape`` is the source's shape.
+
+        Of other structures than ``structures``, all units count, unless they left with a unit of these.
+        """
+        return [_left(source, kept, structures) for source, kept in zip(shape.layers, self.layers, strict=True)]
 
     def widths(self, shape: ModelShape) -> list[LayerWidths]:
         """Return the number of units that each layer keeps; ``shape`` is the source's shape."""
@@ -103,10 +106,10 @@ def _then(first: Kept, second: Kept) -> Kept:
     return {**first, **second, **both}
 
 
-def _left(layer: LayerShape, kept: Kept) -> LayerShape:
-    """Return the sizes of ``layer`` with the units ``kept`` alone."""
+def _left(layer: LayerShape, kept: Kept, structures: Sequence[str]) -> LayerShape:
+    """Return the sizes of ``layer`` with the units ``kept`` of ``structures`` alone."""
     for name, structure in STRUCTURES.items():
-        if name in kept:
+        if name in kept and name in structures:
             layer = structure.left(layer, len(kept[name]))
     return layer
 

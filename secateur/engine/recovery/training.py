@@ -116,7 +116,9 @@ def train(
 
 def _add_adapters(decoder: Decoder, rank: int, seed: int) -> LoraModel:
     family = decoder.shape.family
-    names = [f"{family.layers}.{index}.{name}" for index in range(len(decoder.layers)) for name in family.projections]
+    names = [
+        f"{family.layers}.{index}.{name}" for index, layer in enumerate(decoder.layers) for name in layer.projections
+    ]
     config = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, lora_dropout=0, target_modules=names)
     with torch.random.fork_rng(devices=[]):  # adapters are drawn on the CPU
         torch.manual_seed(seed)

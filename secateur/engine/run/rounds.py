@@ -39,7 +39,7 @@ def prune_round(context: Context, goal: RoundGoal) -> Plan:
 
 def unit_counts(context: Context, goal: RoundGoal) -> list[UnitCounts]:
     """Return how many units each layer loses so that ``goal`` of the source is removed."""
-    decoder, shape = context.decoder, context.decoder.shape
+    decoder, shape = context.decoder, context.begun
     layers = Layers(shape, decoder.widths, context.resolved.width_multiple)
     lost = sum(
         (shape.units("kv_groups", index) - units) * shape.price("kv_groups", index)

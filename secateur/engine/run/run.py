@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.catalog.budget import block
 from secateur.catalog.methods import Need
 from secateur.catalog.resolve import Components, Resolved, components, resolve
 from secateur.catalog.sources import ModelSource, locate, read_shape
@@ -334,14 +335,14 @@ def _statistics_key(source: ModelSource, resolved: Resolved, calibration: Window
 
 
 def _check_reached(decoder: Decoder, ratio: float, resolved: Resolved) -> None:
-    """Check that the reached ratio differs from the requested ratio by at most one block of channels.
+    """Check that the reached ratio differs from the requested ratio by at most one block of channels, or one whole unit.
 
     Raises:
         PruningError: ``ratio_missed``.
     """
     shape, reached = decoder.shape, decoder.reached_ratio
-    block = shape.block(resolved.width_multiple, resolved.uniform)
-    if abs(reached - ratio) * shape.prunable_parameters > block:
+    largest = block(shape, resolved.components.structures, resolved.width_multiple, resolved.uniform)
+    if abs(reached - ratio) * shape.prunable_parameters > largest:
         raise PruningError(ErrorCode.RATIO_MISSED, f"The target ratio {ratio:g} was missed: {reached:.6f} was reached.")
 
 

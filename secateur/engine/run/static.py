@@ -11,16 +11,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.catalog.architectures import ModelShape
+from secateur.catalog.budget import with_layers
 from secateur.catalog.gguf import GgufKind
 from secateur.catalog.methods import Need
 from secateur.catalog.sources import ModelSource
 from secateur.catalog.spec import Format, Layout
+from secateur.catalog.structures import WHOLE
 from secateur.contract.events import StepEvent
-from secateur.contract.report import Published, ReachedRatio, Step, StepKind, TrainingCurve
+from secateur.contract.report import Measurement, Published, ReachedRatio, Step, StepKind, TrainingCurve
 from secateur.contract.stages import Stage
-from secateur.engine.allocation.schedule import round_goals
+from secateur.engine.allocation.schedule import RoundGoal, round_goals
 from secateur.engine.evaluation import weight_bytes
-from secateur.engine.export import check_checkpoint, check_room, gguf, write_model
+from secateur.engine.export import check_checkpoint, check_room, fits_stock_class, gguf, write_model
 from secateur.engine.measure.cache import Statistics
 from secateur.engine.model.cutting import apply_plan, padded
 from secateur.engine.model.decoder import Decoder
@@ -30,9 +33,11 @@ from secateur.engine.run import tensor_files
 from secateur.engine.run.pruner import Inputs, Pruned
 from secateur.engine.run.rounds import prune_round
 from secateur.engine.run.state import RunState, TargetState, TensorReference, TrainingState
+from secateur.engine.run.whole import remove_whole
 from secateur.engine.run.workspace import Paused
 from secateur.engine.scoring import Context
 from secateur.engine.structures import WIDTHS
+from secateur.engine.structures.layers import as_published, publish
 
 
 class StaticPruned:
@@ -49,7 +54,7 @@ class StaticPruned:
             check_room(decoder, folder, formats)
             if "gguf" in formats:
                 gguf.write_gguf(decoder, self._source, self._gguf_file(folder), self._quantization)
-            write_model(decoder, self._source, folder, layout != "per-layer")
+            write_model(decoder, self._source, folder, layout != "per-layer" or fits_stock_class(decoder))
             return Published(parameters=decoder.parameters, weights_bytes=weight_bytes(decoder))
 
     def check(self, folder: Path, layout: Layout) -> None:
@@ -93,6 +98,7 @@ class StaticPruner:
             self._train(decoder, index)
         if self.state.targets[index].steps[-1].benchmarks is None:  # it was no last step when it was completed
             self._measure_whole(decoder, index)
+        publish(decoder)
         return StaticPruned(decoder, self._source, self.state.targets[index], self._resolved.spec.gguf_quantization)
 
     def _resume(self, index: int) -> Decoder:
@@ -111,16 +117,10 @@ class StaticPruner:
     def _prune_round(self, decoder: Decoder, index: int, number: int) -> None:
         began = time.monotonic()
         inputs, chosen, target = self._inputs, self._chosen, self.state.targets[index]
-        goals = round_goals(
-            decoder.shape,
-            target.ratio,
-            chosen.rounds,
-            self._resolved.spec.allocation.schedule,
-            self._resolved.width_multiple,
-            self._resolved.uniform,
-        )
         inputs.progress.stage(Stage.SCORING, self._step_number(index, number), inputs.tokens.numel())
-        if chosen.fits_to_reference and number > 1:
+        removed, first = self._resolved.whole[index], number == 1
+        plan = Plan.full(decoder.shape.layers) if target.plan is None else Plan.from_data(target.plan)
+        if chosen.fits_to_reference and (not first or removed):
             self._reference = self._reference or inputs.unpruned.load()
         context = Context(
             decoder,
@@ -130,26 +130,55 @@ class StaticPruner:
             target.ratio,
             self._resolved.spec.seed + number,
             inputs.progress.share,
-            reference=None if not chosen.fits_to_reference else decoder if number == 1 else self._reference,
-            statistics=self._statistics if number == 1 else None,
+            reference=None if not chosen.fits_to_reference else self._reference or decoder,
+            statistics=self._statistics if first else None,
         )
-        plan = Plan.full(decoder.shape.layers) if target.plan is None else Plan.from_data(target.plan)
-        plan = plan.then(prune_round(context, goals[number - 1]))
+        if removed and first:
+            plan = plan.then(remove_whole(context, removed))
+            context.statistics = None
+        context.begun = with_layers(decoder.shape, plan.shapes(decoder.shape, WHOLE))
+        goal = self._goal(context.begun, decoder.shape, target.ratio, number)
+        if chosen.cuts_widths:
+            plan = plan.then(prune_round(context, goal))
         if number == chosen.rounds:
             self._reference = context.reference = None  # otherwise it would count as the pruned model's memory
-        measured = inputs.measurer.measure(decoder, whole=number == chosen.steps_per_target)
+        measured = self._measure(decoder, whole=number == chosen.steps_per_target)
         step = Step(
             number=self.state.step + 1,
             kind=StepKind.ROUND,
             target_ratio=target.ratio,
-            ratio=ReachedRatio(target=goals[number - 1].ratio, reached=decoder.reached_ratio),
+            ratio=ReachedRatio(target=goal.ratio, reached=decoder.reached_ratio),
             widths=plan.widths(decoder.shape),
             **context.details,
             **measured.model_dump(exclude_unset=True),
             seconds=time.monotonic() - began,
         )
-        changed = self._keep(index, recovered_tensors(decoder)) if chosen.recovers_layerwise else None
+        recovers = chosen.recovers_layerwise and (chosen.cuts_widths or bool(removed))
+        changed = self._keep(index, recovered_tensors(decoder)) if recovers else None
         self._complete(index, step, plan=plan.as_data(), tensors=changed)
+
+    def _goal(self, begun: ModelShape, source: ModelShape, ratio: float, number: int) -> RoundGoal:
+        """Return the goal of round ``number``: what is removed from the widths of ``begun``, and the ratio of ``source``."""
+        if not self._chosen.cuts_widths:
+            return RoundGoal(ratio, {})
+        gone = source.prunable_parameters - begun.prunable_parameters
+        share = (ratio * source.prunable_parameters - gone) / begun.prunable_parameters
+        goals = round_goals(
+            begun,
+            share,
+            self._chosen.rounds,
+            self._resolved.spec.allocation.schedule,
+            self._resolved.width_multiple,
+            self._resolved.uniform,
+        )
+        goal = goals[number - 1]
+        reached = (gone + goal.ratio * begun.prunable_parameters) / source.prunable_parameters
+        return RoundGoal(reached if gone else goal.ratio, goal.parameters)
+
+    def _measure(self, decoder: Decoder, *, whole: bool = True) -> Measurement:
+        """Measure a model as it would be published."""
+        with as_published(decoder):
+            return self._inputs.measurer.measure(decoder, whole=whole)
 
     def _train(self, decoder: Decoder, index: int) -> None:
         """Train the model, from the last recorded segment on.
@@ -193,7 +222,7 @@ class StaticPruner:
                 self._record(index, step, training=stretch)
                 self._pause_if_asked()
         self._reference = None  # otherwise it would count as the pruned model's memory
-        measured = inputs.measurer.measure(decoder)
+        measured = self._measure(decoder)
         step = Step(
             number=self.state.step + 1,
             kind=StepKind.TRAINING,
@@ -211,7 +240,7 @@ class StaticPruner:
     def _measure_whole(self, decoder: Decoder, index: int) -> None:
         """Measure the model of the newest step of target ``index`` with the whole suite, and report the step again."""
         *before, last = self.state.targets[index].steps
-        measured = self._inputs.measurer.measure(decoder).model_dump(exclude_unset=True)
+        measured = self._measure(decoder).model_dump(exclude_unset=True)
         step = Step(**{**last.model_dump(exclude_unset=True), **measured})
         self._record(index, step, steps=(*before, step))
 

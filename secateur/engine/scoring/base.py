@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.catalog.architectures import ModelShape
 from secateur.catalog.resolve import Resolved
 from secateur.engine.measure.cache import Statistics
 from secateur.engine.measure.forward_statistics import ForwardStatistics, forward_statistics
@@ -39,9 +40,14 @@ class Context:
     scores: Scores | None = None
     """Scores of the whole model; ``None`` until they are computed."""
     statistics: Statistics | None = None
-    """Cache of what is known of the unpruned model; ``None`` in later rounds."""
+    """Cache of what is known of the unpruned model; ``None`` once something was cut."""
+    begun: ModelShape = field(init=False)
+    """The sizes of the model from which the widths are cut: the source without its removed whole units."""
     details: dict[str, Any] = field(default_factory=dict)
     """Decisions made while units are scored and shares allocated; the report of the round contains them."""
+
+    def __post_init__(self) -> None:
+        self.begun = self.decoder.shape
 
     def memo(self, name: str, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Return what ``compute`` returns, or the tensors that an earlier goal or job has stored under ``name``.

@@ -14,6 +14,7 @@ from torch import Tensor
 from secateur.engine.measure.gates import Progress
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.scoring.base import Context
+from secateur.engine.structures.experts import units
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def routing(decoder: Decoder, tokens: Tensor, batch_windows: int, progress: Prog
     Each expert runs only on the tokens that are sent to it. A weight is what the class multiplies an expert's output
     by: after the choice of the experts, and normalised if the class normalises.
     """
-    counts = [0 if layer.mixture is None else layer.mixture.count for layer in decoder.layers]
+    counts = [units(layer) for layer in decoder.layers]
     found = [Routing(*torch.zeros(2, count, dtype=torch.float64)) for count in counts]
 
     def watch(own: Routing, expert: int, weights: Tensor, outputs: Tensor) -> None:
@@ -74,7 +75,7 @@ def frequency(context: Context) -> list[Tensor]:
 def random(context: Context) -> list[Tensor]:
     """Return independent uniform scores, which the seed and the numbers of experts determine."""
     generator = torch.Generator().manual_seed(context.seed)
-    counts = [0 if layer.mixture is None else layer.mixture.count for layer in context.decoder.layers]
+    counts = [units(layer) for layer in context.decoder.layers]
     return [torch.rand(count, generator=generator, dtype=torch.float64) for count in counts]
 
 

@@ -11,11 +11,18 @@ from torch import Tensor
 from secateur.engine.model.decoder import Layer
 from secateur.engine.structures.base import Structure, Width, expand
 from secateur.engine.structures.channels import Channels
+from secateur.engine.structures.experts import WholeExperts
 from secateur.engine.structures.kv_groups import KVGroups
+from secateur.engine.structures.layers import Layers
+from secateur.engine.structures.sublayers import Attention, FeedForward
 
 STRUCTURES: dict[str, Structure] = {
     structure.name: structure
     for structure in (
+        Layers(),
+        Attention(),
+        FeedForward(),
+        WholeExperts(),
         KVGroups(),
         Channels(),
     )
@@ -28,13 +35,13 @@ WIDTHS: dict[str, Width] = {name: each for name, each in STRUCTURES.items() if i
 
 @contextmanager
 def gated(layer: Layer, gates: Mapping[str, Tensor]) -> Iterator[None]:
-    """Multiply the output of each unit by its gate while the context lasts; see :meth:`Structure.gated`.
+    """Multiply the output of each unit by its gate while the context lasts; see :meth:`Width.gated`.
 
-    ``gates`` are by structure; the units of other structures are unchanged.
+    ``gates`` are by width structure; the units of other structures are unchanged.
     """
     with ExitStack() as stack:
         for structure, gate in gates.items():
-            stack.enter_context(STRUCTURES[structure].gated(layer, gate))
+            stack.enter_context(WIDTHS[structure].gated(layer, gate))
         yield
 
 

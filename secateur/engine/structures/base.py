@@ -28,15 +28,6 @@ class Structure(ABC):
     def cut(self, layer: Layer, kept: Sequence[int]) -> None:
         """Cut the layer in place to the units ``kept``; their indices are ascending and count the units of now."""
 
-    @abstractmethod
-    @contextmanager
-    def gated(self, layer: Layer, gate: Tensor) -> Iterator[None]:
-        """Multiply the output of each unit by its gate while the context lasts.
-
-        ``gate`` is ``[windows, units]``; a single row is broadcast to all windows. Gate 1 leaves a unit unchanged and
-        gate 0 sets it to zero. The gradient of the loss with respect to a gate is ∂L/∂u of PIEM.
-        """
-
 
 class Width(Structure):
     """A structure whose units are rows and columns of projections, which become smaller when the units are cut.
@@ -110,6 +101,11 @@ class Width(Structure):
 
     @contextmanager
     def gated(self, layer: Layer, gate: Tensor) -> Iterator[None]:
+        """Multiply the output of each unit by its gate while the context lasts.
+
+        ``gate`` is ``[windows, units]``; a single row is broadcast to all windows. Gate 1 leaves a unit unchanged and
+        gate 0 sets it to zero. The gradient of the loss with respect to a gate is ∂L/∂u of PIEM.
+        """
         wide = gate.repeat_interleave(self.width(layer), dim=1)
         hook = self.output(layer).register_forward_pre_hook(
             lambda _, args: (_times(args[0], wide.to(args[0].dtype)),),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.decoder import Decoder, Layer
+from secateur.engine.structures.base import Structure
 
 ROUTERS = ("gate", "router")
 """The names that stock classes give to the router."""
@@ -25,9 +26,21 @@ PER_TOKEN = "num_experts_per_tok"
 """The config's key for the number of experts to which each token is sent."""
 
 
+class WholeExperts(Structure):
+    name = "experts"
+
+    def units(self, layer: Layer) -> int:
+        return units(layer)
+
+    def cut(self, layer: Layer, kept: Sequence[int]) -> None:
+        cut(layer, kept)
+
+
 def units(layer: Layer) -> int:
     """Return the number of whole experts of ``layer``; it is 0 in a layer without a mixture of experts."""
-    return 0 if layer.mixture is None else layer.mixture.count
+    if layer.mixture is None or layer.family.channel_output not in layer.projections:
+        return 0
+    return layer.mixture.count
 
 
 def groups(layer: Layer) -> int:

@@ -1,14 +1,17 @@
 """Whole blocks as a structure: a removed block leaves the model, whose class is the stock one with fewer layers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from secateur.catalog.architectures import Family
 from secateur.contract.errors import ErrorCode, PruningError
-from secateur.engine.model.decoder import Decoder
+from secateur.engine.model.decoder import Decoder, Layer
+from secateur.engine.structures.base import Structure
 from secateur.engine.structures.caches import number_caches
+from secateur.engine.structures.sublayers import UNITS, held, hold, is_absent, remove
 
 BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """The keys of a config that hold one entry for each layer."""
@@ -18,6 +21,50 @@ FIRST_LAYERS = ("max_window_layers",)
 """The keys of a config that hold a number n, by which the first n layers differ from the others."""
 MODULES_BY_LAYER = "per_layer_config"
 """The key of the config of a model in the layout ``per-layer`` that maps each layer's number to its widths."""
+
+
+class Layers(Structure):
+    """A layer has one unit, itself. While a model is pruned, a removed layer stays in its place without sub-layers."""
+
+    name = "layers"
+
+    def units(self, layer: Layer) -> int:
+        return int(not is_removed(layer))
+
+    def cut(self, layer: Layer, kept: Sequence[int]) -> None:
+        if not kept:
+            for sublayer in UNITS:
+                remove(layer, sublayer)
+
+
+def is_removed(layer: Layer) -> bool:
+    """Return whether the layer has lost both sub-layers, so that hidden states pass it unchanged."""
+    return all(is_absent(layer, sublayer) for sublayer in UNITS)
+
+
+@contextmanager
+def as_published(decoder: Decoder) -> Iterator[None]:
+    """Leave the removed layers out of the model, and hold removed sub-layers, as in its files, while the context lasts."""
+    config, layers = decoder.model.config, decoder.layers
+    keys = (decoder.shape.family.name_of("num_hidden_layers"), *BY_LAYER, *NUMBERS_OF_LAYERS, *FIRST_LAYERS)
+    before = {key: getattr(config, key) for key in keys if getattr(config, key, None) is not None}
+    cut(decoder, [index for index, layer in enumerate(layers) if not is_removed(layer)])
+    try:
+        with held(decoder):
+            yield
+    finally:
+        if decoder.layers is not layers:
+            decoder.layers = layers
+            decoder.model.set_submodule(decoder.shape.family.layers, nn.ModuleList(each.module for each in layers))
+            for key, value in before.items():
+                setattr(config, key, value)
+            number_caches(decoder)
+
+
+def publish(decoder: Decoder) -> None:
+    """Leave the removed layers out of the model and hold removed sub-layers for good, as in the model's files."""
+    cut(decoder, [index for index, layer in enumerate(decoder.layers) if not is_removed(layer)])
+    hold(decoder)
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:
@@ -81,5 +128,8 @@ def written_config(config: Mapping[str, Any], loaded: Mapping[str, Any], family:
 
     ``config`` is the source's ``config.json``; ``loaded`` is the config of the cut model in memory.
     """
-    keys = (family.name_of("num_hidden_layers"), *BY_LAYER, *NUMBERS_OF_LAYERS, *FIRST_LAYERS)
+    depth = family.name_of("num_hidden_layers")
+    if config.get(depth) == loaded[depth]:
+        return dict(config)
+    keys = (depth, *BY_LAYER, *NUMBERS_OF_LAYERS, *FIRST_LAYERS)
     return {**config, **{key: loaded[key] for key in keys if loaded.get(key) is not None}}

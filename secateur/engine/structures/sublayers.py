@@ -4,16 +4,16 @@ In memory, and in the layout ``per-layer``, a module without parameters stands i
 class must hold the sub-layer, it has one unit, and the output of that unit is zero.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from secateur.catalog.architectures import Family
 from secateur.engine.model.absent import Absent
 from secateur.engine.model.decoder import Decoder, Layer
-from secateur.engine.structures.base import Width
+from secateur.engine.structures.base import Structure, Width
 from secateur.engine.structures.caches import number_caches
 from secateur.engine.structures.channels import Channels
 from secateur.engine.structures.kv_groups import KVGroups
@@ -50,7 +50,19 @@ def without(layer: Layer, sublayer: SubLayer) -> Iterator[None]:
 @torch.no_grad()
 def cut(decoder: Decoder, index: int, sublayer: SubLayer) -> None:
     """Remove the sub-layer of block ``index``, which :func:`removable` lists."""
-    layer, units = decoder.layers[index], UNITS[sublayer]
+    remove(decoder.layers[index], sublayer)
+    number_caches(decoder)
+
+
+@torch.no_grad()
+def remove(layer: Layer, sublayer: SubLayer) -> None:
+    """Let a module without parameters stand in for the sub-layer; :func:`number_caches` must follow.
+
+    One unit of the sub-layer is kept outside the model, with zero output, for :func:`held`.
+    """
+    if is_absent(layer, sublayer):
+        return
+    units = UNITS[sublayer]
     count = units.units(layer)
     units.cut(layer, range(0, count, count // units.experts(layer)))
     output = units.output(layer)
@@ -58,7 +70,27 @@ def cut(decoder: Decoder, index: int, sublayer: SubLayer) -> None:
     if output.bias is not None:
         output.bias.zero_()
     _stand_in(layer, sublayer)
-    number_caches(decoder)
+
+
+class Sublayer(Structure):
+    """A structure that has one unit in a layer: a whole sub-layer."""
+
+    sublayer: ClassVar[SubLayer]
+
+    def units(self, layer: Layer) -> int:
+        return int(not is_absent(layer, self.sublayer))
+
+    def cut(self, layer: Layer, kept: Sequence[int]) -> None:
+        if not kept:
+            remove(layer, self.sublayer)
+
+
+class Attention(Sublayer):
+    name = sublayer = "attention"
+
+
+class FeedForward(Sublayer):
+    name = sublayer = "feed_forward"
 
 
 def removable(decoder: Decoder, sublayer: SubLayer) -> list[int]:
@@ -84,13 +116,7 @@ def held(decoder: Decoder) -> Iterator[None]:
 
     The model computes the same, and its class is the stock one.
     """
-    absent: list[tuple[Layer, SubLayer]] = [
-        (layer, sublayer) for layer in decoder.layers for sublayer in UNITS if is_absent(layer, sublayer)
-    ]
-    for layer, sublayer in absent:
-        _restore(layer, sublayer)
-        layer.tell_sizes()
-    number_caches(decoder)
+    absent = hold(decoder)
     try:
         yield
     finally:
@@ -99,15 +125,16 @@ def held(decoder: Decoder) -> Iterator[None]:
         number_caches(decoder)
 
 
-def absent_modules(decoder: Decoder) -> dict[str, list[str]]:
-    """Return the modules that are absent, by the number of the block, for the config of the layout ``per-layer``."""
-    found = {
-        str(index): [
-            name for sublayer in UNITS if is_absent(layer, sublayer) for name in modules(decoder.shape.family, sublayer)
-        ]
-        for index, layer in enumerate(decoder.layers)
-    }
-    return {index: names for index, names in found.items() if names}
+def hold(decoder: Decoder) -> list[tuple[Layer, SubLayer]]:
+    """Do as :func:`held` does, for good; return the places."""
+    absent: list[tuple[Layer, SubLayer]] = [
+        (layer, sublayer) for layer in decoder.layers for sublayer in UNITS if is_absent(layer, sublayer)
+    ]
+    for layer, sublayer in absent:
+        _restore(layer, sublayer)
+        layer.tell_sizes()
+    number_caches(decoder)
+    return absent
 
 
 def _stand_in(layer: Layer, sublayer: SubLayer) -> None:

@@ -1,0 +1,109 @@
+"""Removal of whole units: layers, sub-layers and experts, before the widths of what stays are cut.
+
+Units of depth are chosen for the whole model and compensated for together. Every layer loses the same number of experts.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+
+from secateur.catalog.structures import DEPTH
+from secateur.engine.model.cutting import apply_plan
+from secateur.engine.model.plan import Kept, Plan
+from secateur.engine.recovery.depth import compensate
+from secateur.engine.scoring import Context
+from secateur.engine.scoring.depth import Depth, Unit, by_structure, can_leave, greedy, influences
+from secateur.engine.scoring.experts import EXPERT_SCORERS
+from secateur.engine.structures import STRUCTURES
+from secateur.engine.structures.experts import best, channels_of
+
+SUBLAYER_WIDTHS = {"attention": ("kv_groups",), "feed_forward": ("channels",), "layers": ("kv_groups", "channels")}
+"""The width structures whose units leave with each unit of depth."""
+
+
+def remove_whole(context: Context, counts: Mapping[str, int]) -> Plan:
+    """Remove ``counts`` units of each structure from the model in place; of experts, this number in every layer.
+
+    The returned plan counts the units of the model before. With a layer-wise least-squares recovery, the removed units
+    of depth are compensated for, in families whose outputs are added to the hidden states without a norm.
+    """
+    plan = _remove_depth(context, {name: counts[name] for name in DEPTH if name in counts})
+    if "experts" in counts:
+        plan = plan.then(_remove_experts(context, counts["experts"]))
+    return plan
+
+
+def _remove_depth(context: Context, counts: Mapping[str, int]) -> Plan:
+    decoder, chosen = context.decoder, context.resolved.components
+    layers: list[Kept] = [{} for _ in decoder.layers]
+    if not counts:
+        return Plan(tuple(layers))
+    gone = _choose_depth(context, counts)
+    if chosen.layerwise.fits and decoder.shape.family.additive:
+        compensate(decoder, context.tokens, context.batch_windows, by_structure(gone), context.progress)
+    for name, index in gone:
+        layers[index] = {name: (), **dict.fromkeys(SUBLAYER_WIDTHS[name], ())}
+    plan = Plan(tuple(layers))
+    apply_plan(decoder, plan)
+    return plan
+
+
+def _choose_depth(context: Context, counts: Mapping[str, int]) -> list[Unit]:
+    """Return the units to remove, in the order of their removal."""
+    decoder, chosen = context.decoder, context.resolved.components
+    units: list[Unit] = [
+        (name, index)
+        for name in _depths(counts)
+        for index, layer in enumerate(decoder.layers)
+        if STRUCTURES[name].units(layer)
+    ]
+
+    def fits(gone: Collection[Unit], unit: Unit) -> bool:
+        return sum(name == unit[0] for name, _ in gone) < counts[unit[0]]
+
+    (scorer,) = {chosen.whole_scorers[name].name for name in counts}
+    gone: list[Unit] = []
+    if scorer == "shortgpt":
+        found = influences(decoder, context.tokens, context.batch_windows, units, context.progress)
+        for unit in sorted(units, key=lambda unit: found[unit]):
+            if fits(gone, unit) and can_leave(decoder, gone, unit):
+                gone.append(unit)
+        return gone
+    prices = {(name, index): decoder.shape.price(name, index, decoder.layers[index].shape) for name, index in units}
+    compensated = scorer == "compensated-loss" and chosen.layerwise.fits and decoder.shape.family.additive
+    removals = greedy(
+        decoder, context.tokens, context.batch_windows, prices, compensated, fits, _share(context, counts)
+    )
+    return [(removal.structure, removal.index) for removal in removals]
+
+
+def _depths(counts: Mapping[str, int]) -> list[Depth]:
+    depths: tuple[Depth, ...] = ("layers", "attention", "feed_forward")
+    return [name for name in depths if name in counts]
+
+
+def _share(context: Context, counts: Mapping[str, int]) -> Callable[[float], None]:
+    """Return a function that reports the share of the removals; ``greedy`` counts removals among all units."""
+    total = sum(counts.values())
+    done = 0
+
+    def report(_: float) -> None:
+        nonlocal done
+        done += 1
+        context.progress(min(done / total, 1.0))
+
+    return report
+
+
+def _remove_experts(context: Context, count: int) -> Plan:
+    decoder, chosen = context.decoder, context.resolved.components
+    fresh = replace(context, statistics=None) if chosen.whole_scorers.keys() & {*DEPTH} else context
+    scores = EXPERT_SCORERS[chosen.whole_scorers["experts"].name](fresh)
+    left = [max(len(own) - count, 0) for own in scores]
+    kept = best(scores, left, decoder.layers)
+    layers: list[Kept] = [
+        {"experts": own, "channels": channels_of(own, layer.shape.channels_per_expert)} if own else {}
+        for own, layer in zip(kept, decoder.layers, strict=True)
+    ]
+    plan = Plan(tuple(layers))
+    apply_plan(decoder, plan)
+    return plan
