@@ -22,6 +22,7 @@ from secateur.engine.model.loading import load
 from secateur.engine.structures import WIDTHS, layers, sublayers
 from secateur.engine.structures.caches import cache_numbers
 from tests.engine.models import FAMILIES, LIKE_LLAMA, VOCABULARY, make_model, save
+from tests.tiers import slow_but
 
 DEPTH = 5
 KEPT = (0, 2, 3)
@@ -29,7 +30,9 @@ TOKENS = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_s
 
 
 def deep(name: str, **changes: Any) -> PreTrainedModel:
-    return make_model(name, **{"n_layer" if name == "gpt2" else "num_hidden_layers": DEPTH}, **changes)
+    return make_model(
+        name, **dict.fromkeys(("n_layer",) if name == "gpt2" else (), DEPTH), num_hidden_layers=DEPTH, **changes
+    )
 
 
 def loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> tuple[Decoder, Any]:
@@ -70,7 +73,7 @@ def same(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> bool:
     return bool((one - other).abs().max() <= tolerance * other.abs().max())
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *LIKE_LLAMA])
+@pytest.mark.parametrize("name", slow_but(["llama", "gemma3", "mixtral"], [*FAMILIES, *LIKE_LLAMA]))
 def test_cut_blocks_are_shielded_blocks(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     decoder, source = loaded(deep(name), tokenizer, tmp_path)
     before = logits(decoder)
@@ -82,7 +85,7 @@ def test_cut_blocks_are_shielded_blocks(name: str, tokenizer: PreTrainedTokenize
     write_blocks(decoder, source, tmp_path / "pruned")
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gemma2", "phi3"])
+@pytest.mark.parametrize("name", slow_but(["llama-tied"], ["llama-tied", "gemma2", "phi3"]))
 def test_blocks_in_bfloat16(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     decoder, source = loaded(deep(name).bfloat16(), tokenizer, tmp_path)
     with shielded(decoder, (1, 4)):
@@ -119,7 +122,7 @@ def test_attention_scaled_by_its_layer_is_refused(tokenizer: PreTrainedTokenizer
     assert len(decoder.layers) == DEPTH
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *LIKE_LLAMA])
+@pytest.mark.parametrize("name", slow_but(["llama", "gemma3", "mixtral"], [*FAMILIES, *LIKE_LLAMA]))
 def test_cut_sublayers_are_shielded_sublayers(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     decoder, source = loaded(deep(name), tokenizer, tmp_path)
     before = logits(decoder)

@@ -17,6 +17,7 @@ from secateur.engine.scoring.depth import Depth, Removal, Unit, by_structure, ca
 from secateur.engine.structures import layers, sublayers
 from tests.engine.models import FAMILIES, LIKE_LLAMA, VOCABULARY, decoder_of, english, make_model
 from tests.engine.test_depth import loaded
+from tests.tiers import slow_but
 
 TOKENS = torch.randint(VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(3))
 DEPTHS: tuple[Depth, ...] = ("layers", "attention", "feed_forward")
@@ -48,7 +49,7 @@ def dropped(decoder: Decoder, units: list[Unit]) -> Decoder:
     return less
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt-neox", "opt", "mixtral", "gemma2"])
+@pytest.mark.parametrize("name", slow_but(["llama"], ["llama", "gpt-neox", "opt", "mixtral", "gemma2"]))
 def test_greedy_is_dropping_and_measuring(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     decoder = decoder_of(make_model(name), tokenizer)
     base = loss(decoder, TOKENS)
@@ -97,7 +98,7 @@ def test_compensated_loss_is_that_of_folded_weights(
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
 
 
-@pytest.mark.parametrize("name", [*ADDITIVE, *LIKE_LLAMA])
+@pytest.mark.parametrize("name", slow_but(["llama", "gpt2", "mixtral"], [*ADDITIVE, *LIKE_LLAMA]))
 @pytest.mark.parametrize("without", [None, "feed_forward"])
 def test_folded_weights_are_the_map(
     name: str, without: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -121,7 +122,7 @@ def texts(tokenizer: PreTrainedTokenizerFast, part: str, windows: int) -> Tensor
     return torch.tensor(ids).view(windows, 48)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_but([torch.float32], [torch.float32, torch.bfloat16]))
 @pytest.mark.parametrize("unit", [("layers", 0), ("layers", 1), ("attention", 1), ("feed_forward", 1)])
 def test_compensation_lowers_the_loss(
     unit: Unit, dtype: torch.dtype, trained: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast

@@ -28,6 +28,7 @@ from secateur.engine.scoring.experts import EXPERT_SCORERS
 from secateur.engine.structures import WIDTHS, experts
 from tests.engine.models import VOCABULARY, decoder_of, english, make_model, save, train
 from tests.engine.running import resolved
+from tests.tiers import slow_but
 
 TOKENS = torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(2))
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -211,8 +212,8 @@ def test_experts_and_then_their_channels(name: str, tokenizer: PreTrainedTokeniz
     assert torch.equal(one.model(TOKENS).logits, other.model(TOKENS).logits)
 
 
-@pytest.mark.parametrize("left", [4, 1])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("left", slow_but([1], [4, 1]))
+@pytest.mark.parametrize("dtype", slow_but(["float32"], ["float32", "bfloat16"]))
 @pytest.mark.parametrize("name", MIXTURES)
 def test_what_is_saved_is_the_stock_class(
     name: str, dtype: str, left: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -281,7 +282,7 @@ def layer_of(block: nn.Module) -> Layer:
     return layer
 
 
-@pytest.mark.parametrize("kept", [(0, 1, 2, 5, 6, 7), (0, 3, 4, 6)], ids=str)
+@pytest.mark.parametrize("kept", [(0, 1, 2, 5, 6, 7), pytest.param((0, 3, 4, 6), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("model_type", BLOCKS)
 def test_routers_of_other_classes(model_type: str, kept: tuple[int, ...]) -> None:
     """Biases and buffers go with the experts, and shared experts stay."""

@@ -1,0 +1,265 @@
+"""Requests for whole layers, sub-layers and experts: from the request to files that a fresh process loads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from secateur.catalog.architectures import shape_from_config
+from secateur.catalog.budget import whole_units, without_whole
+from secateur.catalog.resolve import components
+from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
+from secateur.catalog.structures import STRUCTURES
+from secateur.contract.errors import PruningError
+from secateur.engine import structures
+from secateur.engine.model.cutting import apply_plan
+from secateur.engine.model.decoder import Decoder
+from secateur.engine.model.plan import Plan
+from tests.engine.models import VOCABULARY, decoder_of, english, make_model, save
+from tests.engine.running import prune
+from tests.tiers import slow_but
+
+DEPTH = 6
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "layers": ("llama", {"target_ratio": 0.34, "structures": ["layers"]}),
+    "shortgpt": ("llama", {"target_ratio": 0.34, "method": "shortgpt"}),
+    "sleb": ("llama", {"target_ratio": 0.34, "method": "sleb"}),
+    "attention": ("llama", {"target_ratio": 0.1, "structures": ["attention"]}),
+    "feed_forward": ("llama", {"target_ratio": 0.13, "structures": ["feed_forward"]}),
+    "sublayers": (
+        "llama",
+        {
+            "target_ratio": 0.17,
+            "structures": ["attention", "feed_forward"],
+            "shares": {"attention": 0.04, "feed_forward": 0.13},
+            "layout": "padded",
+        },
+    ),
+    "layers-and-widths": (
+        "llama",
+        {
+            "target_ratio": 0.4,
+            "rounds": 2,
+            "structures": ["layers", "kv_groups", "channels"],
+            "shares": {"layers": 0.17},
+        },
+    ),
+    "layers-and-widths-padded": (
+        "llama",
+        {
+            "target_ratio": 0.4,
+            "structures": ["layers", "kv_groups", "channels"],
+            "shares": {"layers": 0.17},
+            "layout": "padded",
+        },
+    ),
+    "layers-and-widths-uniform": (
+        "llama",
+        {
+            "target_ratio": 0.45,
+            "structures": ["layers", "kv_groups", "channels"],
+            "shares": {"layers": 0.17},
+            "layout": "uniform",
+            "allocation": {"width_multiple": 8},
+        },
+    ),
+    "reap": ("mixtral", {"target_ratio": 0.23, "method": "reap"}),
+    "experts-and-widths": (
+        "mixtral",
+        {"target_ratio": 0.4, "structures": ["experts", "kv_groups", "channels"], "shares": {"experts": 0.23}},
+    ),
+    "layers-and-experts": (
+        "mixtral",
+        {"target_ratio": 0.36, "structures": ["layers", "experts"], "shares": {"layers": 0.17, "experts": 0.23}},
+    ),
+    "layers-without-compensation": ("gemma2", {"target_ratio": 0.34, "structures": ["layers"]}),
+    "layers-and-gradients": (
+        "llama",
+        {
+            "target_ratio": 0.4,
+            "method": "piem-lsps",
+            "rounds": 2,
+            "structures": ["layers", "kv_groups", "channels"],
+            "shares": {"layers": 0.17},
+            "scoring": {"kind": "sleb"},
+        },
+    ),
+    "layers-and-training": (
+        "llama",
+        {
+            "target_ratio": 0.34,
+            "method": "shortgpt",
+            "recovery": {"training": {"kind": "lora", "epochs": 1.0, "batch_size": 4}},
+        },
+    ),
+}
+QUICK = ["layers", "attention", "layers-and-widths", "layers-and-experts"]
+
+
+def spec(**changes: Any) -> PruningSpec:
+    plain = {
+        "method": "secateur",
+        "rounds": 1,
+        "calibration": Calibration(texts=english("calibration"), samples=8, sequence_length=32),
+        "evaluation": Evaluation(texts=english("evaluation"), samples=4, sequence_length=32, latency=False, prompts=[]),
+    }
+    return PruningSpec(**{**plain, **changes})
+
+
+def source(family: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    return save(make_model(family, num_hidden_layers=DEPTH), tokenizer, folder / "source")
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
+def test_from_the_request_to_the_files(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """The export itself compares logits and text with those of the model in memory, in a fresh process."""
+    family, changes = CASES[name]
+    made, asked = source(family, tokenizer, tmp_path), spec(**changes)
+    shape = shape_from_config(json.loads((made / "config.json").read_text()))
+    if asked.layout == "uniform":
+        ratio = shape.nearest_ratio(0.45, 8, uniform=True)
+        removed = without_whole(shape, {"layers": 1})
+        share = removed.nearest_ratio(0.3, 8, uniform=True)
+        ratio = 1 - (1 - share) * removed.prunable_parameters / shape.prunable_parameters
+        asked = spec(**{**changes, "target_ratio": ratio})
+    report = prune(str(made), asked, tmp_path / "out").report
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    counts = whole_units(shape, components(asked).structures, asked.shares, report["ratio"]["target"])
+    after = report["widths"]["after"]
+    assert sum(not layer["kv_groups"] and not layer["channels"] for layer in after) == counts.get("layers", 0)
+    assert config["num_hidden_layers"] == DEPTH - counts.get("layers", 0)
+    for structure, width in (("attention", "kv_groups"), ("feed_forward", "channels")):
+        assert sum(not layer[width] for layer in after) == counts.get(structure, 0) + counts.get("layers", 0)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert sum(tensor.numel() for tensor in weights.values()) == report["published"]["parameters"]
+    widths = any(name in components(asked).structures for name in ("kv_groups", "channels"))
+    held = counts.keys() & {"attention", "feed_forward"}
+    needs_code = asked.layout == "per-layer" and (widths or bool(held))
+    assert bool(list((tmp_path / "out").glob("*.py"))) == needs_code, "a stock class holds fewer layers and experts"
+    if not widths and len(counts) == 1 and not held:
+        unit = sum(shape.price(*counts, index) for index in range(DEPTH)) / (1 if "experts" in counts else DEPTH)
+        assert report["ratio"]["reached"] == pytest.approx(counts.popitem()[1] * unit / shape.prunable_parameters)
+    if not needs_code:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert loaded.config.num_hidden_layers == config["num_hidden_layers"]
+
+
+@pytest.mark.parametrize(
+    "name", slow_but(["layers-and-widths"], ["layers-and-widths", "layers-and-experts", "experts-and-widths"])
+)
+def test_a_run_resumes_from_every_step(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    family, changes = CASES[name]
+    made, asked = source(family, tokenizer, tmp_path), spec(**{**changes, "target_ratio": [0.4, 0.5]})
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    events: list[dict[str, Any]] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["type"] == "step":
+            (tmp_path / f"scratch-{event['number']}").mkdir()
+            for file in scratch.iterdir():
+                if file.is_file():
+                    (tmp_path / f"scratch-{event['number']}" / file.name).write_bytes(file.read_bytes())
+            events.append(json.loads(json.dumps(event)))
+
+    straight = prune(str(made), asked, tmp_path / "straight", scratch=scratch, on_event=listen).report
+    for event in events[1:]:
+        out = tmp_path / f"resumed-{event['number']}"
+        kept = tmp_path / f"scratch-{event['number']}"
+        report = prune(str(made), asked, out, scratch=kept, resume=event["state"]).report
+        for one, other in zip(report["targets"], straight["targets"], strict=True):
+            assert one["perplexity"] == other["perplexity"] and one["widths"] == other["widths"]
+        for file in (tmp_path / "straight").rglob("model.safetensors"):
+            again = load_file(out / file.relative_to(tmp_path / "straight"))
+            assert all(torch.equal(tensor, again[key]) for key, tensor in load_file(file).items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"structures": ["heads"]}, "there is no 'heads'"),
+        ({"structures": ["layers", "layers"]}, "named once"),
+        ({"structures": ["channels"]}, "cut together"),
+        ({"structures": []}, "at least 1"),
+        ({"structures": ["layers"], "shares": {"experts": 0.1}}, "'experts' has no share; allowed: layers"),
+        ({"shares": {"layers": 0.1}}, "'layers' has no share; allowed: no shares"),
+        ({"structures": ["layers", "kv_groups", "channels"]}, "'layers' is one of several structures"),
+        ({"structures": ["layers", "experts"], "shares": {"layers": 0.1}}, "'experts' is one of several"),
+        ({"structures": ["layers", "kv_groups", "channels"], "shares": {"layers": 0.4}}, "more than the ratio 0.3"),
+        ({"structures": ["layers"], "shares": {"layers": 0}}, "greater than 0"),
+        (
+            {"method": "wanda", "structures": ["layers"]},
+            "'wanda' has no scores of 'layers'; allowed: kv_groups, channels",
+        ),
+        ({"method": "shortgpt", "structures": ["experts"]}, "'shortgpt' has no scores of 'experts'"),
+        ({"method": "dsgp", "rounds": None, "structures": ["layers"]}, "chooses among kv_groups and channels alone"),
+    ],
+)
+def test_what_cannot_be_asked_for(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        spec(**{"target_ratio": 0.3, **changes})
+
+
+@pytest.mark.parametrize(
+    ("family", "structures", "shares", "ratio", "code", "says"),
+    [
+        ("llama", ["experts"], {}, 0.2, "structure_unsupported", "no 'experts'; allowed: layers, attention"),
+        ("llama", ["layers"], {}, 0.05, "ratio_unreachable", "from 1 to 5 units"),
+        ("llama", ["layers"], {}, 0.9, "ratio_unreachable", "from 1 to 1 units"),
+        ("mixtral", ["experts"], {}, 0.01, "ratio_unreachable", "from 1 to 3 units"),
+        (
+            "llama",
+            ["layers", "attention"],
+            {"layers": 0.8, "attention": 0.1},
+            0.9,
+            "ratio_unreachable",
+            "at most one of",
+        ),
+    ],
+)
+def test_what_a_model_cannot_give_is_refused_at_the_door(
+    family: str, structures: list[str], shares: dict[str, float], ratio: float, code: str, says: str
+) -> None:
+    depth = 2 if ratio == 0.9 and not shares else DEPTH
+    shape = shape_from_config(json.loads(make_model(family, num_hidden_layers=depth).config.to_json_string()))
+    with pytest.raises(PruningError, match=says) as caught:
+        whole_units(shape, structures, shares, ratio)
+    assert caught.value.code == code
+
+
+def test_a_plan_of_whole_units_is_that_of_their_removal(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of every structure: from data and back, and applied at once to the source it gives what was cut step by step."""
+    torch.manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (2, 16))
+    decoder = decoder_of(make_model("mixtral", num_hidden_layers=4), tokenizer)
+    first = Plan(({"layers": (), "kv_groups": (), "channels": ()}, {}, {"attention": (), "kv_groups": ()}, {}))
+    width = 160
+    experts = {"experts": (0, 2, 3), "channels": tuple(e * width + c for e in (0, 2, 3) for c in range(width))}
+    second = Plan(({}, experts, experts, experts))
+    narrow = {"channels": tuple(place * width + c for place in range(3) for c in range(place, 96 + place))}
+    third = Plan(({}, {**narrow, "kv_groups": (0, 2)}, narrow, {}))
+    for step in (first, second, third):
+        apply_plan(decoder, step)
+    whole = Plan.full(decoder.shape.layers)
+    plan = whole.then(first).then(second).then(third)
+    plan = Plan.from_data(type(plan.as_data()).model_validate(json.loads(plan.as_data().model_dump_json())))
+    at_once = decoder_of(make_model("mixtral", num_hidden_layers=4), tokenizer)
+    apply_plan(at_once, plan)
+    assert torch.equal(logits(at_once, tokens), logits(decoder, tokens))
+    assert at_once.widths == decoder.widths == plan.shapes(decoder.shape)
+    assert plan.parameters(decoder.shape) == decoder.prunable_parameters
+
+
+def logits(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = decoder.model(tokens, use_cache=False).logits
+    return found
+
+
+def test_engine_and_catalogue_know_the_same_structures() -> None:
+    assert list(structures.STRUCTURES) == list(STRUCTURES), "in the same order, which is the one of cutting"
