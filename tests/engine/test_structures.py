@@ -75,7 +75,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "layers-and-experts": (
         "mixtral",
-        {"target_ratio": 0.36, "structures": ["layers", "experts"], "shares": {"layers": 0.17, "experts": 0.23}},
+        {"target_ratio": 0.4, "structures": ["layers", "experts"], "shares": {"layers": 0.17, "experts": 0.23}},
     ),
     "layers-without-compensation": ("gemma2", {"target_ratio": 0.34, "structures": ["layers"]}),
     "layers-and-gradients": (
