@@ -107,7 +107,7 @@ def components(spec: PruningSpec) -> Components:
         training=None if spec.recovery.training is None else TRAININGS[spec.recovery.training.kind],
         fit_to=layerwise.fit_to or method.fit_to,
         damping=layerwise.damping or method.damping,
-        rounds=spec.rounds or method.default_rounds,
+        rounds=1 if spec.vocabulary_alone else spec.rounds or method.default_rounds,
         targets=len(spec.requested_ratios),
     )
 
@@ -145,7 +145,7 @@ def resolve(spec: PruningSpec, shape: ModelShape, *, config: Mapping[str, Any], 
     dtype = source_dtype if spec.dtype == "auto" else spec.dtype
     field = "target_ratio" if spec.goal is None else "goal"
     ratios = tuple(_ratio_of(spec.goal, shape, dtype) if ratio is None else ratio for ratio in spec.requested_ratios)
-    for ratio in ratios:
+    for ratio in filter(None, ratios):  # 0 is the ratio of a request that removes tokens alone
         shape.check_ratio(ratio, spec.allocation.width_multiple, uniform, field=field)
     _check_model(spec, chosen, shape, config)
     return Resolved(spec, chosen, ratios, shape.width_multiple(spec.allocation.width_multiple), dtype)

@@ -187,6 +187,11 @@ class ModelShape:
     def parameters(self) -> int:
         return self.prunable_parameters + self.other_parameters
 
+    @property
+    def vocabulary_parameters(self) -> int:
+        """Number of parameters of the embedding and the head, from which removed tokens take their rows."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+
     def layer_parameters(self, index: int, now: LayerShape | None = None) -> int:
         """Return the prunable parameters of layer ``index``, with the sizes ``now`` or else those of the source."""
         return self.costs[index].parameters(now or self.layers[index])
@@ -342,6 +347,7 @@ class ModelShape:
             "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size,
             "tied_embeddings": self.tied_embeddings,
+            "vocabulary_share": self.vocabulary_parameters / self.parameters,
             "parameters": self.parameters,
             "prunable_parameters": self.prunable_parameters,
             "width_multiple": self.width_multiple(None),

@@ -49,7 +49,7 @@ class StaticPruned:
             check_room(decoder, folder, formats)
             if "gguf" in formats:
                 gguf.write_gguf(decoder, self._source, self._gguf_file(folder), self._quantization)
-            write_model(decoder, self._source, folder, layout != "per-layer")
+            write_model(decoder, self._source, folder, layout != "per-layer" or self._stock)
             return Published(parameters=decoder.parameters, weights_bytes=weight_bytes(decoder))
 
     def check(self, folder: Path, layout: Layout) -> None:
@@ -57,6 +57,12 @@ class StaticPruned:
             check_checkpoint(self.decoder, folder, own_code=any(folder.glob("*.py")))
             if (file := self._gguf_file(folder)).is_file():
                 gguf.check_gguf(self.decoder, file, self._quantization)
+
+    @property
+    def _stock(self) -> bool:
+        """Whether the stock class holds the model in every layout, because the layers have all their units."""
+        config = self._source.config or {}
+        return self.target.ratio == 0 and not self.decoder.shape.differs and not config.get("added_biases")
 
     def _gguf_file(self, folder: Path) -> Path:
         return folder / f"model-{self._quantization}.gguf"
@@ -109,6 +115,9 @@ class StaticPruner:
         return decoder
 
     def _prune_round(self, decoder: Decoder, index: int, number: int) -> None:
+        if self._resolved.spec.vocabulary_alone:
+            self._keep_all_units(decoder, index)
+            return
         began = time.monotonic()
         inputs, chosen, target = self._inputs, self._chosen, self.state.targets[index]
         goals = round_goals(
@@ -133,7 +142,7 @@ class StaticPruner:
             reference=None if not chosen.fits_to_reference else decoder if number == 1 else self._reference,
             statistics=self._statistics if number == 1 else None,
         )
-        plan = Plan.full(decoder.shape.layers) if target.plan is None else Plan.from_data(target.plan)
+        plan = self._full_plan(decoder) if target.plan is None else Plan.from_data(target.plan)
         plan = plan.then(prune_round(context, goals[number - 1]))
         if number == chosen.rounds:
             self._reference = context.reference = None  # otherwise it would count as the pruned model's memory
@@ -150,6 +159,27 @@ class StaticPruner:
         )
         changed = self._keep(index, recovered_tensors(decoder)) if chosen.recovers_layerwise else None
         self._complete(index, step, plan=plan.as_data(), tensors=changed)
+
+    def _keep_all_units(self, decoder: Decoder, index: int) -> None:
+        """Complete the one round of a request that removes tokens alone, which are cut when the model is loaded."""
+        began, plan = time.monotonic(), self._full_plan(decoder)
+        measured = self._inputs.measurer.measure(decoder, whole=self._chosen.steps_per_target == 1)
+        step = Step(
+            number=self.state.step + 1,
+            kind=StepKind.ROUND,
+            target_ratio=0.0,
+            ratio=ReachedRatio(target=0.0, reached=decoder.reached_ratio),
+            widths=plan.widths(decoder.shape),
+            **measured.model_dump(exclude_unset=True),
+            seconds=time.monotonic() - began,
+        )
+        self._complete(index, step, plan=plan.as_data())
+
+    def _full_plan(self, decoder: Decoder) -> Plan:
+        """Return the plan that keeps every unit of the layers, and the tokens that the run keeps."""
+        cut = decoder.vocabulary
+        model = {} if cut is None else {"vocabulary": cut.vocabulary.kept}
+        return Plan(Plan.full(decoder.shape.layers).layers, model)
 
     def _train(self, decoder: Decoder, index: int) -> None:
         """Train the model, from the last recorded segment on.
