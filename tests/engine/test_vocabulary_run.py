@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur.catalog.architectures import shape_from_config
+from secateur.catalog.sources import locate
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import ErrorCode, PruningError
+from secateur.engine.export import gguf
+from secateur.engine.model.loading import load
 from secateur.engine.model.plan import Plan, PlanData
+from secateur.engine.structures.vocabulary import choose, cut_decoder, named_tokens
 from tests.engine.models import english
 from tests.engine.running import Pruned, prune
 
@@ -160,3 +165,22 @@ def test_inspect_names_the_vocabularys_share(trained_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(trained_folder)
     tables = {id(each.weight): each.weight.numel() for each in (model.get_input_embeddings(), model.lm_head)}
     assert shape.as_dict()["vocabulary_share"] == sum(tables.values()) / shape.parameters
+
+
+def test_gguf_file_has_the_cut_tokenizer(trained_folder: Path, tmp_path: Path) -> None:
+    source = locate(str(trained_folder), allow_paths=True)
+    decoder = load(source, "float32", torch.device("cpu"))
+    choice = choose(decoder.tokenizer, TEXTS, decoder.shape.vocab_size, named_tokens(decoder.model), 0.2, 16)
+    cut_decoder(decoder, choice.vocabulary)
+    gguf.write_gguf(decoder, source, tmp_path / "model.gguf", "F32")
+    reader = GGUFReader(tmp_path / "model.gguf")
+    size = choice.vocabulary.size
+    words = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert words == decoder.tokenizer.convert_ids_to_tokens(list(range(size)))
+    for merge in reader.fields["tokenizer.ggml.merges"].contents():
+        assert set(merge.split(" ")) | {merge.replace(" ", "")} <= set(words)
+    assert reader.fields["llama.vocab_size"].contents() == size
+    tables = {tensor.name: tuple(tensor.shape) for tensor in reader.tensors}
+    assert tables["token_embd.weight"][1] == size
+    end = reader.fields["tokenizer.ggml.eos_token_id"].contents()
+    assert words[end] == decoder.tokenizer.eos_token
