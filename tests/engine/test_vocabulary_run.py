@@ -98,9 +98,7 @@ def test_with_everything_else_and_resumed(layout: str, trained_folder: Path, tmp
     assert model.config.vocab_size == len(kept(whole))
     source = states[0]
     assert source["vocabulary"]["growth"] == whole.report["vocabulary"]["growth"]
-    resumed = prune(
-        str(trained_folder), asked, tmp_path / "resumed", allow_paths=True, scratch=tmp_path, resume=source
-    )
+    resumed = prune(str(trained_folder), asked, tmp_path / "resumed", allow_paths=True, scratch=tmp_path, resume=source)
     assert kept(resumed) == kept(whole)
     for name, tensor in load_file(whole.folder / "model.safetensors").items():
         assert torch.equal(tensor, load_file(resumed.folder / "model.safetensors")[name]), name
