@@ -54,7 +54,7 @@ class Result:
 
     def __init__(self, run: Run, pruned: Pruned, resources: "_Resources") -> None:
         self.tokenizer: PreTrainedTokenizerBase = pruned.decoder.tokenizer
-        """The tokenizer of the source."""
+        """The tokenizer of the source, or what the request's ``vocabulary`` left of it."""
         self.report: Report = run.report(pruned)
         """The report of the pruned model: the figures before and after pruning."""
         self.plan: Plan = pruned.plan

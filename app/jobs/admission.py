@@ -166,8 +166,13 @@ def admit(request: JobRequest, settings: Settings, access: HubAccess) -> JobRequ
     ):
         message = "this service sends webhooks to public addresses only, and to those its operator allows"
         raise invalid("webhook_url", message, code=ErrorCode.WEBHOOK_URL_FORBIDDEN, allowed="a public host")
-    for purpose, source in (("calibration", request.calibration), ("evaluation", request.evaluation)):
-        if source.dataset is not None:
+    sources = (
+        ("calibration", request.calibration),
+        ("evaluation", request.evaluation),
+        ("vocabulary", request.vocabulary),
+    )
+    for purpose, source in sources:
+        if source is not None and source.dataset is not None:
             _check_dataset(f"{purpose}.dataset", source.dataset, settings)
     for index, name in enumerate(request.evaluation.perplexity):
         _check_dataset(f"evaluation.perplexity.{index}", name, settings)

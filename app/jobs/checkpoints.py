@@ -77,7 +77,7 @@ def derive(session: Session, job: Job, number: int, asked: StepPublication) -> t
     whole = texts.whole_request(job)
     trained = data["kind"] == "training"
     changes = {
-        "target_ratio": min(data["ratio"]["reached"], MAX_RATIO),
+        "target_ratio": min(data["ratio"]["reached"], MAX_RATIO) or None,  # nothing but tokens was removed
         "goal": None,
         "rounds": sum(step.data["kind"] == "round" for step in before),
         "recovery": {**whole["recovery"], "training": whole["recovery"]["training"] if trained else None},

@@ -34,11 +34,13 @@ def default_repo_id(request: JobRequest, namespace: str) -> str:
     """Return ``<namespace>/<model>-<method>`` in a form that a Hub accepts; a long name of a model is cut.
 
     A request with a single ratio adds that ratio in percent (``-20``); a request with a goal adds the goal (``-110m``,
-    ``-500mb``).
+    ``-500mb``). The name of a request that removes tokens alone ends with ``-vocabulary`` in place of the method.
     """
     model = re.sub(r"[^A-Za-z0-9]+", "-", request.model_id.removeprefix("local:").split("/")[-1]).strip("-")
     ending = f"-{request.method}"
-    if request.goal is not None:
+    if request.vocabulary_alone:
+        ending = "-vocabulary"
+    elif request.goal is not None:
         ending += f"-{_size(request.goal)}"
     elif not request.several:
         ending += f"-{_percent(request.requested_ratios[0])}"

@@ -9,7 +9,8 @@ from secateur.contract.jobs import PARTS_WITH_TEXTS, without_texts
 
 def set_apart(request: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Return a dumped request as the API shows it, and its texts by part, or ``None`` if it has none."""
-    texts = {part: request[part]["texts"] for part in PARTS_WITH_TEXTS if request[part].get("texts") is not None}
+    parts = {part: request[part] for part in PARTS_WITH_TEXTS if request.get(part) is not None}
+    texts = {part: source["texts"] for part, source in parts.items() if source.get("texts") is not None}
     return without_texts(request), texts or None
 
 

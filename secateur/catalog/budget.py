@@ -23,7 +23,7 @@ def whole_units(
     counts = {}
     for name in (name for name in structures if name in WHOLE):
         prices = [shape.price(name, index) for index in range(len(shape.layers)) if shape.units(name, index)]
-        if not prices:
+        if not prices or name not in shape.family.structures:
             allowed = ", ".join(each for each in shape.family.structures if any(_has(shape, each)))
             raise PruningError(
                 ErrorCode.STRUCTURE_UNSUPPORTED, f"This model has no '{name}'; allowed: {allowed}.", field="structures"

@@ -123,7 +123,7 @@ def components(spec: PruningSpec) -> Components:
         training=None if spec.recovery.training is None else TRAININGS[spec.recovery.training.kind],
         fit_to=layerwise.fit_to or method.fit_to,
         damping=layerwise.damping or method.damping,
-        rounds=spec.rounds or method.default_rounds,
+        rounds=1 if spec.vocabulary_alone else spec.rounds or method.default_rounds,
         targets=len(spec.requested_ratios),
     )
 
@@ -163,8 +163,11 @@ def resolve(spec: PruningSpec, shape: ModelShape, *, config: Mapping[str, Any], 
     dtype = source_dtype if spec.dtype == "auto" else spec.dtype
     field = "target_ratio" if spec.goal is None else "goal"
     ratios = tuple(_ratio_of(spec.goal, shape, dtype) if ratio is None else ratio for ratio in spec.requested_ratios)
-    whole = []
+    whole: list[dict[str, int]] = []
     for ratio in ratios:
+        if not ratio:  # the request removes tokens alone
+            whole.append({})
+            continue
         removed = whole_units(shape, chosen.structures, spec.shares, ratio)
         if chosen.cuts_widths:
             left = without_whole(shape, removed)

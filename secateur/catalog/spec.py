@@ -151,6 +151,33 @@ class Evaluation(TextSource):
         return names
 
 
+class VocabularySettings(_Settings):
+    """The settings by which tokens that a kind of text does not need leave the tokenizer and the model.
+
+    Every text can still be encoded, and is decoded to itself. If neither `dataset` nor `texts` is set, the tokens are
+    chosen by the calibration text, without the part of it that is held out for evaluation.
+    """
+
+    max_growth: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="The largest share by which texts of this kind may take more tokens than before, as measured on parts of the text that had no say in the choice.",
+    )
+    multiple: int = Field(64, ge=1, le=4096, description="The number of tokens that stay is a multiple of this number.")
+    dataset: DatasetName | None = Field(None, description="As in `calibration`.", examples=["wikitext2"])
+    texts: list[Text] | None = Field(
+        None, min_length=1, max_length=10_000, fail_fast=True, description="As in `calibration`."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.dataset is not None and self.texts is not None:
+            raise ValueError("give either 'dataset' or 'texts', not both")
+        return self
+
+
 class Scoring(_Settings):
     """The settings of scoring: how units are scored. Coefficients of a scorer that is not used are ignored."""
 
@@ -288,7 +315,8 @@ _RATIOS: TypeAdapter[list[float]] = TypeAdapter(Ratios)
 class PruningSpec(_Settings):
     """The settings that say how to prune.
 
-    `method` and either `target_ratio` or `goal` are required; the other fields have defaults that suit the method.
+    `method` and one of `target_ratio`, `goal` and `vocabulary` are required; the other fields have defaults that suit
+    the method. With `vocabulary` alone, nothing is removed but tokens.
     :mod:`secateur.catalog.methods` lists what a method, a scorer or a recovery needs and excludes;
     :func:`secateur.catalog.resolve.resolve` resolves the request on a model.
     """
@@ -297,6 +325,11 @@ class PruningSpec(_Settings):
         None,
         description="Share of the parameters in the decoder blocks' attention and feed-forward weights to remove; embeddings do not count. A list makes one pruned model for each ratio, and statistics of the source are computed once.",
         examples=[0.2],
+    )
+    vocabulary: VocabularySettings | None = Field(
+        None,
+        description="Remove tokens that the texts do not need from the tokenizer, the embedding and the head. This never counts towards `target_ratio`, which may be left out then. Unset: all tokens stay.",
+        examples=[{"max_growth": 0.01}],
     )
     goal: Goal | None = Field(
         None, validate_default=True, description="Instead of `target_ratio`: the size of the pruned model."
@@ -309,7 +342,7 @@ class PruningSpec(_Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Dtype of the computation and of the published weights. `auto`: the source's own."
     )
-    calibration: Calibration = Calibration()
+    calibration: Calibration = Field(Calibration(), validate_default=True)
     evaluation: Evaluation = Evaluation()
     scoring: Scoring = Scoring()
     allocation: Allocation = Field(Allocation(), validate_default=True)
@@ -359,6 +392,8 @@ class PruningSpec(_Settings):
             raise ValueError(
                 f"'{name}' does not change the model's size: give 'target_ratio', the share of the work that generating saves"
             )
+        if METHODS[name].dynamic and info.data.get("vocabulary") is not None:
+            raise ValueError(f"'{name}' cuts nothing, so it cannot be combined with 'vocabulary'")
         return name
 
     @field_validator("rounds", "scoring", "allocation", "recovery", "layout", "formats")
@@ -402,9 +437,34 @@ class PruningSpec(_Settings):
     @field_validator("goal")
     @classmethod
     def _ratio_or_goal(cls, goal: Goal | None, info: ValidationInfo) -> Goal | None:
-        if "target_ratio" in info.data and (info.data["target_ratio"] is None) == (goal is None):
+        if not {"target_ratio", "vocabulary"} <= info.data.keys():  # such a field has an error of its own
+            return goal
+        ratio, vocabulary = info.data["target_ratio"], info.data["vocabulary"]
+        if goal is not None and vocabulary is not None:
+            raise ValueError(
+                "with 'vocabulary', the size of the model is known only after the tokens are chosen: give 'target_ratio'"
+            )
+        if (ratio is None) == (goal is None) and not (ratio is None and vocabulary is not None):
             raise ValueError("give either 'target_ratio' or 'goal'")
         return goal
+
+    @field_validator("rounds")
+    @classmethod
+    def _rounds_of_pruning(cls, rounds: int | None, info: ValidationInfo) -> int | None:
+        named = {"target_ratio", "goal"} <= info.data.keys()
+        if named and info.data["target_ratio"] is None and info.data["goal"] is None and rounds not in (None, 1):
+            raise ValueError("without 'target_ratio' or 'goal', there is nothing to prune in rounds; allowed: 1")
+        return rounds
+
+    @field_validator("calibration")
+    @classmethod
+    def _text_to_choose_tokens_by(cls, calibration: Calibration, info: ValidationInfo) -> Calibration:
+        vocabulary = info.data.get("vocabulary")
+        if vocabulary is not None and not any(source.dataset or source.texts for source in (vocabulary, calibration)):
+            raise ValueError(
+                "'vocabulary' chooses tokens by a text, and none is named: give 'texts' or 'dataset' here or in 'vocabulary'"
+            )
+        return calibration
 
     @field_validator("allocation")
     @classmethod
@@ -495,12 +555,21 @@ class PruningSpec(_Settings):
 
     @property
     def requested_ratios(self) -> tuple[float | None, ...]:
-        """The ratio of each pruned model; ``None`` where the request has a goal."""
+        """The ratio of each pruned model; ``None`` where the request has a goal, and 0 where it has neither."""
+        if self.vocabulary_alone:
+            return (0.0,)
         return tuple(self.target_ratio) if isinstance(self.target_ratio, list) else (self.target_ratio,)
+
+    @property
+    def vocabulary_alone(self) -> bool:
+        """Whether tokens are all that the request removes."""
+        return self.target_ratio is None and self.goal is None
 
     def uploads(self) -> dict[str, str]:
         """Return the ids of the uploaded data sets (``upload:ID``) that the request names, by the field that names each."""
         named = {"calibration.dataset": self.calibration.dataset, "evaluation.dataset": self.evaluation.dataset}
+        if self.vocabulary is not None:
+            named["vocabulary.dataset"] = self.vocabulary.dataset
         named |= {f"evaluation.perplexity.{index}": name for index, name in enumerate(self.evaluation.perplexity)}
         return {
             field: name.removeprefix(UPLOAD_PREFIX)

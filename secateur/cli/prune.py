@@ -70,6 +70,10 @@ def inspect(
         f"{len(layers)} layers of {groups} KV groups ({heads} heads of {shape.stock_layer.head_dim}) and "
         f"{experts}{channels} feed-forward channels: {shape.prunable_parameters:,} parameters can be pruned"
     )
+    typer.echo(
+        f"{shape.vocab_size:,} tokens, whose embedding and head are {shape.vocabulary_parameters / shape.parameters:.1%} of "
+        "all parameters; the setting 'vocabulary' removes those that a kind of text does not need"
+    )
     for size in made:
         typer.echo(
             f"pruned by {size.nearest_ratio:.1%}: {size.parameters:,} parameters, {size.bytes / 1e6:,.1f} MB in {source.dtype}"

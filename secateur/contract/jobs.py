@@ -15,7 +15,7 @@ from secateur.contract.report import StepKind
 from secateur.contract.stages import Stage
 from secateur.contract.states import State
 
-PARTS_WITH_TEXTS = ("calibration", "evaluation")
+PARTS_WITH_TEXTS = ("calibration", "evaluation", "vocabulary")
 
 
 def without_texts(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,7 +24,9 @@ def without_texts(request: Mapping[str, Any]) -> dict[str, Any]:
     Texts are long, and they may be confidential.
     """
     shown = {**request}
-    for part in shown.keys() & {*PARTS_WITH_TEXTS}:
+    for part in PARTS_WITH_TEXTS:
+        if shown.get(part) is None:
+            continue
         source = shown[part] = {**request[part]}
         texts = source.pop("texts", None)
         if texts is not None:

@@ -100,6 +100,10 @@ class Measurement(_Data):
     """
 
     perplexity: float | None = Field(None, description="On the evaluation text; null: infinite.")
+    nats_per_byte: float | None = Field(
+        None,
+        description="Loss of the evaluation text by its bytes in UTF-8, which models with different vocabularies have in common; measured of requests with `vocabulary`. Null: infinite.",
+    )
     parameters: int | None = None
     prunable_parameters: int | None = None
     weights_bytes: int | None = None
@@ -169,6 +173,18 @@ class ParameterChange(_Data):
     after: int
     prunable_before: int
     prunable_after: int
+
+
+class VocabularyChange(_Data):
+    """The tokens of the model before and after the vocabulary was cut, and the bytes of the embedding and the head."""
+
+    before: int
+    after: int
+    growth: float = Field(
+        description="By which share texts of the requested kind take more tokens: 0.01 is 1 %. Measured on texts that had no say in the choice of tokens."
+    )
+    bytes_before: int = Field(description="Bytes of the embedding and the head; tied tables count once.")
+    bytes_after: int
 
 
 class LatencyChange(_Data):
@@ -264,7 +280,14 @@ class Report(_Data):
     )
     generations: list[GenerationChange]
     parameters: ParameterChange
-    perplexity: Change = Field(description="On the evaluation text; null: infinite.")
+    perplexity: Change = Field(
+        description="On the evaluation text; null: infinite. It is a figure per token: where the vocabulary was cut, the two models' tokens differ, and `nats_per_byte` compares them."
+    )
+    nats_per_byte: Change | None = Field(
+        None,
+        description="Loss of the evaluation text by its bytes in UTF-8, where the vocabulary was cut; null of a change: infinite.",
+    )
+    vocabulary: VocabularyChange | None = Field(None, description="Null where all tokens stayed by request.")
     flops: CountChange
     weights_bytes: CountChange
     latency: LatencyChange

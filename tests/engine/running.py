@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.catalog.architectures import ModelShape
+from secateur.catalog.budget import whole_units
 from secateur.catalog.resolve import Resolved, components
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.events import Event, StepEvent
@@ -56,4 +57,6 @@ def prune(
 def resolved(spec: PruningSpec, shape: ModelShape) -> Resolved:
     """The request on a model of this shape, in float32, without the checks of :func:`secateur.catalog.resolve.resolve`."""
     ratios = tuple(ratio for ratio in spec.requested_ratios if ratio is not None)
-    return Resolved(spec, components(spec), ratios, shape.width_multiple(spec.allocation.width_multiple), "float32")
+    chosen = components(spec)
+    whole = tuple(whole_units(shape, chosen.structures, spec.shares, ratio) for ratio in ratios)
+    return Resolved(spec, chosen, ratios, whole, shape.width_multiple(spec.allocation.width_multiple), "float32")

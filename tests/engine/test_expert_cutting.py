@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.catalog.architectures import LayerShape
+from secateur.catalog.structures import LayerCost
 from secateur.catalog.architectures.mixtral import MIXTRAL
 from secateur.catalog.sources import locate
 from secateur.catalog.spec import PruningSpec
@@ -277,7 +278,7 @@ def layer_of(block: nn.Module) -> Layer:
     module = nn.Module()
     module.mlp = block
     shape = LayerShape(3, 6, 8, 32, 8)
-    layer = Layer(module, MIXTRAL, shape)
+    layer = Layer(module, MIXTRAL, shape, LayerCost(1, 1))
     layer.take_apart(shape, 48)
     return layer
 

@@ -142,8 +142,10 @@ def test_from_the_request_to_the_files(name: str, tokenizer: PreTrainedTokenizer
     needs_code = asked.layout == "per-layer" and (widths or bool(held))
     assert bool(list((tmp_path / "out").glob("*.py"))) == needs_code, "a stock class holds fewer layers and experts"
     if not widths and len(counts) == 1 and not held:
-        unit = sum(shape.price(*counts, index) for index in range(DEPTH)) / (1 if "experts" in counts else DEPTH)
-        assert report["ratio"]["reached"] == pytest.approx(counts.popitem()[1] * unit / shape.prunable_parameters)
+        ((structure, count),) = counts.items()
+        together = sum(shape.price(structure, index) for index in range(DEPTH))
+        unit = together if structure == "experts" else together / DEPTH
+        assert report["ratio"]["reached"] == pytest.approx(count * unit / shape.prunable_parameters)
     if not needs_code:
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert loaded.config.num_hidden_layers == config["num_hidden_layers"]

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal
 
-from secateur.catalog.structures import STRUCTURES, WIDTHS, LayerCost, LayerShape
+from secateur.catalog.structures import DEPTH, STRUCTURES, WIDTHS, LayerCost, LayerShape
 from secateur.catalog.untrusted import LARGEST_NUMBER, shown
 from secateur.contract.errors import ErrorCode, PruningError
 
@@ -125,7 +125,9 @@ class Family:
     @property
     def structures(self) -> tuple[str, ...]:
         """The structures whose units this family's layers have, in the order of :data:`STRUCTURES`."""
-        return tuple(name for name in STRUCTURES if name != "experts" or self.experts)
+        # In the first ChatGLM-6B, hidden states change in a layer even if both of its sub-layers add nothing.
+        lacking = {*(DEPTH if self.two_positions else ()), *(() if self.experts else ("experts",))}
+        return tuple(name for name in STRUCTURES if name not in lacking)
 
     @property
     def attention_inputs(self) -> tuple[str, str, str]:
@@ -189,6 +191,11 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         return self.prunable_parameters + self.other_parameters
+
+    @property
+    def vocabulary_parameters(self) -> int:
+        """Number of parameters of the embedding and the head, from which removed tokens take their rows."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
 
     def layer_parameters(self, index: int, now: LayerShape | None = None) -> int:
         """Return the prunable parameters of layer ``index``, with the sizes ``now`` or else those of the source."""
@@ -345,6 +352,7 @@ class ModelShape:
             "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size,
             "tied_embeddings": self.tied_embeddings,
+            "vocabulary_share": self.vocabulary_parameters / self.parameters,
             "parameters": self.parameters,
             "prunable_parameters": self.prunable_parameters,
             "width_multiple": self.width_multiple(None),

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from secateur.catalog.methods import METHODS, Method
-from secateur.contract.report import ComponentNames, Report
+from secateur.contract.report import ComponentNames, Report, VocabularyChange
 from secateur.engine.evaluation import unsteady
 
 PICTURE = "widths.png"
@@ -19,12 +19,13 @@ def model_card(
     gguf_file: str | None = None,
     own_class: str | None = None,
     picture: bool = True,
+    code: bool = True,
 ) -> str:
     """Return the text of README.md of the published repository.
 
     ``report`` is the run's report; ``extra`` holds the manifest's additional entries (job id, repo_id). ``own_class``
     is the file with the model's class, if transformers has no class for the model. ``picture`` says whether the
-    repository has the picture of the widths.
+    repository has the picture of the widths, and ``code`` whether it has Python files.
     """
     spec, ratio, source = report.spec, report.ratio, report.source
     method = METHODS[spec["method"]]
@@ -41,18 +42,18 @@ def model_card(
 {head.to_yaml()}
 ---
 
-{_opening(method, base, f"[{base}](https://huggingface.co/{base})" if on_hub else base, ratio.reached)}
+{_opening(method, base, f"[{base}](https://huggingface.co/{base})" if on_hub else base, report)}
 
 | | before | after |
 |---|---|---|
 {_table(report)}
 
-Perplexity on {report.evaluation.tokens:,} tokens ({report.evaluation.source}){", the second half of each window when the first is read" if method.dynamic else ""}. Latency on
+Perplexity on {report.evaluation.tokens:,} tokens ({report.evaluation.source}){", the second half of each window when the first is read" if method.dynamic else ""}.{_compared(report)} Latency on
 {_device(report)}, batch 1.
 
 ## Use
 
-{_use(spec["layout"], repo_id, gguf_file, own_class, method.dynamic)}
+{_use(spec["layout"], repo_id, gguf_file, own_class, method.dynamic, code)}
 
 ## How it was made
 
@@ -78,7 +79,8 @@ the licence of the base model apply.
 """
 
 
-def _opening(method: Method, base: str, linked: str, reached: float) -> str:
+def _opening(method: Method, base: str, linked: str, report: Report) -> str:
+    reached, vocabulary = report.ratio.reached, report.vocabulary
     if method.dynamic:
         return f"""# {base}, pruning itself for each prompt
 
@@ -86,11 +88,28 @@ All of {linked} reads the prompt and measures which units the prompt needs. The 
 most are gathered into smaller weights, which generate the answer; this saves {reached:.2%} of the work in the attention and
 feed-forward weights. The stored weights are unchanged.
 """
+    if vocabulary is not None and report.ratio.target == 0:
+        return f"""# {base}, with {vocabulary.after:,} tokens
+
+{_tokens(vocabulary)} All other weights are those of {linked}.
+"""
     return f"""# {base}, pruned by {reached:.1%}
 
 {reached:.2%} of the parameters in the attention and feed-forward weights of {linked} were removed: whole KV groups of attention
 heads and whole feed-forward channels were cut out of the tensors. The model needs no masks and no special kernels.
-"""
+{"" if vocabulary is None else f"{chr(10)}{_tokens(vocabulary)}{chr(10)}"}"""
+
+
+def _tokens(vocabulary: VocabularyChange) -> str:
+    return f"""{vocabulary.before - vocabulary.after:,} of {vocabulary.before:,} tokens were removed from the tokenizer, the embedding and the head. Every
+text can still be written, and is read as it was; a text of the kind by which the tokens were chosen takes
+{vocabulary.growth:.1%} more tokens than before."""
+
+
+def _compared(report: Report) -> str:
+    if report.vocabulary is None:
+        return ""
+    return " Perplexity is a figure per token, so with other tokens it cannot be compared; nats per byte can."
 
 
 DYNAMIC = """The repository carries a small modeling file; without `trust_remote_code` the stock class loads the plain model.
@@ -103,14 +122,14 @@ LAYOUTS = {
 }
 
 
-def _use(layout: str, repo_id: str, gguf_file: str | None, own_class: str | None, dynamic: bool) -> str:
-    code = layout == "per-layer" or own_class is not None
+def _use(layout: str, repo_id: str, gguf_file: str | None, own_class: str | None, dynamic: bool, has_code: bool) -> str:
+    code = has_code and (layout == "per-layer" or own_class is not None)
     classes = "The stock class loads it, without code from this repository:"
     if own_class is not None:
         classes = f"transformers has no class for this model: `{own_class}`, in this repository, is one."
     elif code:
         classes = "The repository carries a small modeling file, which cuts the stock classes to size:"
-    text = f"""{DYNAMIC if dynamic else f"{LAYOUTS[layout]} {classes}"}
+    text = f"""{DYNAMIC if dynamic else f"{LAYOUTS[layout if has_code or layout != 'per-layer' else 'uniform']} {classes}"}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -165,6 +184,12 @@ def _table(report: Report) -> str:
         _row("FLOPs of 256 tokens", f"{report.flops.before:.3g}", f"{report.flops.after:.3g}"),
         _row("perplexity", _perplexity(report.perplexity.before), _perplexity(report.perplexity.after)),
     ]
+    if report.nats_per_byte is not None:
+        pair = report.nats_per_byte
+        lines.append(_row("nats per byte", _nats(pair.before), _nats(pair.after)))
+    if (tokens := report.vocabulary) is not None:
+        lines.append(_row("tokens", f"{tokens.before:,}", f"{tokens.after:,}"))
+        lines.append(_row("embedding and head (bytes)", f"{tokens.bytes_before:,}", f"{tokens.bytes_after:,}"))
     published = report.published
     if published is not None and published.parameters != report.parameters.after:
         lines.append(_row("parameters in the files, with the zeros", "", f"{published.parameters:,}"))
@@ -191,6 +216,10 @@ def _row(title: str, before: str, after: str) -> str:
 
 def _perplexity(value: float | None) -> str:
     return "infinite" if value is None else f"{value:.2f}"
+
+
+def _nats(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.4f}"
 
 
 def _device(report: Report) -> str:

@@ -27,6 +27,8 @@ from secateur.engine.model.per_layer import OF_LAYERS, modeling_file, own_class
 from secateur.engine.model.plan import Plan
 from secateur.engine.structures.experts import config_keys, units
 from secateur.engine.structures.layers import written_config
+from secateur.engine.structures.vocabulary import rewrite_files
+from secateur.engine.structures.vocabulary.files import DESCRIPTION
 from secateur.extras import missing
 
 COPIED = (
@@ -96,15 +98,14 @@ def write_model(decoder: Decoder, source: ModelSource, folder: Path, stock: bool
 
 
 def fits_stock_class(decoder: Decoder) -> bool:
-    """Return whether the stock class holds a model from which only whole units were removed, without padding.
+    """Return whether the stock class holds a model without padding: if only whole units or tokens were removed.
 
     Its layers have the widths of the source's config, and all the same number of experts.
     """
     widths = {replace(layer, experts=1) for layer in decoder.widths}
     alike = len({layer.experts for layer in decoder.widths}) == 1
-    whole = decoder.widths != list(decoder.shape.layers)
     added = _added_biases(decoder, decoder.model.config.to_dict())
-    return whole and alike and widths == {replace(decoder.shape.stock_layer, experts=1)} and not added
+    return alike and widths == {replace(decoder.shape.stock_layer, experts=1)} and not added
 
 
 def write_manifest(decoder: Decoder, plan: Plan, folder: Path, report: Report, extra: Mapping[str, Any]) -> None:
@@ -117,7 +118,9 @@ def write_manifest(decoder: Decoder, plan: Plan, folder: Path, report: Report, e
         draw_widths(report.widths, folder / PICTURE)
     gguf_file = next((file.name for file in folder.glob("*.gguf")), None)
     own = own_class(type(decoder.model))
-    card = model_card(report, extra, gguf_file, own.name if own else None, picture=picture)
+    card = model_card(
+        report, extra, gguf_file, own.name if own else None, picture=picture, code=any(folder.glob("*.py"))
+    )
     (folder / "README.md").write_text(card)
     files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
     manifest = {**extra, "plan": plan.as_data().model_dump(mode="json"), "report": report.as_dict(), "files": files}
@@ -148,7 +151,7 @@ def versions() -> dict[str, str]:
 
 def _write_config(decoder: Decoder, source: ModelSource, folder: Path, stock: bool) -> None:
     shape, model = decoder.shape, decoder.model
-    config = dict(source.config or {}) if source.gguf_file is None else _plain_config(decoder)
+    config = source_config(decoder, source)
     for key in ("auto_map", *OF_LAYERS):  # the source's auto_map names code that was not reviewed
         config.pop(key, None)
     _add_legacy_rope(config)
@@ -186,6 +189,14 @@ def _write_config(decoder: Decoder, source: ModelSource, folder: Path, stock: bo
             modeling_file(shape, classes, "transformers" if own is None else f".{own.stem}")
         )
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def source_config(decoder: Decoder, source: ModelSource) -> dict[str, Any]:
+    """Return the content of the source's ``config.json``, with the decoder's own vocabulary."""
+    if source.gguf_file is not None:
+        return _plain_config(decoder)
+    config = dict(source.config or {})
+    return config if decoder.vocabulary is None else decoder.vocabulary.config(config)
 
 
 def _config_widths(family: Family, layer: LayerShape) -> dict[str, int]:
@@ -249,15 +260,30 @@ def _add_legacy_rope(config: dict[str, Any]) -> None:
         config.setdefault("rope_scaling", rope)
 
 
-def _write_tokenizer(decoder: Decoder, source: ModelSource, folder: Path) -> None:
+def write_tokenizer_files(decoder: Decoder, source: ModelSource, folder: Path) -> None:
+    """Write the files of the decoder's tokenizer, and ``generation_config.json``, into ``folder``.
+
+    Raises:
+        PruningError: ``vocabulary_unsupported``.
+    """
     assert source.path is not None
-    if source.gguf_file is None and not source.chatglm:
-        for name in COPIED:
-            if (source.path / name).is_file():
-                shutil.copyfile(source.path / name, folder / name)
-    else:
+    if source.gguf_file is not None or source.chatglm:
         decoder.tokenizer.save_pretrained(folder)
         decoder.model.generation_config.save_pretrained(folder)
+        return
+    for name in COPIED:
+        if (source.path / name).is_file():
+            shutil.copyfile(source.path / name, folder / name)
+    if (cut := decoder.vocabulary) is not None:
+        if not (folder / DESCRIPTION).is_file():
+            backend: Any = cut.tokenizer
+            backend.backend_tokenizer.save(str(folder / DESCRIPTION))
+        rewrite_files(folder, cut.vocabulary)
+
+
+def _write_tokenizer(decoder: Decoder, source: ModelSource, folder: Path) -> None:
+    assert source.path is not None
+    write_tokenizer_files(decoder, source, folder)
     for pattern in LICENCES:
         for file in source.path.glob(pattern):
             shutil.copyfile(file, folder / file.name)

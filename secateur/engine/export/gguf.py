@@ -6,6 +6,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from secateur.catalog.gguf import GgufKind, gguf_architecture, gguf_obstacle, un
 from secateur.catalog.sources import ModelSource
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.export.check import TOLERANCE
+from secateur.engine.export.checkpoint import source_config, write_tokenizer_files
 from secateur.engine.export.gguf_tokenizer import write_tokenizer
 from secateur.engine.model.decoder import Decoder, Layer
 from secateur.engine.time_limit import encode
@@ -97,7 +99,7 @@ def check_ready(decoder: Decoder, source: ModelSource) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "vocabulary.gguf")
         writer = GGUFWriter(path, "llama")
-        write_tokenizer(writer, source, decoder.tokenizer, decoder.shape.vocab_size)
+        _add_tokenizer(writer, decoder, source)
         _write(writer, list, torch.float32)
         found = json.loads(_run(TOKENIZE, str(path), json.dumps(TEXTS)))
     for text, tokens in zip(TEXTS, found, strict=True):
@@ -253,8 +255,21 @@ def _write_wide(decoder: Decoder, source: ModelSource, path: Path, kind: GgufKin
     _add_rotation(writer, config)
     if architecture.startswith("gemma"):
         _add_gemma(writer, config)
-    write_tokenizer(writer, source, decoder.tokenizer, shape.vocab_size)
+    _add_tokenizer(writer, decoder, source)
     _write(writer, lambda: _tensors(decoder, architecture), torch.float32 if kind == "F32" else torch.float16)
+
+
+def _add_tokenizer(writer: GGUFWriter, decoder: Decoder, source: ModelSource) -> None:
+    """Add the tokenizer's metadata; those of a vocabulary that was cut are made from the files that are published."""
+    if decoder.vocabulary is None:
+        write_tokenizer(writer, source, decoder.tokenizer, decoder.shape.vocab_size)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tokenizer_files(decoder, source, folder)
+        (folder / "config.json").write_text(json.dumps(source_config(decoder, source)))
+        cut = replace(source, path=folder, gguf_file=None)
+        write_tokenizer(writer, cut, decoder.tokenizer, decoder.shape.vocab_size)
 
 
 def _has_added_biases(decoder: Decoder) -> bool:

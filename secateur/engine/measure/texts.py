@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from secateur.catalog.memory import BATCH_TOKENS
 from secateur.catalog.names import did_you_mean
 from secateur.catalog.sources import LOCAL_NAME, LOCAL_PREFIX, UPLOAD_PREFIX
-from secateur.catalog.spec import Calibration, Evaluation, PruningSpec, TextSource
+from secateur.catalog.spec import Calibration, Evaluation, PruningSpec, TextSource, VocabularySettings
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.report import Text
 from secateur.engine.measure.data import chat_texts
@@ -229,20 +229,41 @@ def _stream(
 
     The row has at least about ``enough`` tokens if the source has as many.
     """
-    if source.texts is not None:
-        texts = list(source.texts)
-    elif source.dataset is None:
+    texts = source_texts(decoder, source, enough, purpose, texts_dir, token, allow_paths, uploads_dir)
+    if texts is None:
         return None
-    elif source.dataset.startswith(UPLOAD_PREFIX):
-        texts = _read_upload(decoder, source.dataset, purpose, enough, uploads_dir)
-    elif source.dataset.startswith(LOCAL_PREFIX) or (allow_paths and Path(source.dataset).is_file()):
-        texts = [_read_file(source.dataset, purpose, texts_dir)]
-    else:
-        texts = _read_dataset(source.dataset, purpose, enough, token)
     ids = encode(decoder.tokenizer, "\n\n".join(texts), add_special_tokens=False, verbose=False)
     if ids:
         _check_ids(decoder, max(ids))
     return torch.tensor(ids, dtype=torch.long)
+
+
+def source_texts(
+    decoder: Decoder,
+    source: TextSource | VocabularySettings,
+    enough: int,
+    purpose: str,
+    texts_dir: Path | None,
+    token: str | None,
+    allow_paths: bool,
+    uploads_dir: Path | None,
+) -> list[str] | None:
+    """Return the texts of the source, or ``None`` when the source names no text.
+
+    Of a data set, about so many texts are read as have ``enough`` tokens. ``purpose`` is the request's field.
+
+    Raises:
+        PruningError: ``text_not_found``, ``text_invalid``, ``chat_template_missing``, ``hub_unavailable`` (retryable).
+    """
+    if source.texts is not None:
+        return list(source.texts)
+    if source.dataset is None:
+        return None
+    if source.dataset.startswith(UPLOAD_PREFIX):
+        return _read_upload(decoder, source.dataset, purpose, enough, uploads_dir)
+    if source.dataset.startswith(LOCAL_PREFIX) or (allow_paths and Path(source.dataset).is_file()):
+        return [_read_file(source.dataset, purpose, texts_dir)]
+    return _read_dataset(source.dataset, purpose, enough, token)
 
 
 def _check_ids(decoder: Decoder, largest: int) -> None:
@@ -343,7 +364,7 @@ def _read_dataset(name: str, purpose: str, enough: int, token: str | None) -> li
         raise PruningError(ErrorCode.TEXT_NOT_FOUND, f"There is no file '{name}'.", field=f"{purpose}.dataset")
     if Path(path).exists():  # load_dataset would read a local folder of that name
         raise PruningError(ErrorCode.TEXT_INVALID, f"'{name}' is no data set on the Hub.", field=f"{purpose}.dataset")
-    split = calibration_split if purpose == "calibration" else evaluation_split
+    split = evaluation_split if purpose == "evaluation" else calibration_split
     try:
         rows = datasets.load_dataset(
             path, config, split=split, streaming=True, token=token, revision=REVISIONS.get(name)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.experts import Experts
 from secateur.engine.model.fused import Fused
 from secateur.engine.time_limit import encode
+
+if TYPE_CHECKING:
+    from secateur.engine.structures.vocabulary import VocabularyCut
 
 
 class Layer:
@@ -74,7 +77,7 @@ class Layer:
     @property
     def projections(self) -> tuple[str, ...]:
         """The names of the family's projections that this layer has; a layer may lack a whole sub-layer."""
-        modules = {name for name, _ in self.module.named_modules()}
+        modules = {name for name, module in self.module.named_modules() if isinstance(module, nn.Linear)}
         return tuple(name for name in self.family.projections if name in modules)
 
     @property
@@ -106,7 +109,7 @@ class Layer:
 class Decoder:
     """A model, its tokenizer and its decoder layers.
 
-    ``shape`` holds the sizes of the *source* model; the layers hold their current widths. Modules of the model that
+    ``shape`` holds the sizes of the *source* model, except for a vocabulary that was cut; the layers hold their current widths. Modules of the model that
     compute several projections are replaced by :class:`secateur.engine.model.fused.Fused` and
     :class:`secateur.engine.model.experts.Experts`.
     """
@@ -122,6 +125,8 @@ class Decoder:
         self.read_share = 0.0
         """Share of every measured window that a dynamic model reads first as its prompt; these tokens are not
         predicted."""
+        self.vocabulary: VocabularyCut | None = None
+        """The cut of the vocabulary, or ``None`` while all tokens are there."""
         modules = model.get_submodule(shape.family.layers)
         assert isinstance(modules, nn.ModuleList)
         self.layers = []

@@ -115,17 +115,20 @@ def _left(layer: LayerShape, kept: Kept, structures: Sequence[str]) -> LayerShap
 
 
 def _as_ranges(kept: Kept) -> dict[str, Ranges]:
-    return {structure: _ranges(indices) for structure, indices in kept.items()}
+    return {structure: ranges_of(indices) for structure, indices in kept.items()}
 
 
 def _indices(kept: Mapping[str, Ranges]) -> Kept:
-    return {
-        structure: tuple(index for first, last in ranges for index in range(first, last + 1))
-        for structure, ranges in kept.items()
-    }
+    return {structure: indices_of(ranges) for structure, ranges in kept.items()}
 
 
-def _ranges(indices: tuple[int, ...]) -> Ranges:
+def indices_of(ranges: Ranges) -> tuple[int, ...]:
+    """Return the indices of ranges ``[first, last]``."""
+    return tuple(index for first, last in ranges for index in range(first, last + 1))
+
+
+def ranges_of(indices: tuple[int, ...]) -> Ranges:
+    """Return ascending indices as ranges ``[first, last]``."""
     ranges: list[tuple[int, int]] = []
     for index in indices:
         if ranges and ranges[-1][1] == index - 1:

@@ -5,12 +5,14 @@ each target.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from secateur.contract.events import WarningEvent
 from secateur.contract.report import Measurement
 from secateur.contract.stages import Stage
 from secateur.engine.evaluation import Suite, forward_flops, perplexity, unsteady, weight_bytes
+from secateur.engine.evaluation.per_byte import nats_per_byte
 from secateur.engine.measure.texts import Windows, batch_windows
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.run.progress import Progress
@@ -27,6 +29,8 @@ class Measurer:
     suite: Suite
     progress: Progress
     listener: Listener
+    texts: Sequence[str] = ()
+    """The evaluation text, for the loss by byte, which is measured with the whole suite if there is a text."""
 
     def measure(self, decoder: Decoder, *, whole: bool = True) -> Measurement:
         """Measure a model; with ``whole``, measure the suite too.
@@ -44,6 +48,11 @@ class Measurer:
                 if whole
                 else Measurement(latency=None)
             )
+            if whole and self.texts:
+                # A text has more tokens than its window had, once the vocabulary is smaller.
+                length = min(2 * tokens.shape[1], decoder.shape.max_positions)
+                loss = nats_per_byte(decoder.model, decoder.tokenizer, self.texts, length)
+                found = found.model_copy(update={"nats_per_byte": loss if math.isfinite(loss) else None})
         if unsteady(found.latency):
             message = "latency: repeats are far apart, so the machine was busy with something else; see their spread."
             self.listener.on_event(WarningEvent(message))

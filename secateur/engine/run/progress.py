@@ -47,6 +47,8 @@ class Progress:
         self._listener = listener
         per_target = [Stage.SCORING] * chosen.rounds + [Stage.TRAINING] * (chosen.training is not None)
         self._kinds: list[str] = [Stage.DOWNLOADING, Stage.LOADING, Stage.CALIBRATING, WHOLE]
+        if spec.vocabulary is not None:  # the texts are encoded anew with the smaller vocabulary
+            self._kinds.append(Stage.CALIBRATING)
         self._step_of = [0] * len(self._kinds)
         for target in range(chosen.targets):
             if target:

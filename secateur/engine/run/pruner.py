@@ -16,6 +16,7 @@ from secateur.engine.run.measuring import Measurer
 from secateur.engine.run.progress import Progress
 from secateur.engine.run.state import RunState, TargetState
 from secateur.engine.run.workspace import Listener
+from secateur.engine.structures.vocabulary import Vocabulary, cut_decoder
 
 
 class UnprunedModel:
@@ -44,6 +45,22 @@ class UnprunedModel:
         """Return the model, which the caller may change; this object keeps no reference to the model."""
         decoder, self._first = self._first or self.load(), None
         return decoder
+
+    def cut(self, vocabulary: Vocabulary) -> None:
+        """Keep only the tokens of ``vocabulary``, in the loaded model and whenever it is loaded again.
+
+        Raises:
+            PruningError: ``vocabulary_unsupported``, ``tokenizer_unusable``.
+        """
+        cut_decoder(self.peek(), vocabulary)
+        whole = self.load
+
+        def load() -> Decoder:
+            decoder = whole()
+            cut_decoder(decoder, vocabulary)
+            return decoder
+
+        self.load = load
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from secateur.contract.report import (
     Report,
     Source,
     Step,
+    VocabularyChange,
     WidthChange,
 )
 from secateur.engine.evaluation import compare_benchmarks, compare_generations
@@ -19,20 +20,20 @@ from secateur.engine.export import versions
 from secateur.engine.measure.texts import Windows
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.plan import widths_of
-from secateur.engine.run.state import TargetState
+from secateur.engine.run.state import RunState, TargetState
 
 
 def build_report(
     decoder: Decoder,
     source: ModelSource,
     resolved: Resolved,
-    baseline: Step,
+    state: RunState,
     target: TargetState,
     calibration: Windows,
     evaluation: Windows,
 ) -> Report:
     """Build the report of ``target``, whose steps are complete; ``decoder`` is the pruned model."""
-    shape, last = decoder.shape, target.steps[-1]
+    shape, baseline, last = decoder.shape, state.baseline, target.steps[-1]
     assert baseline.benchmarks is not None and last.benchmarks is not None, "both were measured by the whole suite"
     assert baseline.parameters and last.parameters and baseline.flops and last.flops and last.widths is not None
     assert baseline.prunable_parameters is not None and last.prunable_parameters is not None
@@ -67,6 +68,10 @@ def build_report(
             prunable_after=last.prunable_parameters,
         ),
         perplexity=Change(before=baseline.perplexity, after=last.perplexity),
+        nats_per_byte=None
+        if state.vocabulary is None
+        else Change(before=baseline.nats_per_byte, after=last.nats_per_byte),
+        vocabulary=_vocabulary(decoder, state),
         flops=CountChange(before=baseline.flops, after=last.flops),
         weights_bytes=CountChange(before=baseline.weights_bytes, after=last.weights_bytes),
         latency=LatencyChange(before=baseline.latency, after=last.latency),
@@ -79,6 +84,19 @@ def build_report(
         device=str(decoder.device),
         seed=resolved.spec.seed,
         versions=versions(),
+    )
+
+
+def _vocabulary(decoder: Decoder, state: RunState) -> VocabularyChange | None:
+    if state.vocabulary is None or decoder.vocabulary is None:
+        return None
+    cut = decoder.vocabulary
+    return VocabularyChange(
+        before=cut.vocabulary.rows,
+        after=cut.vocabulary.size,
+        growth=state.vocabulary.growth,
+        bytes_before=cut.tables.before,
+        bytes_after=cut.tables.after,
     )
 
 

@@ -34,15 +34,18 @@ from secateur.engine.measure.texts import SAMPLED, Windows, batch_windows, read_
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.generic import sizes_of
 from secateur.engine.model.loading import adopt, describe_loaded, download, load
+from secateur.engine.model.plan import indices_of, ranges_of
 from secateur.engine.run import tensor_files
 from secateur.engine.run.endpoint import hub_at
 from secateur.engine.run.measuring import Measurer
 from secateur.engine.run.progress import Progress
 from secateur.engine.run.pruner import Inputs, Pruned, Pruner, UnprunedModel
 from secateur.engine.run.report import build_report
-from secateur.engine.run.state import RunState
+from secateur.engine.run.state import RunState, VocabularyState
 from secateur.engine.run.static import StaticPruner
+from secateur.engine.run.vocabulary import choose_vocabulary, evaluation_texts, refuse_tokens
 from secateur.engine.run.workspace import Listener, Workspace
+from secateur.engine.structures.vocabulary import Vocabulary
 
 READ_SHARE = 0.5
 """Share of every measured window that a dynamic model reads as a prompt; the rest stands for the text that it would
@@ -101,7 +104,7 @@ class Run:
             pruned.decoder,
             self.source,
             self.resolved,
-            self.pruner.state.baseline,
+            self.pruner.state,
             pruned.target,
             self.calibration,
             self.evaluation,
@@ -147,15 +150,28 @@ def open_run(
             gguf.check_ready(decoder, source)
         if state is not None:
             _check_resumable(state, source, spec)
+        if tokens is not None:
+            refuse_tokens(spec)
         calibration, evaluation, suite = _read_inputs(decoder, spec, workspace, progress, tokens)
         for message in _shortfalls(spec, calibration, evaluation, tokens is not None):
             listener.on_event(WarningEvent(message))
-        measurer = Measurer(evaluation, suite, progress, listener)
+        compared = () if spec.vocabulary is None else evaluation_texts(decoder, evaluation)
+        measurer = Measurer(evaluation, suite, progress, listener, compared)
         if state is None:
             measured = measurer.measure(decoder)
             baseline = Step(number=0, kind=StepKind.BASELINE, **measured.model_dump(exclude_unset=True))
             state = RunState(**_identity(source, spec), baseline=baseline)
+            if spec.vocabulary is not None:
+                choice = choose_vocabulary(decoder, spec, workspace)
+                kept = VocabularyState(kept=ranges_of(choice.vocabulary.kept), growth=choice.growth)
+                state = state.model_copy(update={"vocabulary": kept})
             listener.on_event(StepEvent(baseline, state.as_dict()))
+        if state.vocabulary is not None:
+            unpruned.cut(Vocabulary(indices_of(state.vocabulary.kept), decoder.shape.vocab_size))
+            if "gguf" in spec.formats:
+                gguf.check_ready(decoder, source)
+            calibration, evaluation, suite = _read_inputs(decoder, spec, workspace, progress, tokens)
+            measurer = Measurer(evaluation, suite, progress, listener, compared)
         inputs = Inputs(
             resolved, unpruned, calibration.tokens, batch_windows(calibration.tokens), measurer, progress, listener
         )
@@ -327,6 +343,7 @@ def _statistics_key(source: ModelSource, resolved: Resolved, calibration: Window
         "fingerprint": source.fingerprint(),
         "source": [source.name, source.gguf_file],
         "dtype": resolved.spec.dtype,
+        "vocabulary": None if decoder.vocabulary is None else ranges_of(decoder.vocabulary.vocabulary.kept),
         "tokens": hashlib.sha256(calibration.tokens.cpu().numpy().tobytes()).hexdigest(),
         "seed": resolved.spec.seed,
         "device": decoder.device.type,

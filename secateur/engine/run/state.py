@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.report import Step, StepKind, TrainingCurve
-from secateur.engine.model.plan import PlanData
+from secateur.engine.model.plan import PlanData, Ranges
 
 VERSION: Literal[3] = 3
 
@@ -46,6 +46,13 @@ class TargetState(_State):
     training: TrainingState | None = None
 
 
+class VocabularyState(_State):
+    """The tokens that a run keeps, as ranges ``[first, last]`` of the source's ids, and by how much texts grow."""
+
+    kept: Ranges
+    growth: float
+
+
 class RunState(_State):
     """The state of a run after a step: everything that resuming needs, except the source."""
 
@@ -54,6 +61,7 @@ class RunState(_State):
     revision: str | None
     spec: dict[str, Any]
     baseline: Step
+    vocabulary: VocabularyState | None = None
     targets: tuple[TargetState, ...] = ()
     step: int = 0
     """Number of the last complete step; during a training, number of the last recorded step."""
@@ -101,7 +109,7 @@ class RunState(_State):
                 "The request is not that of the run whose step is to be published.",
                 field="model_id",
             )
-        target = target.model_copy(update={"ratio": asked["target_ratio"], "training": None})
+        target = target.model_copy(update={"ratio": asked["target_ratio"] or 0.0, "training": None})
         return self.model_copy(update={"spec": asked, "targets": (target,)})
 
     def references(self) -> list[TensorReference]:

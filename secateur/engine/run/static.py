@@ -115,11 +115,14 @@ class StaticPruner:
         return decoder
 
     def _prune_round(self, decoder: Decoder, index: int, number: int) -> None:
+        if self._resolved.spec.vocabulary_alone:
+            self._keep_all_units(decoder, index)
+            return
         began = time.monotonic()
         inputs, chosen, target = self._inputs, self._chosen, self.state.targets[index]
         inputs.progress.stage(Stage.SCORING, self._step_number(index, number), inputs.tokens.numel())
         removed, first = self._resolved.whole[index], number == 1
-        plan = Plan.full(decoder.shape.layers) if target.plan is None else Plan.from_data(target.plan)
+        plan = self._full_plan(decoder) if target.plan is None else Plan.from_data(target.plan)
         if chosen.fits_to_reference and (not first or removed):
             self._reference = self._reference or inputs.unpruned.load()
         context = Context(
@@ -179,6 +182,27 @@ class StaticPruner:
         """Measure a model as it would be published."""
         with as_published(decoder):
             return self._inputs.measurer.measure(decoder, whole=whole)
+
+    def _keep_all_units(self, decoder: Decoder, index: int) -> None:
+        """Complete the one round of a request that removes tokens alone, which are cut when the model is loaded."""
+        began, plan = time.monotonic(), self._full_plan(decoder)
+        measured = self._measure(decoder, whole=self._chosen.steps_per_target == 1)
+        step = Step(
+            number=self.state.step + 1,
+            kind=StepKind.ROUND,
+            target_ratio=0.0,
+            ratio=ReachedRatio(target=0.0, reached=decoder.reached_ratio),
+            widths=plan.widths(decoder.shape),
+            **measured.model_dump(exclude_unset=True),
+            seconds=time.monotonic() - began,
+        )
+        self._complete(index, step, plan=plan.as_data())
+
+    def _full_plan(self, decoder: Decoder) -> Plan:
+        """Return the plan that keeps every unit of the layers, and the tokens that the run keeps."""
+        cut = decoder.vocabulary
+        model = {} if cut is None else {"vocabulary": cut.vocabulary.kept}
+        return Plan(Plan.full(decoder.shape.layers).layers, model)
 
     def _train(self, decoder: Decoder, index: int) -> None:
         """Train the model, from the last recorded segment on.
