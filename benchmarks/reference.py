@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from secateur.catalog.methods import METHODS
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
+from secateur.catalog.structures import WIDTHS
 from secateur.contract.errors import PruningError
 from secateur.engine.model.plan import Plan, PlanData
 from secateur.engine.run.run import NamedModel, open_run
@@ -48,6 +49,7 @@ def names() -> list[str]:
         f"{family}/{method.name}/{rounds}"
         for family in (*FAMILIES, *LIKE_LLAMA)
         for method in METHODS.values()
+        if method.structures == WIDTHS  # whole units have tests of their own
         for rounds in ((1, 2) if family == "llama" and not method.dynamic else (1,))
     ]
 

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.catalog.architectures import LayerShape
-from secateur.catalog.structures import LayerCost
 from secateur.catalog.architectures.mixtral import MIXTRAL
 from secateur.catalog.sources import locate
 from secateur.catalog.spec import PruningSpec
+from secateur.catalog.structures import LayerCost
 from secateur.contract.errors import PruningError
 from secateur.engine.export.check import check_checkpoint
 from secateur.engine.export.checkpoint import write_model

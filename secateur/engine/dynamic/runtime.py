@@ -1,5 +1,6 @@
 """A dynamic checkpoint at runtime: transformers loads it from its folder, and it is measured like any other model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from secateur.catalog.architectures import LayerShape
+from secateur.catalog.structures import LayerCost
 from secateur.engine.model.decoder import Decoder, token_losses
 
 PRIOR_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -35,6 +37,10 @@ class Runtime(Decoder):
             LayerShape(groups, groups * width.heads_per_group, width.head_dim, channels)
             for width, (groups, channels) in zip(decoder.shape.layers, kept, strict=True)
         ]
+
+    @property
+    def costs(self) -> Sequence[LayerCost]:
+        return self.shape.costs
 
     @property
     def widths(self) -> list[LayerShape]:

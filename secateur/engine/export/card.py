@@ -95,9 +95,36 @@ feed-forward weights. The stored weights are unchanged.
 """
     return f"""# {base}, pruned by {reached:.1%}
 
-{reached:.2%} of the parameters in the attention and feed-forward weights of {linked} were removed: whole KV groups of attention
-heads and whole feed-forward channels were cut out of the tensors. The model needs no masks and no special kernels.
+{reached:.2%} of the parameters in the attention and feed-forward weights of {linked} were removed: {_removed(report)}
+were cut out of the model. It needs no masks and no special kernels.
 {"" if vocabulary is None else f"{chr(10)}{_tokens(vocabulary)}{chr(10)}"}"""
+
+
+def _removed(report: Report) -> str:
+    """Return what was removed, in words: whole units with their numbers, and whether widths were cut."""
+    pairs = list(zip(report.widths.before, report.widths.after, strict=True))
+    layers = [not after.kv_groups and not after.channels for _, after in pairs]
+    attentions = [
+        bool(after.channels) and after.kv_groups < before.kv_groups and not after.kv_groups for before, after in pairs
+    ]
+    feeds = [
+        bool(after.kv_groups) and after.channels < before.channels and not after.channels for before, after in pairs
+    ]
+    experts = max((before.experts - after.experts for before, after in pairs), default=0)
+    whole = [*map(any, zip(layers, attentions, feeds, strict=True))]
+    narrower = any(
+        (after.kv_groups, after.channels) != (before.kv_groups, before.channels)
+        for (before, after), gone in zip(pairs, whole, strict=True)
+        if not gone
+    )
+    parts = [
+        (sum(layers), f"{sum(layers)} of {len(pairs)} layers"),
+        (sum(attentions), f"the attention of {sum(attentions)} layers"),
+        (sum(feeds), f"the feed-forward of {sum(feeds)} layers"),
+        (experts, f"{experts} experts of every layer"),
+        (narrower, "whole KV groups of attention heads and whole feed-forward channels"),
+    ]
+    return ", ".join(words for there, words in parts if there) or "no units"
 
 
 def _tokens(vocabulary: VocabularyChange) -> str:

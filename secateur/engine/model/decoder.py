@@ -1,7 +1,7 @@
 """A loaded model of any family, presented as a stack of prunable decoder layers."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -147,9 +147,14 @@ class Decoder:
         return [layer.shape for layer in self.layers]
 
     @property
+    def costs(self) -> Sequence[LayerCost]:
+        """What the units of each present layer cost."""
+        return [layer.cost for layer in self.layers]
+
+    @property
     def prunable_parameters(self) -> int:
         """Number of parameters in the projections of all layers, computed from their current widths."""
-        return sum(layer.cost.parameters(layer.shape) for layer in self.layers)
+        return sum(cost.parameters(widths) for cost, widths in zip(self.costs, self.widths, strict=True))
 
     @property
     def projection_parameters(self) -> int:
