@@ -3,22 +3,25 @@
 import json
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from tests.servers import serving
+
 API = "/api/2.0/mlflow/"
 Kind = TypeVar("Kind", bound="Server")
 
 
 @dataclass
-class Server:
+class Server(ABC):
     """A server that answers at ``url`` with ``status``; while ``speaks`` is cleared, it takes requests and answers none."""
 
     url: str = ""
@@ -26,8 +29,9 @@ class Server:
     asked: list[str] = field(default_factory=list)
     speaks: threading.Event = field(default_factory=threading.Event)
 
+    @abstractmethod
     def answer(self, method: str, path: str, query: dict[str, str], body: bytes) -> tuple[int, bytes]:
-        raise NotImplementedError
+        """Return the status and the body of the answer to a request."""
 
 
 @dataclass
@@ -137,15 +141,8 @@ def running(server: Kind) -> Iterator[Kind]:
 
     lock = threading.Lock()
     server.speaks.set()
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    server.url = f"http://127.0.0.1:{http.server_address[1]}"
-    thread = threading.Thread(target=http.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.speaks.set()
-        http.shutdown()
-        thread.join()
-        http.server_close()
+    with serving(Handler) as server.url:
+        try:
+            yield server
+        finally:
+            server.speaks.set()

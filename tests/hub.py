@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.servers import serving
 
 TOKEN = "hf_test"
 NAMESPACE = "org"
@@ -87,18 +89,11 @@ def running() -> Iterator[FakeHub]:
         pass
 
     Handler.hub = hub
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        yield hub
-    finally:
-        hub.speaks.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(Handler) as hub.url:
+        try:
+            yield hub
+        finally:
+            hub.speaks.set()
 
 
 class _Refusal(Exception):
