@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from secateur.catalog.architectures import ModelShape
-from secateur.catalog.structures import DEPTH, STRUCTURES, WHOLE, WIDTHS, LayerShape
+from secateur.catalog.structures import DEPTH, STRUCTURES, WHOLE, WIDTHS
 from secateur.contract.errors import ErrorCode, PruningError
 
 
@@ -24,7 +24,9 @@ def whole_units(
     for name in (name for name in structures if name in WHOLE):
         prices = [shape.price(name, index) for index in range(len(shape.layers)) if shape.units(name, index)]
         if not prices or name not in shape.family.structures:
-            allowed = ", ".join(each for each in shape.family.structures if any(_has(shape, each)))
+            allowed = ", ".join(
+                each for each in shape.family.structures if any(map(STRUCTURES[each].units, shape.layers))
+            )
             raise PruningError(
                 ErrorCode.STRUCTURE_UNSUPPORTED, f"This model has no '{name}'; allowed: {allowed}.", field="structures"
             )
@@ -41,11 +43,12 @@ def whole_units(
                 field=f"shares.{name}" if name in shares else "target_ratio",
             )
         counts[name] = count
-    if sum(counts.get(name, 0) for name in DEPTH) >= len(shape.layers):
+    of_depth = sum(counts.get(name, 0) for name in DEPTH)
+    if of_depth >= len(shape.layers):
         raise PruningError(
             ErrorCode.RATIO_UNREACHABLE,
             f"A layer loses at most one of {', '.join(DEPTH)}, and one of the {len(shape.layers)} layers stays whole; "
-            f"{sum(counts.get(name, 0) for name in DEPTH)} units were requested.",
+            f"{of_depth} units were requested.",
             field="shares",
         )
     return counts
@@ -62,12 +65,8 @@ def without_whole(shape: ModelShape, removed: Mapping[str, int]) -> ModelShape:
         for index in range(end - removed.get(name, 0), end):
             layers[index] = STRUCTURES[name].left(layers[index], 0)
         end -= removed.get(name, 0)
-    return with_layers(shape, [replace(layer, experts=layer.experts - removed.get("experts", 0)) for layer in layers])
-
-
-def with_layers(shape: ModelShape, layers: Sequence[LayerShape]) -> ModelShape:
-    """Return the sizes of the model whose layers have the sizes ``layers``."""
-    return replace(shape, layers=tuple(layers))
+    experts = removed.get("experts", 0)
+    return replace(shape, layers=tuple(replace(layer, experts=layer.experts - experts) for layer in layers))
 
 
 def block(shape: ModelShape, structures: Sequence[str], width_multiple: int, uniform: bool) -> float:
@@ -77,10 +76,6 @@ def block(shape: ModelShape, structures: Sequence[str], width_multiple: int, uni
     together = [sum if name == "experts" else max for name in structures]
     prices = [[shape.price(name, index) for index in range(len(shape.layers))] for name in structures]
     return float(max(of_all(own) for of_all, own in zip(together, prices, strict=True)))
-
-
-def _has(shape: ModelShape, name: str) -> list[int]:
-    return [shape.units(name, index) for index in range(len(shape.layers))]
 
 
 def _most(shape: ModelShape, name: str) -> int:

@@ -137,7 +137,7 @@ class Resolved:
     ratios: tuple[float, ...]
     """The ratio of each pruned model, ascending."""
     whole: tuple[Mapping[str, int], ...]
-    """For each ratio, the number of units of each structure that is removed whole; of experts, the number in each layer."""
+    """The numbers of whole units that each ratio removes, by structure. The number of experts is that of each layer."""
     width_multiple: int
     """The number that all feed-forward widths are multiples of."""
     dtype: str

@@ -85,35 +85,43 @@ def _without_feed_forward(layer: LayerShape) -> LayerShape:
     return replace(layer, channels_per_expert=0)
 
 
+def _without_both(layer: LayerShape) -> LayerShape:
+    return _without_feed_forward(_without_attention(layer))
+
+
+def _of_depth(
+    name: str,
+    summary: str,
+    without: Callable[[LayerShape], LayerShape],
+    removable: Callable[[LayerShape], bool],
+) -> Structure:
+    """Return a structure of which a layer has one unit: what ``without`` takes from the layer's sizes."""
+    return Structure(
+        name,
+        summary,
+        "layer",
+        units=lambda layer: int(without(layer) != layer),
+        price=lambda layer, cost: cost.parameters(layer) - cost.parameters(without(layer)),
+        removable=lambda layer, multiple: int(removable(layer)),
+        left=lambda layer, kept: layer if kept else without(layer),
+    )
+
+
 STRUCTURES: dict[str, Structure] = {
     structure.name: structure
     for structure in (
-        Structure(
-            "layers",
-            "a whole decoder layer",
-            "layer",
-            units=lambda layer: int(bool(layer.kv_groups or layer.channels)),
-            price=lambda layer, cost: cost.parameters(layer),
-            removable=lambda layer, multiple: int(bool(layer.kv_groups or layer.channels)),
-            left=lambda layer, kept: layer if kept else _without_feed_forward(_without_attention(layer)),
-        ),
-        Structure(
+        _of_depth("layers", "a whole decoder layer", _without_both, lambda layer: _without_both(layer) != layer),
+        _of_depth(
             "attention",
             "the attention of a decoder layer, whose feed-forward stays",
-            "layer",
-            units=lambda layer: int(bool(layer.kv_groups)),
-            price=lambda layer, cost: cost.parameters(layer) - cost.parameters(_without_attention(layer)),
-            removable=lambda layer, multiple: int(bool(layer.kv_groups and layer.channels)),
-            left=lambda layer, kept: layer if kept else _without_attention(layer),
+            _without_attention,
+            lambda layer: bool(layer.kv_groups and layer.channels),
         ),
-        Structure(
+        _of_depth(
             "feed_forward",
             "the feed-forward block of a decoder layer, whose attention stays",
-            "layer",
-            units=lambda layer: int(bool(layer.channels)),
-            price=lambda layer, cost: cost.parameters(layer) - cost.parameters(_without_feed_forward(layer)),
-            removable=lambda layer, multiple: int(bool(layer.kv_groups and layer.channels)),
-            left=lambda layer, kept: layer if kept else _without_feed_forward(layer),
+            _without_feed_forward,
+            lambda layer: bool(layer.kv_groups and layer.channels),
         ),
         Structure(
             "experts",
@@ -146,7 +154,8 @@ STRUCTURES: dict[str, Structure] = {
 }
 """All structures by name, in the order in which a plan is applied."""
 
-DEPTH = ("layers", "attention", "feed_forward")
+Depth = Literal["layers", "attention", "feed_forward"]
+DEPTH: tuple[Depth, ...] = ("layers", "attention", "feed_forward")
 """The structures of which a layer has one unit."""
 
 WHOLE = (*DEPTH, "experts")

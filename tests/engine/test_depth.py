@@ -19,8 +19,9 @@ from secateur.engine.model.absent import Absent
 from secateur.engine.model.cutting import padded
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.loading import load
-from secateur.engine.structures import WIDTHS, layers, sublayers
-from secateur.engine.structures.caches import cache_numbers
+from secateur.engine.scoring.depth import Unit, can_leave
+from secateur.engine.structures import STRUCTURES, WIDTHS, layers, sublayers
+from secateur.engine.structures.caches import cache_numbers, number_caches
 from tests.engine.models import FAMILIES, LIKE_LLAMA, VOCABULARY, make_model, save
 from tests.tiers import slow_but
 
@@ -29,6 +30,7 @@ KEPT = (0, 2, 3)
 TOKENS = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
+UNITS: tuple[Unit, ...] = (("attention", 0), ("feed_forward", 2), ("attention", 3))
 NAMES = [name for name in (*FAMILIES, *LIKE_LLAMA) if name != "chatglm6b"]
 
 
@@ -70,6 +72,13 @@ def written(model: PreTrainedModel, **options: Any) -> Tensor:
     """What the model writes after the tokens."""
     options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
     return model.generate(TOKENS, attention_mask=torch.ones_like(TOKENS), **options)
+
+
+def leave(decoder: Decoder, unit: Unit) -> None:
+    """Remove a sub-layer from the model in place."""
+    structure, index = unit
+    STRUCTURES[structure].cut(decoder.layers[index], ())
+    number_caches(decoder)
 
 
 def same(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> bool:
@@ -132,9 +141,11 @@ def test_cut_sublayers_are_shielded_sublayers(name: str, tokenizer: PreTrainedTo
     with shielded(decoder, outputs=((0, "kv_groups"), (2, "channels"), (3, "kv_groups"))):
         expected = logits(decoder)
     parameters = decoder.parameters
-    for index, sublayer in ((0, "attention"), (2, "feed_forward"), (3, "attention")):
-        assert index in sublayers.removable(decoder, sublayer)  # type: ignore[arg-type]
-        sublayers.cut(decoder, index, sublayer)  # type: ignore[arg-type]
+    gone: list[Unit] = []
+    for unit in UNITS:
+        assert can_leave(decoder, gone, unit)
+        leave(decoder, unit)
+        gone.append(unit)
     assert same(logits(decoder), expected) and not same(before, expected, 0.01)
     assert decoder.parameters < parameters
     assert [layer.shape.kv_groups == 0 for layer in decoder.layers] == [True, False, False, True, False]
@@ -157,10 +168,11 @@ def test_cut_sublayers_are_shielded_sublayers(name: str, tokenizer: PreTrainedTo
 def test_the_last_attention_of_its_kind_stays(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = deep("gemma3", layer_types=["sliding_attention", "full_attention", *["sliding_attention"] * 3])
     decoder, _ = loaded(model, tokenizer, tmp_path)
-    assert sublayers.removable(decoder, "attention") == [0, 2, 3, 4]
-    sublayers.cut(decoder, 0, "attention")
-    assert sublayers.removable(decoder, "attention") == [2, 3, 4]
-    assert 0 not in sublayers.removable(decoder, "feed_forward")
+    assert [index for index in range(DEPTH) if can_leave(decoder, [], ("attention", index))] == [0, 2, 3, 4]
+    gone: list[Unit] = [("attention", 0)]
+    leave(decoder, gone[0])
+    assert [index for index in range(DEPTH) if can_leave(decoder, gone, ("attention", index))] == [2, 3, 4]
+    assert not can_leave(decoder, gone, ("feed_forward", 0))
     assert torch.equal(written(decoder.model), written(decoder.model, use_cache=False))
 
 

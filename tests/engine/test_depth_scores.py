@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from secateur.catalog.structures import DEPTH
 from secateur.contract.errors import PruningError
 from secateur.engine.measure.forward_statistics import ForwardStatistics, forward_statistics
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.recovery.depth import LastProjection, absent, compensate
-from secateur.engine.scoring.depth import Depth, Removal, Unit, by_structure, can_leave, greedy, influences
-from secateur.engine.structures import layers, sublayers
+from secateur.engine.scoring.depth import Removal, Unit, by_structure, can_leave, greedy, influences
+from secateur.engine.structures import layers
 from tests.engine.models import FAMILIES, LIKE_LLAMA, VOCABULARY, decoder_of, english, make_model
-from tests.engine.test_depth import loaded
+from tests.engine.test_depth import leave, loaded
 from tests.tiers import slow_but
 
 TOKENS = torch.randint(VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(3))
-DEPTHS: tuple[Depth, ...] = ("layers", "attention", "feed_forward")
-UNITS: list[Unit] = [(structure, index) for structure in DEPTHS for index in range(3)]
+UNITS: list[Unit] = [(structure, index) for structure in DEPTH for index in range(3)]
 ADDITIVE = [name for name in FAMILIES if name not in ("gemma2", "gemma3", "glm4", "chatglm6b")]
 
 
@@ -43,7 +43,7 @@ def dropped(decoder: Decoder, units: list[Unit]) -> Decoder:
     less = copy.deepcopy(decoder)
     for structure, index in units:
         if structure != "layers":
-            sublayers.cut(less, index, structure)
+            leave(less, (structure, index))
     gone = by_structure(units).get("layers", set())
     layers.cut(less, [index for index in range(len(less.layers)) if index not in gone])
     return less

@@ -235,7 +235,7 @@ def test_what_a_model_cannot_give_is_refused_at_the_door(
 
 
 def test_a_plan_of_whole_units_is_that_of_their_removal(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Of every structure: from data and back, and applied at once to the source it gives what was cut step by step."""
+    """A plan that was written as data and read again gives, applied to the source at once, the model that was cut step by step."""
     torch.manual_seed(0)
     tokens = torch.randint(VOCABULARY, (2, 16))
     decoder = decoder_of(make_model("mixtral", num_hidden_layers=4), tokenizer)

@@ -1,13 +1,14 @@
 """The model card, which describes a pruned model to its users."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from secateur.catalog.methods import METHODS, Method
-from secateur.contract.report import ComponentNames, Report, VocabularyChange
+from secateur.contract.report import ComponentNames, LayerWidths, Report, VocabularyChange
 from secateur.engine.evaluation import unsteady
 
 PICTURE = "widths.png"
@@ -103,28 +104,27 @@ were cut out of the model. It needs no masks and no special kernels.
 def _removed(report: Report) -> str:
     """Return what was removed, in words: whole units with their numbers, and whether widths were cut."""
     pairs = list(zip(report.widths.before, report.widths.after, strict=True))
-    layers = [not after.kv_groups and not after.channels for _, after in pairs]
-    attentions = [
-        bool(after.channels) and after.kv_groups < before.kv_groups and not after.kv_groups for before, after in pairs
-    ]
-    feeds = [
-        bool(after.kv_groups) and after.channels < before.channels and not after.channels for before, after in pairs
-    ]
+    lost = Counter(_lost(before, after) for before, after in pairs)
     experts = max((before.experts - after.experts for before, after in pairs), default=0)
-    whole = [*map(any, zip(layers, attentions, feeds, strict=True))]
-    narrower = any(
-        (after.kv_groups, after.channels) != (before.kv_groups, before.channels)
-        for (before, after), gone in zip(pairs, whole, strict=True)
-        if not gone
-    )
     parts = [
-        (sum(layers), f"{sum(layers)} of {len(pairs)} layers"),
-        (sum(attentions), f"the attention of {sum(attentions)} layers"),
-        (sum(feeds), f"the feed-forward of {sum(feeds)} layers"),
+        (lost["layer"], f"{lost['layer']} of {len(pairs)} layers"),
+        (lost["attention"], f"the attention of {lost['attention']} layers"),
+        (lost["feed-forward"], f"the feed-forward of {lost['feed-forward']} layers"),
         (experts, f"{experts} experts of every layer"),
-        (narrower, "whole KV groups of attention heads and whole feed-forward channels"),
+        (lost["widths"], "whole KV groups of attention heads and whole feed-forward channels"),
     ]
     return ", ".join(words for there, words in parts if there) or "no units"
+
+
+def _lost(before: LayerWidths, after: LayerWidths) -> str:
+    """Return the largest part of a layer that is gone."""
+    if not after.kv_groups and not after.channels:
+        return "layer"
+    if before.kv_groups and not after.kv_groups:
+        return "attention"
+    if before.channels and not after.channels:
+        return "feed-forward"
+    return "nothing" if (before.kv_groups, before.channels) == (after.kv_groups, after.channels) else "widths"
 
 
 def _tokens(vocabulary: VocabularyChange) -> str:

@@ -106,6 +106,11 @@ class Layer:
         return LayerShape(groups, groups * self.heads_per_group, self.head_dim, channels // experts, experts)
 
 
+def opening_of(tokenizer: PreTrainedTokenizerBase, family: Family) -> Tensor:
+    """Return the token ids ``[opening]`` with which every window of a model begins, see :attr:`Decoder.opening`."""
+    return torch.tensor(encode(tokenizer, "") if family.opened else [], dtype=torch.long)
+
+
 class Decoder:
     """A model, its tokenizer and its decoder layers.
 
@@ -118,8 +123,7 @@ class Decoder:
         self.model = model
         self.tokenizer = tokenizer
         self.shape = shape
-        opening = encode(tokenizer, "") if shape.family.opened else []
-        self.opening = torch.tensor(opening, dtype=torch.long)
+        self.opening = opening_of(tokenizer, shape.family)
         """Token ids ``[opening]`` with which every window begins: the special tokens that the tokenizer puts before a
         text. They are empty unless the model's family needs them."""
         self.read_share = 0.0

@@ -6,13 +6,13 @@ A run can be resumed from every step.
 import gc
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from secateur.catalog.architectures import ModelShape
-from secateur.catalog.budget import with_layers
 from secateur.catalog.gguf import GgufKind
 from secateur.catalog.methods import Need
 from secateur.catalog.sources import ModelSource
@@ -138,8 +138,7 @@ class StaticPruner:
         )
         if removed and first:
             plan = plan.then(remove_whole(context, removed))
-            context.statistics = None
-        context.begun = with_layers(decoder.shape, plan.shapes(decoder.shape, WHOLE))
+        context.begun = replace(decoder.shape, layers=tuple(plan.shapes(decoder.shape, WHOLE)))
         goal = self._goal(context.begun, decoder.shape, target.ratio, number)
         if chosen.cuts_widths:
             plan = plan.then(prune_round(context, goal))
@@ -156,8 +155,7 @@ class StaticPruner:
             **measured.model_dump(exclude_unset=True),
             seconds=time.monotonic() - began,
         )
-        recovers = chosen.recovers_layerwise and (chosen.cuts_widths or bool(removed))
-        changed = self._keep(index, recovered_tensors(decoder)) if recovers else None
+        changed = self._keep(index, recovered_tensors(decoder)) if chosen.recovers_layerwise else None
         self._complete(index, step, plan=plan.as_data(), tensors=changed)
 
     def _goal(self, begun: ModelShape, source: ModelShape, ratio: float, number: int) -> RoundGoal:

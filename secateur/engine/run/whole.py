@@ -3,21 +3,18 @@
 Units of depth are chosen for the whole model and compensated for together. Every layer loses the same number of experts.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from secateur.catalog.structures import DEPTH
 from secateur.engine.model.cutting import apply_plan
 from secateur.engine.model.plan import Kept, Plan
 from secateur.engine.recovery.depth import compensate
 from secateur.engine.scoring import Context
-from secateur.engine.scoring.depth import Depth, Unit, by_structure, can_leave, greedy, influences
+from secateur.engine.scoring.depth import Unit, by_structure, can_leave, greedy, influences
 from secateur.engine.scoring.experts import EXPERT_SCORERS
 from secateur.engine.structures import STRUCTURES
 from secateur.engine.structures.experts import best, channels_of
-
-SUBLAYER_WIDTHS = {"attention": ("kv_groups",), "feed_forward": ("channels",), "layers": ("kv_groups", "channels")}
-"""The width structures whose units leave with each unit of depth."""
+from secateur.engine.structures.sublayers import UNITS
 
 
 def remove_whole(context: Context, counts: Mapping[str, int]) -> Plan:
@@ -41,10 +38,9 @@ def _remove_depth(context: Context, counts: Mapping[str, int]) -> Plan:
     if chosen.layerwise.fits and decoder.shape.family.additive:
         compensate(decoder, context.tokens, context.batch_windows, by_structure(gone), context.progress)
     for name, index in gone:
-        layers[index] = {name: (), **dict.fromkeys(SUBLAYER_WIDTHS[name], ())}
-    plan = Plan(tuple(layers))
-    apply_plan(decoder, plan)
-    return plan
+        widths = [units.name for sublayer, units in UNITS.items() if name in ("layers", sublayer)]
+        layers[index] = dict.fromkeys((name, *widths), ())
+    return _apply(context, layers)
 
 
 def _choose_depth(context: Context, counts: Mapping[str, int]) -> list[Unit]:
@@ -52,7 +48,8 @@ def _choose_depth(context: Context, counts: Mapping[str, int]) -> list[Unit]:
     decoder, chosen = context.decoder, context.resolved.components
     units: list[Unit] = [
         (name, index)
-        for name in _depths(counts)
+        for name in DEPTH
+        if name in counts
         for index, layer in enumerate(decoder.layers)
         if STRUCTURES[name].units(layer)
     ]
@@ -76,11 +73,6 @@ def _choose_depth(context: Context, counts: Mapping[str, int]) -> list[Unit]:
     return [(removal.structure, removal.index) for removal in removals]
 
 
-def _depths(counts: Mapping[str, int]) -> list[Depth]:
-    depths: tuple[Depth, ...] = ("layers", "attention", "feed_forward")
-    return [name for name in depths if name in counts]
-
-
 def _share(context: Context, counts: Mapping[str, int]) -> Callable[[float], None]:
     """Return a function that reports the share of the removals; ``greedy`` counts removals among all units."""
     total = sum(counts.values())
@@ -96,14 +88,19 @@ def _share(context: Context, counts: Mapping[str, int]) -> Callable[[float], Non
 
 def _remove_experts(context: Context, count: int) -> Plan:
     decoder, chosen = context.decoder, context.resolved.components
-    fresh = replace(context, statistics=None) if chosen.whole_scorers.keys() & {*DEPTH} else context
-    scores = EXPERT_SCORERS[chosen.whole_scorers["experts"].name](fresh)
+    scores = EXPERT_SCORERS[chosen.whole_scorers["experts"].name](context)
     left = [max(len(own) - count, 0) for own in scores]
     kept = best(scores, left, decoder.layers)
     layers: list[Kept] = [
         {"experts": own, "channels": channels_of(own, layer.shape.channels_per_expert)} if own else {}
         for own, layer in zip(kept, decoder.layers, strict=True)
     ]
+    return _apply(context, layers)
+
+
+def _apply(context: Context, layers: Sequence[Kept]) -> Plan:
+    """Cut the model of ``context`` to the units ``layers``; what is known of the unpruned model is of no more use."""
     plan = Plan(tuple(layers))
-    apply_plan(decoder, plan)
+    apply_plan(context.decoder, plan)
+    context.statistics = None
     return plan

@@ -5,18 +5,17 @@ A unit is a structure (``layers``, ``attention``, ``feed_forward``) and the numb
 
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from secateur.catalog.structures import Depth
 from secateur.engine.model.decoder import Captured, Decoder, Entered
 from secateur.engine.recovery.depth import DAMPING, LastProjection, absent
 
-Depth = Literal["layers", "attention", "feed_forward"]
 Unit = tuple[Depth, int]
 MEASURED = 4
-"""With compensation, one window in so many measures the loss; the others fit the compensation."""
+"""If removed units are compensated for, one window in so many measures the loss, and the other windows fit the compensation."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def can_leave(decoder: Decoder, gone: Collection[Unit], unit: Unit) -> bool:
 
 
 Maps = dict[Unit, tuple[LastProjection, Tensor]]
-"""For each unit, the projection before the gap and the map of its features to what the unit added."""
+"""By unit: the last projection before the gap that the unit leaves, and the map of the projection's features to what the unit added."""
 
 
 def by_structure(units: Iterable[Unit]) -> dict[str, set[int]]:

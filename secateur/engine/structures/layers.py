@@ -19,8 +19,6 @@ NUMBERS_OF_LAYERS = ("mlp_only_layers",)
 """The keys of a config that hold the numbers of some layers."""
 FIRST_LAYERS = ("max_window_layers",)
 """The keys of a config that hold a number n, by which the first n layers differ from the others."""
-MODULES_BY_LAYER = "per_layer_config"
-"""The key of the config of a model in the layout ``per-layer`` that maps each layer's number to its widths."""
 
 
 class Layers(Structure):
@@ -46,9 +44,9 @@ def is_removed(layer: Layer) -> bool:
 def as_published(decoder: Decoder) -> Iterator[None]:
     """Leave the removed layers out of the model, and hold removed sub-layers, as in its files, while the context lasts."""
     config, layers = decoder.model.config, decoder.layers
-    keys = (decoder.shape.family.name_of("num_hidden_layers"), *BY_LAYER, *NUMBERS_OF_LAYERS, *FIRST_LAYERS)
+    keys = _changing_keys(decoder.shape.family)
     before = {key: getattr(config, key) for key in keys if getattr(config, key, None) is not None}
-    cut(decoder, [index for index, layer in enumerate(layers) if not is_removed(layer)])
+    cut(decoder, _present(decoder))
     try:
         with held(decoder):
             yield
@@ -63,8 +61,12 @@ def as_published(decoder: Decoder) -> Iterator[None]:
 
 def publish(decoder: Decoder) -> None:
     """Leave the removed layers out of the model and hold removed sub-layers for good, as in the model's files."""
-    cut(decoder, [index for index, layer in enumerate(decoder.layers) if not is_removed(layer)])
+    cut(decoder, _present(decoder))
     hold(decoder)
+
+
+def _present(decoder: Decoder) -> list[int]:
+    return [index for index, layer in enumerate(decoder.layers) if not is_removed(layer)]
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:
@@ -93,7 +95,7 @@ def cut(decoder: Decoder, kept: Sequence[int]) -> None:
     changed = config_with(config.to_dict(), family, kept)
     decoder.layers = [decoder.layers[index] for index in kept]
     decoder.model.set_submodule(family.layers, nn.ModuleList(layer.module for layer in decoder.layers))
-    for key in (family.name_of("num_hidden_layers"), *BY_LAYER, *NUMBERS_OF_LAYERS, *FIRST_LAYERS, MODULES_BY_LAYER):
+    for key in _changing_keys(family):
         if getattr(config, key, None) is not None and key in changed:
             setattr(config, key, changed[key])
     number_caches(decoder)
@@ -116,10 +118,6 @@ def config_with(config: Mapping[str, Any], family: Family, kept: Sequence[int]) 
     for key in FIRST_LAYERS:
         if config.get(key) is not None:
             changed[key] = sum(index < config[key] for index in kept)
-    if by_number := config.get(MODULES_BY_LAYER):
-        changed[MODULES_BY_LAYER] = {
-            str(place[int(number)]): widths for number, widths in by_number.items() if int(number) in place
-        }
     return changed
 
 
@@ -131,5 +129,9 @@ def written_config(config: Mapping[str, Any], loaded: Mapping[str, Any], family:
     depth = family.name_of("num_hidden_layers")
     if config.get(depth) == loaded[depth]:
         return dict(config)
-    keys = (depth, *BY_LAYER, *NUMBERS_OF_LAYERS, *FIRST_LAYERS)
-    return {**config, **{key: loaded[key] for key in keys if loaded.get(key) is not None}}
+    return {**config, **{key: loaded[key] for key in _changing_keys(family) if loaded.get(key) is not None}}
+
+
+def _changing_keys(family: Family) -> tuple[str, ...]:
+    """Return the keys of a config whose values change when blocks leave."""
+    return (family.name_of("num_hidden_layers"), *BY_LAYER, *NUMBERS_OF_LAYERS, *FIRST_LAYERS)

@@ -25,11 +25,8 @@ UNITS: dict[SubLayer, Width] = {"attention": KVGroups(), "feed_forward": Channel
 
 def modules(family: Family, sublayer: SubLayer) -> tuple[str, ...]:
     """Return the names of the modules of a block that make up the sub-layer: one, or in OPT two projections."""
-    names = (
-        (*family.attention_inputs, family.attention_output)
-        if sublayer == "attention"
-        else (*family.channel_inputs, family.channel_output)
-    )
+    units = UNITS[sublayer]
+    names = (*units.input_names(family), units.output_name(family))
     return tuple(dict.fromkeys(name.partition(".")[0] for name in names))
 
 
@@ -45,13 +42,6 @@ def without(layer: Layer, sublayer: SubLayer) -> Iterator[None]:
         yield
     finally:
         _restore(layer, sublayer)
-
-
-@torch.no_grad()
-def cut(decoder: Decoder, index: int, sublayer: SubLayer) -> None:
-    """Remove the sub-layer of block ``index``, which :func:`removable` lists."""
-    remove(decoder.layers[index], sublayer)
-    number_caches(decoder)
 
 
 @torch.no_grad()
@@ -91,23 +81,6 @@ class Attention(Sublayer):
 
 class FeedForward(Sublayer):
     name = sublayer = "feed_forward"
-
-
-def removable(decoder: Decoder, sublayer: SubLayer) -> list[int]:
-    """Return the blocks that can lose the sub-layer.
-
-    One block of each kind of attention (the config's ``layer_types``) keeps its attention, because a KV cache counts
-    its tokens there. A block does not lose both sub-layers: it would be a block that can leave as a whole.
-    """
-    other: SubLayer = "feed_forward" if sublayer == "attention" else "attention"
-    kinds = getattr(decoder.model.config, "layer_types", None) or [""] * len(decoder.layers)
-    having = [index for index, layer in enumerate(decoder.layers) if not is_absent(layer, sublayer)]
-    last = {
-        index
-        for index in having
-        if sublayer == "attention" and [kinds[each] for each in having].count(kinds[index]) == 1
-    }
-    return [index for index in having if index not in last and not is_absent(decoder.layers[index], other)]
 
 
 @contextmanager

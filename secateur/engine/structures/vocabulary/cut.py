@@ -4,15 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from secateur.engine.model.decoder import Decoder
+from secateur.engine.model.decoder import Decoder, opening_of
 from secateur.engine.structures.vocabulary.files import cut_tokenizer
 from secateur.engine.structures.vocabulary.kept import Vocabulary
 from secateur.engine.structures.vocabulary.names import renumber_config
 from secateur.engine.structures.vocabulary.tables import TableBytes, cut_model
-from secateur.engine.time_limit import encode
 
 
 @dataclass(frozen=True)
@@ -50,5 +48,5 @@ def cut_decoder(decoder: Decoder, vocabulary: Vocabulary) -> None:
     shape = replace(decoder.shape, vocab_size=vocabulary.size)
     left = shape.other_parameters - before + shape.vocabulary_parameters
     decoder.shape = replace(shape, other_parameters=left)
-    decoder.opening = torch.tensor(encode(decoder.tokenizer, "") if shape.family.opened else [], dtype=torch.long)
+    decoder.opening = opening_of(decoder.tokenizer, shape.family)
     decoder.vocabulary = VocabularyCut(vocabulary, tables, source, loaded)
