@@ -138,8 +138,8 @@ def main() -> None:
     began = time.monotonic()
     torch.set_num_threads(arguments.threads)
     texts = dict(pair.partition("=")[::2] for pair in arguments.evaluation)
-    device = "cpu"
-    settings = common.settings(arguments, device) | {
+    decoder = load_smollm2(arguments.dtype, "as-is")
+    settings = common.settings(arguments, decoder.device.type) | {
         "samples": arguments.samples,
         "windows": arguments.windows,
         "length": LENGTH,
@@ -149,7 +149,6 @@ def main() -> None:
     rows = Rows(arguments.output / "structures.jsonl", settings)
     if arguments.mixture:
         rows.kept("mixture", "experts", measure_experts)
-    decoder = load_smollm2(arguments.dtype, "as-is")
     calibration, windows = read(decoder, arguments, texts)
     unpruned = rows.kept("unpruned", "", lambda: {"perplexity": perplexities(decoder, windows), **sizes(decoder)})
     known = Statistics(None, {})
