@@ -1,6 +1,7 @@
 """The picture of ``make bench-structures``: loss against parameters, file size and decode time."""
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +18,7 @@ def draw(curves: Mapping[str, Sequence[Mapping[str, float]]], path: Path, time: 
     figure, panels = pyplot.subplots(1, len(AXES), figsize=(12, 4.2), sharey=True, layout="constrained")
     for panel, (quantity, title) in zip(panels, AXES.items(), strict=True):
         for name, curve in curves.items():
-            points = sorted(curve, key=lambda point, by=quantity: point[by])
+            points = sorted(curve, key=itemgetter(quantity))
             xs, ys = [point[quantity] for point in points], [point["loss"] for point in points]
             panel.plot(xs, ys, marker="o", markersize=4, label=name)
         panel.set_xlabel(f"{title}, share of the unpruned model's")
