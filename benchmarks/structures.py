@@ -24,7 +24,7 @@ from benchmarks import common
 from benchmarks.drawing import draw
 from benchmarks.experts import measure_experts
 from benchmarks.model import load_smollm2, model_file
-from benchmarks.removal import Search, remove
+from benchmarks.removal import SEARCH_WINDOWS, Search, remove
 from benchmarks.table import NONE, excess_loss, markdown
 from secateur.catalog.sources import locate
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
@@ -45,7 +45,7 @@ MOST_OF_BEST = 0.7
 LEAST_OFF = 1 / 3
 """The aim: compensation takes at least this share off the loss of plain dropping."""
 HELD_OUT = "held out"
-BOTH, WIDTH = "both", "width"
+BOTH, BOTH_BY_INFLUENCE, WIDTH = "both", "both, shortgpt", "width"
 PLAIN, COMPENSATED = "depth, shortgpt", "depth, shortgpt, compensated"
 FITTED = {"recovery": {"layerwise": {"kind": "least-squares"}}}
 
@@ -90,6 +90,10 @@ def points() -> list[Point]:
         *(
             Point(BOTH, total, both, "compensated-loss", {"layers": share})
             for share, total in ((0.1, 0.3), (0.2, 0.3), (0.1, 0.2), (0.2, 0.4))
+        ),
+        *(
+            Point(BOTH_BY_INFLUENCE, total, {**both, "scoring": {"kind": "shortgpt"}}, None, {"layers": share})
+            for share, total in ((0.1, 0.3), (0.2, 0.3))
         ),
         *(
             Point("sub-layers", ratio, sublayers, None, {"attention": ratio / 4, "feed_forward": 3 * ratio / 4})
@@ -294,7 +298,9 @@ def render(settings: dict[str, Any], rows: Rows) -> str:
 load average at the points {load}. Calibrated on {settings["samples"]} × {LENGTH} tokens of {settings["calibration"]}; measured on \
 {settings["windows"]} × {LENGTH} tokens of the held-out part of this text, and of \
 {", ".join(f"{file} ({name})" for name, file in settings["texts"].items())}. The unpruned model has {unpruned["parameters"] / 1e6:.1f} M \
-parameters and a file of {unpruned["bytes"] / 2**20:.0f} MiB. One seed.
+parameters and a file of {unpruned["bytes"] / 2**20:.0f} MiB. Every point is of one seed. The calibration is small so that the whole \
+benchmark is short, and a search for layers reads {SEARCH_WINDOWS} of its windows; methods that fit many weights, as the widths do, lose \
+less with more of it (see [quality](quality.md)).
 
 | column | meaning |
 | --- | --- |
@@ -302,9 +308,11 @@ parameters and a file of {unpruned["bytes"] / 2**20:.0f} MiB. One seed.
 | decode time | of a token at batch 1, as a share of the unpruned model's: medians of {REPEATS} repeats that alternate between both models; in brackets, the smallest and the largest ratio of two neighbouring repeats |
 | {", ".join(texts)}; mean | loss on each text in nats over the unpruned model; mean over the texts |
 
-`width` is the method `secateur`; `depth, secateur` chooses layers by measured loss, and compensates for them; `depth, sleb` chooses them
+`width` is the method `secateur`; `depth, secateur` chooses layers by measured loss, and compensates for them; `depth, sleb` chooses them \
 by measured loss and drops them, which is also what `secateur` does with `recovery.layerwise.kind` `none`; `depth, shortgpt` drops layers by \
-their influence. `sub-layers` are chosen by influence and compensated for. `both` removes the layers of `depth, secateur`, and then widths.
+their influence. `sub-layers` are chosen by influence and compensated for. `both` removes the layers of `depth, secateur`, and then widths; \
+`both, shortgpt` does so with the layers of `depth, shortgpt, compensated`. The aim is judged by `both`: the other combination was added \
+after single structures had been measured.
 
 {markdown(heads, lines)}
 
@@ -328,7 +336,7 @@ def _at_equal_time(made: Curves) -> str:
     table = markdown(
         ["curve", "mean loss"], [[name, NONE if loss is None else f"{loss:.3f}"] for name, loss in found.items()]
     )
-    single = {name: loss for name, loss in found.items() if name != BOTH and loss is not None}
+    single = {name: loss for name, loss in found.items() if name not in (BOTH, BOTH_BY_INFLUENCE) and loss is not None}
     both = found.get(BOTH)
     if both is None or not single:
         verdict = "The aim is not decided: the combination, or every single structure, has no points on both sides."
