@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.catalog.budget import with_layers
 from secateur.catalog.resolve import resolve
 from secateur.catalog.spec import PruningSpec
-from secateur.catalog.structures import WHOLE
+from secateur.catalog.structures import DEPTH, WHOLE
 from secateur.engine.allocation.schedule import round_goals
 from secateur.engine.measure.cache import Statistics
 from secateur.engine.measure.texts import batch_windows
@@ -53,7 +53,7 @@ def remove(
         ratio,
         spec.seed + 1,
         _quiet,
-        reference=decoder if chosen.fits_to_reference else None,
+        reference=None if not chosen.fits_to_reference else pruned if counts.keys() & {*DEPTH} else decoder,
         statistics=known,
     )
     plan = Plan.full(decoder.shape.layers)
