@@ -347,8 +347,9 @@ def _at_equal_time(made: Curves) -> str:
         verdict = f"The aim is {met}: the combination loses {share:.2f} times what the best measured single structure ({name}) loses."
     return f"""## At equal decode time
 
-The loss at decode time {TIME:g}, read linearly between the measured points of each curve. A dash means that the curve has no points on \
-both sides. The aim is that the combination loses at most {MOST_OF_BEST:g} times what the best single structure loses.
+The loss at decode time {TIME:g}, read linearly between the measured points of each curve, of which the unpruned model is the last; where \
+a curve passes this time more than once, the least loss counts. A dash means that the curve has no points on both sides. A decode time is \
+uncertain by several hundredths, as the brackets of the first table and points of equal size show, and so is what is read here. The aim is that the combination loses at most {MOST_OF_BEST:g} times what the best single structure loses.
 
 {table}
 
