@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SUITE := --numprocesses 2 --dist worksteal
 
-.PHONY: demo test test-busy test-slow test-browser test-docs test-wheel test-base test-image image chaos test-gguf test-compat bench-quality bench-speed bench-load bench-hostile bench-paper bench-progress bench-dynamic bench-census check lint types contracts client openapi clean
+.PHONY: demo test test-busy test-slow test-browser test-docs test-wheel test-base test-image image chaos test-gguf test-compat bench-quality bench-speed bench-load bench-hostile bench-paper bench-progress bench-dynamic bench-structures bench-census check lint types contracts client openapi clean
 
 demo: .venv/.model
 	$(BIN)/python -m demo
@@ -79,6 +79,11 @@ bench-progress: .venv/.model
 # Models that prune themselves for each prompt against static ones. CALIBRATION as above; OPTIONS: see --help.
 bench-dynamic: .venv/.model
 	$(BIN)/python -m benchmarks.dynamic $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(OPTIONS)
+
+# Width, depth, sub-layers and both at equal parameters and at equal decode time. CALIBRATION is a text file or data set, EVALUATION
+# are others as NAME=FILE; OPTIONS: see --help. A run that was stopped goes on where it was.
+bench-structures: .venv/.model
+	$(BIN)/python -m benchmarks.structures $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(if $(EVALUATION),--evaluation $(EVALUATION)) $(OPTIONS)
 
 # One API process under many clients, polling against a bare route, queries over 100,000 finished jobs; minutes.
 bench-load: .venv/.installed

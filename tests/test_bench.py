@@ -1,8 +1,10 @@
 """The benchmarks' pure parts: an exact rewrite of the model, results that outlive a kill, cases and tables."""
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +13,17 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.ablations import ablations
 from benchmarks.case import Case, prune
 from benchmarks.model import repeat_kv_heads
+from benchmarks.removal import remove
 from benchmarks.results import Results
 from benchmarks.sections import grid, trained, variants
+from benchmarks.structures import Rows, loss_at, points
 from benchmarks.table import excess_loss, markdown, mean_cell, perplexity_cell
 from secateur.catalog.methods import STATIC_METHODS
 from secateur.catalog.resolve import components
+from secateur.catalog.spec import Evaluation, PruningSpec
 from secateur.engine.measure.cache import Statistics
+from secateur.engine.run.run import LoadedModel, open_run
+from secateur.engine.run.workspace import Listener, Workspace
 from tests.engine.models import SIZES, VOCABULARY, decoder_of, english, make_model, make_tokenizer
 
 BASE = Case("random", 0.5, 1, 0, "repeated", 24, 256)
@@ -122,3 +129,58 @@ def test_cells() -> None:
     assert mean_cell([math.inf, 1.0], 1) == "inf"
     assert perplexity_cell([]) == mean_cell([], 1) == "–"
     assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+WIDTHS_TOO: dict[str, Any] = {"structures": ["layers", "kv_groups", "channels"], "shares": {"layers": 1 / 6}}
+
+
+@pytest.mark.parametrize(
+    ("search", "request_"),
+    [
+        ("sleb", {"method": "sleb", "target_ratio": 1 / 6}),
+        ("compensated-loss", {"method": "secateur", "target_ratio": 1 / 6, "structures": ["layers"]}),
+        ("compensated-loss", {"method": "secateur", "target_ratio": 0.4, **WIDTHS_TOO}),
+    ],
+)
+def test_a_shared_search_gives_the_model_of_the_request(
+    search: Any, request_: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    evaluation = Evaluation(texts=english("evaluation"), samples=1, sequence_length=32, latency=False, prompts=[])
+    spec = PruningSpec.model_validate({**request_, "allocation": {"width_multiple": 8}, "evaluation": evaluation})
+    decoder = decoder_of(make_model("llama", num_hidden_layers=6), tokenizer)
+    ids = torch.tensor(tokenizer("\n\n".join(english("calibration"))).input_ids)
+    tokens = ids[: 5 * 32].view(5, 32)
+    orders: dict[str, list[int]] = {}
+
+    def kept(kind: str, key: str, measure: Any) -> Any:
+        return orders.setdefault(key, measure())
+
+    found = remove(decoder, spec, tokens, search, kept, Statistics(None, {}))
+    model = LoadedModel(copy.deepcopy(decoder.model), tokenizer)
+    with open_run(model, spec, Workspace(device="cpu"), Listener(), tokens=tokens) as run:
+        expected = run.prune(0).decoder
+    assert len(orders[search]) == 2 and len(found.layers) == 5  # the order serves a larger ratio too
+    assert torch.equal(found.model(tokens).logits, expected.model(tokens).logits)
+
+
+def test_points_of_structures_are_valid_requests_that_differ() -> None:
+    assert all(components(point.spec).structures for point in points())
+    assert len({point.key for point in points()}) == len(points())
+
+
+def test_rows_outlive_the_process(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise AssertionError("a known row was measured again")
+
+    rows = Rows(tmp_path / "structures.jsonl", {"dtype": "float32"})
+    assert rows.kept("order", "sleb", lambda: [3, 1]) == [3, 1]
+    assert Rows(tmp_path / "structures.jsonl", {"dtype": "float32"}).kept("order", "sleb", fail) == [3, 1]
+    with pytest.raises(SystemExit, match="other settings"):
+        Rows(tmp_path / "structures.jsonl", {"dtype": "bfloat16"})
+
+
+def test_a_loss_is_read_between_measured_points() -> None:
+    curve = [{"time": time, "loss": loss} for time, loss in ((0.7, 0.9), (0.9, 0.3), (1.0, 0.0))]
+    assert loss_at(curve, 0.8) == pytest.approx(0.6)
+    assert loss_at(curve, 0.9) == pytest.approx(0.3)
+    assert loss_at(curve, 0.6) is None

@@ -1,5 +1,6 @@
 """Requests for whole layers, sub-layers and experts: from the request to files that a fresh process loads."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from secateur.engine import structures
 from secateur.engine.model.cutting import apply_plan
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.plan import Plan
-from tests.engine.models import VOCABULARY, decoder_of, english, make_model, save
+from secateur.engine.run.run import LoadedModel, open_run
+from secateur.engine.run.workspace import Listener, Workspace
+from tests.engine.models import SIZES, VOCABULARY, decoder_of, english, make_model, save
 from tests.engine.running import prune
 from tests.tiers import slow_but
 
@@ -265,3 +268,34 @@ def logits(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
 
 def test_engine_and_catalogue_know_the_same_structures() -> None:
     assert list(structures.STRUCTURES) == list(STRUCTURES), "in the same order, which is the one of cutting"
+
+
+def test_widths_are_fitted_to_the_compensated_model(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The layer before a gap stands for the layers in it, so a fit to the unpruned model would undo the compensation."""
+    model = make_model("llama", num_hidden_layers=8)
+    for projection in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+        projection.weight.mul_(0.1)  # layer 1 is removed, and layer 0, whose widths stay whole, stands for it
+    ids = torch.tensor(tokenizer("\n\n".join(english("calibration"))).input_ids)
+    evaluation = Evaluation(texts=english("evaluation"), samples=1, sequence_length=32, latency=False, prompts=[])
+    weights = []
+    for request in (
+        {"target_ratio": 0.125, "structures": ["layers"]},
+        {"target_ratio": 0.2, "structures": ["layers", "kv_groups", "channels"], "shares": {"layers": 0.125}},
+    ):
+        spec = PruningSpec.model_validate(
+            {
+                **request,
+                "method": "secateur",
+                "scoring": {"kind": "shortgpt"},
+                "evaluation": evaluation,
+                "allocation": {"width_multiple": 8},
+            }
+        )
+        loaded = LoadedModel(copy.deepcopy(model), tokenizer)
+        with open_run(loaded, spec, Workspace(device="cpu"), Listener(), tokens=ids[: 8 * 32].view(8, 32)) as run:
+            pruned = run.prune(0)
+        assert pruned.plan.layers[1]["layers"] == () and len(pruned.decoder.layers) == 7
+        assert pruned.decoder.layers[0].shape.channels == SIZES["intermediate_size"]
+        weights.append(pruned.decoder.layers[0].channel_output.weight)
+    assert not torch.equal(weights[0], model.model.layers[0].mlp.down_proj.weight)
+    torch.testing.assert_close(weights[1], weights[0])

@@ -17,7 +17,7 @@ from secateur.catalog.gguf import GgufKind
 from secateur.catalog.methods import Need
 from secateur.catalog.sources import ModelSource
 from secateur.catalog.spec import Format, Layout
-from secateur.catalog.structures import WHOLE
+from secateur.catalog.structures import DEPTH, WHOLE
 from secateur.contract.events import StepEvent
 from secateur.contract.report import Measurement, Published, ReachedRatio, Step, StepKind, TrainingCurve
 from secateur.contract.stages import Stage
@@ -123,7 +123,9 @@ class StaticPruner:
         inputs.progress.stage(Stage.SCORING, self._step_number(index, number), inputs.tokens.numel())
         removed, first = self._resolved.whole[index], number == 1
         plan = self._full_plan(decoder) if target.plan is None else Plan.from_data(target.plan)
-        if chosen.fits_to_reference and (not first or removed):
+        # Without whole layers, those before a gap stand for it: the widths are then fitted to the model as the round begins.
+        from_source = not removed.keys() & {*DEPTH}
+        if chosen.fits_to_reference and from_source and (not first or removed):
             self._reference = self._reference or inputs.unpruned.load()
         context = Context(
             decoder,
