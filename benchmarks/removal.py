@@ -5,11 +5,11 @@ The searches remove one layer after the other, so the layers of a small ratio ar
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
 
-from secateur.catalog.budget import with_layers
 from secateur.catalog.resolve import resolve
 from secateur.catalog.spec import PruningSpec
 from secateur.catalog.structures import DEPTH, WHOLE
@@ -21,7 +21,7 @@ from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.plan import Plan
 from secateur.engine.recovery.depth import compensate
 from secateur.engine.run.rounds import prune_round
-from secateur.engine.run.whole import SUBLAYER_WIDTHS, remove_whole
+from secateur.engine.run.whole import remove_whole, without
 from secateur.engine.scoring import Context
 from secateur.engine.scoring.depth import Unit, greedy
 from secateur.engine.structures.layers import publish
@@ -66,7 +66,7 @@ def remove(
             )
         )
         context.statistics = None
-    context.begun = with_layers(decoder.shape, plan.shapes(decoder.shape, WHOLE))
+    context.begun = replace(decoder.shape, layers=tuple(plan.shapes(decoder.shape, WHOLE)))
     if chosen.cuts_widths:
         whole, begun = decoder.shape.prunable_parameters, context.begun.prunable_parameters
         share = (ratio * whole - whole + begun) / begun
@@ -100,8 +100,7 @@ def _first_layers(context: Context, order: list[int], count: int) -> Plan:
     gone = set(order[:count])
     if context.resolved.components.layerwise.fits:
         compensate(context.decoder, context.tokens, context.batch_windows, {"layers": gone}, _quiet)
-    nothing = {"layers": (), **dict.fromkeys(SUBLAYER_WIDTHS["layers"], ())}
-    plan = Plan(tuple(nothing if index in gone else {} for index in range(len(context.decoder.layers))))
+    plan = without(context.decoder, [("layers", index) for index in gone])
     apply_plan(context.decoder, plan)
     return plan
 

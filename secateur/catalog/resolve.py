@@ -193,7 +193,8 @@ def _check_model(spec: PruningSpec, chosen: Components, shape: ModelShape, confi
     if chosen.dynamic and shape.differs:
         raise PruningError(
             ErrorCode.METHOD_UNSUPPORTED,
-            f"Method '{spec.method}' does not support models whose layers differ; allowed: {', '.join(STATIC_METHODS)}.",
+            f"Method '{spec.method}' needs a model whose layers are alike, such as one pruned in layout uniform or padded; "
+            f"allowed for this model: {', '.join(STATIC_METHODS)}.",
             field="method",
         )
     if chosen.dynamic and (shape.family.experts or shape.family.two_positions):

@@ -329,7 +329,7 @@ class PruningSpec(_Settings):
     vocabulary: VocabularySettings | None = Field(
         None,
         description="Remove tokens that the texts do not need from the tokenizer, the embedding and the head. This never counts towards `target_ratio`, which may be left out then. Unset: all tokens stay.",
-        examples=[{"max_growth": 0.01}],
+        examples=[{"dataset": "wikitext2", "max_growth": 0.01}],
     )
     goal: Goal | None = Field(
         None, validate_default=True, description="Instead of `target_ratio`: the size of the pruned model."
@@ -353,7 +353,7 @@ class PruningSpec(_Settings):
         min_length=1,
         max_length=len(STRUCTURES),
         description="The kinds of units that are removed. Unset: what the method cuts, in most methods `kv_groups` and `channels`, which always go together. `layers`, `attention`, `feed_forward` and `experts` are removed whole, before the widths are cut.",
-        examples=[["layers"], ["experts", "kv_groups", "channels"]],
+        examples=[["layers"], ["kv_groups", "channels"]],
     )
     shares: dict[StructureName, Share] = Field(
         {},

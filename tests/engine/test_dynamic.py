@@ -467,6 +467,6 @@ def test_a_source_whose_layers_differ_is_refused(trained_folder: Path, tmp_path:
     asked = {name: ASKED[name] for name in ("calibration", "evaluation")}
     static = PruningSpec.model_validate(asked | {"method": "magnitude", "target_ratio": 0.3})
     prune(str(trained_folder), static, tmp_path / "static")
-    with pytest.raises(PruningError, match="layout uniform or padded") as caught:
+    with pytest.raises(PruningError, match=r"layout uniform or padded.*this model: secateur") as caught:
         prune(str(tmp_path / "static"), PruningSpec.model_validate(ASKED), tmp_path / "both")
-    assert caught.value.field == "model_id"
+    assert (caught.value.code, caught.value.field) == ("method_unsupported", "method")

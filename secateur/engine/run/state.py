@@ -87,7 +87,7 @@ class RunState(_State):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the state as JSON-able data."""
-        return self.model_dump(mode="json", exclude_unset=True) | {"version": self.version}
+        return self.model_dump(mode="json", exclude_unset=True) | {"version": self.version, "step": self.step}
 
     def ending_here(self, spec: PruningSpec) -> Self:
         """Return the state as that of a run of ``spec`` with one target, which ends with the newest step.

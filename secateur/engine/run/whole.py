@@ -3,10 +3,11 @@
 Units of depth are chosen for the whole model and compensated for together. Every layer loses the same number of experts.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from secateur.catalog.structures import DEPTH
 from secateur.engine.model.cutting import apply_plan
+from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.plan import Kept, Plan
 from secateur.engine.recovery.depth import compensate
 from secateur.engine.scoring import Context
@@ -31,16 +32,21 @@ def remove_whole(context: Context, counts: Mapping[str, int]) -> Plan:
 
 def _remove_depth(context: Context, counts: Mapping[str, int]) -> Plan:
     decoder, chosen = context.decoder, context.resolved.components
-    layers: list[Kept] = [{} for _ in decoder.layers]
     if not counts:
-        return Plan(tuple(layers))
+        return without(decoder, ())
     gone = _choose_depth(context, counts)
     if chosen.layerwise.fits and decoder.shape.family.additive:
         compensate(decoder, context.tokens, context.batch_windows, by_structure(gone), context.progress)
+    return _apply(context, without(decoder, gone))
+
+
+def without(decoder: Decoder, gone: Iterable[Unit]) -> Plan:
+    """Return the plan that removes the units of depth ``gone``, with the units of the widths that they hold."""
+    layers: list[Kept] = [{} for _ in decoder.layers]
     for name, index in gone:
         widths = [units.name for sublayer, units in UNITS.items() if name in ("layers", sublayer)]
         layers[index] = dict.fromkeys((name, *widths), ())
-    return _apply(context, layers)
+    return Plan(tuple(layers))
 
 
 def _choose_depth(context: Context, counts: Mapping[str, int]) -> list[Unit]:
@@ -95,12 +101,11 @@ def _remove_experts(context: Context, count: int) -> Plan:
         {"experts": own, "channels": channels_of(own, layer.shape.channels_per_expert)} if own else {}
         for own, layer in zip(kept, decoder.layers, strict=True)
     ]
-    return _apply(context, layers)
+    return _apply(context, Plan(tuple(layers)))
 
 
-def _apply(context: Context, layers: Sequence[Kept]) -> Plan:
-    """Cut the model of ``context`` to the units ``layers``; what is known of the unpruned model is of no more use."""
-    plan = Plan(tuple(layers))
+def _apply(context: Context, plan: Plan) -> Plan:
+    """Cut the model of ``context`` by ``plan``; what is known of the unpruned model is of no more use."""
     apply_plan(context.decoder, plan)
     context.statistics = None
     return plan
