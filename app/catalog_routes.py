@@ -10,9 +10,10 @@ from app.db.session import reading
 from app.deps import EVERY_V1_ROUTE, KeyedRoute, Owner, SettingsDep
 from app.http.problem import documented
 from app.jobs import admission, tokens
-from secateur.catalog.inspection import layouts, sizes
+from secateur.catalog.inspection import layouts, sizes, structures
 from secateur.catalog.methods import ALLOCATORS, LAYERWISE_RECOVERIES, METHODS, SCORERS, TRAININGS, Method
 from secateur.catalog.request import ModelRef
+from secateur.catalog.structures import STRUCTURES
 from secateur.contract.catalog import Inspection, Kinds, MethodList, MethodView, NameList
 from secateur.contract.errors import PruningError
 from secateur.contract.jobs import JobError
@@ -42,6 +43,10 @@ def methods() -> MethodList:
         allocator=list(ALLOCATORS),
         layerwise_recovery=list(LAYERWISE_RECOVERIES),
         training=list(TRAININGS),
+        structures={
+            structure: [name for name, scorer in SCORERS.items() if structure in scorer.structures]
+            for structure in STRUCTURES
+        },
     )
     return MethodList(items=[_view(method) for method in METHODS.values()], kinds=kinds)
 
@@ -50,6 +55,8 @@ def _view(method: Method) -> MethodView:
     return MethodView(
         **{name: value for name, value in vars(method).items() if name in MethodView.model_fields},
         needs=sorted(method.needs),
+        structures=list(method.structures),
+        scorers=method.scorers,
         needs_gradients=method.needs_gradients,
     )
 
@@ -100,4 +107,5 @@ def _inspect(body: ModelRef, settings: Settings, token: SecretStr | None) -> Ins
         shape=None if shape is None else shape.as_dict(),
         sizes=[] if shape is None else sizes(shape, source.dtype),
         layouts=[] if shape is None else layouts(shape, source.config or {}),
+        structures=[] if shape is None else structures(shape, source.config or {}),
     )

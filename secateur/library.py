@@ -157,7 +157,7 @@ class Result:
                 decoder.shape,
                 decoder.model.config.to_dict(),
                 wanted.gguf_quantization,
-                uniform=wanted.layout != "per-layer",
+                uniform=wanted.layout != "per-layer" or len(set(decoder.widths)) == 1,
                 added_biases=self._run.resolved.components.layerwise.adds_bias,
                 width_multiple=wanted.allocation.width_multiple,
             )

@@ -2,14 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from secateur.catalog.architectures import ModelShape
 from secateur.catalog.structures import DEPTH, STRUCTURES, WHOLE, WIDTHS
 from secateur.contract.errors import ErrorCode, PruningError
 
 
+def obstacle(shape: ModelShape, config: Mapping[str, Any], name: str) -> str | None:
+    """Return the reason why no unit of the structure ``name`` can leave a model with this ``config.json``, or ``None``."""
+    if name not in shape.family.structures or not any(map(STRUCTURES[name].units, shape.layers)):
+        return f"This model has no '{name}'"
+    if name in WHOLE and _most(shape, name) < 1:
+        return f"This model has too few '{name}': one of them stays"
+    if reason := STRUCTURES[name].obstacle(config):
+        return f"No '{name}' of this model can be removed: {reason}"
+    return None
+
+
 def whole_units(
-    shape: ModelShape, structures: Sequence[str], shares: Mapping[str, float], ratio: float
+    shape: ModelShape, config: Mapping[str, Any], structures: Sequence[str], shares: Mapping[str, float], ratio: float
 ) -> dict[str, int]:
     """Return the number of units of each structure in ``structures`` that is removed whole; of experts, in each layer.
 
@@ -17,19 +29,15 @@ def whole_units(
     to it.
 
     Raises:
-        PruningError: ``structure_unsupported`` if the model lacks the structure; ``ratio_unreachable`` if the share is
-            less than half a unit, or more than the model can lose. The messages name what is allowed.
+        PruningError: ``structure_unsupported`` if no unit of the structure can leave the model; ``ratio_unreachable`` if
+            the share is less than half a unit, or more than the model can lose. The messages name what is allowed.
     """
     counts = {}
     for name in (name for name in structures if name in WHOLE):
+        if reason := obstacle(shape, config, name):
+            allowed = ", ".join(each for each in STRUCTURES if obstacle(shape, config, each) is None)
+            raise PruningError(ErrorCode.STRUCTURE_UNSUPPORTED, f"{reason}; allowed: {allowed}.", field="structures")
         prices = [shape.price(name, index) for index in range(len(shape.layers)) if shape.units(name, index)]
-        if not prices or name not in shape.family.structures:
-            allowed = ", ".join(
-                each for each in shape.family.structures if any(map(STRUCTURES[each].units, shape.layers))
-            )
-            raise PruningError(
-                ErrorCode.STRUCTURE_UNSUPPORTED, f"This model has no '{name}'; allowed: {allowed}.", field="structures"
-            )
         share = shares.get(name, ratio)
         unit = sum(prices) / (1 if name == "experts" else len(prices))
         most = _most(shape, name)
@@ -67,6 +75,17 @@ def without_whole(shape: ModelShape, removed: Mapping[str, int]) -> ModelShape:
         end -= removed.get(name, 0)
     experts = removed.get("experts", 0)
     return replace(shape, layers=tuple(replace(layer, experts=layer.experts - experts) for layer in layers))
+
+
+def largest_ratio(shape: ModelShape, name: str) -> float:
+    """Return the largest ratio that the structure ``name`` reaches alone, with the default multiple of widths."""
+    multiple, every = shape.width_multiple(None), range(len(shape.layers))
+    amounts = [shape.removable(name, index, multiple) * shape.price(name, index) for index in every]
+    if name in DEPTH:  # one layer keeps the unit
+        amounts.remove(max(amounts))
+    if name == "experts":  # every layer loses the same number
+        amounts = [_most(shape, name) * shape.price(name, index) for index in every if shape.units(name, index)]
+    return sum(amounts) / shape.prunable_parameters
 
 
 def block(shape: ModelShape, structures: Sequence[str], width_multiple: int, uniform: bool) -> float:

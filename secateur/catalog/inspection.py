@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from secateur.catalog.architectures import ModelShape
+from secateur.catalog.budget import largest_ratio, obstacle
 from secateur.catalog.gguf import GGUF_KINDS, gguf_obstacle
 from secateur.catalog.spec import DTYPE_BYTES, Layout
-from secateur.contract.catalog import PossibleLayout, PrunedSize
+from secateur.catalog.structures import STRUCTURES, WIDTHS
+from secateur.contract.catalog import PossibleLayout, PossibleStructure, PrunedSize
 
 EXAMPLES = (0.2, 0.5)
 
@@ -41,3 +43,41 @@ def layouts(shape: ModelShape, config: Mapping[str, Any]) -> list[PossibleLayout
         )
         found.append(possible)
     return found
+
+
+def structures(shape: ModelShape, config: Mapping[str, Any]) -> list[PossibleStructure]:
+    """Return what each structure of the model could give alone, and the vocabulary, which counts towards no ratio."""
+    every = range(len(shape.layers))
+    gguf = [kind for kind in GGUF_KINDS if gguf_obstacle(shape, config, kind, uniform=True) is None]
+    found = []
+    for name in shape.family.structures:
+        reason = obstacle(shape, config, name)
+        possible = PossibleStructure(
+            structure=name,
+            units=sum(shape.units(name, index) for index in every),
+            parameters=sum(shape.units(name, index) * shape.price(name, index) for index in every),
+            max_ratio=largest_ratio(shape, name) if reason is None else 0.0,
+            without_code=_without_code(shape, name),
+            gguf=gguf,
+            reason=reason,
+        )
+        found.append(possible)
+    vocabulary = PossibleStructure(
+        structure="vocabulary",
+        units=shape.vocab_size,
+        parameters=shape.vocabulary_parameters,
+        max_ratio=None,
+        without_code=_without_code(shape, None),
+        gguf=gguf,
+        reason=None,
+    )
+    return [*found, vocabulary]
+
+
+def _without_code(shape: ModelShape, name: str | None) -> list[str]:
+    """Return the layouts that the stock class holds after units of ``name``, or tokens alone, left."""
+    if name in WIDTHS:
+        return ["uniform", "padded"]
+    if shape.differs or (name is not None and not STRUCTURES[name].alike):
+        return ["padded"]
+    return list(get_args(Layout))

@@ -188,6 +188,15 @@ class Method:
         return WIDTHS if own[: len(WIDTHS)] == WIDTHS else own[:1]
 
     @property
+    def scorers(self) -> dict[str, str]:
+        """The name of the method's own scorer of each structure that it scores."""
+        found: dict[str, str] = {}
+        for name in (self.scorer, *self.also):
+            for structure in SCORERS[name].structures:
+                found.setdefault(structure, name)
+        return found
+
+    @property
     def needs(self) -> frozenset[Need]:
         """Everything that the components of the method need of the model."""
         if self.dynamic:

@@ -77,6 +77,11 @@ class Components:
         return any(name in WIDTHS for name in self.structures)
 
     @property
+    def leaves_alike(self) -> bool:
+        """Whether layers that are alike in the source are alike in the pruned model, in every layout."""
+        return all(STRUCTURES[name].alike for name in self.structures)
+
+    @property
     def recovers_layerwise(self) -> bool:
         """Whether a layer-wise recovery corrects layers as they are cut."""
         return self.layerwise.name != NO_RECOVERY
@@ -168,7 +173,7 @@ def resolve(spec: PruningSpec, shape: ModelShape, *, config: Mapping[str, Any], 
         if not ratio:  # the request removes tokens alone
             whole.append({})
             continue
-        removed = whole_units(shape, chosen.structures, spec.shares, ratio)
+        removed = whole_units(shape, config, chosen.structures, spec.shares, ratio)
         if chosen.cuts_widths:
             left = without_whole(shape, removed)
             share = (ratio * shape.prunable_parameters - shape.prunable_parameters + left.prunable_parameters) / (
@@ -189,7 +194,7 @@ def _check_model(spec: PruningSpec, chosen: Components, shape: ModelShape, confi
             f"recovery.layerwise.kind {_without_bias()}.",
             field="recovery.layerwise.kind",
         )
-    _check_layout(spec, shape, config)
+    _check_layout(spec, chosen, shape, config)
     if chosen.dynamic and shape.differs:
         raise PruningError(
             ErrorCode.METHOD_UNSUPPORTED,
@@ -209,7 +214,7 @@ def _check_model(spec: PruningSpec, chosen: Components, shape: ModelShape, confi
             shape,
             config,
             spec.gguf_quantization,
-            uniform=spec.layout != "per-layer",
+            uniform=spec.layout != "per-layer" or (chosen.leaves_alike and not shape.differs),
             added_biases=chosen.layerwise.adds_bias,
             width_multiple=spec.allocation.width_multiple,
         )
@@ -217,7 +222,7 @@ def _check_model(spec: PruningSpec, chosen: Components, shape: ModelShape, confi
             raise obstacle
 
 
-def _check_layout(spec: PruningSpec, shape: ModelShape, config: Mapping[str, Any]) -> None:
+def _check_layout(spec: PruningSpec, chosen: Components, shape: ModelShape, config: Mapping[str, Any]) -> None:
     """Check that the stock class can hold a source whose layers differ, if the layout is one of the stock class.
 
     Raises:
@@ -237,6 +242,13 @@ def _check_layout(spec: PruningSpec, shape: ModelShape, config: Mapping[str, Any
             ErrorCode.RATIO_UNREACHABLE,
             f"This model's layers differ in more than their numbers of KV groups and channels, and in layout "
             f"'{spec.layout}' all layers are alike; allowed: 'per-layer'.",
+            field="layout",
+        )
+    if spec.layout == "uniform" and not chosen.cuts_widths and len(set(shape.layers)) > 1:
+        raise PruningError(
+            ErrorCode.RATIO_UNREACHABLE,
+            f"This model's layers differ in width, and in layout 'uniform' all layers are alike; allowed: 'per-layer', "
+            f"'padded', or 'structures' with {' and '.join(WIDTHS)}.",
             field="layout",
         )
 

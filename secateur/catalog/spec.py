@@ -534,6 +534,14 @@ class PruningSpec(_Settings):
                     f"'{layout}' has no place for the biases that recovery '{name}' adds; allowed: 'per-layer', or "
                     f"recovery.layerwise.kind {_without_bias()}"
                 )
+            differing = [
+                name for name in info.data.get("structures") or () if name in WHOLE and not STRUCTURES[name].alike
+            ]
+            if layout == "uniform" and differing:
+                raise ValueError(
+                    f"in 'uniform' all layers are alike, and some would be without their '{differing[0]}'; allowed: "
+                    "'per-layer', 'padded'"
+                )
             if layout == "uniform" and info.data["allocation"].kind not in (None, "uniform"):
                 raise ValueError(
                     "'uniform' layers all have the same widths: leave allocation.kind out, or use another layout"
@@ -584,9 +592,10 @@ class PruningSpec(_Settings):
 
 def scorer_of(structure: str, method: str, kind: str | None) -> Scorer | None:
     """Return the scorer of a structure: ``kind`` if it scores the structure, or else one of the method's own."""
-    names = (kind, METHODS[method].scorer, *METHODS[method].also)
-    scorers = (SCORERS[name] for name in names if name is not None)
-    return next((scorer for scorer in scorers if structure in scorer.structures), None)
+    if kind is not None and structure in SCORERS[kind].structures:
+        return SCORERS[kind]
+    own = METHODS[method].scorers.get(structure)
+    return None if own is None else SCORERS[own]
 
 
 def _without_bias() -> str:

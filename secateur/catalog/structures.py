@@ -3,9 +3,9 @@
 The engine's side of each structure is in ``secateur/engine/structures``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,10 @@ class Structure:
     """Number of units that a layer can lose, if widths are multiples of the given number."""
     left: Callable[[LayerShape, int], LayerShape]
     """The sizes of a layer of whose units in a plan, where each expert's channels count, so many stay."""
+    alike: bool = False
+    """Whether layers that were alike are alike after units left, so that the stock class holds them in every layout."""
+    obstacle: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    """The reason why no unit can leave a model with the given config, or ``None``."""
 
 
 def _without_attention(layer: LayerShape) -> LayerShape:
@@ -89,11 +93,22 @@ def _without_both(layer: LayerShape) -> LayerShape:
     return _without_feed_forward(_without_attention(layer))
 
 
+def _has_both(layer: LayerShape) -> bool:
+    return bool(layer.kv_groups and layer.channels)
+
+
+def _numbered_attention(config: Mapping[str, Any]) -> str | None:
+    if config.get("scale_attn_by_inverse_layer_idx"):  # of GPT-2
+        return "its attention is scaled by the number of the layer (scale_attn_by_inverse_layer_idx)"
+    return None
+
+
 def _of_depth(
     name: str,
     summary: str,
     without: Callable[[LayerShape], LayerShape],
     removable: Callable[[LayerShape], bool],
+    **more: Any,
 ) -> Structure:
     """Return a structure of which a layer has one unit: what ``without`` takes from the layer's sizes."""
     return Structure(
@@ -104,24 +119,32 @@ def _of_depth(
         price=lambda layer, cost: cost.parameters(layer) - cost.parameters(without(layer)),
         removable=lambda layer, multiple: int(removable(layer)),
         left=lambda layer, kept: layer if kept else without(layer),
+        **more,
     )
 
 
 STRUCTURES: dict[str, Structure] = {
     structure.name: structure
     for structure in (
-        _of_depth("layers", "a whole decoder layer", _without_both, lambda layer: _without_both(layer) != layer),
+        _of_depth(
+            "layers",
+            "a whole decoder layer",
+            _without_both,
+            lambda layer: _without_both(layer) != layer,
+            alike=True,
+            obstacle=_numbered_attention,
+        ),
         _of_depth(
             "attention",
             "the attention of a decoder layer, whose feed-forward stays",
             _without_attention,
-            lambda layer: bool(layer.kv_groups and layer.channels),
+            _has_both,
         ),
         _of_depth(
             "feed_forward",
             "the feed-forward block of a decoder layer, whose attention stays",
             _without_feed_forward,
-            lambda layer: bool(layer.kv_groups and layer.channels),
+            _has_both,
         ),
         Structure(
             "experts",
@@ -131,6 +154,7 @@ STRUCTURES: dict[str, Structure] = {
             price=lambda layer, cost: layer.channels_per_expert * cost.channel,
             removable=lambda layer, multiple: max(layer.experts - 1, 0),
             left=lambda layer, kept: replace(layer, experts=kept),
+            alike=True,
         ),
         Structure(
             "kv_groups",

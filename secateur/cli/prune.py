@@ -28,7 +28,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show a model's sizes, and the sizes and layouts that the pruned model can have, from the config alone."""
-    from secateur.catalog.inspection import layouts, sizes
+    from secateur.catalog.inspection import layouts, sizes, structures
     from secateur.catalog.sources import locate
     from secateur.settings import get_settings
 
@@ -49,6 +49,7 @@ def inspect(
     except PruningError as error:
         raise stop(_explained(error), FAILED) from None
     made, possible = sizes(shape, source.dtype), layouts(shape, source.config or {})
+    units = structures(shape, source.config or {})
     if as_json:
         found = {
             "model_id": model,
@@ -56,6 +57,7 @@ def inspect(
             "shape": shape.as_dict(),
             "sizes": [size.model_dump() for size in made],
             "layouts": [each.model_dump() for each in possible],
+            "structures": [each.model_dump() for each in units],
         }
         typer.echo(json.dumps(found))
         return
@@ -78,6 +80,14 @@ def inspect(
         typer.echo(
             f"pruned by {size.nearest_ratio:.1%}: {size.parameters:,} parameters, {size.bytes / 1e6:,.1f} MB in {source.dtype}"
         )
+    for unit in units:
+        if unit.reason is not None:
+            typer.echo(f"structure {unit.structure}: {unit.reason}")
+        elif unit.max_ratio is not None:
+            typer.echo(
+                f"structure {unit.structure}: {unit.units:,} units, at most {unit.max_ratio:.1%}; without code in "
+                f"{', '.join(unit.without_code)}; GGUF: {', '.join(unit.gguf) or 'none'}"
+            )
     told: set[str] = set()
     for each in possible:
         files = ", ".join(each.gguf) or "none"

@@ -21,20 +21,23 @@ class MethodView(BaseModel):
     needs: list[str] = Field(description="What the components need of the model, such as `gates` or `moments`.")
     needs_gradients: bool
     dynamic: bool = Field(description="Nothing is cut: the published model chooses its units for each prompt.")
+    structures: list[str] = Field(description="What it cuts, where a request names no `structures`.")
+    scorers: dict[str, str] = Field(description="For each structure that a request can name, what scores its units.")
     passes: str = Field(description="What scoring costs in a round.")
 
 
 class Kinds(BaseModel):
     """The kinds of scorer, allocator, layer-wise recovery and training that can replace the components of a method.
 
-    Every combination is allowed but one: the allocator `threshold` needs scores of the whole model, and the scorers
-    `lorap`, `obs`, `slimllm` and `wanda` do not compute such scores.
+    A scorer scores the units of some structures, see `structures`. Of the scorers of `kv_groups` and `channels`, `lorap`,
+    `obs`, `slimllm` and `wanda` compute no scores of the whole model, which the allocator `threshold` needs.
     """
 
     scorer: list[str] = Field(description="For `scoring.kind`.")
     allocator: list[str] = Field(description="For `allocation.kind`.")
     layerwise_recovery: list[str] = Field(description="For `recovery.layerwise.kind`.")
     training: list[str] = Field(description="For `recovery.training.kind`.")
+    structures: dict[str, list[str]] = Field(description="For each structure, the scorers of its units.")
 
 
 class MethodList(BaseModel):
@@ -68,6 +71,22 @@ class PossibleLayout(BaseModel):
     gguf_reason: str | None = Field(description="Why not in the others.")
 
 
+class PossibleStructure(BaseModel):
+    """What a kind of unit could give, alone, and where the result fits."""
+
+    structure: str
+    units: int = Field(description="The number of units, of all layers together.")
+    parameters: int = Field(description="Parameters of all its units.")
+    max_ratio: float | None = Field(
+        description="The largest ratio that this structure reaches alone; null of `vocabulary`, which counts towards no ratio."
+    )
+    without_code: list[str] = Field(
+        description="Layouts of a model that lost such units alone which the stock class of transformers loads without code."
+    )
+    gguf: list[str] = Field(description="Quantisations in which a GGUF file can be made in one of these layouts.")
+    reason: str | None = Field(description="Why no unit of it can leave the model; null if some can.")
+
+
 class Inspection(BaseModel):
     """The properties of a model that are known without its weights."""
 
@@ -81,3 +100,6 @@ class Inspection(BaseModel):
     )
     sizes: list[PrunedSize] = Field([], description="What ratios of 0.2 and 0.5 come to; empty without a shape.")
     layouts: list[PossibleLayout] = Field([], description="What each layout allows; empty without a shape.")
+    structures: list[PossibleStructure] = Field(
+        [], description="What each kind of unit could give; empty without a shape."
+    )

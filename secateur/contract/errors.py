@@ -43,7 +43,7 @@ class ErrorCode(StrEnum):
     TOKENIZER_MISSING = "tokenizer_missing", "The model has no tokenizer that transformers can load.", "Put the tokenizer's files beside the weights."
     TOKENIZER_MISMATCH = "tokenizer_mismatch", "The tokenizer makes tokens that the model has no embeddings for.", "Use the tokenizer that belongs to the model."
     TOKENIZER_UNUSABLE = "tokenizer_unusable", "The tokenizer does not finish within its time, fails on a text, or has a file that is too large.", "Repair the tokenizer; see the message."
-    STRUCTURE_UNSUPPORTED = "structure_unsupported", "The model has no units of a structure.", "Name other structures; POST /v1/models/inspect lists those of the model."
+    STRUCTURE_UNSUPPORTED = "structure_unsupported", "No unit of a requested structure can leave the model.", "Name other structures; POST /v1/models/inspect lists those of the model."
     VOCABULARY_UNSUPPORTED = "vocabulary_unsupported", "The vocabulary of this model or tokenizer cannot be cut.", "Leave 'vocabulary' out of the structures; see the message for the reason."
     UNSUPPORTED_ARCHITECTURE = "unsupported_architecture", "This kind of model cannot be pruned.", "See the message for the reason and the documentation for the supported families."
     SOURCE_CHANGED = "source_changed", "The model or the request changed since the run that is to be resumed began.", "Start anew, without the saved state."

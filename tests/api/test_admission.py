@@ -172,6 +172,19 @@ def test_inspect(api: httpx2.Client, make_model: Callable[..., str]) -> None:
     assert list(by_layout) == ["per-layer", "uniform", "padded"]
     assert by_layout["per-layer"]["gguf"] == ["F32", "F16", "Q8_0"]
     assert "width_multiple 256" in by_layout["per-layer"]["gguf_reason"]
+    by_structure = {each["structure"]: each for each in found["structures"]}
+    assert list(by_structure) == ["layers", "attention", "feed_forward", "kv_groups", "channels", "vocabulary"]
+    whole = by_structure["layers"]
+    assert (whole["units"], whole["without_code"]) == (
+        len(found["shape"]["layers"]),
+        ["per-layer", "uniform", "padded"],
+    )
+    assert whole["parameters"] == found["shape"]["prunable_parameters"]
+    assert whole["max_ratio"] == pytest.approx(1 - 1 / whole["units"]) and whole["reason"] is None
+    assert by_structure["kv_groups"]["without_code"] == ["uniform", "padded"]
+    widths = [by_structure[name]["max_ratio"] for name in ("kv_groups", "channels")]
+    assert sum(widths) == pytest.approx(found["shape"]["max_ratio"])
+    assert by_structure["vocabulary"]["max_ratio"] is None
     like = make_model("like", CONFIG | {"model_type": "granite"})
     unknown = api.post("/v1/models/inspect", json={"model_id": like}).json()
     assert (unknown["supported"], unknown["shape"]) == (True, None), "its modules tell, when it is loaded"
@@ -195,6 +208,11 @@ def test_methods(api: httpx2.Client) -> None:
     assert methods["piem-lsps"]["needs"] == ["gates"]
     chosen = {"scorer": "piem", "allocator": "lsps", "layerwise_recovery": "none", "default_rounds": 4}
     assert chosen.items() <= methods["piem-lsps"].items()
+    assert methods["sleb"]["structures"] == ["layers"] and methods["sleb"]["scorers"]["attention"] == "sleb"
+    ours = methods["secateur"]["scorers"]
+    assert (ours["channels"], ours["layers"], ours["experts"]) == ("obs", "compensated-loss", "reap")
+    kinds = api.get("/v1/methods").json()["kinds"]["structures"]
+    assert kinds["experts"] == ["frequency", "random", "reap"] and "obs" in kinds["kv_groups"]
 
 
 def test_every_kind_that_is_listed_is_taken(api: httpx2.Client, body: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from secateur.catalog.sources import locate
-from secateur.contract.errors import PruningError
 from secateur.engine.export import check_checkpoint, checkpoint
 from secateur.engine.model.absent import Absent
 from secateur.engine.model.cutting import padded
@@ -125,13 +124,6 @@ def test_lists_of_the_config_follow(tokenizer: PreTrainedTokenizerFast, tmp_path
     family = decoder.shape.family
     config = layers.config_with({"mlp_only_layers": [1, 3], "max_window_layers": 3}, family, KEPT)
     assert config == {"mlp_only_layers": [2], "max_window_layers": 2, "num_hidden_layers": 3}
-
-
-def test_attention_scaled_by_its_layer_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    decoder, _ = loaded(deep("gpt2", scale_attn_by_inverse_layer_idx=True), tokenizer, tmp_path)
-    with pytest.raises(PruningError, match="scale_attn_by_inverse_layer_idx"):
-        layers.cut(decoder, KEPT)
-    assert len(decoder.layers) == DEPTH
 
 
 @pytest.mark.parametrize("name", slow_but(["llama", "gemma3", "mixtral"], NAMES))

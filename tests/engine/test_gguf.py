@@ -24,6 +24,9 @@ from secateur.engine.model.cutting import apply_plan
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.loading import load
 from secateur.engine.model.plan import Plan
+from secateur.engine.run.whole import without
+from secateur.engine.scoring.depth import Unit
+from secateur.engine.structures.layers import publish
 from tests.engine.models import FAMILIES, SIZES, VOCABULARY, english, layer_plan, make_model, save
 from tests.engine.running import prune
 from tests.engine.test_slicing import of_each, some_plan
@@ -78,14 +81,18 @@ needs_llama_cpp = pytest.mark.skipif(
 )
 
 
-def pruned(
-    name: str, plan: Plan, folder: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any
-) -> tuple[Decoder, ModelSource]:
-    """Heads of 16, so that a layer's rows are multiples of 32 where KV groups are two or more."""
+def loaded(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> tuple[Decoder, ModelSource]:
+    """A model with heads of 16, so that a layer's rows are multiples of 32 where KV groups are two or more."""
     family, own = MODELS[name]
     model = make_model(family, **{"hidden_size": 96, **own, **changes})
     source = locate(str(save(model, tokenizer, folder / "source")), allow_paths=True)
-    decoder = load(source, "auto", torch.device("cpu"))
+    return load(source, "auto", torch.device("cpu")), source
+
+
+def pruned(
+    name: str, plan: Plan, folder: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any
+) -> tuple[Decoder, ModelSource]:
+    decoder, source = loaded(name, folder, tokenizer, **changes)
     if decoder.shape.family.experts:
         plan = Plan(
             tuple(layer_plan(kept["kv_groups"], of_each(decoder.shape, kept["channels"])) for kept in plan.layers)
@@ -137,6 +144,32 @@ def test_llama_cpp_runs_it(name: str, plan: Plan, tokenizer: PreTrainedTokenizer
     decoder, source = pruned(name, plan, tmp_path, tokenizer)
     write_gguf(decoder, source, tmp_path / "model.gguf", "F32")
     check_gguf(decoder, tmp_path / "model.gguf", "F32")
+
+
+WITHOUT: list[tuple[str, list[Unit]]] = [
+    ("llama", [("layers", 1)]),
+    ("llama", [("attention", 0), ("feed_forward", 2)]),
+    ("mixtral", [("layers", 1)]),
+    ("gemma2", [("layers", 0)]),
+    ("gemma3", [("layers", 1)]),
+]
+
+
+@pytest.mark.parametrize(("name", "gone"), WITHOUT)
+def test_whole_units_are_gone(name: str, gone: list[Unit], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    decoder, source = loaded(name, tmp_path, tokenizer)
+    apply_plan(decoder, without(decoder, gone))
+    publish(decoder)
+    write_gguf(decoder, source, tmp_path / "model.gguf", "F32")
+    fields = {key: field.contents() for key, field in GGUFReader(tmp_path / "model.gguf").fields.items()}
+    architecture = fields["general.architecture"]
+    fewer = ("layers", gone[0][1]) in gone
+    assert fields[f"{architecture}.block_count"] == (2 if fewer else 3)
+    if name.startswith("gemma"):
+        kinds = [index % 2 == 0 for index in range(3) if index != gone[0][1]]
+        assert fields[f"{architecture}.attention.sliding_window_pattern"] == kinds
+    if importlib.util.find_spec("llama_cpp") is not None:
+        check_gguf(decoder, tmp_path / "model.gguf", "F32")
 
 
 @needs_llama_cpp

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from secateur.catalog.architectures import shape_from_config
 from secateur.catalog.budget import whole_units, without_whole
-from secateur.catalog.resolve import components
+from secateur.catalog.resolve import components, resolve
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
 from secateur.catalog.structures import STRUCTURES
 from secateur.contract.errors import PruningError
@@ -132,7 +132,7 @@ def test_from_the_request_to_the_files(name: str, tokenizer: PreTrainedTokenizer
         asked = spec(**{**changes, "target_ratio": ratio})
     report = prune(str(made), asked, tmp_path / "out").report
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    counts = whole_units(shape, components(asked).structures, asked.shares, report["ratio"]["target"])
+    counts = whole_units(shape, {}, components(asked).structures, asked.shares, report["ratio"]["target"])
     after = report["widths"]["after"]
     assert sum(not layer["kv_groups"] and not layer["channels"] for layer in after) == counts.get("layers", 0)
     assert config["num_hidden_layers"] == DEPTH - counts.get("layers", 0)
@@ -197,6 +197,7 @@ def test_a_run_resumes_from_every_step(name: str, tokenizer: PreTrainedTokenizer
         ({"structures": ["layers", "experts"], "shares": {"layers": 0.1}}, "'experts' is one of several"),
         ({"structures": ["layers", "kv_groups", "channels"], "shares": {"layers": 0.4}}, "more than the ratio 0.3"),
         ({"structures": ["layers"], "shares": {"layers": 0}}, "greater than 0"),
+        ({"structures": ["feed_forward"], "layout": "uniform"}, "without their 'feed_forward'; allowed: 'per-layer'"),
         (
             {"method": "wanda", "structures": ["layers"]},
             "'wanda' has no scores of 'layers'; allowed: kv_groups, channels",
@@ -230,11 +231,46 @@ def test_what_cannot_be_asked_for(changes: dict[str, Any], says: str) -> None:
 def test_what_a_model_cannot_give_is_refused_at_the_door(
     family: str, structures: list[str], shares: dict[str, float], ratio: float, code: str, says: str
 ) -> None:
-    depth = 2 if ratio == 0.9 and not shares else DEPTH
-    shape = shape_from_config(json.loads(make_model(family, num_hidden_layers=depth).config.to_json_string()))
+    config = config_of(family, num_hidden_layers=2 if ratio == 0.9 and not shares else DEPTH)
     with pytest.raises(PruningError, match=says) as caught:
-        whole_units(shape, structures, shares, ratio)
+        whole_units(shape_from_config(config), config, structures, shares, ratio)
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "asked", "field", "says"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, {}, "structures", "scale_attn_by_inverse_layer_idx"),
+        ("llama", {"num_hidden_layers": 1}, {}, "structures", "too few 'layers'"),
+        (
+            "mixtral",
+            {},
+            {"structures": ["attention"], "target_ratio": 0.05, "formats": ["safetensors", "gguf"]},
+            "layout",
+            "layers of one width alone",
+        ),
+    ],
+)
+def test_what_a_config_rules_out_is_refused_at_the_door(
+    family: str, changes: dict[str, Any], asked: dict[str, Any], field: str, says: str
+) -> None:
+    config = config_of(family, **{"num_hidden_layers": DEPTH, **changes})
+    request = spec(**{"target_ratio": 0.34, "structures": ["layers"], **asked})
+    with pytest.raises(PruningError, match=says) as caught:
+        resolve(request, shape_from_config(config), config=config, source_dtype="float32")
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gemma3"])
+def test_fewer_layers_of_one_width_fit_llama_cpp_in_every_layout(family: str) -> None:
+    config = config_of(family, num_hidden_layers=DEPTH)
+    request = spec(target_ratio=0.34, structures=["layers"], formats=["safetensors", "gguf"], gguf_quantization="F16")
+    resolve(request, shape_from_config(config), config=config, source_dtype="float32")
+
+
+def config_of(family: str, **changes: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(make_model(family, **changes).config.to_json_string())
+    return found
 
 
 def test_a_plan_of_whole_units_is_that_of_their_removal(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -189,5 +189,8 @@ function describeModel(found) {
     h("h2", {}, found.model_id),
     h("p", {}, `${found.shape.family}, ${number(found.shape.parameters)} parameters, ${layers.length} layers of ${range("heads")} heads (${range("kv_groups")} KV groups) and ${range("channels")} channels`),
     h("ul", {}, found.sizes.map((size) => h("li", {}, `at ${percent(size.target_ratio, 0)}: ${number(size.parameters)} parameters, ${megabytes(size.bytes)}`))),
+    h("ul", {}, found.structures.map((each) => h("li", {}, each.reason
+      ? `${each.structure}: ${each.reason}`
+      : `${each.structure}: ${number(each.units)}${each.max_ratio === null ? "" : `, at most ${percent(each.max_ratio, 0)}`}`))),
   ];
 }

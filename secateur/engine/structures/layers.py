@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from secateur.catalog.architectures import Family
-from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.decoder import Decoder, Layer
 from secateur.engine.structures.base import Structure
 from secateur.engine.structures.caches import number_caches
@@ -69,28 +68,14 @@ def _present(decoder: Decoder) -> list[int]:
     return [index for index, layer in enumerate(decoder.layers) if not is_removed(layer)]
 
 
-def refusal(config: Mapping[str, Any]) -> str | None:
-    """Return why no block can leave a model with this config, or ``None``."""
-    if config.get("scale_attn_by_inverse_layer_idx"):
-        return "its attention is scaled by the number of the layer (scale_attn_by_inverse_layer_idx)"
-    return None
-
-
 def cut(decoder: Decoder, kept: Sequence[int]) -> None:
     """Keep only the blocks ``kept`` of the model in memory; the numbers are ascending and count the present blocks.
 
     The model's config, and the numbers by which attention modules find their caches, follow.
-
-    Raises:
-        PruningError: ``unsupported_architecture`` when the class does not compute the same with fewer blocks.
     """
     if len(kept) == len(decoder.layers):
         return
     config = decoder.model.config
-    if reason := refusal(config.to_dict()):
-        raise PruningError(
-            ErrorCode.UNSUPPORTED_ARCHITECTURE, f"No layer of this model can be removed: {reason}.", field="structures"
-        )
     family = decoder.shape.family
     changed = config_with(config.to_dict(), family, kept)
     decoder.layers = [decoder.layers[index] for index in kept]
