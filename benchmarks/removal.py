@@ -44,7 +44,8 @@ def remove(
     pruned = Decoder(copy.deepcopy(decoder.model), decoder.tokenizer, decoder.shape)
     dtype = str(decoder.model.dtype).removeprefix("torch.")
     resolved = resolve(spec, decoder.shape, config=decoder.model.config.to_dict(), source_dtype=dtype)
-    chosen, (ratio,), (counts,) = resolved.components, resolved.ratios, resolved.whole
+    chosen, (ratio,), (split,) = resolved.components, resolved.ratios, resolved.splits
+    (counts,) = split.values()
     context = Context(
         pruned,
         tokens,

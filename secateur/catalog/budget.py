@@ -1,12 +1,15 @@
 """How many units of the structures that are removed whole a ratio asks for, from the sizes of a model alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from secateur.catalog.architectures import ModelShape
 from secateur.catalog.structures import DEPTH, STRUCTURES, WHOLE, WIDTHS
 from secateur.contract.errors import ErrorCode, PruningError
+
+QUARTERS = 4
+"""Structures that compete are tried with so many equal parts of the ratio."""
 
 
 def obstacle(shape: ModelShape, config: Mapping[str, Any], name: str) -> str | None:
@@ -37,13 +40,10 @@ def whole_units(
         if reason := obstacle(shape, config, name):
             allowed = ", ".join(each for each in STRUCTURES if obstacle(shape, config, each) is None)
             raise PruningError(ErrorCode.STRUCTURE_UNSUPPORTED, f"{reason}; allowed: {allowed}.", field="structures")
-        prices = [shape.price(name, index) for index in range(len(shape.layers)) if shape.units(name, index)]
-        share = shares.get(name, ratio)
-        unit = sum(prices) / (1 if name == "experts" else len(prices))
-        most = _most(shape, name)
-        count = round(share * shape.prunable_parameters / unit)
+        share, unit, most = shares.get(name, ratio), _unit(shape, name), _most(shape, name)
+        count = round(share / unit)
         if not 1 <= count <= most:
-            nearest = min(max(count, 1), most) * unit / shape.prunable_parameters
+            nearest = min(max(count, 1), most) * unit
             raise PruningError(
                 ErrorCode.RATIO_UNREACHABLE,
                 f"Of '{name}' a share of {share:g} cannot be removed: from 1 to {most} units can, and the nearest share is "
@@ -60,6 +60,69 @@ def whole_units(
             field="shares",
         )
     return counts
+
+
+def splits(
+    shape: ModelShape, config: Mapping[str, Any], structures: Sequence[str], ratio: float, multiple: int, uniform: bool
+) -> dict[tuple[int, ...], Mapping[str, int]]:
+    """Return the splits of ``ratio`` among competing structures, each with its :func:`whole_units`.
+
+    A split is the number of quarters of the ratio that each whole structure in ``structures`` gives, in their order, and
+    the quarters of the widths, if the widths are among them. A split is left out where whole units do not come near it.
+
+    Raises:
+        PruningError: ``structure_unsupported``; ``ratio_unreachable`` if no split can be reached.
+    """
+    names = [name for name in structures if name in WHOLE]
+    widths = len(names) < len(structures)
+    found: dict[tuple[int, ...], Mapping[str, int]] = {}
+    refused = None
+    for parts in _compositions(QUARTERS, len(names) + widths):
+        shares = {name: ratio * part / QUARTERS for name, part in zip(names, parts, strict=False) if part}
+        if widths and not parts[-1]:  # whole units stay below the ratio, and the widths make up the rest
+            rest = shape.block(multiple, uniform) / shape.prunable_parameters
+            shares = {name: share - _unit(shape, name) / 2 - rest for name, share in shares.items()}
+        try:
+            counts = whole_units(shape, config, list(shares), shares, ratio)
+            check_split(shape, counts, structures, ratio, multiple, uniform)
+        except PruningError as error:
+            if error.code != ErrorCode.RATIO_UNREACHABLE:
+                raise
+            refused = refused or error
+        else:
+            if counts not in found.values():
+                found[parts] = counts
+    if not found:
+        assert refused is not None
+        raise refused
+    return found
+
+
+def check_split(
+    shape: ModelShape,
+    removed: Mapping[str, int],
+    structures: Sequence[str],
+    ratio: float,
+    multiple: int,
+    uniform: bool,
+    field: str = "target_ratio",
+) -> None:
+    """Check that the model is near ``ratio`` after ``removed`` whole units left, and widths if ``structures`` has them.
+
+    Raises:
+        PruningError: ``ratio_unreachable``, for ``field``.
+    """
+    left, whole = without_whole(shape, removed), shape.prunable_parameters
+    missing = ratio * whole - whole + left.prunable_parameters
+    if any(name in WIDTHS for name in structures):
+        left.check_ratio(missing / left.prunable_parameters, multiple, uniform, field=field)
+    elif len(removed) > 1 and abs(missing) > block(shape, structures, multiple, uniform) / 2:
+        raise PruningError(
+            ErrorCode.RATIO_UNREACHABLE,
+            f"Whole units of {', '.join(removed)} do not come near the ratio {ratio:g}: the nearest is "
+            f"{ratio - missing / whole:.6f}.",
+            field=field,
+        )
 
 
 def without_whole(shape: ModelShape, removed: Mapping[str, int]) -> ModelShape:
@@ -101,3 +164,19 @@ def _most(shape: ModelShape, name: str) -> int:
     """Return the largest number of units that can be removed; of experts, in each layer."""
     most = [shape.removable(name, index, 1) for index in range(len(shape.layers)) if shape.units(name, index)]
     return min(most) if name == "experts" else sum(most) - 1
+
+
+def _unit(shape: ModelShape, name: str) -> float:
+    """Return the mean share of the prunable parameters that one unit is; of experts, one unit of every layer."""
+    prices = [shape.price(name, index) for index in range(len(shape.layers)) if shape.units(name, index)]
+    return sum(prices) / (1 if name == "experts" else len(prices)) / shape.prunable_parameters
+
+
+def _compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """Yield every way to write ``total`` as an ordered sum of ``parts`` numbers from 0 on; the last is largest first."""
+    if parts == 1:
+        yield (total,)
+        return
+    for last in range(total, -1, -1):
+        for rest in _compositions(total - last, parts - 1):
+            yield (*rest, last)

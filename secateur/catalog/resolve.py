@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.catalog.architectures import ModelShape
-from secateur.catalog.budget import whole_units, without_whole
+from secateur.catalog.budget import check_split, splits, whole_units
 from secateur.catalog.gguf import gguf_obstacle
 from secateur.catalog.methods import (
     ALLOCATORS,
@@ -51,6 +51,8 @@ class Components:
     """The structures that are cut, in the order in which they are cut."""
     whole_scorers: Mapping[str, Scorer]
     """The scorer of each structure that is removed whole, before the widths are cut."""
+    competing: bool
+    """Whether structures compete for the ratio: several, of which none has a share. KV groups and channels are one."""
     targets: int
     """The number of pruned models that the request makes."""
 
@@ -118,11 +120,13 @@ def components(spec: PruningSpec) -> Components:
     allocator = "uniform" if spec.layout == "uniform" else spec.allocation.kind or method.allocator
     asked = [name for name in STRUCTURES if name in (spec.structures or method.structures)]
     scorers = {name: scorer for name in asked if (scorer := scorer_of(name, spec.method, spec.scoring.kind))}
+    groups = {"widths" if name in WIDTHS else name for name in asked}
     return Components(
         method=method,
         scorer=scorers[asked[-1]],
         structures=tuple(asked),
         whole_scorers={name: scorer for name, scorer in scorers.items() if name in WHOLE},
+        competing=len(groups) > 1 and not spec.shares and not spec.vocabulary_alone,
         allocator=ALLOCATORS[allocator],
         layerwise=LAYERWISE_RECOVERIES[layerwise.kind or method.layerwise_recovery],
         training=None if spec.recovery.training is None else TRAININGS[spec.recovery.training.kind],
@@ -141,8 +145,12 @@ class Resolved:
     components: Components
     ratios: tuple[float, ...]
     """The ratio of each pruned model, ascending."""
-    whole: tuple[Mapping[str, int], ...]
-    """The numbers of whole units that each ratio removes, by structure. The number of experts is that of each layer."""
+    splits: tuple[Mapping[tuple[int, ...], Mapping[str, int]], ...]
+    """For each ratio, the splits among structures, with the numbers of whole units that they remove, by structure.
+
+    The number of experts is that of each layer. If there are several splits, the structures compete: the measured loss
+    chooses among them, see :mod:`secateur.engine.run.competition`.
+    """
     width_multiple: int
     """The number that all feed-forward widths are multiples of."""
     dtype: str
@@ -168,22 +176,20 @@ def resolve(spec: PruningSpec, shape: ModelShape, *, config: Mapping[str, Any], 
     dtype = source_dtype if spec.dtype == "auto" else spec.dtype
     field = "target_ratio" if spec.goal is None else "goal"
     ratios = tuple(_ratio_of(spec.goal, shape, dtype) if ratio is None else ratio for ratio in spec.requested_ratios)
-    whole: list[dict[str, int]] = []
+    found: list[Mapping[tuple[int, ...], Mapping[str, int]]] = []
+    multiple = spec.allocation.width_multiple
     for ratio in ratios:
         if not ratio:  # the request removes tokens alone
-            whole.append({})
-            continue
-        removed = whole_units(shape, config, chosen.structures, spec.shares, ratio)
-        if chosen.cuts_widths:
-            left = without_whole(shape, removed)
-            share = (ratio * shape.prunable_parameters - shape.prunable_parameters + left.prunable_parameters) / (
-                left.prunable_parameters
-            )
-            left.check_ratio(share, spec.allocation.width_multiple, uniform, field=field)
-        whole.append(removed)
+            found.append({(): {}})
+        elif chosen.competing:
+            found.append(splits(shape, config, chosen.structures, ratio, shape.width_multiple(multiple), uniform))
+        else:
+            removed = whole_units(shape, config, chosen.structures, spec.shares, ratio)
+            if chosen.cuts_widths:
+                check_split(shape, removed, chosen.structures, ratio, shape.width_multiple(multiple), uniform, field)
+            found.append({(): removed})
     _check_model(spec, chosen, shape, config)
-    width_multiple = shape.width_multiple(spec.allocation.width_multiple)
-    return Resolved(spec, chosen, ratios, tuple(whole), width_multiple, dtype)
+    return Resolved(spec, chosen, ratios, tuple(found), shape.width_multiple(multiple), dtype)
 
 
 def _check_model(spec: PruningSpec, chosen: Components, shape: ModelShape, config: Mapping[str, Any]) -> None:

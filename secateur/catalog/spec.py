@@ -359,7 +359,7 @@ class PruningSpec(_Settings):
         {},
         validate_default=True,
         max_length=len(STRUCTURES),
-        description="The part of the ratio that each of `layers`, `attention`, `feed_forward` and `experts` gives, as a share of the same parameters as `target_ratio`; `kv_groups` and `channels` give the rest. May be left out if `structures` has one entry besides these two or instead of them.",
+        description="The part of the ratio that each of `layers`, `attention`, `feed_forward` and `experts` gives, as a share of the same parameters as `target_ratio`; `kv_groups` and `channels` give the rest. Unset: structures compete, and the split with the lowest measured loss is taken.",
         examples=[{"layers": 0.1}],
     )
     dynamic: Dynamic = Dynamic()
@@ -506,17 +506,17 @@ class PruningSpec(_Settings):
     @field_validator("shares")
     @classmethod
     def _shares_add_up(cls, shares: dict[str, float], info: ValidationInfo) -> dict[str, float]:
-        """Check that every structure that needs a share has one, and that no other has."""
+        """Check that either every structure that is removed whole has a share, or none has."""
         if not {"method", "structures", "target_ratio"} <= info.data.keys():
             return shares
         asked = info.data["structures"] or METHODS[info.data["method"]].structures
         whole = [name for name in asked if name in WHOLE]
         if strange := [name for name in shares if name not in whole]:
             raise ValueError(f"'{strange[0]}' has no share; allowed: {', '.join(whole) or 'no shares'}")
-        if len(whole) == len(asked) == 1 and not shares:
+        if not shares:
             return shares
         if missing := [name for name in whole if name not in shares]:
-            raise ValueError(f"'{missing[0]}' is one of several structures, so it needs a share of the ratio")
+            raise ValueError(f"'{missing[0]}' needs a share too, or no structure may have one")
         ratios = info.data["target_ratio"]
         smallest = min(ratios) if isinstance(ratios, list) else ratios
         together = sum(shares.values())

@@ -133,6 +133,17 @@ class StepKind(StrEnum):
     """A part of the training is complete; the model is measured after the last part for a target ratio."""
 
 
+class Trial(_Data):
+    """A split of the ratio among structures that compete: what was removed whole, and the loss of the pruned model."""
+
+    removed: dict[str, int] = Field(
+        description="Whole units by structure, of experts in every layer; widths gave the rest of the ratio."
+    )
+    loss: float | None = Field(
+        description="Mean loss of a token in nats, on calibration windows on which the trial was not calibrated; null: infinite."
+    )
+
+
 class Step(Measurement):
     """One entry of a run's history. ``number`` 0 is the baseline; numbers continue from one target ratio to the next."""
 
@@ -142,6 +153,9 @@ class Step(Measurement):
     ratio: ReachedRatio | None = Field(None, description="The ratio after the step.")
     widths: list[LayerWidths] | None = None
     sensitivity: list[float] | None = Field(None, description="What the allocator found of each layer.")
+    trials: list[Trial] | None = Field(
+        None, description="Of structures that compete: what was tried, the taken split first."
+    )
     shielding: Literal["exact", "estimate"] | None = Field(None, description="Scorer `piem`: how ΔL was found.")
     training: TrainingCurve | None = None
     prior_weight: float | None = Field(None, description="Method `dsgp`: the weight of the calibration text.")

@@ -13,6 +13,7 @@ class Stage(StrEnum):
     DOWNLOADING = "downloading"
     LOADING = "loading"
     CALIBRATING = "calibrating"
+    SEARCHING = "searching"
     SCORING = "scoring"
     TRAINING = "training"
     EVALUATING = "evaluating"

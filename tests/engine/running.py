@@ -58,5 +58,7 @@ def resolved(spec: PruningSpec, shape: ModelShape) -> Resolved:
     """The request on a model of this shape, in float32, without the checks of :func:`secateur.catalog.resolve.resolve`."""
     ratios = tuple(ratio for ratio in spec.requested_ratios if ratio is not None)
     chosen = components(spec)
-    whole = tuple(whole_units(shape, {}, chosen.structures, spec.shares, ratio) for ratio in ratios)
-    return Resolved(spec, chosen, ratios, whole, shape.width_multiple(spec.allocation.width_multiple), "float32")
+    splits: tuple[Mapping[tuple[int, ...], Mapping[str, int]], ...] = tuple(
+        {(): whole_units(shape, {}, chosen.structures, spec.shares, ratio)} for ratio in ratios
+    )
+    return Resolved(spec, chosen, ratios, splits, shape.width_multiple(spec.allocation.width_multiple), "float32")

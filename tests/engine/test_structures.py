@@ -193,8 +193,10 @@ def test_a_run_resumes_from_every_step(name: str, tokenizer: PreTrainedTokenizer
         ({"structures": []}, "at least 1"),
         ({"structures": ["layers"], "shares": {"experts": 0.1}}, "'experts' has no share; allowed: layers"),
         ({"shares": {"layers": 0.1}}, "'layers' has no share; allowed: no shares"),
-        ({"structures": ["layers", "kv_groups", "channels"]}, "'layers' is one of several structures"),
-        ({"structures": ["layers", "experts"], "shares": {"layers": 0.1}}, "'experts' is one of several"),
+        (
+            {"structures": ["layers", "experts"], "shares": {"layers": 0.1}},
+            "'experts' needs a share too, or no structure may have one",
+        ),
         ({"structures": ["layers", "kv_groups", "channels"], "shares": {"layers": 0.4}}, "more than the ratio 0.3"),
         ({"structures": ["layers"], "shares": {"layers": 0}}, "greater than 0"),
         ({"structures": ["feed_forward"], "layout": "uniform"}, "without their 'feed_forward'; allowed: 'per-layer'"),

@@ -21,6 +21,7 @@ STAGE_COST: dict[str, float] = {
     Stage.DOWNLOADING: 1.0,
     Stage.LOADING: 1.0,
     Stage.CALIBRATING: 1.0,
+    Stage.SEARCHING: 16.0,
     Stage.SCORING: 4.0,
     Stage.EVALUATING: 0.5,
     WHOLE: 1.5,
@@ -51,9 +52,9 @@ class Progress:
             self._kinds.append(Stage.CALIBRATING)
         self._step_of = [0] * len(self._kinds)
         for target in range(chosen.targets):
-            if target:
-                self._kinds.append(Stage.LOADING)
-                self._step_of.append(self._step_of[-1])
+            before = [Stage.SEARCHING] * chosen.competing + [Stage.LOADING] * (target > 0 or chosen.competing)
+            self._kinds += before
+            self._step_of += [self._step_of[-1]] * len(before)
             for number, stage in enumerate(per_target, start=1):
                 self._kinds += [stage, WHOLE if number == len(per_target) else Stage.EVALUATING]
                 self._step_of += [self._step_of[-1] + 1] * 2

@@ -103,7 +103,7 @@ class Pruner(Protocol):
     """Prunes a model to the ratios of a request, one target after the other."""
 
     state: RunState
-    """The state of the run; it changes only when a step is complete."""
+    """The state of the run; it changes when a step is complete, and when competing structures were tried."""
 
     def prune(self, index: int) -> Pruned:
         """Prune target ``index`` from its recorded state to its end.

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import ErrorCode, PruningError
-from secateur.contract.report import Step, StepKind, TrainingCurve
+from secateur.contract.report import Step, StepKind, TrainingCurve, Trial
 from secateur.engine.model.plan import PlanData, Ranges
 
 VERSION: Literal[3] = 3
@@ -40,6 +40,8 @@ class TargetState(_State):
     """
 
     ratio: float
+    trials: tuple[Trial, ...] = ()
+    """Of structures that compete: the splits of the ratio that were tried, the taken split first."""
     plan: PlanData | None = None
     steps: tuple[Step, ...] = ()
     tensors: TensorReference | None = None

@@ -4,12 +4,14 @@ A run can be resumed from every step.
 """
 
 import gc
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from secateur.catalog.architectures import ModelShape
@@ -19,17 +21,19 @@ from secateur.catalog.sources import ModelSource
 from secateur.catalog.spec import Format, Layout
 from secateur.catalog.structures import DEPTH, WHOLE
 from secateur.contract.events import StepEvent
-from secateur.contract.report import Measurement, Published, ReachedRatio, Step, StepKind, TrainingCurve
+from secateur.contract.report import Measurement, Published, ReachedRatio, Step, StepKind, TrainingCurve, Trial
 from secateur.contract.stages import Stage
 from secateur.engine.allocation.schedule import RoundGoal, round_goals
 from secateur.engine.evaluation import weight_bytes
 from secateur.engine.export import check_checkpoint, check_room, fits_stock_class, gguf, write_model
 from secateur.engine.measure.cache import Statistics
+from secateur.engine.measure.texts import batch_windows
 from secateur.engine.model.cutting import apply_plan, padded
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.plan import Plan
 from secateur.engine.recovery import Segment, train
 from secateur.engine.run import tensor_files
+from secateur.engine.run.competition import halves, lowest
 from secateur.engine.run.pruner import Inputs, Pruned
 from secateur.engine.run.rounds import prune_round
 from secateur.engine.run.state import RunState, TargetState, TensorReference, TrainingState
@@ -88,6 +92,7 @@ class StaticPruner:
         if index == len(self.state.targets):
             fresh = TargetState(ratio=self._resolved.ratios[index])
             self.state = self.state.model_copy(update={"targets": (*self.state.targets, fresh)})
+        self._compete(index)
         done = len(self.state.targets[index].steps)
         decoder = self._resume(index)
         for number in range(done + 1, self._chosen.rounds + 1):
@@ -100,6 +105,54 @@ class StaticPruner:
             self._measure_whole(decoder, index)
         publish(decoder)
         return StaticPruned(decoder, self._source, self.state.targets[index], self._resolved.spec.gguf_quantization)
+
+    def _compete(self, index: int) -> None:
+        """Record the trials of target ``index`` if its structures compete and have not been tried yet."""
+        target, splits = self.state.targets[index], self._resolved.splits[index]
+        if len(splits) == 1 or target.trials:
+            return
+        calibrating, measuring = halves(self._inputs.tokens)
+        progress, done = self._inputs.progress, 0
+        progress.stage(Stage.SEARCHING)
+
+        def loss(removed: Mapping[str, int]) -> float:
+            nonlocal done
+            self._pause_if_asked()
+            gc.collect()  # the model of the trial before is in reference cycles
+            decoder, before = self._inputs.unpruned.take(), done
+            context = self._context(decoder, calibrating, target.ratio, removed, 1)
+            context.progress = lambda share: progress.share((before + share) / len(splits))
+            self._cut(context, Plan.full(decoder.shape.layers), removed, self._chosen.rounds)
+            done += 1
+            return mean_loss(decoder, measuring)
+
+        found = lowest(splits, loss)
+        trials = [
+            Trial(removed=dict(splits[split]), loss=measured if math.isfinite(measured) else None)
+            for split, measured in found.items()
+        ]
+        self._change(index, trials=tuple(trials))
+
+    def _context(
+        self, decoder: Decoder, tokens: Tensor, ratio: float, removed: Mapping[str, int], number: int
+    ) -> Context:
+        """Return the context of round ``number`` on ``tokens``, with ``removed`` whole units gone or still to go."""
+        inputs, reference = self._inputs, None
+        if self._chosen.fits_to_reference:
+            reference = decoder
+            # Without whole layers, those before a gap stand for it: widths are then fitted to the model as the round begins.
+            if not removed.keys() & {*DEPTH} and (number > 1 or removed):
+                reference = self._reference = self._reference or inputs.unpruned.load()
+        return Context(
+            decoder,
+            tokens,
+            batch_windows(tokens),
+            self._resolved,
+            ratio,
+            self._resolved.spec.seed + number,
+            inputs.progress.share,
+            reference=reference,
+        )
 
     def _resume(self, index: int) -> Decoder:
         """Return the model in the recorded state of target ``index``."""
@@ -118,32 +171,16 @@ class StaticPruner:
         if self._resolved.spec.vocabulary_alone:
             self._keep_all_units(decoder, index)
             return
-        began = time.monotonic()
+        began, first = time.monotonic(), number == 1
         inputs, chosen, target = self._inputs, self._chosen, self.state.targets[index]
         inputs.progress.stage(Stage.SCORING, self._step_number(index, number), inputs.tokens.numel())
-        removed, first = self._resolved.whole[index], number == 1
         plan = self._full_plan(decoder) if target.plan is None else Plan.from_data(target.plan)
-        # Without whole layers, those before a gap stand for it: the widths are then fitted to the model as the round begins.
-        from_source = not removed.keys() & {*DEPTH}
-        if chosen.fits_to_reference and from_source and (not first or removed):
-            self._reference = self._reference or inputs.unpruned.load()
-        context = Context(
-            decoder,
-            inputs.tokens,
-            inputs.batch_windows,
-            self._resolved,
-            target.ratio,
-            self._resolved.spec.seed + number,
-            inputs.progress.share,
-            reference=None if not chosen.fits_to_reference else self._reference or decoder,
-            statistics=self._statistics if first else None,
-        )
-        if removed and first:
-            plan = plan.then(remove_whole(context, removed))
-        context.begun = replace(decoder.shape, layers=tuple(plan.shapes(decoder.shape, WHOLE)))
-        goal = self._goal(context.begun, decoder.shape, target.ratio, number)
-        if chosen.cuts_widths:
-            plan = plan.then(prune_round(context, goal))
+        removed = target.trials[0].removed if target.trials else next(iter(self._resolved.splits[index].values()))
+        context = self._context(decoder, inputs.tokens, target.ratio, removed, number)
+        context.statistics = self._statistics if first else None
+        if first and target.trials:
+            context.details["trials"] = target.trials
+        plan, goal = self._cut(context, plan, removed if first else {}, number)
         if number == chosen.rounds:
             self._reference = context.reference = None  # otherwise it would count as the pruned model's memory
         measured = self._measure(decoder, whole=number == chosen.steps_per_target)
@@ -159,6 +196,18 @@ class StaticPruner:
         )
         changed = self._keep(index, recovered_tensors(decoder)) if chosen.recovers_layerwise else None
         self._complete(index, step, plan=plan.as_data(), tensors=changed)
+
+    def _cut(self, context: Context, plan: Plan, whole: Mapping[str, int], number: int) -> tuple[Plan, RoundGoal]:
+        """Remove the units ``whole`` from the model that ``plan`` left, and then widths to the goal of round ``number``.
+
+        Return the plan over the source, and the goal.
+        """
+        shape = context.decoder.shape
+        if whole:
+            plan = plan.then(remove_whole(context, whole))
+        context.begun = replace(shape, layers=tuple(plan.shapes(shape, WHOLE)))
+        goal = self._goal(context.begun, shape, context.target_ratio, number)
+        return (plan.then(prune_round(context, goal)) if self._chosen.cuts_widths else plan), goal
 
     def _goal(self, begun: ModelShape, source: ModelShape, ratio: float, number: int) -> RoundGoal:
         """Return the goal of round ``number``: what is removed from the widths of ``begun``, and the ratio of ``source``."""
@@ -291,11 +340,24 @@ class StaticPruner:
 
     def _record(self, index: int, step: Step, **changes: Any) -> None:
         """Replace the state of target ``index``, and report the step."""
-        before, targets = self.state, list(self.state.targets)
-        targets[index] = targets[index].model_copy(update=changes)
-        self.state = before.model_copy(update={"targets": tuple(targets), "step": step.number})
+        before = self.state
+        self._change(index, **changes)
+        self.state = self.state.model_copy(update={"step": step.number})
         self._inputs.listener.on_event(StepEvent(step, self.state.as_dict()))
         tensor_files.delete_all_but(self._scratch, [*self.state.references(), *before.references()])
+
+    def _change(self, index: int, **changes: Any) -> None:
+        """Replace the state of target ``index``."""
+        targets = list(self.state.targets)
+        targets[index] = targets[index].model_copy(update=changes)
+        self.state = self.state.model_copy(update={"targets": tuple(targets)})
+
+
+@torch.no_grad()
+def mean_loss(decoder: Decoder, tokens: Tensor) -> float:
+    """Return the mean next-token loss of ``tokens`` ``[windows, length]`` in nats."""
+    losses = [decoder.window_losses(batch).double().flatten() for batch in tokens.split(batch_windows(tokens))]
+    return float(torch.cat(losses).mean())
 
 
 def recovered_tensors(decoder: Decoder) -> dict[str, Tensor]:
