@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiers import slow_but
+
 ROOT = Path(__file__).parents[1]
 COPIED = ("secateur", "app", "workers", "migrations", "tests", "demo", "scripts", "pyproject.toml")
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -35,7 +37,7 @@ EXAMPLES = (
 
 
 @pytest.mark.timeout(1800)  # several processes that import torch: a minute, and many on a busy machine
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.section)
+@pytest.mark.parametrize("example", slow_but(EXAMPLES[:1], EXAMPLES), ids=lambda example: example.section)
 def test_an_example_can_be_followed(example: Example, tmp_path: Path) -> None:
     for name in COPIED:
         source = ROOT / name

@@ -86,7 +86,7 @@ def asked(
     return case
 
 
-@pytest.mark.parametrize("examples", [12, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("examples", [6, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 @pytest.mark.parametrize("mode", GenerationMode)
 def test_answers_are_those_of_the_document(
     subtests: pytest.Subtests,

@@ -1,27 +1,18 @@
 """Models for the engine's tests, made once a session."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from secateur.engine.export import check
-from tests.engine.forked import ForkServer
 from tests.engine.models import SIZES, make_tokenizer, save, train
+from tests.forked import checks_in_forks as checks_in_forks
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)  # tiny models: a second thread costs more than it gives
-
-
-@pytest.fixture(scope="session", autouse=True)
-def checks_in_forks() -> Iterator[None]:
-    with ForkServer() as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(check, "run", server.run)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ transformers uses them.
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -326,16 +327,23 @@ class ModelShape:
 
         Without ``uniform``, of the amounts of channels only none and the most are given.
         """
+        if (multiple, uniform) not in self._known_amounts:
+            self._known_amounts[multiple, uniform] = self._find_amounts(multiple, uniform)
+        return self._known_amounts[multiple, uniform]
+
+    @cached_property
+    def _known_amounts(self) -> dict[tuple[int, bool], tuple[Sequence[int], Sequence[int]]]:
+        return {}
+
+    def _find_amounts(self, multiple: int, uniform: bool) -> tuple[Sequence[int], Sequence[int]]:
         prices = {name: [self.price(name, index) for index in range(len(self.layers))] for name in WIDTHS}
         if uniform:
-            alike, together = (
-                [
-                    sum(max(self.units(name, at) - left, 0) * price for at, price in enumerate(prices[name]))
-                    for left in choices
-                ]
-                for name, choices in zip(WIDTHS, self.common_units(multiple, self.layers), strict=True)
-            )
-            return alike, together
+            amounts = []
+            for name, choices in zip(WIDTHS, self.common_units(multiple, self.layers), strict=True):
+                # Most layers are alike, and a million choices for each of a thousand layers would take minutes.
+                kinds = Counter((self.units(name, at), price) for at, price in enumerate(prices[name])).items()
+                amounts.append([sum(max(own - left, 0) * price * n for (own, price), n in kinds) for left in choices])
+            return amounts[0], amounts[1]
         most = {name: [self.removable(name, index, multiple) for index in range(len(self.layers))] for name in WIDTHS}
         steps = sorted(
             (gone / count, index) for index, count in enumerate(most["kv_groups"]) for gone in range(1, count + 1)

@@ -8,7 +8,12 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any, Self
+
+import pytest
+
+from secateur.engine.export import check
 
 SERVER = """
 import json, os, sys, traceback
@@ -67,3 +72,11 @@ class ForkServer:
             command = [sys.executable, "-I", "-c", SERVER]
             self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         return self._server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def checks_in_forks() -> Iterator[None]:
+    """Check what the tests export in forks; a module of tests has this fixture if it imports it."""
+    with ForkServer() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "run", server.run)
+        yield
