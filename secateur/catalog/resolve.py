@@ -75,7 +75,7 @@ class Components:
 
     @property
     def cuts_widths(self) -> bool:
-        """Whether KV groups and channels are cut."""
+        """Whether KV groups or channels are cut."""
         return any(name in WIDTHS for name in self.structures)
 
     @property
@@ -173,6 +173,7 @@ def resolve(spec: PruningSpec, shape: ModelShape, *, config: Mapping[str, Any], 
             ``gguf_unsupported`` if the model does not allow a component or a format. Each message names what is allowed.
     """
     chosen, uniform = components(spec), spec.layout == "uniform"
+    shape = shape.cutting(chosen.structures)
     dtype = source_dtype if spec.dtype == "auto" else spec.dtype
     field = "target_ratio" if spec.goal is None else "goal"
     ratios = tuple(_ratio_of(spec.goal, shape, dtype) if ratio is None else ratio for ratio in spec.requested_ratios)

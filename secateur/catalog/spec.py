@@ -352,7 +352,7 @@ class PruningSpec(_Settings):
         validate_default=True,
         min_length=1,
         max_length=len(STRUCTURES),
-        description="The kinds of units that are removed. Unset: what the method cuts, in most methods `kv_groups` and `channels`, which always go together. `layers`, `attention`, `feed_forward` and `experts` are removed whole, before the widths are cut.",
+        description="The kinds of units that are removed. Unset: what the method cuts, in most methods `kv_groups` and `channels`, which share the ratio evenly. `layers`, `attention`, `feed_forward` and `experts` are removed whole, before the widths are cut.",
         examples=[["layers"], ["kv_groups", "channels"]],
     )
     shares: dict[StructureName, Share] = Field(
@@ -483,15 +483,13 @@ class PruningSpec(_Settings):
     @field_validator("structures")
     @classmethod
     def _can_be_scored(cls, structures: list[str] | None, info: ValidationInfo) -> list[str] | None:
-        """Check that the structures differ, that the widths are together, and that the method scores all of them."""
+        """Check that the structures differ, and that the method scores all of them."""
         if not {"method", "scoring"} <= info.data.keys():  # a field that is missing here has an error of its own
             return structures
         method, scoring = info.data["method"], info.data["scoring"]
         asked = METHODS[method].structures if structures is None else structures
         if len(set(asked)) < len(asked):
             raise ValueError("each structure may be named once")
-        if len(set(asked) & {*WIDTHS}) == 1:
-            raise ValueError(f"{' and '.join(WIDTHS)} are cut together: name both of them, or none")
         if METHODS[method].dynamic and structures is not None and {*structures} != {*WIDTHS}:
             raise ValueError(f"'{method}' chooses among {' and '.join(WIDTHS)} alone")
         for structure in asked:

@@ -186,4 +186,6 @@ WHOLE = (*DEPTH, "experts")
 """The structures that are removed before the widths are cut, because their units hold those of other structures."""
 
 WIDTHS = ("kv_groups", "channels")
-"""The structures that are cut together, under one price: whole KV groups first, and channels make up the rest."""
+"""The structures that are cut in one pass, under one price: whole KV groups first, and channels make up the rest.
+
+A request may name one of them alone."""

@@ -189,7 +189,6 @@ def test_a_run_resumes_from_every_step(name: str, tokenizer: PreTrainedTokenizer
     [
         ({"structures": ["heads"]}, "there is no 'heads'"),
         ({"structures": ["layers", "layers"]}, "named once"),
-        ({"structures": ["channels"]}, "cut together"),
         ({"structures": []}, "at least 1"),
         ({"structures": ["layers"], "shares": {"experts": 0.1}}, "'experts' has no share; allowed: layers"),
         ({"shares": {"layers": 0.1}}, "'layers' has no share; allowed: no shares"),
@@ -302,6 +301,59 @@ def logits(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = decoder.model(tokens, use_cache=False).logits
     return found
+
+
+ALONE = [
+    (structure, method, layout, rounds)
+    for structure in ("channels", "kv_groups")
+    for method, layout, rounds in (
+        ("secateur", "per-layer", 1),
+        ("wanda", "uniform", 1),
+        ("flap", "per-layer", 1),
+        ("piem-lsps", "per-layer", 3),
+        ("magnitude", "padded", 1),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("structure", "method", "layout", "rounds"),
+    slow_but([("channels", "secateur", "per-layer", 1), ("kv_groups", "flap", "per-layer", 1)], ALONE),
+)
+def test_a_width_that_is_cut_alone(
+    structure: str, method: str, layout: str, rounds: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    made = source("llama", tokenizer, tmp_path)
+    shape = shape_from_config(json.loads((made / "config.json").read_text())).cutting([structure])
+    wanted = {"channels": 0.2, "kv_groups": 0.1}[structure]
+    ratio = shape.nearest_ratio(wanted, 8, uniform=layout == "uniform")
+    assert 0.05 < ratio < 0.3
+    asked = spec(
+        structures=[structure],
+        method=method,
+        layout=layout,
+        rounds=rounds,
+        target_ratio=ratio,
+        allocation={"width_multiple": 8},
+    )
+    report = prune(str(made), asked, tmp_path / "out").report
+    assert abs(report["ratio"]["reached"] - ratio) * shape.prunable_parameters <= shape.block(8) / 2 + 1
+    (other,) = {"channels", "kv_groups"} - {structure}
+    before, after = report["widths"]["before"], report["widths"]["after"]
+    assert [layer[other] for layer in after] == [layer[other] for layer in before]
+    assert sum(layer[structure] for layer in after) < sum(layer[structure] for layer in before)
+
+
+def test_a_ratio_that_one_width_cannot_give_is_refused() -> None:
+    config = config_of("llama", num_hidden_layers=DEPTH)
+    with pytest.raises(PruningError, match="the nearest ratio that can be met") as caught:
+        resolve(
+            spec(target_ratio=0.6, structures=["kv_groups"]),
+            shape_from_config(config),
+            config=config,
+            source_dtype="float32",
+        )
+    assert caught.value.code == "ratio_unreachable"
 
 
 def test_engine_and_catalogue_know_the_same_structures() -> None:

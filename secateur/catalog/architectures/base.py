@@ -9,7 +9,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal
@@ -183,6 +183,12 @@ class ModelShape:
     """Number of experts that the router sends each token to."""
     stock_heads: StockHeads = "any"
     """The numbers of heads that the stock class accepts with the same ``head_dim``."""
+    widths: tuple[str, ...] = WIDTHS
+    """The width structures that may be cut: both of them, or one alone."""
+
+    def cutting(self, structures: Sequence[str]) -> "ModelShape":
+        """Return the sizes of the model of which only those widths that ``structures`` names may be cut."""
+        return replace(self, widths=tuple(name for name in WIDTHS if name in structures))
 
     @cached_property
     def prunable_parameters(self) -> int:
@@ -212,6 +218,8 @@ class ModelShape:
 
     def removable(self, structure: str, index: int, multiple: int, now: LayerShape | None = None) -> int:
         """Return how many units layer ``index`` can lose: one group and one block of channels stay in it."""
+        if structure in WIDTHS and structure not in self.widths:
+            return 0
         return STRUCTURES[structure].removable(now or self.layers[index], multiple)
 
     @property
@@ -275,9 +283,14 @@ class ModelShape:
         return (amounts["kv_groups"] + whole) / self.prunable_parameters
 
     def block(self, width_multiple: int | None = None, uniform: bool = False) -> int:
-        """Return the number of parameters in the largest step of channels; with ``uniform``, of all layers together."""
-        prices = [self.price("channels", index) for index in range(len(self.layers))]
-        return self.width_multiple(width_multiple) * ((sum if uniform else max)(prices) or 1)
+        """Return the number of parameters in the largest step of channels; with ``uniform``, of all layers together.
+
+        If channels may not be cut, the largest step is a KV group.
+        """
+        name = "channels" if "channels" in self.widths else "kv_groups"
+        prices = [self.price(name, index) for index in range(len(self.layers))]
+        step = self.width_multiple(width_multiple) if name == "channels" else 1
+        return step * ((sum if uniform else max)(prices) or 1)
 
     def check_ratio(
         self,
@@ -319,8 +332,11 @@ class ModelShape:
         fewest = min((each for each in layers if each.kv_groups), key=lambda each: each.kv_groups, default=layers[0])
         fewer = (fewest.without(gone) for gone in range(max(fewest.kv_groups, 1)))
         width = min((layer.channels_per_expert for layer in layers if layer.channels), default=0)
-        channels = accumulate((-step for step in channel_steps(width, multiple)), initial=width)
-        return [layer.kv_groups for layer in fewer if not layer.heads or self.takes_heads(layer)], list(channels)
+        channels = list(accumulate((-step for step in channel_steps(width, multiple)), initial=width))
+        groups = [layer.kv_groups for layer in fewer if not layer.heads or self.takes_heads(layer)]
+        return groups if "kv_groups" in self.widths else groups[
+            :1
+        ], channels if "channels" in self.widths else channels[:1]
 
     def _amounts(self, multiple: int, uniform: bool = False) -> tuple[Sequence[int], Sequence[int]]:
         """Return the parameters that can be removed with KV groups and with channels, each ascending.

@@ -41,8 +41,9 @@ class Layers:
         return [self.shape.price(structure, index, layer) for index, layer in enumerate(self.now)]
 
     def sizes(self) -> list[int]:
-        """Return the parameters of all units of each layer, without the biases that stay."""
-        by_structure = [zip(self.units(name), self.prices(name), strict=True) for name in WIDTHS]
+        """Return the parameters of all units of each layer that may be cut, without the biases that stay."""
+        widths = self.shape.widths
+        by_structure = [zip(self.units(name), self.prices(name), strict=True) for name in widths]
         return [sum(count * price for count, price in layer) for layer in zip(*by_structure, strict=True)]
 
     def removable(self, structure: str) -> list[int]:
@@ -140,7 +141,8 @@ def _spread_channels(layers: Layers, budgets: list[float]) -> list[int]:
 
     Each step is removed from the layer that is furthest behind its budget.
     """
-    steps = [channel_steps(units, layers.width_multiple) for units in layers.units("channels")]
+    most = zip(layers.units("channels"), layers.removable("channels"), strict=True)
+    steps = [channel_steps(units, layers.width_multiple) if some else [] for units, some in most]
     prices = layers.prices("channels")
     removed = [0] * len(steps)
     taken = [0] * len(steps)

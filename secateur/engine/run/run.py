@@ -358,7 +358,12 @@ def _check_reached(decoder: Decoder, ratio: float, resolved: Resolved) -> None:
         PruningError: ``ratio_missed``.
     """
     shape, reached = decoder.shape, decoder.reached_ratio
-    largest = block(shape, resolved.components.structures, resolved.width_multiple, resolved.uniform)
+    largest = block(
+        shape.cutting(resolved.components.structures),
+        resolved.components.structures,
+        resolved.width_multiple,
+        resolved.uniform,
+    )
     if abs(reached - ratio) * shape.prunable_parameters > largest:
         raise PruningError(ErrorCode.RATIO_MISSED, f"The target ratio {ratio:g} was missed: {reached:.6f} was reached.")
 

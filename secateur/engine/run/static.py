@@ -202,7 +202,7 @@ class StaticPruner:
 
         Return the plan over the source, and the goal.
         """
-        shape = context.decoder.shape
+        shape = context.decoder.shape.cutting(self._chosen.structures)
         if whole:
             plan = plan.then(remove_whole(context, whole))
         context.begun = replace(shape, layers=tuple(plan.shapes(shape, WHOLE)))
