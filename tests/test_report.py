@@ -73,6 +73,24 @@ def test_figures_by_name(tmp_path: Path) -> None:
     assert ("perplexity", "10.00", "infinite") in report(perplexity=None).summary()
 
 
+def test_what_went_whole_has_rows_of_its_own() -> None:
+    names = {row[0] for row in report().summary()}
+    assert not names & {"layers", "experts of a layer", "tokens of the vocabulary", "loss (nats a byte)"}
+    layer = {"heads": 8, "channels": 16, "experts": 4}
+    gone = {"heads": 0, "channels": 0, "experts": 4}
+    found = report(
+        widths={"before": [layer] * 3, "after": [layer | {"experts": 3}, gone, layer | {"experts": 3}]},
+        vocabulary={"before": 1000, "after": 640},
+        nats_per_byte={"before": 0.9, "after": None},
+    ).summary()
+    assert ("layers", "3", "2") in found
+    assert ("tokens of the vocabulary", "1,000", "640") in found and (
+        "loss (nats a byte)",
+        "0.9000",
+        "infinite",
+    ) in found
+
+
 def test_plots_draw_the_data() -> None:
     found = report()
     assert heights(found.plot_widths(), 0) == [[8, 8, 8], [8, 7, 6]] and heights(found.plot_widths(), 1)[1] == [

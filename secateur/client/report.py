@@ -61,6 +61,20 @@ class Report:
             self._row("FLOPs of a 256-token prefill", self.data["flops"], "{:.3g}"),
             self._row("perplexity", self.data["perplexity"], "{:.2f}"),
         ]
+        layers = {
+            when: sum(bool(each["heads"] or each["channels"]) for each in widths)
+            for when, widths in self.data["widths"].items()
+        }
+        experts = {when: max(each.get("experts", 1) for each in widths) for when, widths in self.data["widths"].items()}
+        for name, pair in (("layers", layers), ("experts of a layer", experts)):
+            if pair["before"] != pair["after"]:
+                rows.append(self._row(name, pair, "{:,}"))
+        for name, key, form in (
+            ("tokens of the vocabulary", "vocabulary", "{:,}"),
+            ("loss (nats a byte)", "nats_per_byte", "{:.4f}"),
+        ):
+            if self.data.get(key):
+                rows.append(self._row(name, self.data[key], form))
         benchmarks = self.data.get("benchmarks") or {}
         rows += [
             self._row(f"perplexity, {name}", pair, "{:.2f}") for name, pair in benchmarks.get("perplexity", {}).items()

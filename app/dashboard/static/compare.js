@@ -12,6 +12,7 @@ const SIZES = {
 };
 const QUALITIES = {
   perplexity: ["perplexity", (report, when) => report.perplexity[when], "smaller"],
+  bytes: ["nats a byte", (report, when) => report.nats_per_byte?.[when], "smaller"],
   accuracy: ["mean zero-shot accuracy", (report, when) => report.benchmarks?.zero_shot_mean?.[when], "larger"],
 };
 
@@ -83,6 +84,8 @@ export function compareView({ page, signal, query }) {
     const texts = new Set(models.map((point) => measuredOn(point.report)));
     return shown.replaceChildren(
       texts.size > 1 ? h("p", { class: "card error" }, `Measured on different texts, so perplexities cannot be compared: ${[...texts].join("; ")}.`) : "",
+      models.some(({ report }) => report.vocabulary) && quality.value === "perplexity"
+        ? h("p", { class: "card error" }, "Some vocabularies were cut, so perplexities count different tokens: compare nats a byte.") : "",
       h("div", { class: "charts wide" }, paretoChart({ title: `${yLabel} against ${xLabel}`, xLabel, yLabel, points: placed, yBetter })),
       h("div", { class: "card" }, table("Models", ["", "model", "parameters", "weights", "perplexity", "accuracy", "ms a token"], models.map((point) => [
         placed.includes(point) ? String(placed.indexOf(point) + 1) : "–",

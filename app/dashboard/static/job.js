@@ -152,6 +152,9 @@ function describeReport(report) {
     pair("weights", report.weights_bytes, megabytes),
     pair("FLOPs of a 256-token prefill", report.flops, (value) => value.toExponential(2)),
     pair("perplexity", report.perplexity, perplexity),
+    ...wholeUnits(report).filter(([, { before, after }]) => before !== after).map(([name, values]) => pair(name, values, number)),
+    ...(report.vocabulary ? [pair("tokens of the vocabulary", report.vocabulary, number)] : []),
+    ...(report.nats_per_byte ? [pair("loss (nats a byte)", report.nats_per_byte, (value) => fixed(value, 4))] : []),
     ...Object.entries(texts).map(([name, values]) => pair(`perplexity, ${name}`, values, perplexity)),
     ...Object.entries(tasks).map(([name, task]) => pair(`${name} (${task.metric}, ${task.examples} examples)`, task, accuracy)),
     ...(mean ? [pair("mean accuracy", mean, accuracy)] : []),
@@ -186,6 +189,21 @@ function describeReport(report) {
   ].filter(Boolean);
 }
 
+/** The numbers of layers and of experts of a layer, before and after. */
+function wholeUnits({ widths: { before, after } }) {
+  const layers = (widths) => widths.filter(({ heads, channels }) => heads || channels).length;
+  const experts = (widths) => Math.max(...widths.map((layer) => layer.experts ?? 1));
+  return [["layers", layers], ["experts of a layer", experts]].map(([name, count]) => [name, { before: count(before), after: count(after) }]);
+}
+
+/** The splits that were tried where structures compete. */
+function describeTrials(steps) {
+  const tried = steps.filter(({ data }) => data.trials?.length);
+  const said = (removed) => Object.entries(removed).map(([name, count]) => `${count} ${name}`).join(", ") || "widths alone";
+  return tried.map(({ data }) => h("div", { class: "card" }, table(`Structures that competed for ${percent(data.target_ratio)}; the first was taken`, ["whole units", "loss (nats a token)"],
+    data.trials.map(({ removed, loss }) => [said(removed), loss == null ? "infinite" : fixed(loss, 4)]))));
+}
+
 /** Perplexity by step, and the last sensitivities and losses. */
 function describeSteps(steps) {
   const measured = steps.filter(({ data }) => data.perplexity != null);
@@ -204,7 +222,8 @@ function describeSteps(steps) {
   if (trained) charts.push(lineChart({ title: `Loss while training (${trained.data.training.kind})`, xLabel: "step", yLabel: "loss", series: [{ name: "loss", points: trained.data.training.loss.map((loss, at) => [at + 1, loss]) }] }));
   return [h("h2", {}, "Steps"), h("div", { class: "charts" }, charts),
     h("div", { class: "card" }, table("Steps", ["step", "target", "reached", "parameters", "perplexity", "time"],
-      measured.map(({ number: at, data }) => [String(at), percent(data.target_ratio), percent(data.ratio?.reached), number(data.parameters), perplexity(data.perplexity), data.seconds == null ? "–" : duration(data.seconds)])))];
+      measured.map(({ number: at, data }) => [String(at), percent(data.target_ratio), percent(data.ratio?.reached), number(data.parameters), perplexity(data.perplexity), data.seconds == null ? "–" : duration(data.seconds)]))),
+    ...describeTrials(measured)];
 }
 
 const isWeb = (url) => /^https?:/.test(url);

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ from secateur.engine.structures.layers import written_config
 from secateur.engine.structures.vocabulary import rewrite_files
 from secateur.engine.structures.vocabulary.files import DESCRIPTION
 from secateur.extras import missing
+
+log = logging.getLogger(__name__)
 
 COPIED = (
     "tokenizer.json",
@@ -278,7 +281,8 @@ def write_tokenizer_files(decoder: Decoder, source: ModelSource, folder: Path) -
         if not (folder / DESCRIPTION).is_file():
             backend: Any = cut.tokenizer
             backend.backend_tokenizer.save(str(folder / DESCRIPTION))
-        rewrite_files(folder, cut.vocabulary)
+        for note in rewrite_files(folder, cut.vocabulary):
+            log.warning(note)
 
 
 def _write_tokenizer(decoder: Decoder, source: ModelSource, folder: Path) -> None:
