@@ -83,7 +83,7 @@ def test_what_went_whole_has_rows_of_its_own() -> None:
         vocabulary={"before": 1000, "after": 640},
         nats_per_byte={"before": 0.9, "after": None},
     ).summary()
-    assert ("layers", "3", "2") in found
+    assert ("layers", "3", "2") in found and ("experts of a layer", "4", "3") in found
     assert ("tokens of the vocabulary", "1,000", "640") in found and (
         "loss (nats a byte)",
         "0.9000",

@@ -61,11 +61,11 @@ class Report:
             self._row("FLOPs of a 256-token prefill", self.data["flops"], "{:.3g}"),
             self._row("perplexity", self.data["perplexity"], "{:.2f}"),
         ]
-        layers = {
-            when: sum(bool(each["heads"] or each["channels"]) for each in widths)
-            for when, widths in self.data["widths"].items()
+        widths = self.data["widths"].items()
+        layers = {when: sum(bool(own["heads"] or own["channels"]) for own in each) for when, each in widths}
+        experts = {
+            when: max((own.get("experts", 1) for own in each if own["channels"]), default=0) for when, each in widths
         }
-        experts = {when: max(each.get("experts", 1) for each in widths) for when, widths in self.data["widths"].items()}
         for name, pair in (("layers", layers), ("experts of a layer", experts)):
             if pair["before"] != pair["after"]:
                 rows.append(self._row(name, pair, "{:,}"))

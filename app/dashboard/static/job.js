@@ -192,7 +192,7 @@ function describeReport(report) {
 /** The numbers of layers and of experts of a layer, before and after. */
 function wholeUnits({ widths: { before, after } }) {
   const layers = (widths) => widths.filter(({ heads, channels }) => heads || channels).length;
-  const experts = (widths) => Math.max(...widths.map((layer) => layer.experts ?? 1));
+  const experts = (widths) => Math.max(0, ...widths.filter(({ channels }) => channels).map((layer) => layer.experts ?? 1));
   return [["layers", layers], ["experts of a layer", experts]].map(([name, count]) => [name, { before: count(before), after: count(after) }]);
 }
 
