@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from secateur.catalog.architectures import ModelShape
-from secateur.catalog.structures import DEPTH, STRUCTURES, WHOLE, WIDTHS
+from secateur.catalog.structures import DEPTH, EQUAL, STRUCTURES, WHOLE, WIDTHS, LayerShape
 from secateur.contract.errors import ErrorCode, PruningError
 
 QUARTERS = 4
@@ -136,8 +136,9 @@ def without_whole(shape: ModelShape, removed: Mapping[str, int]) -> ModelShape:
         for index in range(end - removed.get(name, 0), end):
             layers[index] = STRUCTURES[name].left(layers[index], 0)
         end -= removed.get(name, 0)
-    experts = removed.get("experts", 0)
-    return replace(shape, layers=tuple(replace(layer, experts=layer.experts - experts) for layer in layers))
+    for equal in EQUAL:
+        layers = [_left(equal, layer, removed.get(equal, 0)) for layer in layers]
+    return replace(shape, layers=tuple(layers))
 
 
 def largest_ratio(shape: ModelShape, name: str) -> float:
@@ -146,7 +147,7 @@ def largest_ratio(shape: ModelShape, name: str) -> float:
     amounts = [shape.removable(name, index, multiple) * shape.price(name, index) for index in every]
     if name in DEPTH:  # one layer keeps the unit
         amounts.remove(max(amounts))
-    if name == "experts":  # every layer loses the same number
+    if name in EQUAL:
         amounts = [_most(shape, name) * shape.price(name, index) for index in every if shape.units(name, index)]
     return sum(amounts) / shape.prunable_parameters
 
@@ -155,7 +156,7 @@ def block(shape: ModelShape, structures: Sequence[str], width_multiple: int, uni
     """Return the largest number of parameters by which whole units of ``structures`` may miss a ratio."""
     if any(name in WIDTHS for name in structures):
         return shape.block(width_multiple, uniform)
-    together = [sum if name == "experts" else max for name in structures]
+    together = [sum if name in EQUAL else max for name in structures]
     prices = [[shape.price(name, index) for index in range(len(shape.layers))] for name in structures]
     return float(max(of_all(own) for of_all, own in zip(together, prices, strict=True)))
 
@@ -163,13 +164,19 @@ def block(shape: ModelShape, structures: Sequence[str], width_multiple: int, uni
 def _most(shape: ModelShape, name: str) -> int:
     """Return the largest number of units that can be removed; of experts, in each layer."""
     most = [shape.removable(name, index, 1) for index in range(len(shape.layers)) if shape.units(name, index)]
-    return min(most) if name == "experts" else sum(most) - 1
+    return min(most) if name in EQUAL else sum(most) - 1
+
+
+def _left(name: str, layer: LayerShape, gone: int) -> LayerShape:
+    structure = STRUCTURES[name]
+    units = structure.units(layer)
+    return structure.left(layer, units - gone) if units and gone else layer
 
 
 def _unit(shape: ModelShape, name: str) -> float:
     """Return the mean share of the prunable parameters that one unit is; of experts, one unit of every layer."""
     prices = [shape.price(name, index) for index in range(len(shape.layers)) if shape.units(name, index)]
-    return sum(prices) / (1 if name == "experts" else len(prices)) / shape.prunable_parameters
+    return sum(prices) / (1 if name in EQUAL else len(prices)) / shape.prunable_parameters
 
 
 def _compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:

@@ -77,6 +77,8 @@ class Structure:
     """The sizes of a layer of whose units in a plan, where each expert's channels count, so many stay."""
     alike: bool = False
     """Whether layers that were alike are alike after units left, so that the stock class holds them in every layout."""
+    equal: bool = False
+    """Whether every layer that has such units loses the same number of them, as its stock class has one number for all."""
     obstacle: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     """The reason why no unit can leave a model with the given config, or ``None``."""
 
@@ -155,6 +157,7 @@ STRUCTURES: dict[str, Structure] = {
             removable=lambda layer, multiple: max(layer.experts - 1, 0),
             left=lambda layer, kept: replace(layer, experts=kept),
             alike=True,
+            equal=True,
         ),
         Structure(
             "kv_groups",
@@ -182,7 +185,10 @@ Depth = Literal["layers", "attention", "feed_forward"]
 DEPTH: tuple[Depth, ...] = ("layers", "attention", "feed_forward")
 """The structures of which a layer has one unit."""
 
-WHOLE = (*DEPTH, "experts")
+EQUAL = tuple(name for name, structure in STRUCTURES.items() if structure.equal)
+"""The structures of which every layer loses the same number of units."""
+
+WHOLE = (*DEPTH, *EQUAL)
 """The structures that are removed before the widths are cut, because their units hold those of other structures."""
 
 WIDTHS = ("kv_groups", "channels")

@@ -13,15 +13,17 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from secateur.catalog.architectures import shape_from_config
 from secateur.catalog.budget import whole_units, without_whole
+from secateur.catalog.methods import SCORERS
 from secateur.catalog.resolve import components, resolve
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
-from secateur.catalog.structures import STRUCTURES
+from secateur.catalog.structures import EQUAL, STRUCTURES
 from secateur.contract.errors import PruningError
 from secateur.engine import structures
 from secateur.engine.model.cutting import apply_plan
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.plan import Plan
 from secateur.engine.run.run import LoadedModel, open_run
+from secateur.engine.run.whole import EQUAL_REMOVALS
 from secateur.engine.run.workspace import Listener, Workspace
 from tests.engine.models import SIZES, VOCABULARY, decoder_of, english, make_model, save
 from tests.engine.running import prune
@@ -358,6 +360,9 @@ def test_a_ratio_that_one_width_cannot_give_is_refused() -> None:
 
 def test_engine_and_catalogue_know_the_same_structures() -> None:
     assert list(structures.STRUCTURES) == list(STRUCTURES), "in the same order, which is the one of cutting"
+    assert tuple(EQUAL_REMOVALS) == EQUAL
+    for name in STRUCTURES:
+        assert any(name in scorer.structures for scorer in SCORERS.values()), f"nothing scores {name}"
 
 
 def test_widths_are_fitted_to_the_compensated_model(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -25,8 +25,9 @@ def remove_whole(context: Context, counts: Mapping[str, int]) -> Plan:
     of depth are compensated for, in families whose outputs are added to the hidden states without a norm.
     """
     plan = _remove_depth(context, {name: counts[name] for name in DEPTH if name in counts})
-    if "experts" in counts:
-        plan = plan.then(_remove_experts(context, counts["experts"]))
+    for name, remove in EQUAL_REMOVALS.items():
+        if name in counts:
+            plan = plan.then(remove(context, counts[name]))
     return plan
 
 
@@ -102,6 +103,10 @@ def _remove_experts(context: Context, count: int) -> Plan:
         for own, layer in zip(kept, decoder.layers, strict=True)
     ]
     return _apply(context, Plan(tuple(layers)))
+
+
+EQUAL_REMOVALS: dict[str, Callable[[Context, int], Plan]] = {"experts": _remove_experts}
+"""The structures of which every layer loses the same number of units, with the function that removes this number."""
 
 
 def _apply(context: Context, plan: Plan) -> Plan:
