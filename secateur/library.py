@@ -186,8 +186,8 @@ def prune(
     """Prune a model and return the result.
 
     ``model`` is a Hub id, a folder, a GGUF file, ``local:NAME``, or a loaded transformers model. With one ratio, a
-    loaded model is pruned in place, on its device and in its dtype. With several ratios, the loaded model is not
-    changed, and each result is a copy. With the method ``dsgp``, a loaded model is not changed either: ``result.model``
+    loaded model is pruned in place, on its device and in its dtype. With several ratios, or with structures
+    that compete, the loaded model is not changed, and each result is a copy. With the method ``dsgp``, a loaded model is not changed either: ``result.model``
     is the dynamic model, another object than the model that was passed. ``tokenizer`` is the tokenizer of a loaded model; by default, it is loaded from
     the place that the model was loaded from.
 

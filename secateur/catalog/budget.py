@@ -36,10 +36,8 @@ def whole_units(
             the share is less than half a unit, or more than the model can lose. The messages name what is allowed.
     """
     counts = {}
+    _check_structures(shape, config, structures)
     for name in (name for name in structures if name in WHOLE):
-        if reason := obstacle(shape, config, name):
-            allowed = ", ".join(each for each in STRUCTURES if obstacle(shape, config, each) is None)
-            raise PruningError(ErrorCode.STRUCTURE_UNSUPPORTED, f"{reason}; allowed: {allowed}.", field="structures")
         share, unit, most = shares.get(name, ratio), _unit(shape, name), _most(shape, name)
         count = round(share / unit)
         if not 1 <= count <= most:
@@ -62,8 +60,21 @@ def whole_units(
     return counts
 
 
+def _check_structures(shape: ModelShape, config: Mapping[str, Any], structures: Sequence[str]) -> None:
+    for name in structures:
+        if reason := obstacle(shape, config, name):
+            allowed = ", ".join(each for each in STRUCTURES if obstacle(shape, config, each) is None)
+            raise PruningError(ErrorCode.STRUCTURE_UNSUPPORTED, f"{reason}; allowed: {allowed}.", field="structures")
+
+
 def splits(
-    shape: ModelShape, config: Mapping[str, Any], structures: Sequence[str], ratio: float, multiple: int, uniform: bool
+    shape: ModelShape,
+    config: Mapping[str, Any],
+    structures: Sequence[str],
+    ratio: float,
+    multiple: int,
+    uniform: bool,
+    field: str = "target_ratio",
 ) -> dict[tuple[int, ...], Mapping[str, int]]:
     """Return the splits of ``ratio`` among competing structures, each with its :func:`whole_units`.
 
@@ -71,8 +82,9 @@ def splits(
     the quarters of the widths, if the widths are among them. A split is left out where whole units do not come near it.
 
     Raises:
-        PruningError: ``structure_unsupported``; ``ratio_unreachable`` if no split can be reached.
+        PruningError: ``structure_unsupported``; ``ratio_unreachable``, for ``field``, if no split can be reached.
     """
+    _check_structures(shape, config, structures)
     names = [name for name in structures if name in WHOLE]
     widths = len(names) < len(structures)
     found: dict[tuple[int, ...], Mapping[str, int]] = {}
@@ -84,7 +96,7 @@ def splits(
             shares = {name: share - _unit(shape, name) / 2 - rest for name, share in shares.items()}
         try:
             counts = whole_units(shape, config, list(shares), shares, ratio)
-            check_split(shape, counts, structures, ratio, multiple, uniform)
+            check_split(shape, counts, structures, ratio, multiple, uniform, field)
         except PruningError as error:
             if error.code != ErrorCode.RATIO_UNREACHABLE:
                 raise
@@ -94,7 +106,7 @@ def splits(
                 found[parts] = counts
     if not found:
         assert refused is not None
-        raise refused
+        raise PruningError(refused.code, refused.message, field=field)
     return found
 
 

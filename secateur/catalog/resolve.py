@@ -183,7 +183,9 @@ def resolve(spec: PruningSpec, shape: ModelShape, *, config: Mapping[str, Any], 
         if not ratio:  # the request removes tokens alone
             found.append({(): {}})
         elif chosen.competing:
-            found.append(splits(shape, config, chosen.structures, ratio, shape.width_multiple(multiple), uniform))
+            found.append(
+                splits(shape, config, chosen.structures, ratio, shape.width_multiple(multiple), uniform, field)
+            )
         else:
             removed = whole_units(shape, config, chosen.structures, spec.shares, ratio)
             if chosen.cuts_widths:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+import secateur
 from secateur.catalog.architectures import shape_from_config
 from secateur.catalog.budget import QUARTERS, block, splits, without_whole
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
@@ -70,6 +71,14 @@ def test_no_split_at_all_is_refused() -> None:
     with pytest.raises(PruningError) as caught:
         splits(shape_from_config(config), config, ["layers", "experts"], 0.02, 8, False)
     assert caught.value.code == "ratio_unreachable"
+
+
+@pytest.mark.parametrize("structures", [["experts", "kv_groups", "channels"], ["layers", "experts"]])
+def test_a_structure_that_the_model_lacks_is_refused(structures: list[str]) -> None:
+    config = json.loads(make_model("llama").config.to_json_string())
+    with pytest.raises(PruningError, match="no 'experts'; allowed: layers") as caught:
+        splits(shape_from_config(config), config, structures, 0.3, 8, False)
+    assert (caught.value.code, caught.value.field) == ("structure_unsupported", "structures")
 
 
 @pytest.mark.parametrize("groups", [2, 3])
@@ -151,6 +160,17 @@ def test_what_was_tried_is_not_tried_again(tokenizer: PreTrainedTokenizerFast, t
     assert Stage.SEARCHING not in stages(later)
     assert report.steps[0].trials == trials and report.widths == expected.widths
     assert report.perplexity == expected.perplexity
+
+
+def test_a_loaded_model_stays_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make_model("llama", num_hidden_layers=4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    recipe = {"method": "secateur", "structures": ["layers", "kv_groups", "channels"]}
+    result = secateur.prune(
+        model, tokenizer=tokenizer, ratio=0.3, data=english("calibration"), recipe=recipe, progress=False
+    )
+    assert result.model is not model and result.report.steps[0].trials
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def stages(events: list[Event]) -> set[Stage]:

@@ -274,7 +274,8 @@ def _load(
     device = torch.device(workspace.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(model, LoadedModel):
         progress.stage(Stage.LOADING)
-        again = chosen.targets > 1 or Need.REFERENCE in chosen.needs
+        apart = chosen.targets > 1 or chosen.competing
+        again = apart or Need.REFERENCE in chosen.needs
         described = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loaded.", dir=scratch)))
         source = describe_loaded(model.model, model.tokenizer, described, with_weights=again)
         resolved = _resolve(spec, source)
@@ -286,7 +287,7 @@ def _load(
                 field="dtype",
             )
         device = model.model.device
-        if chosen.targets > 1:  # each target is loaded from the files, and the caller's model does not change
+        if apart:  # the model is loaded from the files more than once, and the caller's model does not change
             decoder = load(source, "auto", device, workspace.max_parameters)
         else:
             decoder = adopt(model.model, model.tokenizer, source)

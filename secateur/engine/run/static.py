@@ -109,7 +109,7 @@ class StaticPruner:
     def _compete(self, index: int) -> None:
         """Record the trials of target ``index`` if its structures compete and have not been tried yet."""
         target, splits = self.state.targets[index], self._resolved.splits[index]
-        if len(splits) == 1 or target.trials:
+        if len(splits) == 1 or target.trials or target.steps:
             return
         calibrating, measuring = halves(self._inputs.tokens)
         progress, done = self._inputs.progress, 0
@@ -124,7 +124,8 @@ class StaticPruner:
             context.progress = lambda share: progress.share((before + share) / len(splits))
             self._cut(context, Plan.full(decoder.shape.layers), removed, self._chosen.rounds)
             done += 1
-            return mean_loss(decoder, measuring)
+            measured = mean_loss(decoder, measuring)
+            return measured if math.isfinite(measured) else math.inf
 
         found = lowest(splits, loss)
         trials = [
