@@ -74,9 +74,15 @@ class ForkServer:
         return self._server
 
 
-@pytest.fixture(scope="session", autouse=True)
-def checks_in_forks() -> Iterator[None]:
-    """Check what the tests export in forks; a module of tests has this fixture if it imports it."""
-    with ForkServer() as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(check, "run", server.run)
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    with ForkServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module", autouse=True)
+def checks_in_forks(fork_server: ForkServer) -> Iterator[None]:
+    """Check what the tests export in forks; a module of tests has this fixture if it imports both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "run", fork_server.run)
         yield

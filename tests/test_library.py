@@ -24,6 +24,7 @@ from tests import hub as fake_hub
 from tests.engine.models import SIZES as TINY
 from tests.engine.models import english, make_model, make_tokenizer, save, train
 from tests.forked import checks_in_forks as checks_in_forks
+from tests.forked import fork_server as fork_server
 
 QUICK: dict[str, Any] = {
     "calibration": {"samples": 8, "sequence_length": 48},

@@ -76,9 +76,12 @@ def derive(session: Session, job: Job, number: int, asked: StepPublication) -> t
     before = [step for step in steps if step.number <= number and _target(step) in (None, data["target_ratio"])]
     whole = texts.whole_request(job)
     trained = data["kind"] == "training"
+    reached, shares = data["ratio"]["reached"], whole.get("shares") or {}
+    most = min(reached / (sum(shares.values()) or 1), 1.0)  # shares may add up to no more than the ratio
     changes = {
-        "target_ratio": min(data["ratio"]["reached"], MAX_RATIO) or None,  # nothing but tokens was removed
+        "target_ratio": min(reached, MAX_RATIO) or None,  # nothing but tokens was removed
         "goal": None,
+        "shares": {name: share * most for name, share in shares.items()},
         "rounds": sum(step.data["kind"] == "round" for step in before),
         "recovery": {**whole["recovery"], "training": whole["recovery"]["training"] if trained else None},
         "keep_steps": False,

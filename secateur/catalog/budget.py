@@ -16,7 +16,11 @@ def obstacle(shape: ModelShape, config: Mapping[str, Any], name: str) -> str | N
     """Return the reason why no unit of the structure ``name`` can leave a model with this ``config.json``, or ``None``."""
     if name not in shape.family.structures or not any(map(STRUCTURES[name].units, shape.layers)):
         return f"This model has no '{name}'"
-    if name in WHOLE and _most(shape, name) < 1:
+    every = range(len(shape.layers))
+    most = (
+        _most(shape, name) if name in WHOLE else sum(shape.cutting([name]).removable(name, index, 1) for index in every)
+    )
+    if most < 1:
         return f"This model has too few '{name}': one of them stays"
     if reason := STRUCTURES[name].obstacle(config):
         return f"No '{name}' of this model can be removed: {reason}"
@@ -24,7 +28,12 @@ def obstacle(shape: ModelShape, config: Mapping[str, Any], name: str) -> str | N
 
 
 def whole_units(
-    shape: ModelShape, config: Mapping[str, Any], structures: Sequence[str], shares: Mapping[str, float], ratio: float
+    shape: ModelShape,
+    config: Mapping[str, Any],
+    structures: Sequence[str],
+    shares: Mapping[str, float],
+    ratio: float,
+    field: str = "target_ratio",
 ) -> dict[str, int]:
     """Return the number of units of each structure in ``structures`` that is removed whole; of experts, in each layer.
 
@@ -46,7 +55,7 @@ def whole_units(
                 ErrorCode.RATIO_UNREACHABLE,
                 f"Of '{name}' a share of {share:g} cannot be removed: from 1 to {most} units can, and the nearest share is "
                 f"{nearest:.6f}.",
-                field=f"shares.{name}" if name in shares else "target_ratio",
+                field=f"shares.{name}" if name in shares else field,
             )
         counts[name] = count
     of_depth = sum(counts.get(name, 0) for name in DEPTH)
@@ -62,6 +71,8 @@ def whole_units(
 
 def _check_structures(shape: ModelShape, config: Mapping[str, Any], structures: Sequence[str]) -> None:
     for name in structures:
+        if name in WIDTHS and len(shape.widths) > 1:  # the other one may give what this one cannot
+            continue
         if reason := obstacle(shape, config, name):
             allowed = ", ".join(each for each in STRUCTURES if obstacle(shape, config, each) is None)
             raise PruningError(ErrorCode.STRUCTURE_UNSUPPORTED, f"{reason}; allowed: {allowed}.", field="structures")

@@ -57,7 +57,7 @@ def structures(shape: ModelShape, config: Mapping[str, Any]) -> list[PossibleStr
             units=sum(shape.units(name, index) for index in every),
             parameters=sum(shape.units(name, index) * shape.price(name, index) for index in every),
             max_ratio=largest_ratio(shape, name) if reason is None else 0.0,
-            without_code=_without_code(shape, name),
+            without_code=_without_code(shape, config, name),
             gguf=gguf,
             reason=reason,
         )
@@ -67,17 +67,20 @@ def structures(shape: ModelShape, config: Mapping[str, Any]) -> list[PossibleStr
         units=shape.vocab_size,
         parameters=shape.vocabulary_parameters,
         max_ratio=None,
-        without_code=_without_code(shape, None),
+        without_code=_without_code(shape, config, None),
         gguf=gguf,
         reason=None,
     )
     return [*found, vocabulary]
 
 
-def _without_code(shape: ModelShape, name: str | None) -> list[str]:
+def _without_code(shape: ModelShape, config: Mapping[str, Any], name: str | None) -> list[str]:
     """Return the layouts that the stock class holds after units of ``name``, or tokens alone, left."""
+    if config.get("added_biases"):  # the stock class has no place for them
+        return []
     if name in WIDTHS:
-        return ["uniform", "padded"]
+        groups, _ = shape.common_units(1, shape.layers)
+        return ["uniform", "padded"] if len(groups) > (name == "kv_groups") else ["padded"]
     if shape.differs or (name is not None and not STRUCTURES[name].alike):
         return ["padded"]
     return list(get_args(Layout))

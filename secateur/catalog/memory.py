@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from secateur.catalog.architectures import ModelShape
 from secateur.catalog.methods import Need
-from secateur.catalog.resolve import Resolved
+from secateur.catalog.resolve import Resolved, needs_reference
 from secateur.catalog.spec import DTYPE_BYTES
 from secateur.contract.errors import ErrorCode, PruningError
 
@@ -83,7 +83,8 @@ def estimate(resolved: Resolved, shape: ModelShape, mapped: bool) -> Memory:
     if chosen.dynamic:  # weights of the plain model, of the published model, and of the units that generate
         weights = (1 if mapped else 2) * whole + round((1 - ratio) * shape.prunable_parameters) * size
     trains_beside = chosen.training is not None and Need.REFERENCE in chosen.training.needs
-    if (chosen.fits_to_reference and chosen.rounds > 1) or trains_beside:
+    removals = [removed for splits in resolved.splits for removed in splits.values()]
+    if trains_beside or any(needs_reference(chosen, removed) for removed in removals):
         weights += 0 if mapped else whole
     return Memory(weights, stages)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.catalog.architectures import ModelShape
-from secateur.catalog.budget import check_split, splits, whole_units
+from secateur.catalog.budget import check_split, splits, whole_units, without_whole
 from secateur.catalog.gguf import gguf_obstacle
 from secateur.catalog.methods import (
     ALLOCATORS,
@@ -26,7 +26,7 @@ from secateur.catalog.methods import (
     Training,
 )
 from secateur.catalog.spec import DTYPE_BYTES, MAX_RATIO, Goal, PruningSpec, _without_bias, scorer_of
-from secateur.catalog.structures import STRUCTURES, WHOLE, WIDTHS
+from secateur.catalog.structures import DEPTH, STRUCTURES, WHOLE, WIDTHS
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.report import ComponentNames
 
@@ -79,11 +79,6 @@ class Components:
         return any(name in WIDTHS for name in self.structures)
 
     @property
-    def leaves_alike(self) -> bool:
-        """Whether layers that are alike in the source are alike in the pruned model, in every layout."""
-        return all(STRUCTURES[name].alike for name in self.structures)
-
-    @property
     def recovers_layerwise(self) -> bool:
         """Whether a layer-wise recovery corrects layers as they are cut."""
         return self.layerwise.name != NO_RECOVERY
@@ -112,6 +107,15 @@ class Components:
             layerwise_recovery=self.layerwise.name,
             training=self.training and self.training.name,
         )
+
+
+def needs_reference(chosen: Components, removed: Mapping[str, int]) -> bool:
+    """Return whether a round needs the unpruned model beside the model that lost the whole units ``removed``.
+
+    In a first round that removes none, the model itself is the unpruned one. Without whole layers, those before a gap
+    stand for it, so widths are fitted to the model as the round begins.
+    """
+    return chosen.fits_to_reference and not removed.keys() & {*DEPTH} and (chosen.rounds > 1 or bool(removed))
 
 
 def components(spec: PruningSpec) -> Components:
@@ -156,6 +160,21 @@ class Resolved:
     dtype: str
     """The dtype of the computation and of the published weights."""
 
+    def nearest_ratio(self, shape: ModelShape, index: int) -> float | None:
+        """Return the ratio that whole units reach at the ratio of this index, or ``None`` if structures compete for it.
+
+        ``shape`` has the sizes of the unpruned model.
+        """
+        if len(self.splits[index]) > 1:
+            return None
+        (removed,) = self.splits[index].values()
+        ratio, whole = self.ratios[index], shape.prunable_parameters
+        left = without_whole(shape.cutting(self.components.structures), removed)
+        gone, now = whole - left.prunable_parameters, left.prunable_parameters
+        if ratio and self.components.cuts_widths:
+            gone += round(left.nearest_ratio((ratio * whole - gone) / now, self.width_multiple, self.uniform) * now)
+        return gone / whole
+
     @property
     def uniform(self) -> bool:
         """Whether all layers get the same widths."""
@@ -177,6 +196,7 @@ def resolve(spec: PruningSpec, shape: ModelShape, *, config: Mapping[str, Any], 
     dtype = source_dtype if spec.dtype == "auto" else spec.dtype
     field = "target_ratio" if spec.goal is None else "goal"
     ratios = tuple(_ratio_of(spec.goal, shape, dtype) if ratio is None else ratio for ratio in spec.requested_ratios)
+    _check_model(spec, chosen, shape, config)
     found: list[Mapping[tuple[int, ...], Mapping[str, int]]] = []
     multiple = spec.allocation.width_multiple
     for ratio in ratios:
@@ -187,11 +207,10 @@ def resolve(spec: PruningSpec, shape: ModelShape, *, config: Mapping[str, Any], 
                 splits(shape, config, chosen.structures, ratio, shape.width_multiple(multiple), uniform, field)
             )
         else:
-            removed = whole_units(shape, config, chosen.structures, spec.shares, ratio)
+            removed = whole_units(shape, config, chosen.structures, spec.shares, ratio, field)
             if chosen.cuts_widths:
                 check_split(shape, removed, chosen.structures, ratio, shape.width_multiple(multiple), uniform, field)
             found.append({(): removed})
-    _check_model(spec, chosen, shape, config)
     return Resolved(spec, chosen, ratios, tuple(found), shape.width_multiple(multiple), dtype)
 
 
@@ -218,12 +237,13 @@ def _check_model(spec: PruningSpec, chosen: Components, shape: ModelShape, confi
             f"{', '.join(STATIC_METHODS)}.",
             field="method",
         )
+    leaves_alike = spec.vocabulary_alone or all(STRUCTURES[name].alike for name in chosen.structures)
     if "gguf" in spec.formats:
         obstacle = gguf_obstacle(
             shape,
             config,
             spec.gguf_quantization,
-            uniform=spec.layout != "per-layer" or (chosen.leaves_alike and not shape.differs),
+            uniform=spec.layout != "per-layer" or (leaves_alike and not shape.differs),
             added_biases=chosen.layerwise.adds_bias,
             width_multiple=spec.allocation.width_multiple,
         )
@@ -253,7 +273,15 @@ def _check_layout(spec: PruningSpec, chosen: Components, shape: ModelShape, conf
             f"'{spec.layout}' all layers are alike; allowed: 'per-layer'.",
             field="layout",
         )
-    if spec.layout == "uniform" and not chosen.cuts_widths and len(set(shape.layers)) > 1:
+    if spec.layout == "uniform" and chosen.cuts_widths and not shape.fits_uniform:
+        raise PruningError(
+            ErrorCode.RATIO_UNREACHABLE,
+            "In layout 'uniform' all layers have the same number of heads, and the stock class of this model takes none that "
+            "all its layers can be left with; allowed: 'per-layer', 'padded'.",
+            field="layout",
+        )
+    cuts_widths = chosen.cuts_widths and not spec.vocabulary_alone
+    if spec.layout == "uniform" and not cuts_widths and len(set(shape.layers)) > 1:
         raise PruningError(
             ErrorCode.RATIO_UNREACHABLE,
             f"This model's layers differ in width, and in layout 'uniform' all layers are alike; allowed: 'per-layer', "

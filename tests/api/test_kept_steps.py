@@ -54,6 +54,23 @@ def test_a_step_is_published_by_a_job_of_its_own(
     assert other.post(path).status_code == 404 and other.get(made.headers["Location"]).status_code == 404
 
 
+def test_shares_are_at_most_the_ratio_that_the_step_reached(
+    api: httpx2.Client, body: dict[str, Any], session: Session
+) -> None:
+    """Whole units seldom meet a ratio, and a request whose shares exceed its ratio is refused."""
+    asked = {**body, "method": "shortgpt", "target_ratio": 0.3, "shares": {"layers": 0.3}, "keep_steps": True}
+    job_id = api.post("/v1/jobs", json=asked).json()["id"]
+    attempt = play.start(session, job_id)
+    ratio = {"target": 0.3, "reached": 0.2917}
+    steps: list[dict[str, Any]] = [{"kind": "baseline"}, {"kind": "round", "target_ratio": 0.3, "ratio": ratio}]
+    for number, data in enumerate(steps):
+        leases.record_step(session, uuid.UUID(job_id), attempt, number, data, {"step": number})
+    play.fail(session, job_id, attempt)
+    made = api.post(f"/v1/jobs/{job_id}/steps/1/publish")
+    assert made.status_code == 202, made.text
+    assert made.json()["request"]["shares"] == {"layers": pytest.approx(0.2917)}
+
+
 def test_an_administrator_publishes_a_step_for_its_owner(
     ended: str, api: httpx2.Client, make_client: Callable[..., httpx2.Client]
 ) -> None:

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.engine.models import SIZES, make_tokenizer, save, train
 from tests.forked import checks_in_forks as checks_in_forks
+from tests.forked import fork_server as fork_server
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerFast
 
 from secateur.catalog.architectures import LayerCost, LayerShape, ModelShape, shape_from_config
+from secateur.catalog.architectures.base import nearest_amount
 from secateur.catalog.architectures.llama import LLAMA
 from secateur.contract.errors import PruningError
 from secateur.engine.allocation import Layers, Share, best, whole_units
@@ -215,3 +216,18 @@ def test_layers_that_are_alike_come_as_near_as_groups_and_steps_together_can() -
         found = shape.nearest_ratio(percent / 100, uniform=True)
         assert any(abs(found - ratio) < 1e-9 for ratio in reachable)
         assert abs(found - percent / 100) <= max(0.01, min(abs(ratio - percent / 100) for ratio in reachable)) + 1e-9
+
+
+@given(
+    st.lists(st.integers(0, 50), min_size=1, max_size=12).map(sorted),
+    st.floats(0, 60),
+    st.integers(0, 40),
+    st.integers(0, 90),
+)
+def test_the_nearest_amount_is_that_of_trying_all(choices: list[int], wished: float, rest: int, total: int) -> None:
+    def miss(amount: int) -> float:
+        return max(amount - total, total - amount - rest, 0)
+
+    found = nearest_amount(wished, choices, rest, total)
+    best = min((miss(amount), abs(amount - wished)) for amount in choices)
+    assert found in choices and (miss(found), abs(found - wished)) == best

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from secateur.catalog.inspection import layouts, structures
 from secateur.catalog.resolve import resolve
 from secateur.catalog.sources import locate, read_shape
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
@@ -58,6 +59,21 @@ def test_a_pruned_model_is_pruned_again(
         assert len({(each.kv_groups, each.channels) for each in report.widths.after}) == 1
     else:
         assert report.ratio.reached == pytest.approx(0.4, abs=0.02)
+
+
+def test_heads_that_no_stock_class_takes_leave_the_layout_uniform(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """GPT-2 takes its own number of heads alone, which no layer of this source has."""
+    first, config = first_generation("gpt2", tokenizer, tmp_path, "magnitude")
+    shape = read_shape(locate(str(first), allow_paths=True))
+    assert not shape.fits_uniform
+    assert {each.layout: each.max_ratio for each in layouts(shape, config)}["uniform"] == 0
+    kv_groups = next(each for each in structures(shape, config) if each.structure == "kv_groups")
+    assert kv_groups.without_code == ["padded"]
+    with pytest.raises(PruningError) as caught:
+        resolve(spec(0.4, "uniform", "magnitude"), shape, config=config, source_dtype="float32")
+    assert (caught.value.code, caught.value.field) == ("ratio_unreachable", "layout")
 
 
 def test_it_is_loaded_without_its_code_and_computes_the_same(

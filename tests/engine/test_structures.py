@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from secateur.catalog.architectures import shape_from_config
 from secateur.catalog.budget import whole_units, without_whole
+from secateur.catalog.memory import estimate
 from secateur.catalog.methods import SCORERS
 from secateur.catalog.resolve import components, resolve
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
@@ -344,6 +345,50 @@ def test_a_width_that_is_cut_alone(
     before, after = report["widths"]["before"], report["widths"]["after"]
     assert [layer[other] for layer in after] == [layer[other] for layer in before]
     assert sum(layer[structure] for layer in after) < sum(layer[structure] for layer in before)
+
+
+def test_one_kv_group_is_no_obstacle_unless_it_is_cut_alone() -> None:
+    config = config_of("llama", num_hidden_layers=DEPTH, num_key_value_heads=1)
+    shape = shape_from_config(config)
+    resolve(spec(target_ratio=0.3), shape, config=config, source_dtype="float32")
+    with pytest.raises(PruningError, match=r"too few 'kv_groups'.*allowed: layers, attention, feed_forward, channels"):
+        resolve(spec(target_ratio=0.1, structures=["kv_groups"]), shape, config=config, source_dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reference"),
+    [
+        ("llama", {}, False),
+        ("llama", {"rounds": 2}, True),
+        ("llama", {"rounds": 2, "method": "wanda"}, False),
+        ("llama", {"rounds": 2, "structures": ["layers", "channels"], "shares": {"layers": 0.17}}, False),
+        ("mixtral", {"structures": ["experts", "channels"], "shares": {"experts": 0.23}}, True),
+        ("mixtral", {"structures": ["experts", "channels"]}, True),
+        ("llama", {"structures": ["layers"], "target_ratio": 0.34}, False),
+    ],
+)
+def test_memory_counts_the_unpruned_model_where_a_round_needs_it(
+    family: str, changes: dict[str, Any], reference: bool
+) -> None:
+    config = config_of(family, num_hidden_layers=DEPTH)
+    shape = shape_from_config(config)
+    asked = spec(**{"target_ratio": 0.4, "allocation": {"width_multiple": 8}, **changes})
+    weights = estimate(resolve(asked, shape, config=config, source_dtype="float32"), shape, False).weights
+    assert weights == shape.parameters * 4 * (1 + reference)
+
+
+def test_the_nearest_ratio_is_that_of_whole_units() -> None:
+    config = config_of("llama", num_hidden_layers=DEPTH)
+    shape = shape_from_config(config)
+
+    def nearest(**changes: Any) -> float | None:
+        return resolve(spec(**changes), shape, config=config, source_dtype="float32").nearest_ratio(shape, 0)
+
+    assert nearest(target_ratio=0.3, structures=["layers"]) == pytest.approx(2 / DEPTH)
+    assert nearest(target_ratio=0.3, structures=["layers", "kv_groups", "channels"]) is None, "it is decided later"
+    group = shape.price("kv_groups", 0) / shape.prunable_parameters
+    alone = nearest(target_ratio=0.1, structures=["kv_groups"])
+    assert alone == pytest.approx(round(0.1 / group) * group)
 
 
 def test_a_ratio_that_one_width_cannot_give_is_refused() -> None:

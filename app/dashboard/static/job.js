@@ -223,7 +223,7 @@ function describeSteps(steps) {
   return [h("h2", {}, "Steps"), h("div", { class: "charts" }, charts),
     h("div", { class: "card" }, table("Steps", ["step", "target", "reached", "parameters", "perplexity", "time"],
       measured.map(({ number: at, data }) => [String(at), percent(data.target_ratio), percent(data.ratio?.reached), number(data.parameters), perplexity(data.perplexity), data.seconds == null ? "–" : duration(data.seconds)]))),
-    ...describeTrials(measured)];
+    ...describeTrials(steps)];
 }
 
 const isWeb = (url) => /^https?:/.test(url);

@@ -6,7 +6,7 @@ transformers uses them.
 """
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -151,15 +151,16 @@ def channel_steps(width: int, multiple: int) -> list[int]:
 def nearest_amount(wished: float, choices: Sequence[int], rest: float, total: float) -> int:
     """Return the number of parameters to remove with whole KV groups.
 
-    Of the choices that come nearest to ``total``, the function returns the nearest to ``wished``. ``total`` is the
+    Of the ascending choices that come nearest to ``total``, the function returns the nearest to ``wished``. ``total`` is the
     number of parameters to remove; channels make up at most ``rest`` parameters of what KV groups do not.
     """
 
-    def miss(amount: int) -> float:
-        left = total - amount
-        return max(-left, left - rest, 0.0)
-
-    return min(choices, key=lambda amount: (miss(amount), abs(amount - wished)))
+    begin, end = bisect_left(choices, total - rest), bisect_right(choices, total)
+    if begin < end:  # channels can make up the difference
+        at = bisect_left(choices, wished, begin, end)
+        return min(choices[max(at - 1, begin) : min(at + 1, end)], key=lambda each: abs(each - wished))
+    around = choices[max(begin - 1, 0) : begin + 1]
+    return min(around, key=lambda each: (max(each - total, total - each - rest), abs(each - wished)))
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,11 @@ class ModelShape:
                 return self.hidden_size % layer.heads == 0
             case "unchanged":
                 return layer.heads == self.stock_layer.heads
+
+    @property
+    def fits_uniform(self) -> bool:
+        """Whether the stock class allows a number of KV groups that all layers can be left with."""
+        return bool(self.common_units(1, self.layers)[0])
 
     def max_ratio(self, width_multiple: int | None = None, uniform: bool = False) -> float:
         """Return the largest ratio, at which every layer loses all that it can lose."""
@@ -359,12 +365,11 @@ class ModelShape:
                 # Most layers are alike, and a million choices for each of a thousand layers would take minutes.
                 kinds = Counter((self.units(name, at), price) for at, price in enumerate(prices[name])).items()
                 amounts.append([sum(max(own - left, 0) * price * n for (own, price), n in kinds) for left in choices])
-            return amounts[0], amounts[1]
+            return (amounts[0], amounts[1]) if amounts[0] else ([0], [0])
         most = {name: [self.removable(name, index, multiple) for index in range(len(self.layers))] for name in WIDTHS}
-        steps = sorted(
-            (gone / count, index) for index, count in enumerate(most["kv_groups"]) for gone in range(1, count + 1)
-        )
-        groups = accumulate((prices["kv_groups"][index] for _, index in steps), initial=0)
+        kinds = Counter(zip(most["kv_groups"], prices["kv_groups"], strict=True)).items()
+        steps = sorted((gone / count, price, n) for (count, price), n in kinds for gone in range(1, count + 1))
+        groups = accumulate((price for _, price, n in steps for _ in range(n)), initial=0)
         channels = sum(count * price for count, price in zip(most["channels"], prices["channels"], strict=True))
         return list(groups), [0, channels]
 

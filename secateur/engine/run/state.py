@@ -102,7 +102,13 @@ class RunState(_State):
         """
         asked, target = spec.published(), self.targets[-1]
         recovery = {**self.spec["recovery"], "training": asked["recovery"]["training"]}
-        ending = {"target_ratio": asked["target_ratio"], "goal": None, "rounds": asked["rounds"], "recovery": recovery}
+        ending = {
+            "target_ratio": asked["target_ratio"],
+            "goal": None,
+            "rounds": asked["rounds"],
+            "shares": asked["shares"],
+            "recovery": recovery,
+        }
         rounds = sum(step.kind == StepKind.ROUND for step in target.steps)
         steps = rounds + (asked["recovery"]["training"] is not None)
         if asked != {**self.spec, **ending} or (rounds, steps) != (spec.rounds, len(target.steps)):

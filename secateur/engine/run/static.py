@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from secateur.catalog.architectures import ModelShape
 from secateur.catalog.gguf import GgufKind
 from secateur.catalog.methods import Need
+from secateur.catalog.resolve import needs_reference
 from secateur.catalog.sources import ModelSource
 from secateur.catalog.spec import Format, Layout
-from secateur.catalog.structures import DEPTH, WHOLE
+from secateur.catalog.structures import WHOLE
+from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.events import StepEvent
 from secateur.contract.report import Measurement, Published, ReachedRatio, Step, StepKind, TrainingCurve, Trial
 from secateur.contract.stages import Stage
@@ -85,8 +87,8 @@ class StaticPruner:
         self._inputs, self._source, self._statistics, self._scratch = inputs, source, statistics, scratch
         self._resolved, self._chosen = inputs.resolved, inputs.resolved.components
         self._reference: Decoder | None = None
-        """The unpruned model, in memory beside the model that is pruned: from a target's second round on, or during
-        training."""
+        """The unpruned model, in memory beside the model that is pruned: where a round needs it, see
+        :func:`secateur.catalog.resolve.needs_reference`, or during training."""
 
     def prune(self, index: int) -> Pruned:
         if index == len(self.state.targets):
@@ -122,9 +124,14 @@ class StaticPruner:
             decoder, before = self._inputs.unpruned.take(), done
             context = self._context(decoder, calibrating, target.ratio, removed, 1)
             context.progress = lambda share: progress.share((before + share) / len(splits))
-            self._cut(context, Plan.full(decoder.shape.layers), removed, self._chosen.rounds)
             done += 1
-            measured = mean_loss(decoder, measuring)
+            try:
+                self._cut(context, Plan.full(decoder.shape.layers), removed, self._chosen.rounds)
+                measured = mean_loss(decoder, measuring)
+            except PruningError as error:
+                if error.code != ErrorCode.LOSS_NOT_FINITE:
+                    raise
+                return math.inf
             return measured if math.isfinite(measured) else math.inf
 
         found = lowest(splits, loss)
@@ -132,6 +139,7 @@ class StaticPruner:
             Trial(removed=dict(splits[split]), loss=measured if math.isfinite(measured) else None)
             for split, measured in found.items()
         ]
+        self._reference = None  # the taken split may not need it
         self._change(index, trials=tuple(trials))
 
     def _context(
@@ -141,8 +149,7 @@ class StaticPruner:
         inputs, reference = self._inputs, None
         if self._chosen.fits_to_reference:
             reference = decoder
-            # Without whole layers, those before a gap stand for it: widths are then fitted to the model as the round begins.
-            if not removed.keys() & {*DEPTH} and (number > 1 or removed):
+            if needs_reference(self._chosen, removed) and (number > 1 or removed):
                 reference = self._reference = self._reference or inputs.unpruned.load()
         return Context(
             decoder,
@@ -357,7 +364,8 @@ class StaticPruner:
 @torch.no_grad()
 def mean_loss(decoder: Decoder, tokens: Tensor) -> float:
     """Return the mean next-token loss of ``tokens`` ``[windows, length]`` in nats."""
-    losses = [decoder.window_losses(batch).double().flatten() for batch in tokens.split(batch_windows(tokens))]
+    with decoder.routed():
+        losses = [decoder.window_losses(batch).double().flatten() for batch in tokens.split(batch_windows(tokens))]
     return float(torch.cat(losses).mean())
 
 

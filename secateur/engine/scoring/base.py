@@ -36,7 +36,7 @@ class Context:
     seed: int
     progress: Progress
     reference: Decoder | None = None
-    """The unpruned model if layers are fitted to it, else ``None``; in the first round it is ``decoder`` itself."""
+    """The model to which layers are fitted, else ``None``: the unpruned model, or ``decoder`` itself as the round begins."""
     scores: Scores | None = None
     """Scores of the whole model; ``None`` until they are computed."""
     statistics: Statistics | None = None
