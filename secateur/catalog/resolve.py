@@ -150,7 +150,7 @@ class Resolved:
     ratios: tuple[float, ...]
     """The ratio of each pruned model, ascending."""
     splits: tuple[Mapping[tuple[int, ...], Mapping[str, int]], ...]
-    """For each ratio, the splits among structures, with the numbers of whole units that they remove, by structure.
+    """The splits of each ratio among structures, with the numbers of whole units that each split removes, by structure.
 
     The number of experts is that of each layer. If there are several splits, the structures compete: the measured loss
     chooses among them, see :mod:`secateur.engine.run.competition`.
@@ -273,15 +273,17 @@ def _check_layout(spec: PruningSpec, chosen: Components, shape: ModelShape, conf
             f"'{spec.layout}' all layers are alike; allowed: 'per-layer'.",
             field="layout",
         )
-    if spec.layout == "uniform" and chosen.cuts_widths and not shape.fits_uniform:
+    if spec.layout != "uniform":
+        return
+    cuts_widths = chosen.cuts_widths and not spec.vocabulary_alone
+    if cuts_widths and not shape.fits_uniform:
         raise PruningError(
             ErrorCode.RATIO_UNREACHABLE,
             "In layout 'uniform' all layers have the same number of heads, and the stock class of this model takes none that "
             "all its layers can be left with; allowed: 'per-layer', 'padded'.",
             field="layout",
         )
-    cuts_widths = chosen.cuts_widths and not spec.vocabulary_alone
-    if spec.layout == "uniform" and not cuts_widths and len(set(shape.layers)) > 1:
+    if not cuts_widths and len(set(shape.layers)) > 1:
         raise PruningError(
             ErrorCode.RATIO_UNREACHABLE,
             f"This model's layers differ in width, and in layout 'uniform' all layers are alike; allowed: 'per-layer', "

@@ -340,9 +340,11 @@ class ModelShape:
         width = min((layer.channels_per_expert for layer in layers if layer.channels), default=0)
         channels = list(accumulate((-step for step in channel_steps(width, multiple)), initial=width))
         groups = [layer.kv_groups for layer in fewer if not layer.heads or self.takes_heads(layer)]
-        return groups if "kv_groups" in self.widths else groups[
-            :1
-        ], channels if "channels" in self.widths else channels[:1]
+        if "kv_groups" not in self.widths:
+            groups = groups[:1]
+        if "channels" not in self.widths:
+            channels = channels[:1]
+        return groups, channels
 
     def _amounts(self, multiple: int, uniform: bool = False) -> tuple[Sequence[int], Sequence[int]]:
         """Return the parameters that can be removed with KV groups and with channels, each ascending.

@@ -41,7 +41,7 @@ class TargetState(_State):
 
     ratio: float
     trials: tuple[Trial, ...] = ()
-    """Of structures that compete: the splits of the ratio that were tried, the taken split first."""
+    """The splits of the ratio that were tried, the taken split first; empty if no structures compete."""
     plan: PlanData | None = None
     steps: tuple[Step, ...] = ()
     tensors: TensorReference | None = None
