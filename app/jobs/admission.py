@@ -119,7 +119,8 @@ def _targets(request: JobRequest, resolved: Resolved | None, shape: ModelShape |
     if resolved is None or shape is None:
         found = [(ratio, None) for ratio in request.requested_ratios]
     else:
-        found = [(ratio, resolved.nearest_ratio(shape, index)) for index, ratio in enumerate(resolved.ratios)]
+        ratios = resolved.ratios if resolved.decided else request.requested_ratios
+        found = [(ratio, resolved.nearest_ratio(shape, index)) for index, ratio in enumerate(ratios)]
     names = repo_ids(request.publish.repo_id, request) if request.publish else [None] * len(found)
     return [
         PlannedTarget(target_ratio=ratio, nearest_ratio=nearest, repo_id=name)

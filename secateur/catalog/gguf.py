@@ -79,6 +79,8 @@ def gguf_obstacle(
     if runtime is None:
         lacking = LACKING.get(shape.model_type, "this is not supported yet")
         return unsupported(f"its type is {shape.model_type}, and {lacking}; types that can: {', '.join(RUNTIMES)}")
+    if shape.dense:
+        return unsupported("some of its layers have experts and some have none, and llama.cpp has no such architecture")
     if not uniform and (reason := _needs_uniform(shape, runtime)):
         return unsupported(f"{reason}; layout 'uniform' or 'padded' gives them one width", "layout")
     if added_biases and not runtime.added_biases:

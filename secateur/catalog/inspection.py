@@ -37,7 +37,9 @@ def layouts(shape: ModelShape, config: Mapping[str, Any]) -> list[PossibleLayout
         reasons = [f"{kind}: {obstacle.message}" for kind, obstacle in obstacles.items() if obstacle is not None]
         possible = PossibleLayout(
             layout=layout,
-            max_ratio=shape.max_ratio(uniform=layout == "uniform"),
+            max_ratio=0.0
+            if layout != "per-layer" and shape.differs_in_kind
+            else shape.max_ratio(uniform=layout == "uniform"),
             gguf=[kind for kind, obstacle in obstacles.items() if obstacle is None],
             gguf_reason=reasons[0] if reasons else None,
         )
@@ -78,6 +80,9 @@ def _without_code(shape: ModelShape, config: Mapping[str, Any], name: str | None
     """Return the layouts that the stock class holds after units of ``name``, or tokens alone, left."""
     if config.get("added_biases"):  # the stock class has no place for them
         return []
+    if shape.differs_in_kind:
+        whole = name is None or STRUCTURES[name].alike
+        return ["per-layer"] if whole and not shape.differs else []
     if name in WIDTHS:
         groups, _ = shape.common_units(1, shape.layers)
         return ["uniform", "padded"] if len(groups) > (name == "kv_groups") else ["padded"]

@@ -4,7 +4,7 @@ The engine receives a :class:`Resolved` and no other part of a request.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.catalog.architectures import ModelShape
@@ -25,7 +25,7 @@ from secateur.catalog.methods import (
     Scorer,
     Training,
 )
-from secateur.catalog.spec import DTYPE_BYTES, MAX_RATIO, Goal, PruningSpec, _without_bias, scorer_of
+from secateur.catalog.spec import DTYPE_BYTES, MAX_RATIO, PruningSpec, _without_bias, scorer_of
 from secateur.catalog.structures import DEPTH, STRUCTURES, WHOLE, WIDTHS
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.report import ComponentNames
@@ -148,7 +148,9 @@ class Resolved:
     spec: PruningSpec
     components: Components
     ratios: tuple[float, ...]
-    """The ratio of each pruned model, ascending."""
+    """The ratio of each pruned model, ascending. If it is not ``decided``, the largest that the request may need."""
+    decided: bool
+    """Whether the ratios are final: that of a goal is not, before the tokens that leave are chosen."""
     splits: tuple[Mapping[tuple[int, ...], Mapping[str, int]], ...]
     """The splits of each ratio among structures, with the numbers of whole units that each split removes, by structure.
 
@@ -161,11 +163,11 @@ class Resolved:
     """The dtype of the computation and of the published weights."""
 
     def nearest_ratio(self, shape: ModelShape, index: int) -> float | None:
-        """Return the ratio that whole units reach at the ratio of this index, or ``None`` if structures compete for it.
+        """Return the ratio that whole units reach at the ratio of this index, or ``None`` if it is not known before the run.
 
         ``shape`` has the sizes of the unpruned model.
         """
-        if len(self.splits[index]) > 1:
+        if len(self.splits[index]) > 1 or not self.decided:
             return None
         (removed,) = self.splits[index].values()
         ratio, whole = self.ratios[index], shape.prunable_parameters
@@ -181,10 +183,19 @@ class Resolved:
         return self.spec.layout == "uniform"
 
 
-def resolve(spec: PruningSpec, shape: ModelShape, *, config: Mapping[str, Any], source_dtype: str) -> Resolved:
+def resolve(
+    spec: PruningSpec,
+    shape: ModelShape,
+    *,
+    config: Mapping[str, Any],
+    source_dtype: str,
+    vocabulary_cut: bool = False,
+) -> Resolved:
     """Resolve ``spec`` on a model of sizes ``shape``.
 
-    ``config`` is the model's ``config.json``; ``source_dtype`` is the dtype that ``auto`` stands for.
+    ``config`` is the model's ``config.json``; ``source_dtype`` is the dtype that ``auto`` stands for. ``vocabulary_cut``
+    says that the tokens have left that the request's ``vocabulary`` removes, so that the ratio of a goal is known: 0 if
+    the model is small enough without them.
 
     Raises:
         PruningError: ``goal_unreachable`` if the goal is not smaller than the model, or is too small; ``ratio_unreachable``
@@ -195,12 +206,17 @@ def resolve(spec: PruningSpec, shape: ModelShape, *, config: Mapping[str, Any], 
     shape = shape.cutting(chosen.structures)
     dtype = source_dtype if spec.dtype == "auto" else spec.dtype
     field = "target_ratio" if spec.goal is None else "goal"
-    ratios = tuple(_ratio_of(spec.goal, shape, dtype) if ratio is None else ratio for ratio in spec.requested_ratios)
+    decided = spec.goal is None or spec.vocabulary is None or vocabulary_cut
+    ratios = tuple(
+        _ratio_of(spec, shape, dtype, vocabulary_cut) if ratio is None else ratio for ratio in spec.requested_ratios
+    )
+    if not any(ratios):
+        chosen = replace(chosen, rounds=1, competing=False)
     _check_model(spec, chosen, shape, config)
     found: list[Mapping[tuple[int, ...], Mapping[str, int]]] = []
     multiple = spec.allocation.width_multiple
     for ratio in ratios:
-        if not ratio:  # the request removes tokens alone
+        if not ratio or not decided:  # the request removes tokens alone, or it is unknown how many units
             found.append({(): {}})
         elif chosen.competing:
             found.append(
@@ -211,7 +227,7 @@ def resolve(spec: PruningSpec, shape: ModelShape, *, config: Mapping[str, Any], 
             if chosen.cuts_widths:
                 check_split(shape, removed, chosen.structures, ratio, shape.width_multiple(multiple), uniform, field)
             found.append({(): removed})
-    return Resolved(spec, chosen, ratios, tuple(found), shape.width_multiple(multiple), dtype)
+    return Resolved(spec, chosen, ratios, decided, tuple(found), shape.width_multiple(multiple), dtype)
 
 
 def _check_model(spec: PruningSpec, chosen: Components, shape: ModelShape, config: Mapping[str, Any]) -> None:
@@ -266,7 +282,7 @@ def _check_layout(spec: PruningSpec, chosen: Components, shape: ModelShape, conf
             "'per-layer'.",
             field="layout",
         )
-    if len({(layer.heads_per_group, layer.head_dim, layer.experts) for layer in shape.layers}) > 1:
+    if shape.differs_in_kind:
         raise PruningError(
             ErrorCode.RATIO_UNREACHABLE,
             f"This model's layers differ in more than their numbers of KV groups and channels, and in layout "
@@ -292,15 +308,20 @@ def _check_layout(spec: PruningSpec, chosen: Components, shape: ModelShape, conf
         )
 
 
-def _ratio_of(goal: Goal | None, shape: ModelShape, dtype: str) -> float:
+def _ratio_of(spec: PruningSpec, shape: ModelShape, dtype: str, vocabulary_cut: bool) -> float:
+    """Return the ratio by which a model of sizes ``shape`` meets the goal; the largest, before its tokens are chosen."""
+    goal = spec.goal
     assert goal is not None  # validation refuses a request with neither a ratio nor a goal
     wanted = goal.parameters or (goal.bytes or 0) / DTYPE_BYTES[dtype]
     ratio = (shape.parameters - wanted) / shape.prunable_parameters
-    if not 0 < ratio <= MAX_RATIO:
-        smallest = shape.parameters - MAX_RATIO * shape.prunable_parameters
+    if vocabulary_cut and ratio <= 0:
+        return 0.0
+    tokens = shape.vocabulary_parameters if spec.vocabulary is not None and not vocabulary_cut else 0
+    smallest = shape.parameters - MAX_RATIO * shape.prunable_parameters - tokens
+    if not smallest <= wanted < shape.parameters:
         raise PruningError(
             ErrorCode.GOAL_UNREACHABLE,
             f"The goal is {wanted:,.0f} parameters; this model has {shape.parameters:,} and can be pruned to {smallest:,.0f}.",
             field="goal",
         )
-    return ratio
+    return min(ratio, MAX_RATIO)

@@ -332,7 +332,9 @@ class PruningSpec(_Settings):
         examples=[{"dataset": "wikitext2", "max_growth": 0.01}],
     )
     goal: Goal | None = Field(
-        None, validate_default=True, description="Instead of `target_ratio`: the size of the pruned model."
+        None,
+        validate_default=True,
+        description="Instead of `target_ratio`: the size of the pruned model. With `vocabulary`, the tokens leave first, and units make up the rest.",
     )
     method: MethodName = Field(description="A name of `GET /v1/methods`.", examples=["piem-lsps"])
     rounds: int | None = Field(
@@ -440,10 +442,6 @@ class PruningSpec(_Settings):
         if not {"target_ratio", "vocabulary"} <= info.data.keys():  # such a field has an error of its own
             return goal
         ratio, vocabulary = info.data["target_ratio"], info.data["vocabulary"]
-        if goal is not None and vocabulary is not None:
-            raise ValueError(
-                "with 'vocabulary', the size of the model is known only after the tokens are chosen: give 'target_ratio'"
-            )
         if (ratio is None) == (goal is None) and not (ratio is None and vocabulary is not None):
             raise ValueError("give either 'target_ratio' or 'goal'")
         return goal

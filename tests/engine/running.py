@@ -61,4 +61,4 @@ def resolved(spec: PruningSpec, shape: ModelShape) -> Resolved:
     splits: tuple[Mapping[tuple[int, ...], Mapping[str, int]], ...] = tuple(
         {(): whole_units(shape, {}, chosen.structures, spec.shares, ratio)} for ratio in ratios
     )
-    return Resolved(spec, chosen, ratios, splits, shape.width_multiple(spec.allocation.width_multiple), "float32")
+    return Resolved(spec, chosen, ratios, True, splits, shape.width_multiple(spec.allocation.width_multiple), "float32")

@@ -124,6 +124,10 @@ def test_lists_of_the_config_follow(tokenizer: PreTrainedTokenizerFast, tmp_path
     family = decoder.shape.family
     config = layers.config_with({"mlp_only_layers": [1, 3], "max_window_layers": 3}, family, KEPT)
     assert config == {"mlp_only_layers": [2], "max_window_layers": 2, "num_hidden_layers": 3}
+    config = layers.config_with(
+        {"mlp_only_layers": [3], "decoder_sparse_step": 2, "num_hidden_layers": 4}, family, KEPT
+    )
+    assert config == {"mlp_only_layers": [0, 1, 2], "decoder_sparse_step": 1, "num_hidden_layers": 3}
 
 
 @pytest.mark.parametrize("name", slow_but(["llama", "gemma3", "mixtral"], NAMES))

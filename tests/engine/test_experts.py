@@ -167,8 +167,8 @@ def test_floating_point_operations_are_those_of_the_experts_that_run(tokenizer: 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "biases": ({}, {"method": "slimllm"}, "recovery_unsupported"),
     "gguf": ({}, {"formats": ["safetensors", "gguf"]}, "gguf_unsupported"),
-    "dense layers": ({"mlp_only_layers": [1]}, {}, "unsupported_architecture"),
-    "dense steps": ({"decoder_sparse_step": 2}, {}, "unsupported_architecture"),
+    "a dense layer that the weights lack": ({"mlp_only_layers": [1]}, {}, "weights_missing"),
+    "a step that is none": ({"decoder_sparse_step": 0}, {}, "config_invalid"),
     "no experts": ({"num_local_experts": 0}, {}, "config_invalid"),
     "more a token than there are": ({"num_experts_per_tok": 4}, {}, "config_invalid"),
 }

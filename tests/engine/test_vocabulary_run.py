@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur.catalog.architectures import shape_from_config
+from secateur.catalog.resolve import resolve
 from secateur.catalog.sources import locate
 from secateur.catalog.spec import PruningSpec
 from secateur.contract.errors import ErrorCode, PruningError
@@ -106,6 +107,37 @@ def test_with_everything_else_and_resumed(layout: str, trained_folder: Path, tmp
     assert resumed.report["perplexity"] == whole.report["perplexity"]
 
 
+def test_a_goal_counts_the_tokens_first_and_units_make_up_the_rest(
+    trained_folder: Path, alone: Pruned, tmp_path: Path
+) -> None:
+    before, without_tokens = (alone.report["parameters"][when] for when in ("before", "after"))
+    loose = {"parameters": (before + without_tokens) // 2}
+    result = prune(str(trained_folder), spec(goal=loose, rounds=3), tmp_path / "loose", allow_paths=True)
+    assert kept(result) == kept(alone)
+    assert (result.report["parameters"]["after"], result.report["ratio"]["reached"]) == (without_tokens, 0)
+    assert [step["kind"] for step in result.report["steps"]] == ["round"], "nothing is left for rounds"
+
+    tight = {"bytes": 4 * 0.9 * without_tokens}
+    result = prune(str(trained_folder), spec(goal=tight), tmp_path / "tight", allow_paths=True)
+    assert kept(result) == kept(alone)
+    assert result.report["parameters"]["after"] == pytest.approx(0.9 * without_tokens, rel=0.02)
+    assert 0 < result.report["ratio"]["reached"] < 0.9
+
+
+def test_a_goal_with_vocabulary_at_the_door(trained_folder: Path) -> None:
+    config = json.loads((trained_folder / "config.json").read_text())
+    shape = shape_from_config(config)
+    units, tokens = round(0.9 * shape.prunable_parameters), shape.vocabulary_parameters
+    for goal in (shape.parameters - 1, shape.parameters - units - tokens + 1):
+        found = resolve(spec(goal={"parameters": goal}), shape, config=config, source_dtype="float32")
+        assert not found.decided and 0 < found.ratios[0] <= 0.9
+        assert found.nearest_ratio(shape, 0) is None
+    for goal in (shape.parameters, shape.parameters - units - tokens - 2):
+        with pytest.raises(PruningError, match="can be pruned to") as raised:
+            resolve(spec(goal={"parameters": goal}), shape, config=config, source_dtype="float32")
+        assert (raised.value.code, raised.value.field) == (ErrorCode.GOAL_UNREACHABLE, "goal")
+
+
 def test_texts_of_its_own(trained_folder: Path, tmp_path: Path) -> None:
     own = {"max_growth": 0.0, "multiple": 1, "texts": ["the river " * 50]}
     without = {"samples": 4, "sequence_length": 32}
@@ -126,7 +158,6 @@ def test_texts_of_its_own(trained_folder: Path, tmp_path: Path) -> None:
         ({"vocabulary": {"texts": ["a"], "dataset": "c4"}}, "vocabulary"),
         ({"calibration": {}}, "calibration"),
         ({"method": "dsgp", "target_ratio": 0.2}, "method"),
-        ({"goal": {"parameters": 10_000}}, "goal"),
         ({"rounds": 3}, "rounds"),
         ({"vocabulary": None}, "goal"),
     ],

@@ -1,6 +1,6 @@
 """The architectures that can be pruned, and the sizes of a model read from its config."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -195,12 +195,19 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
     depth = read_size(config, family.name_of("num_hidden_layers"), most=MOST_LAYERS)
     experts = next((read_size(config, key, most=MOST_EXPERTS) for key in family.experts if key in config), 1)
     stock = LayerShape(groups, heads, head_dim, width, experts)
-    layers = _layers(family, config, stock, depth)
+    dense = frozenset(index for index in range(depth) if family.is_dense(config, index))
+    dense_layer = None
+    if family.dense is not None and dense:
+        own_width = read_size(config, family.dense.name_of("intermediate_size"), most=MOST_CHANNELS)
+        dense_layer = replace(stock, channels_per_expert=own_width, experts=1)
+    layers = _layers(
+        family, config, [dense_layer if dense_layer and index in dense else stock for index in range(depth)]
+    )
     biased = family.biased(config) | added_biases(family, config)
     costs = tuple(_cost(family, layer, hidden, biased) for layer in layers)
     vocabulary, tied = read_size(config, "vocab_size"), bool(config.get("tie_word_embeddings", False))
     norms = depth * family.norm_parameters({**config, "head_dim": head_dim})
-    routers = sum(layer.experts * hidden for layer in layers) if family.experts else 0
+    mixtures = [layer for index, layer in enumerate(layers) if index not in dense] if family.experts else []
     return ModelShape(
         family=family,
         model_type=str(config["model_type"]),
@@ -211,9 +218,14 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> ModelShape:
         layers=layers,
         costs=costs,
         stock_layer=stock,
-        other_parameters=vocabulary * hidden * (1 if tied else 2) + norms + routers + family.outer_parameters(config),
+        other_parameters=vocabulary * hidden * (1 if tied else 2)
+        + norms
+        + sum(layer.experts * hidden for layer in mixtures)
+        + family.outer_parameters(config),
         experts_per_token=read_size(config, "num_experts_per_tok", most=experts) if family.experts else 1,
         stock_heads=family.stock_heads(config),
+        dense=dense,
+        dense_layer=dense_layer,
     )
 
 
@@ -232,20 +244,20 @@ def added_biases(family: Family, config: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(projection for projection in family.projections if family.module(projection) in modules)
 
 
-def _layers(family: Family, config: Mapping[str, Any], stock: LayerShape, depth: int) -> tuple[LayerShape, ...]:
-    """Return the sizes of every layer: those of ``stock``, or those that ``per_layer_config`` gives the layer.
+def _layers(family: Family, config: Mapping[str, Any], stocks: Sequence[LayerShape]) -> tuple[LayerShape, ...]:
+    """Return the sizes of every layer: those of ``stocks``, or those that ``per_layer_config`` gives the layer.
 
     Raises:
         PruningError: ``config_invalid``.
     """
     own = config.get("per_layer_config")
     if not own:
-        return (stock,) * depth
+        return tuple(stocks)
     keys = per_layer_keys(family)
-    if not isinstance(own, dict) or own.keys() != {str(index) for index in range(depth)}:
-        raise _no_layers(f"'per_layer_config' must be an object with the keys '0' to '{depth - 1}'")
+    if not isinstance(own, dict) or own.keys() != {str(index) for index in range(len(stocks))}:
+        raise _no_layers(f"'per_layer_config' must be an object with the keys '0' to '{len(stocks) - 1}'")
     layers = []
-    for index in range(depth):
+    for index, stock in enumerate(stocks):
         sizes = own[str(index)]
         if not isinstance(sizes, dict) or sizes.keys() != {*keys.values()}:
             raise _no_layers(f"layer {index} in 'per_layer_config' must have the keys {', '.join({*keys.values()})}")

@@ -80,6 +80,10 @@ class Family:
     that owns the channels' projections is split into the experts. If a config has several of the keys, the first key in
     this tuple counts.
     """
+    dense: "Family | None" = None
+    """The family that layers without experts follow, if a model may have layers of both kinds."""
+    is_dense: Callable[[Mapping[str, Any], int], bool] = lambda config, index: False
+    """Whether the layer of this number has no experts; only a family with ``dense`` has such layers."""
     biased: Callable[[Mapping[str, Any]], frozenset[str]] = lambda config: frozenset()
     outer_parameters: Callable[[Mapping[str, Any]], int] = lambda config: int(config["hidden_size"])
     """Number of parameters in the final norm, and in embeddings other than the token embeddings."""
@@ -179,13 +183,17 @@ class ModelShape:
     other_parameters: int
     """Number of parameters that pruning does not change: embeddings, norms, routers and the language-model head."""
     stock_layer: LayerShape
-    """The sizes that the config gives every layer which has none of its own."""
+    """The sizes that the config gives every layer which has none of its own; in a family of mixtures, if it has experts."""
     experts_per_token: int = 1
     """Number of experts that the router sends each token to."""
     stock_heads: StockHeads = "any"
     """The numbers of heads that the stock class accepts with the same ``head_dim``."""
     widths: tuple[str, ...] = WIDTHS
     """The width structures that may be cut: both of them, or one alone."""
+    dense: frozenset[int] = frozenset()
+    """The numbers of the layers without experts, in a family of mixtures."""
+    dense_layer: LayerShape | None = None
+    """The sizes that the config gives each of these layers."""
 
     def cutting(self, structures: Sequence[str]) -> "ModelShape":
         """Return the sizes of the model of which only those widths that ``structures`` names may be cut."""
@@ -226,7 +234,22 @@ class ModelShape:
     @property
     def differs(self) -> bool:
         """Whether the source's layers differ in their sizes."""
-        return any(layer != self.stock_layer for layer in self.layers)
+        stocks = (self.stock_of(self.family_of(index)) for index in range(len(self.layers)))
+        return any(layer != stock for layer, stock in zip(self.layers, stocks, strict=True))
+
+    @property
+    def differs_in_kind(self) -> bool:
+        """Whether layers differ in more than their numbers of KV groups and channels, as layers with and without experts."""
+        kinds = {(layer.heads_per_group, layer.head_dim, layer.experts) for layer in self.layers}
+        return len(kinds) > 1 or bool(self.dense)
+
+    def stock_of(self, family: Family) -> LayerShape:
+        """Return the sizes that the config gives every layer of ``family`` which has none of its own."""
+        return self.stock_layer if family is self.family or self.dense_layer is None else self.dense_layer
+
+    def family_of(self, index: int) -> Family:
+        """Return the family that layer ``index`` follows."""
+        return self.family.dense if self.family.dense is not None and index in self.dense else self.family
 
     def width_multiple(self, asked: int | None) -> int:
         """Return the number that all feed-forward widths are multiples of.

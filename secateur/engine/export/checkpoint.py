@@ -103,12 +103,15 @@ def write_model(decoder: Decoder, source: ModelSource, folder: Path, stock: bool
 def fits_stock_class(decoder: Decoder) -> bool:
     """Return whether the stock class holds a model without padding: if only whole units or tokens were removed.
 
-    Its layers have the widths of the source's config, and all the same number of experts.
+    Its layers have the widths of the source's config, and all mixtures have the same number of experts.
     """
-    widths = {replace(layer, experts=1) for layer in decoder.widths}
-    alike = len({layer.experts for layer in decoder.widths}) == 1
+    shape = decoder.shape
+    alike = len({layer.shape.experts for layer in decoder.layers if layer.family is shape.family}) <= 1
+    own = all(
+        replace(layer.shape, experts=1) == replace(shape.stock_of(layer.family), experts=1) for layer in decoder.layers
+    )
     added = _added_biases(decoder, decoder.model.config.to_dict())
-    return alike and widths == {replace(decoder.shape.stock_layer, experts=1)} and not added
+    return alike and own and not added
 
 
 def write_manifest(decoder: Decoder, plan: Plan, folder: Path, report: Report, extra: Mapping[str, Any]) -> None:
@@ -168,7 +171,7 @@ def _write_config(decoder: Decoder, source: ModelSource, folder: Path, stock: bo
     if own is not None:
         shutil.copyfile(own, folder / own.name)
     if stock:
-        layer = decoder.layers[0].shape
+        layer = next((each for each in decoder.layers if each.family is shape.family), decoder.layers[0]).shape
         config.update(_config_widths(shape.family, layer), architectures=[type(model).__name__])
         if shape.hidden_size % layer.heads and shape.model_type in shape.family.twins:
             model_type, causal = shape.family.twins[shape.model_type]

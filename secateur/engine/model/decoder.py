@@ -134,8 +134,8 @@ class Decoder:
         modules = model.get_submodule(shape.family.layers)
         assert isinstance(modules, nn.ModuleList)
         self.layers = []
-        for module, source, cost in zip(modules, shape.layers, shape.costs, strict=True):
-            layer = Layer(module, shape.family, source, cost)
+        for index, (module, source, cost) in enumerate(zip(modules, shape.layers, shape.costs, strict=True)):
+            layer = Layer(module, shape.family_of(index), source, cost)
             layer.take_apart(source, shape.hidden_size)
             layer.tell_sizes()
             self.layers.append(layer)

@@ -38,11 +38,12 @@ def modeling_file(shape: ModelShape, classes: dict[str, type[Any]], module: str)
     keys = per_layer_keys(family)
     heads, kv_heads, channels = keys["heads"], keys["kv_groups"], keys["channels_per_expert"]
     outputs = {family.query: (heads, head_dim), family.key: (kv_heads, head_dim), family.value: (kv_heads, head_dim)}
-    outputs |= dict.fromkeys(family.channel_inputs, (channels, 1))
-    inputs = {family.attention_output: (heads, head_dim), family.channel_output: (channels, 1)}
+    plain = family.dense or family  # a layer without experts has its channels in linear projections
+    outputs |= dict.fromkeys(plain.channel_inputs, (channels, 1))
+    inputs = {family.attention_output: (heads, head_dim), plain.channel_output: (channels, 1)}
     linears: dict[str, tuple[Counter[str], Counter[str]]] = {}
     attention = (*family.attention_inputs, family.attention_output)
-    for projection in attention if family.experts else family.projections:
+    for projection in attention if plain.experts else plain.projections:
         sums_of = linears.setdefault(family.module(projection), (Counter(), Counter()))
         for sums, sizes in zip(sums_of, (outputs, inputs), strict=True):
             if projection in sizes:

@@ -172,6 +172,8 @@ def open_run(
                 gguf.check_ready(decoder, source)
             calibration, evaluation, suite = _read_inputs(decoder, spec, workspace, progress, tokens)
             measurer = Measurer(evaluation, suite, progress, listener, compared)
+            config, dtype = decoder.model.config.to_dict(), source.dtype
+            resolved = resolve(spec, decoder.shape, config=config, source_dtype=dtype, vocabulary_cut=True)
         inputs = Inputs(
             resolved, unpruned, calibration.tokens, batch_windows(calibration.tokens), measurer, progress, listener
         )

@@ -176,7 +176,7 @@ class StaticPruner:
         return decoder
 
     def _prune_round(self, decoder: Decoder, index: int, number: int) -> None:
-        if self._resolved.spec.vocabulary_alone:
+        if not self.state.targets[index].ratio:
             self._keep_all_units(decoder, index)
             return
         began, first = time.monotonic(), number == 1
@@ -241,7 +241,7 @@ class StaticPruner:
             return self._inputs.measurer.measure(decoder, whole=whole)
 
     def _keep_all_units(self, decoder: Decoder, index: int) -> None:
-        """Complete the one round of a request that removes tokens alone, which are cut when the model is loaded."""
+        """Complete the one round of a run that removes tokens alone, which are cut when the model is loaded."""
         began, plan = time.monotonic(), self._full_plan(decoder)
         measured = self._measure(decoder, whole=self._chosen.steps_per_target == 1)
         step = Step(

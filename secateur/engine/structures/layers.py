@@ -16,6 +16,8 @@ BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """The keys of a config that hold one entry for each layer."""
 NUMBERS_OF_LAYERS = ("mlp_only_layers",)
 """The keys of a config that hold the numbers of some layers."""
+EVERY_SO_MANY = {"decoder_sparse_step": "mlp_only_layers"}
+"""The keys of a config that hold a number n, by which every n-th layer has experts, with the keys of the other layers."""
 FIRST_LAYERS = ("max_window_layers",)
 """The keys of a config that hold a number n, by which the first n layers differ from the others."""
 
@@ -93,10 +95,16 @@ def config_with(config: Mapping[str, Any], family: Family, kept: Sequence[int]) 
     ``layer_types``: the lists must be written, because their defaults follow from the numbers of the layers.
     """
     changed, place = dict(config), {index: new for new, index in enumerate(kept)}
-    changed[family.name_of("num_hidden_layers")] = len(kept)
+    depth = family.name_of("num_hidden_layers")
+    changed[depth] = len(kept)
     for key in BY_LAYER:
         if entries := config.get(key):
             changed[key] = [entries[index] for index in kept]
+    for key, others in EVERY_SO_MANY.items():
+        if (step := config.get(key) or 1) > 1:
+            without = {index for index in range(config[depth]) if (index + 1) % step}
+            config = {**config, others: sorted(without.union(config.get(others) or ()))}
+            changed[key] = 1
     for key in NUMBERS_OF_LAYERS:
         if numbers := config.get(key):
             changed[key] = [place[index] for index in numbers if index in place]
@@ -119,4 +127,4 @@ def written_config(config: Mapping[str, Any], loaded: Mapping[str, Any], family:
 
 def _changing_keys(family: Family) -> tuple[str, ...]:
     """Return the keys of a config whose values change when blocks leave."""
-    return (family.name_of("num_hidden_layers"), *BY_LAYER, *NUMBERS_OF_LAYERS, *FIRST_LAYERS)
+    return (family.name_of("num_hidden_layers"), *BY_LAYER, *NUMBERS_OF_LAYERS, *EVERY_SO_MANY, *FIRST_LAYERS)
