@@ -17,7 +17,7 @@ from tests.tiers import slow_but
 ROOT = Path(__file__).parents[1]
 COPIED = ("secateur", "app", "workers", "migrations", "tests", "demo", "scripts", "pyproject.toml")
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PLACE = re.compile(r"# (?P<file>[\w/]+\.py)(, (?P<imports>imports)|, in (?P<table>\w+))?\n")
+PLACE = re.compile(r"# (?P<file>[\w/]+\.py)(, (?P<imports>imports)|, in (?P<table>\w+)(, before (?P<next>\w+))?)?\n")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ EXAMPLES = (
     Example("Adding a method", "build/energy", "energy"),
     Example("Adding a model family", "build/pruned", "persimmon"),
     Example("Adding a layer-wise recovery", "build/rescaled", "rescale"),
+    Example("Adding a structure", "build/blocks", "blocks"),
 )
 
 
@@ -80,7 +81,7 @@ def follow(block: str, root: Path) -> None:
     assert place, f"the first line of a block names its file: {block[:80]}"
     path, text = root / place["file"], block[place.end() :]
     if place["table"]:
-        path.write_text(with_entry(path.read_text(), place["table"], text))
+        path.write_text(with_entry(path.read_text(), place["table"], text, place["next"]))
     elif place["imports"]:
         before, line, after = re.split(r"^((?:from|import) )", path.read_text(), maxsplit=1, flags=re.MULTILINE)
         path.write_text(f"{before}{text}{line}{after}")
@@ -89,14 +90,24 @@ def follow(block: str, root: Path) -> None:
         path.write_text(text)
 
 
-def with_entry(source: str, table: str, entry: str) -> str:
-    """``source`` with ``entry`` at the end of ``table``, whose last line is a bracket in the first column."""
+def with_entry(source: str, table: str, entry: str, before: str | None) -> str:
+    """``source`` with ``entry`` in ``table``, whose last line is a bracket in the first column.
+
+    The entry goes before the one that contains the word ``before``, or to the end.
+    """
     opening = re.search(rf"^{table}\b.*[(\[{{]\n", source, re.MULTILINE)
     assert opening, f"there is no table {table}"
     closing = re.compile(r"^[)\]}]", re.MULTILINE).search(source, opening.end())
     assert closing, f"the table {table} has no end"
-    indented = textwrap.indent(f"{entry.strip()},\n", "    ")
-    return source[: closing.start()] + indented + source[closing.start() :]
+    indented, place = textwrap.indent(f"{entry.strip()},\n", "    "), closing.start()
+    if before is not None:
+        entries = [
+            opening.end() + each.start() for each in re.finditer(r"^    \w", source[opening.end() : place], re.M)
+        ]
+        word = re.compile(rf"\b{before}\b").search(source, opening.end(), place)
+        assert word, f"the table {table} has no entry {before}"
+        place = max(each for each in entries if each <= word.start())
+    return source[:place] + indented + source[place:]
 
 
 def run(commands: str, root: Path) -> None:

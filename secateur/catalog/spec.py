@@ -368,7 +368,7 @@ class PruningSpec(_Settings):
     layout: Layout = Field(
         "per-layer",
         validate_default=True,
-        description="Layout of the published model. `per-layer`: every layer has its own widths, and the repository contains a small modeling file. `uniform`: all layers have the same widths, so that the stock class loads the model without code. `padded`: as `per-layer`, then filled up with zeros to the widest layer: the same output, also without code, but larger files.",
+        description="Layout of the published model. `per-layer`: every layer has its own widths, and the repository contains a small modeling file unless all layers are alike. `uniform`: all layers have the same widths, so that the stock class loads the model without code. `padded`: as `per-layer`, then filled up with zeros to the widest layer: the same output, also without code, but larger files.",
     )
 
     formats: list[Format] = Field(

@@ -125,60 +125,61 @@ def _of_depth(
     )
 
 
-STRUCTURES: dict[str, Structure] = {
-    structure.name: structure
-    for structure in (
-        _of_depth(
-            "layers",
-            "a whole decoder layer",
-            _without_both,
-            lambda layer: _without_both(layer) != layer,
-            alike=True,
-            obstacle=_numbered_attention,
-        ),
-        _of_depth(
-            "attention",
-            "the attention of a decoder layer, whose feed-forward stays",
-            _without_attention,
-            _has_both,
-        ),
-        _of_depth(
-            "feed_forward",
-            "the feed-forward block of a decoder layer, whose attention stays",
-            _without_feed_forward,
-            _has_both,
-        ),
-        Structure(
-            "experts",
-            "a whole expert of a mixture of experts, with its row of the router",
-            "layer",
-            units=lambda layer: layer.experts if layer.experts > 1 else 0,
-            price=lambda layer, cost: layer.channels_per_expert * cost.channel,
-            removable=lambda layer, multiple: max(layer.experts - 1, 0),
-            left=lambda layer, kept: replace(layer, experts=kept),
-            alike=True,
-            equal=True,
-        ),
-        Structure(
-            "kv_groups",
-            "a key-value head with every query head that reads it",
-            "layer",
-            units=lambda layer: layer.kv_groups,
-            price=lambda layer, cost: cost.kv_group,
-            removable=lambda layer, multiple: max(layer.kv_groups - 1, 0),
-            left=lambda layer, kept: layer.without(layer.kv_groups - kept),
-        ),
-        Structure(
-            "channels",
-            "a feed-forward channel, in a mixture one of every expert",
-            "layer",
-            units=lambda layer: layer.channels_per_expert,
-            price=lambda layer, cost: layer.experts * cost.channel,
-            removable=lambda layer, multiple: max(layer.channels_per_expert - multiple, 0),
-            left=lambda layer, kept: replace(layer, channels_per_expert=kept // layer.experts),
-        ),
-    )
-}
+def _by_name(*structures: Structure) -> dict[str, Structure]:
+    return {structure.name: structure for structure in structures}
+
+
+STRUCTURES = _by_name(
+    _of_depth(
+        "layers",
+        "a whole decoder layer",
+        _without_both,
+        lambda layer: _without_both(layer) != layer,
+        alike=True,
+        obstacle=_numbered_attention,
+    ),
+    _of_depth(
+        "attention",
+        "the attention of a decoder layer, whose feed-forward stays",
+        _without_attention,
+        _has_both,
+    ),
+    _of_depth(
+        "feed_forward",
+        "the feed-forward block of a decoder layer, whose attention stays",
+        _without_feed_forward,
+        _has_both,
+    ),
+    Structure(
+        "experts",
+        "a whole expert of a mixture of experts, with its row of the router",
+        "layer",
+        units=lambda layer: layer.experts if layer.experts > 1 else 0,
+        price=lambda layer, cost: layer.channels_per_expert * cost.channel,
+        removable=lambda layer, multiple: max(layer.experts - 1, 0),
+        left=lambda layer, kept: replace(layer, experts=kept),
+        alike=True,
+        equal=True,
+    ),
+    Structure(
+        "kv_groups",
+        "a key-value head with every query head that reads it",
+        "layer",
+        units=lambda layer: layer.kv_groups,
+        price=lambda layer, cost: cost.kv_group,
+        removable=lambda layer, multiple: max(layer.kv_groups - 1, 0),
+        left=lambda layer, kept: layer.without(layer.kv_groups - kept),
+    ),
+    Structure(
+        "channels",
+        "a feed-forward channel, in a mixture one of every expert",
+        "layer",
+        units=lambda layer: layer.channels_per_expert,
+        price=lambda layer, cost: layer.experts * cost.channel,
+        removable=lambda layer, multiple: max(layer.channels_per_expert - multiple, 0),
+        left=lambda layer, kept: replace(layer, channels_per_expert=kept // layer.experts),
+    ),
+)
 """All structures by name, in the order in which a plan is applied."""
 
 Depth = Literal["layers", "attention", "feed_forward"]

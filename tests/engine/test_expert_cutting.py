@@ -209,7 +209,8 @@ def test_experts_and_then_their_channels(name: str, tokenizer: PreTrainedTokeniz
     first, second = one.model.state_dict(), other.model.state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert one.model.model.layers[0].mlp.experts.state_dict()["down_proj"].shape == (4, 48, 96)
-    assert experts.channels_of(kept, 160) == tuple(index for index in range(960) if index // 160 in kept)
+    held = experts.WholeExperts().held(mixture(name, tokenizer).layers[0], kept)
+    assert held == {"channels": tuple(index for index in range(960) if index // 160 in kept)}
     assert torch.equal(one.model(TOKENS).logits, other.model(TOKENS).logits)
 
 

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,17 +100,21 @@ def write_model(decoder: Decoder, source: ModelSource, folder: Path, stock: bool
 
 
 def fits_stock_class(decoder: Decoder) -> bool:
-    """Return whether the stock class holds a model without padding: if only whole units or tokens were removed.
+    """Return whether the stock class holds a model without padding, as after whole units or tokens left.
 
-    Its layers have the widths of the source's config, and all mixtures have the same number of experts.
+    Its layers are alike, up to the widths that the source's config gives layers without experts among mixtures.
     """
     shape = decoder.shape
-    alike = len({layer.shape.experts for layer in decoder.layers if layer.family is shape.family}) <= 1
-    own = all(
-        replace(layer.shape, experts=1) == replace(shape.stock_of(layer.family), experts=1) for layer in decoder.layers
+    sizes = {layer.shape for layer in decoder.layers if layer.family is shape.family}
+    dense = {layer.shape for layer in decoder.layers if layer.family is not shape.family}
+    heads = {(layer.kv_groups, layer.heads) for layer in sizes | dense}
+    return (
+        len(heads) == 1
+        and len(sizes) <= 1
+        and dense <= {shape.dense_layer}
+        and all(layer.kv_groups and layer.channels and shape.takes_heads(layer) for layer in sizes)
+        and not _added_biases(decoder, decoder.model.config.to_dict())
     )
-    added = _added_biases(decoder, decoder.model.config.to_dict())
-    return alike and own and not added
 
 
 def write_manifest(decoder: Decoder, plan: Plan, folder: Path, report: Report, extra: Mapping[str, Any]) -> None:

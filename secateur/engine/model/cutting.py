@@ -7,7 +7,7 @@ from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.plan import Plan
 from secateur.engine.structures import STRUCTURES, WIDTHS
 from secateur.engine.structures.caches import number_caches
-from secateur.engine.structures.experts import channels_of, tell_config
+from secateur.engine.structures.experts import tell_config
 
 
 def apply_plan(decoder: Decoder, plan: Plan) -> None:
@@ -17,13 +17,13 @@ def apply_plan(decoder: Decoder, plan: Plan) -> None:
     """
     for layer, kept in zip(decoder.layers, plan.layers, strict=True):
         kept = dict(kept)
-        if "experts" in kept and "channels" in kept:  # channels are counted over all experts that there are
-            width = WIDTHS["channels"].units(layer) // STRUCTURES["experts"].units(layer)
-            places = {channel: place for place, channel in enumerate(channels_of(kept["experts"], width))}
-            kept["channels"] = tuple(places[channel] for channel in kept["channels"])
-        for name, structure in STRUCTURES.items():
-            if name in kept:
-                structure.cut(layer, kept[name])
+        for name in (name for name in STRUCTURES if name in kept):
+            structure = STRUCTURES[name]
+            for other, before in structure.held(layer, kept[name]).items():
+                if other in kept:  # the plan counts these units as before the cut of those that hold them
+                    places = {unit: place for place, unit in enumerate(before)}
+                    kept[other] = tuple(places[unit] for unit in kept[other])
+            structure.cut(layer, kept[name])
     number_caches(decoder)
     tell_config(decoder)
 

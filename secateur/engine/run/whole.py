@@ -12,10 +12,16 @@ from secateur.engine.model.plan import Kept, Plan
 from secateur.engine.recovery.depth import compensate
 from secateur.engine.scoring import Context
 from secateur.engine.scoring.depth import Unit, by_structure, can_leave, greedy, influences
-from secateur.engine.scoring.experts import EXPERT_SCORERS
+from secateur.engine.scoring.experts import choose_experts
 from secateur.engine.structures import STRUCTURES
-from secateur.engine.structures.experts import best, channels_of
-from secateur.engine.structures.sublayers import UNITS
+
+EQUAL_CHOICES: dict[str, Callable[[Context, int], list[tuple[int, ...]]]] = {
+    "experts": choose_experts,
+}
+"""The structures of which every layer loses the same number of units.
+
+Their functions take this number, and return the units that each layer keeps; a layer without such units keeps ``()``.
+"""
 
 
 def remove_whole(context: Context, counts: Mapping[str, int]) -> Plan:
@@ -25,9 +31,13 @@ def remove_whole(context: Context, counts: Mapping[str, int]) -> Plan:
     of depth are compensated for, in families whose outputs are added to the hidden states without a norm.
     """
     plan = _remove_depth(context, {name: counts[name] for name in DEPTH if name in counts})
-    for name, remove in EQUAL_REMOVALS.items():
+    for name, choose in EQUAL_CHOICES.items():
         if name in counts:
-            plan = plan.then(remove(context, counts[name]))
+            kept = [
+                {name: own, **STRUCTURES[name].held(layer, own)} if own else {}
+                for own, layer in zip(choose(context, counts[name]), context.decoder.layers, strict=True)
+            ]
+            plan = plan.then(_apply(context, Plan(tuple(kept))))
     return plan
 
 
@@ -45,8 +55,7 @@ def without(decoder: Decoder, gone: Iterable[Unit]) -> Plan:
     """Return the plan that removes the units of depth ``gone``, with the units of the widths that they hold."""
     layers: list[Kept] = [{} for _ in decoder.layers]
     for name, index in gone:
-        widths = [units.name for sublayer, units in UNITS.items() if name in ("layers", sublayer)]
-        layers[index] = dict.fromkeys((name, *widths), ())
+        layers[index] = {name: (), **STRUCTURES[name].held(decoder.layers[index], ())}
     return Plan(tuple(layers))
 
 
@@ -91,22 +100,6 @@ def _share(context: Context, counts: Mapping[str, int]) -> Callable[[float], Non
         context.progress(min(done / total, 1.0))
 
     return report
-
-
-def _remove_experts(context: Context, count: int) -> Plan:
-    decoder, chosen = context.decoder, context.resolved.components
-    scores = EXPERT_SCORERS[chosen.whole_scorers["experts"].name](context)
-    left = [max(len(own) - count, 0) for own in scores]
-    kept = best(scores, left, decoder.layers)
-    layers: list[Kept] = [
-        {"experts": own, "channels": channels_of(own, layer.shape.channels_per_expert)} if own else {}
-        for own, layer in zip(kept, decoder.layers, strict=True)
-    ]
-    return _apply(context, Plan(tuple(layers)))
-
-
-EQUAL_REMOVALS: dict[str, Callable[[Context, int], Plan]] = {"experts": _remove_experts}
-"""The structures of which every layer loses the same number of units, with the function that removes this number."""
 
 
 def _apply(context: Context, plan: Plan) -> Plan:

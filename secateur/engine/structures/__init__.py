@@ -16,17 +16,19 @@ from secateur.engine.structures.kv_groups import KVGroups
 from secateur.engine.structures.layers import Layers
 from secateur.engine.structures.sublayers import Attention, FeedForward
 
-STRUCTURES: dict[str, Structure] = {
-    structure.name: structure
-    for structure in (
-        Layers(),
-        Attention(),
-        FeedForward(),
-        WholeExperts(),
-        KVGroups(),
-        Channels(),
-    )
-}
+
+def _by_name(*structures: Structure) -> dict[str, Structure]:
+    return {structure.name: structure for structure in structures}
+
+
+STRUCTURES = _by_name(
+    Layers(),
+    Attention(),
+    FeedForward(),
+    WholeExperts(),
+    KVGroups(),
+    Channels(),
+)
 """All structures of layers, in the order in which a plan is applied to a layer."""
 
 WIDTHS: dict[str, Width] = {name: each for name, each in STRUCTURES.items() if isinstance(each, Width)}

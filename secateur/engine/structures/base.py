@@ -4,7 +4,7 @@ A width structure has input projections with rows for each unit, and an output p
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Literal
 
@@ -27,6 +27,13 @@ class Structure(ABC):
     @abstractmethod
     def cut(self, layer: Layer, kept: Sequence[int]) -> None:
         """Cut the layer in place to the units ``kept``; their indices are ascending and count the units of now."""
+
+    def held(self, layer: Layer, kept: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
+        """Return the units of other structures that stay if the units ``kept`` do, by structure, as ascending indices.
+
+        Both count the units of now. A structure is missing if none of its units are part of this structure's units.
+        """
+        return {}
 
 
 class Width(Structure):

@@ -7,7 +7,7 @@ kept experts is as the class does it: the result equals that of the whole layer 
 experts at minus infinity.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,10 @@ class WholeExperts(Structure):
 
     def cut(self, layer: Layer, kept: Sequence[int]) -> None:
         cut(layer, kept)
+
+    def held(self, layer: Layer, kept: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
+        width = layer.shape.channels_per_expert
+        return {"channels": tuple(expert * width + channel for expert in kept for channel in range(width))}
 
 
 def units(layer: Layer) -> int:
@@ -136,11 +140,6 @@ def tell_config(decoder: Decoder) -> None:
         for name, value in ((COUNTS[0], units(layer)), (PER_TOKEN, experts_per_token(layer))):
             if hasattr(decoder.model, name):
                 setattr(decoder.model, name, value)
-
-
-def channels_of(kept: Sequence[int], channels_per_expert: int) -> tuple[int, ...]:
-    """Return the indices of the channels of the experts ``kept``, as the layer counts channels before it is cut."""
-    return tuple(expert * channels_per_expert + channel for expert in kept for channel in range(channels_per_expert))
 
 
 def _block(layer: Layer) -> nn.Module:

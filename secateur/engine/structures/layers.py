@@ -35,6 +35,9 @@ class Layers(Structure):
             for sublayer in UNITS:
                 remove(layer, sublayer)
 
+    def held(self, layer: Layer, kept: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
+        return {} if kept else {units.name: () for units in UNITS.values()}
+
 
 def is_removed(layer: Layer) -> bool:
     """Return whether the layer has lost both sub-layers, so that hidden states pass it unchanged."""

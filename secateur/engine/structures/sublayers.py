@@ -4,7 +4,7 @@ In memory, and in the layout ``per-layer``, a module without parameters stands i
 class must hold the sub-layer, it has one unit, and the output of that unit is zero.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Literal
 
@@ -73,6 +73,9 @@ class Sublayer(Structure):
     def cut(self, layer: Layer, kept: Sequence[int]) -> None:
         if not kept:
             remove(layer, self.sublayer)
+
+    def held(self, layer: Layer, kept: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
+        return {} if kept else {UNITS[self.sublayer].name: ()}
 
 
 class Attention(Sublayer):
