@@ -2,7 +2,6 @@
 
 import datetime as dt
 import json
-import os
 import subprocess
 import sys
 import uuid
@@ -20,19 +19,11 @@ from secateur.contract.jobs import JobView
 from secateur.contract.report import Change, ParameterChange, RatioSummary, Report
 from secateur.contract.states import State
 from tests.api import play
+from tests.forked import secateur as run
 from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 JOB_ID = uuid.UUID(int=0)
-
-
-def run(
-    *arguments: str, environment: dict[str, str] | None = None, input: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "secateur", *arguments], input=input,
-        capture_output=True, text=True, timeout=PATIENCE, env=os.environ | (environment or {}), cwd=ROOT,
-    )  # fmt: skip
 
 
 @pytest.fixture

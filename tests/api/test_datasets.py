@@ -31,7 +31,7 @@ from secateur.client import ApiError, AsyncClient, Client
 from secateur.contract.datasets import DatasetView
 from secateur.contract.keys import Scope
 from tests.api import play
-from tests.api.test_cli import run
+from tests.forked import secateur as run
 from tests.patience import wait_for
 
 Make = Callable[..., httpx2.Client]

@@ -19,7 +19,7 @@ from app.jobs import leases, tokens
 from app.jobs.transitions import Trigger
 from secateur.contract.keys import Scope
 from tests import hub as fake
-from tests.api.test_cli import run
+from tests.forked import secateur as run
 
 TOKEN = "hf_planted_token_that_is_nowhere_to_be_found"
 

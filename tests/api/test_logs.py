@@ -20,7 +20,7 @@ from app.jobs.leases import LogLine
 from app.jobs.models import Job
 from secateur.client import Client
 from tests.api import play
-from tests.api.test_cli import run
+from tests.forked import secateur as run
 from tests.workers.conftest import ROOT
 
 

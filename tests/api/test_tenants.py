@@ -28,7 +28,7 @@ from secateur.contract.errors import PruningError
 from secateur.contract.keys import USER, KeySettings, Scope
 from tests import hub as fake
 from tests.api import play
-from tests.api.test_cli import run
+from tests.forked import secateur as run
 from tests.test_leases import _at_once
 
 Make = Callable[..., httpx2.Client]

@@ -1,9 +1,7 @@
 """Workers as an operator and a client see them: the list, draining, and what a job waits for."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from typing import Any
 
 import httpx2
@@ -20,7 +18,7 @@ from app.jobs.models import Job
 from secateur.client import Client
 from secateur.contract.workers import Drain
 from tests.api import play
-from tests.workers.conftest import ROOT
+from tests.forked import secateur
 
 GIB = 2**30
 
@@ -72,10 +70,7 @@ def test_an_operator_lists_drains_and_resumes(
 def test_the_commands(settings: Settings, session: Session) -> None:
     beat(session, "host:1", zone="a", gpu="h100")
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-m", "workers", "workers", *arguments]
-        return subprocess.run(argv, cwd=ROOT, env=os.environ, capture_output=True, text=True)
-
+    run = partial(secateur, "workers")
     assert run("list").stdout == "host:1  live  idle  cuda  80.0 GiB  gpu=h100,zone=a\n"
     assert run("drain", "host:1").returncode == 0
     assert [worker["drain"] for worker in json.loads(run("list", "--json").stdout)] == ["finish"]

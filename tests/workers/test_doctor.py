@@ -14,7 +14,7 @@ from app.storage.service import join
 from app.storage.store import open_store
 from tests import hub as fake
 from tests.api.conftest import ServerThread
-from tests.api.test_cli import run
+from tests.forked import secateur as run
 from workers import doctor
 from workers.doctor import Finding, examine
 
