@@ -113,6 +113,7 @@ class Bench:
             "SECATEUR_DATA_DIR": str(self.settings.data_dir),
             "SECATEUR_HUB_DIR": str(self.settings.hub_dir),
             "SECATEUR_RATE_LIMIT": "1000000/minute",  # counted, and never reached
+            "SECATEUR_MAX_WAITING": "1000",  # this one key stands for many tenants
         }
         self.api, self.api_port = self._start("app.main:create_app", "/healthz", environment, folder / "api.log")
         self.bare, self.bare_port = self._start(
@@ -284,6 +285,8 @@ class Load:
                 answer = await client.request("GET", f"/v1/jobs/{job_id}", **headers)
                 if answer.status == 304:
                     continue
+                if answer.status != 200:
+                    raise ValueError(f"status {answer.status}")
                 changed = self.changed.get(job_id)
                 if headers and changed is not None:
                     self._note("long poll", answer.status, 200, time.monotonic() - changed)

@@ -184,13 +184,13 @@ def test_the_main_job(service: Service, tmp_path: Path) -> None:
 
 
 def test_several_targets_in_one_job(service: Service, tmp_path: Path) -> None:
-    job_id = service.submit(target_ratio=[0.2, 0.5], rounds=2, publish={"repo_id": "secateur/tiny-several"})
+    job_id = service.submit(target_ratio=[0.2, 0.5], rounds=1, publish={"repo_id": "secateur/tiny-several"})
     job = service.wait(job_id, "succeeded", "failed")
     assert job["state"] == "succeeded", job["error"]
     path = f"/v1/jobs/{job_id}"
     rounds = service.client.get(f"{path}/steps").json()["items"]
-    assert [row["number"] for row in rounds] == [0, 1, 2, 3, 4]
-    assert [row["data"]["target_ratio"] for row in rounds[1:]] == [0.2, 0.2, 0.5, 0.5]
+    assert [row["number"] for row in rounds] == [0, 1, 2]
+    assert [row["data"]["target_ratio"] for row in rounds[1:]] == [0.2, 0.5]
     reports = service.client.get(f"{path}/report").json()["targets"]
     artifacts = {item["name"] for item in service.client.get(f"{path}/artifacts").json()["items"]}
     for ratio, name, target, report in zip(
@@ -229,6 +229,7 @@ def test_every_method_through_the_whole_service(changes: dict[str, Any], service
     assert json.loads(done.stdout.splitlines()[-1])["parameters"] == job["result"]["parameters"]["after"]
 
 
+@pytest.mark.slow
 def test_a_size_as_the_target(service: Service) -> None:
     whole = service.client.post("/v1/models/inspect", json={"model_id": "local:tiny"}).json()["shape"]
     wanted = whole["parameters"] - 0.3 * whole["prunable_parameters"]

@@ -9,9 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select, text, update
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
+from app.auth import repository as keys
 from app.auth import service as auth
 from app.config import Settings
 from app.db.session import session_factory
@@ -82,6 +84,24 @@ def test_one_of_many_claimers_wins(sessions: sessionmaker[Session], session: Ses
     job = _job(session, queued)
     assert (job.state, job.attempt, job.worker) == (State.RUNNING, 1, "w")
     assert job.started_at is not None
+
+
+def test_a_job_ends_while_its_key_is_locked(
+    sessions: sessionmaker[Session], session: Session, queued: uuid.UUID
+) -> None:
+    """A submission locks the key and then counts usage; whatever ends a job counts usage and then refers to the key."""
+    assert leases.claim(session, queued, "w", TTL) is not None
+    leases.move(session, queued, 1, Trigger.PUBLISH)
+    with sessions() as submitting:
+        assert keys.lock(submitting, _job(session, queued).owner_id) is not None
+        session.execute(text("SET LOCAL lock_timeout = '5s'"))
+        leases.move(session, queued, 1, Trigger.SUCCEED, result={})
+        owner_id = _job(session, queued).owner_id
+        with sessions() as other:
+            other.execute(text("SET LOCAL lock_timeout = '100ms'"))
+            with pytest.raises(OperationalError, match="lock timeout"):
+                keys.lock(other, owner_id)
+    assert _job(session, queued).state == State.SUCCEEDED
 
 
 def test_what_cannot_be_claimed(session: Session, queued: uuid.UUID) -> None:

@@ -72,8 +72,12 @@ def every(session: Session) -> Sequence[ApiKey]:
 
 
 def lock(session: Session, key_id: uuid.UUID) -> ApiKey | None:
-    """Return the API key, locked until the transaction ends, or ``None`` if it does not exist."""
-    return session.get(ApiKey, key_id, with_for_update=True, populate_existing=True)
+    """Return the API key, locked until the transaction ends, or ``None`` if it does not exist.
+
+    Rows that refer to the key can be written meanwhile (``FOR NO KEY UPDATE``): a transaction that ends a job counts the
+    usage first and may then have the job's reference to the key checked, and one that submits a job does the reverse.
+    """
+    return session.get(ApiKey, key_id, with_for_update={"key_share": True}, populate_existing=True)
 
 
 def revoke(session: Session, key: ApiKey) -> None:

@@ -165,10 +165,13 @@ def test_what_was_tried_is_not_tried_again(tokenizer: PreTrainedTokenizerFast, t
 def test_a_loaded_model_stays_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
     model = make_model("llama", num_hidden_layers=4)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    recipe = {"method": "secateur", "structures": ["layers", "kv_groups", "channels"]}
-    result = secateur.prune(
-        model, tokenizer=tokenizer, ratio=0.3, data=english("calibration"), recipe=recipe, progress=False
-    )
+    recipe = {
+        "method": "secateur",
+        "structures": ["layers", "kv_groups", "channels"],
+        "calibration": {"texts": english("calibration"), "samples": 8, "sequence_length": 32},
+        "evaluation": {"texts": english("evaluation"), "samples": 4, "sequence_length": 32, "latency": False},
+    }
+    result = secateur.prune(model, tokenizer=tokenizer, ratio=0.3, recipe=recipe, progress=False)
     assert result.model is not model and result.report.steps[0].trials
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -44,6 +44,7 @@ from secateur.engine.model.loading import load
 from secateur.engine.model.plan import Plan, PlanData, widths_of
 from tests.engine.models import FAMILIES, LIKE_LLAMA, VOCABULARY, decoder_of, layer_plan, make_model, save
 from tests.engine.test_slicing import of_each, some_plan
+from tests.tiers import slow_but
 
 STRANGER = """
 import copy, pickle, sys, torch
@@ -88,6 +89,8 @@ assert not any(name.split(".")[0] in ("app", "workers") for name in sys.modules)
 CASES = [*FAMILIES, "bfloat16", "sharded", "added-biases"]
 TWIN = "llama-multi-head five"
 STOCK_CASES = [*(f"{name} {layout}" for name in FAMILIES for layout in ("uniform", "padded")), TWIN]
+QUICK = [*STOCK_CASES[::4], *STOCK_CASES[3::4], TWIN]
+"""Each family in one of the two layouts."""
 OWN_NAMES = {
     "gpt2": ("n_head", "n_head", "n_inner"),
     "chatglm6b": ("num_attention_heads", "num_attention_heads", "intermediate_size"),
@@ -147,10 +150,14 @@ def report_of(decoder: Decoder, plan: Plan) -> Report:
 
 
 @pytest.fixture(scope="module")
-def cases(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """Every case pruned and written, then all of them loaded by one stranger."""
+def cases(
+    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Case]:
+    """Every case of a selected test pruned and written, then all of them loaded by one stranger."""
     root = tmp_path_factory.mktemp("export")
-    made = {name: make_case(name, root / name, tokenizer) for name in (*CASES, *STOCK_CASES)}
+    tests = [item for item in request.session.items if "cases" in getattr(item, "fixturenames", ())]
+    names = {item.callspec.params["name"] for item in tests if hasattr(item, "callspec")} | {*CARDS, "llama"}
+    made = {name: make_case(name, root / name, tokenizer) for name in sorted(names)}
     show_stranger(sys.executable, made.values())
     return made
 
@@ -226,7 +233,13 @@ def five(shape: ModelShape) -> Plan:
 PLANS = {"": some_plan, "uniform": alike, "padded": none_whole, "five": five}
 
 
-@pytest.mark.parametrize("name", [name for name in STOCK_CASES if not name.startswith("chatglm6b")])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        [name for name in QUICK if not name.startswith("chatglm6b")],
+        [name for name in STOCK_CASES if not name.startswith("chatglm6b")],
+    ),
+)
 def test_layouts_for_the_stock_class_need_no_code(name: str, cases: dict[str, Case]) -> None:
     case, out = cases[name], cases[name].folder / "pruned"
     config = json.loads((out / "config.json").read_text())
@@ -245,7 +258,7 @@ def test_layouts_for_the_stock_class_need_no_code(name: str, cases: dict[str, Ca
         assert width.kv_groups == case.decoder.shape.layers[0].kv_groups
 
 
-@pytest.mark.parametrize("name", [*CASES, *STOCK_CASES])
+@pytest.mark.parametrize("name", slow_but([*CASES, *QUICK], [*CASES, *STOCK_CASES]))
 def test_a_stranger_can_load_it(name: str, cases: dict[str, Case]) -> None:
     assert not disagreements(cases[name])
 
@@ -439,8 +452,12 @@ def test_a_mixture_in_half_precision(name: str, seed: int, tokenizer: PreTrained
         check_checkpoint(decoder, out, own_code=True)
 
 
+CARDS = {"llama": True, "llama uniform": False, "chatglm6b uniform": True}
+"""Cases, and whether each is loaded with code of its repository."""
+
+
 def test_the_card_tells_how_to_load_it(cases: dict[str, Case]) -> None:
-    for name, code in (("llama", True), ("llama uniform", False), ("chatglm6b uniform", True)):
+    for name, code in CARDS.items():
         card = (cases[name].folder / "pruned" / "README.md").read_text()
         assert ("modeling_chatglm6b.py" in card) == name.startswith("chatglm6b")
         assert ("vllm serve" in card) != name.startswith("chatglm6b")

@@ -87,7 +87,7 @@ def test_estimated_loss_change_ranks_like_exact_shielding(
     trained: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     decoder = decoder_of(trained, tokenizer)
-    tokens = tokens_of(tokenizer, windows=24, length=64)
+    tokens = tokens_of(tokenizer, windows=12, length=64)
     statistics = gate_statistics(decoder, tokens, batch_windows=8, progress=ignore)
     for index in (0, 2):
         exact = exact_channel_changes(decoder, tokens, index)
