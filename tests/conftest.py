@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from app.config import Settings, get_settings
 from app.db.session import session_factory
+from app.jobs.service import offers_of
 from tests.patience import make_http_requests_patient, patient_engine
 from workers.embedded import Server, free_port, start_postgres, start_valkey
 
@@ -91,6 +92,7 @@ def settings(database_url: str, broker_url: str, tmp_path: Path, monkeypatch: py
         monkeypatch.setenv(f"SECATEUR_{name}", value)
     get_settings.cache_clear()
     session_factory.cache_clear()
+    offers_of.cache_clear()
     yield get_settings()
     if session_factory.cache_info().currsize:
         session_factory().kw["bind"].dispose()

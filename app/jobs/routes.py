@@ -16,6 +16,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, BackgroundTasks, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import StringConstraints, TypeAdapter, ValidationError
 
@@ -114,11 +115,15 @@ LABEL_PARAMETER = {
 
 def _view(job: Any, caller: Caller, response: Response) -> JobView:
     """Return the job as ``caller`` sees it; this reads the database if the job is queued."""
+    return _seen(job, caller, response, service.waiting_for(get_settings(), job))
+
+
+def _seen(job: Any, caller: Caller, response: Response, waiting_for: str | None) -> JobView:
+    """Return the job as ``caller`` sees it, and tell ``response`` its version and when to ask again."""
     response.headers["ETag"] = etag(job.version)
     if job.state not in TERMINAL:
         response.headers["Retry-After"] = str(POLL_AFTER)
-    view = JobView.model_validate(job).model_copy(update={"waiting_for": service.waiting_for(get_settings(), job)})
-    return _shown(view, job, caller)
+    return _shown(JobView.model_validate(job).model_copy(update={"waiting_for": waiting_for}), job, caller)
 
 
 def _shown(view: Shown, job: Any, caller: Caller) -> Shown:
@@ -241,6 +246,11 @@ class PolledRoute(JobRoute):
         except ValidationError:
             return {"job_id": None}  # FastAPI refuses the id after the API key is checked
 
+    def _admit(self, request: Request, credentials: HTTPAuthorizationCredentials | None) -> None:
+        """Do as other routes do, and read what the job waits for, which takes no thread of its own here."""
+        super()._admit(request, credentials)
+        request.state.waiting_for = service.waiting_for(get_settings(), request.state.found)
+
 
 async def get(
     job_id: uuid.UUID,
@@ -256,7 +266,7 @@ async def get(
     `Prefer: wait=n` delays the answer until the job differs from the version that `If-None-Match` names or, without
     that header, from its current version; the answer comes after n seconds at the latest.
     """
-    job = request.state.found
+    job, waiting_for = request.state.found, request.state.waiting_for
     if job.id is None:
         raise service.no_job(job_id)
     seen = if_none_match or etag(job.version)
@@ -265,11 +275,8 @@ async def get(
         job = await _wait(
             feed, owner, job_id, wait, lambda job: job.state in TERMINAL or not matches(seen, etag(job.version))
         )
-    view = (
-        await run_in_threadpool(_view, job, owner, response)
-        if job.state == State.QUEUED
-        else _view(job, owner, response)
-    )
+        waiting_for = await run_in_threadpool(service.waiting_for, get_settings(), job)
+    view = _seen(job, owner, response, waiting_for)
     if if_none_match is not None and matches(if_none_match, etag(job.version)):
         return Response(status_code=304, headers=dict(response.headers))
     return view

@@ -5,9 +5,11 @@ jobs of other keys are recorded.
 """
 
 import logging
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from fastapi.concurrency import run_in_threadpool
@@ -299,9 +301,17 @@ def waiting_for(settings: Settings, job: Any) -> str | None:
     """Return what the job waits for, in words, if it is queued and no live worker can hold it; otherwise ``None``."""
     if job.state != State.QUEUED:
         return None
+    return routing.waiting_for(Required.of(job), offers_of(settings.worker_silence, int(time.monotonic())))
+
+
+@lru_cache(maxsize=1)
+def offers_of(within_seconds: float, second: int) -> list[Offer]:
+    """Return what the live workers offer, read once in each ``second``, because queued jobs are polled much more often.
+
+    ``within_seconds`` is the age of the heartbeat of a live worker.
+    """
     with reading() as session:
-        offers = fleet.offers(session, settings.worker_silence)
-    return routing.waiting_for(Required.of(job), offers)
+        return fleet.offers(session, within_seconds)
 
 
 def page(

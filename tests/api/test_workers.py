@@ -15,6 +15,7 @@ from app.db import session as database
 from app.db.session import session_factory
 from app.fleet import repository as fleet
 from app.jobs.models import Job
+from app.jobs.service import offers_of
 from secateur.client import Client
 from secateur.contract.workers import Drain
 from tests.api import play
@@ -38,6 +39,7 @@ def api(whole: httpx2.Client) -> httpx2.Client:
 def beat(session: Session, name: str, memory: int | None = 80 * GIB, device: str = "cuda", **labels: str) -> None:
     known = {} if memory is None else {"memory_bytes": memory}
     fleet.beat(session, name, "worker", {"device": device, "labels": labels, **known})
+    offers_of.cache_clear()
 
 
 def test_an_operator_lists_drains_and_resumes(
