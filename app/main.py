@@ -19,6 +19,7 @@ from app.fleet import routes as workers
 from app.http import logs
 from app.http.body_limit import BodyLimit
 from app.http.browser_rules import DASHBOARD, DOCS, BrowserRules
+from app.http.fair import Fair
 from app.http.observe import Observe
 from app.http.problem import ProblemDetails
 from app.jobs import routes as jobs
@@ -79,6 +80,7 @@ def create_app() -> FastAPI:
             expose_headers=CORS_RESPONSE_HEADERS,
         )
     app.add_middleware(Observe, registry=registry)
+    app.add_middleware(Fair)
     app.add_middleware(BrowserRules, private="/v1/", pages={"/docs": DOCS, "/redoc": DOCS, "/": DASHBOARD})
     errors.install(app)
     for router in (

@@ -118,7 +118,7 @@ def _job(**fields: Any) -> bytes:
 
 ATTACKS: dict[str, Callable[[], tuple[str, bytes]]] = {
     "many unknown fields": lambda: ("/v1/jobs", b"{" + b",".join(b'"f%d":1' % n for n in range(5_000_000)) + b"}"),
-    "900 unknown fields": lambda: ("/v1/jobs", b"{" + b",".join(b'"f%d":1' % n for n in range(900)) + b"}"),
+    "190 unknown fields": lambda: ("/v1/jobs", b"{" + b",".join(b'"f%d":1' % n for n in range(190)) + b"}"),
     "deep nesting": lambda: ("/v1/jobs", b"[" * 60 * MEBIBYTE),
     "huge arrays": lambda: ("/v1/jobs", b"[" + b"0," * 30 * MEBIBYTE + b"0]"),
     "a huge number": lambda: ("/v1/jobs", b'{"seed":' + b"1" * MEBIBYTE + b"}"),

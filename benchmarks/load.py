@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="duration of the mixed load")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     arguments = parser.parse_args()
-    with Bench() as bench:
+    with Bench(SECATEUR_MAX_WAITING="1000") as bench:  # one key stands for many tenants
         found = {
             "cores": os.cpu_count(),
             "polling": asyncio.run(compare_polling(bench)),
@@ -90,6 +90,10 @@ def main() -> None:
 
 class Bench:
     """A context manager with the servers, the API, the bare application, and one API key with its jobs."""
+
+    def __init__(self, **settings: str) -> None:
+        """Take environment variables of the service, beside those of its addresses and folders."""
+        self._settings = settings
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
@@ -113,8 +117,7 @@ class Bench:
             "SECATEUR_DATA_DIR": str(self.settings.data_dir),
             "SECATEUR_HUB_DIR": str(self.settings.hub_dir),
             "SECATEUR_RATE_LIMIT": "1000000/minute",  # counted, and never reached
-            "SECATEUR_MAX_WAITING": "1000",  # this one key stands for many tenants
-        }
+        } | self._settings
         self.api, self.api_port = self._start("app.main:create_app", "/healthz", environment, folder / "api.log")
         self.bare, self.bare_port = self._start(
             "benchmarks.bare:create_app", "/openapi.json", environment, folder / "bare.log"

@@ -23,7 +23,8 @@ from app.http.problem import Problem, excerpt, invalid
 from app.http.turns import Turns
 from secateur.contract.errors import ErrorCode
 
-MOST_NAMES = 1_000
+MOST_NAMES = 200
+"""Largest number of names of fields; the longest requests have some 150, with all labels that they may have."""
 MOST_VALUES = 25_000
 """Largest number of values; the longest lists of a request are two of 10,000 texts."""
 DEEPEST = 20

@@ -1,9 +1,8 @@
-"""Threads that the API keys use in turn, so that one key's work delays the work of another by little."""
+"""Work that the API keys do in turn, so that one key's work delays the work of another by little."""
 
 import asyncio
-import uuid
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -13,52 +12,79 @@ T = TypeVar("T")
 
 
 class Turns:
-    """Work of API keys in ``threads`` threads, at most one piece of each key at a time; for one event loop.
+    """Pieces of work, ``most`` at a time and at most ``each`` of one API key; for one event loop.
 
     A key whose piece has ended goes behind the keys that wait (round robin). A piece of work therefore waits for the
     earlier pieces of its own key, and for at most one piece of each other key between two of them.
     """
 
-    def __init__(self, threads: int) -> None:
-        self._limiter = CapacityLimiter(threads)
-        self._free = threads
-        self._running: set[uuid.UUID] = set()
-        self._waiting: dict[uuid.UUID, deque[asyncio.Future[None]]] = {}
+    def __init__(self, most: int, each: int = 1) -> None:
+        self._limiter = CapacityLimiter(most)
+        self._free, self._each = most, each
+        self._running: Counter[Hashable] = Counter()
+        self._waiting: dict[Hashable, deque[asyncio.Future[None]]] = {}
         """The waiting pieces of each key; the keys are in the order of their next turns."""
 
-    async def run(self, key_id: uuid.UUID, work: Callable[..., T], *values: object) -> T:
+    async def run(self, key: Hashable, work: Callable[..., T], *values: object) -> T:
         """Call ``work`` with ``values`` in a thread when it is the API key's turn, and return its result."""
-        async with self._turn(key_id):
+        async with self.taken(key):
             return await to_thread.run_sync(work, *values, limiter=self._limiter)
 
     @asynccontextmanager
-    async def _turn(self, key_id: uuid.UUID) -> AsyncIterator[None]:
+    async def taken(self, key: Hashable) -> AsyncIterator[None]:
+        """Wait for a turn of the API key, and hold the turn while the context lasts."""
+        await self.begin(key)
+        try:
+            yield
+        finally:
+            self.end(key)
+
+    async def begin(self, key: Hashable) -> None:
+        """Wait for a turn of the API key; :meth:`end` must follow."""
+        if self._free and self._running[key] < self._each and not self._waiting:
+            self._begin(key)
+            return
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(key_id, deque()).append(turn)
+        self._waiting.setdefault(key, deque()).append(turn)
         self._begin_next()
         try:
             await turn
-            yield
-        finally:
+        except asyncio.CancelledError:
             if turn.cancelled():  # while it waited
-                self._remove(key_id, turn)
+                self._remove(key, turn)
+                self._begin_next()
             else:
-                self._running.remove(key_id)
-                self._free += 1
-                if key_id in self._waiting:
-                    self._waiting[key_id] = self._waiting.pop(key_id)
-            self._begin_next()
+                self.end(key)
+            raise
+
+    def end(self, key: Hashable) -> None:
+        """End a turn of the API key, so that the next one begins."""
+        self._running[key] -= 1
+        if not self._running[key]:
+            del self._running[key]
+        self._free += 1
+        if key in self._waiting:
+            self._waiting[key] = self._waiting.pop(key)
+        self._begin_next()
+
+    def _begin(self, key: Hashable) -> None:
+        self._running[key] += 1
+        self._free -= 1
 
     def _begin_next(self) -> None:
-        """Begin the turns of the keys that come next, as many as there are free threads."""
-        for key_id in [key_id for key_id in self._waiting if key_id not in self._running][: self._free]:
-            turn = self._waiting[key_id][0]
-            self._remove(key_id, turn)
-            self._running.add(key_id)
-            self._free -= 1
+        """Begin the turns that come next, as many as are free."""
+        while self._free:
+            key = next((key for key in self._waiting if self._running[key] < self._each), None)
+            if key is None:
+                return
+            turn = self._waiting[key][0]
+            self._remove(key, turn)
+            if key in self._waiting:
+                self._waiting[key] = self._waiting.pop(key)
+            self._begin(key)
             turn.set_result(None)
 
-    def _remove(self, key_id: uuid.UUID, turn: asyncio.Future[None]) -> None:
-        self._waiting[key_id].remove(turn)
-        if not self._waiting[key_id]:
-            del self._waiting[key_id]
+    def _remove(self, key: Hashable, turn: asyncio.Future[None]) -> None:
+        self._waiting[key].remove(turn)
+        if not self._waiting[key]:
+            del self._waiting[key]

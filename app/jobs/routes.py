@@ -37,6 +37,7 @@ from app.deps import (
 )
 from app.http import pages, ranges
 from app.http.etags import etag, matches
+from app.http.fair import waits
 from app.http.pages import PageSize, PageToken
 from app.http.prefer import Wait
 from app.http.problem import Problem, documented, invalid
@@ -150,6 +151,7 @@ async def _wait(feed: FeedDep, caller: Caller, job_id: uuid.UUID, seconds: int, 
     Raises:
         Problem: 401 when the API key is revoked meanwhile, 404 when the job is deleted.
     """
+    waits()
     deadline = time.monotonic() + seconds
     with feed.signal(caller.id, job_id) as signal:
         while True:

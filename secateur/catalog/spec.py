@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -12,6 +13,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from secateur.catalog.gguf import GgufKind
 from secateur.catalog.methods import (
@@ -58,7 +60,23 @@ ZERO_SHOT = {
 
 LONGEST_TEXT = 1_000_000
 """Largest number of characters of one text of a request."""
-Text = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT, pattern=r"^[^\x00]*$")]
+NO_NUL = r"^[^\x00]*$"
+
+
+def _without_nul(text: str) -> str:
+    # A pattern would be matched against all texts of a request in one piece, which holds the interpreter's lock for long.
+    if "\0" in text:
+        raise PydanticCustomError(
+            "string_pattern_mismatch", "a text with a NUL character does not match the pattern", {"pattern": NO_NUL}
+        )
+    return text
+
+
+Text = Annotated[
+    str,
+    Field(min_length=1, max_length=LONGEST_TEXT, json_schema_extra={"pattern": NO_NUL}),
+    AfterValidator(_without_nul),
+]
 """A text without NUL characters, which Postgres cannot store."""
 DatasetName = Annotated[str, Field(max_length=255, pattern=r"^[^\x00]+$")]
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]

@@ -32,8 +32,8 @@ def _refused(response: httpx2.Response, status: int, *, code: str = "invalid_req
 
 
 ATTACKS = {
-    "fields": (_many_fields(500_000), "more than 1,000 names"),
-    "the same field": (b'{"x":1' + b',"x":1' * 500_000 + b"}", "more than 1,000 names"),
+    "fields": (_many_fields(500_000), "more than 200 names"),
+    "the same field": (b'{"x":1' + b',"x":1' * 500_000 + b"}", "more than 200 names"),
     "lists": (b"[" + b"[]," * 1_000_000 + b"[]]", "more than 25,000 values"),
     "numbers": (b'{"target_ratio":[' + b"0.1," * 1_000_000 + b"0.1]}", "more than 25,000 values"),
     "nesting": (b"[" * 1_000_000, "nested more than 20 deep"),
@@ -100,7 +100,7 @@ def test_every_form_of_json_is_read(api: httpx2.Client, body: dict[str, Any]) ->
 
 
 def test_errors_are_few_and_short(api: httpx2.Client, body: dict[str, Any]) -> None:
-    problem = _refused(api.post("/v1/jobs", content=_many_fields(900), headers=JSON), 422)
+    problem = _refused(api.post("/v1/jobs", content=_many_fields(190), headers=JSON), 422)
     assert len(problem["errors"]) == 20 and "more" in problem["detail"]
     unknown = [error for error in problem["errors"] if error["message"] == "unknown field"]
     assert [error for error in unknown if "allowed" in error] == unknown[:1], "what is allowed is told once"

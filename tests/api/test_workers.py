@@ -100,6 +100,7 @@ def test_a_job_says_what_it_waits_for(api: httpx2.Client, body: dict[str, Any], 
     assert api.get(job_url).json()["waiting_for"] is None, "memory that is not known may suffice"
     for name in ("a", "b"):
         api.post(f"/v1/workers/{name}/drain", json={}).raise_for_status()
+    offers_of.cache_clear()
     assert api.get(job_url).json()["waiting_for"].endswith("; no live worker takes jobs")
     assert httpx2.get(f"{url}/readyz").json()["unheld_jobs"] == 2
     assert api.post(f"{job_url}/cancel").json()["waiting_for"] is None
