@@ -72,7 +72,13 @@ def request(**changes: Any) -> dict[str, Any]:
         "method": "piem-lsps",
         "rounds": 3,
         "calibration": {"texts": english("calibration"), "samples": 8, "sequence_length": 64},
-        "evaluation": {"texts": english("evaluation"), "samples": 8, "sequence_length": 64, "latency": False},
+        "evaluation": {
+            "texts": english("evaluation"),
+            "samples": 8,
+            "sequence_length": 64,
+            "latency": False,
+            "prompts": [],
+        },
         **changes,
     }
 

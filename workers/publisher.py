@@ -20,6 +20,8 @@ from workers import supervisor_link
 from workers.supervisor_link import SupervisorLink
 
 LIFE_SIGN_SECONDS = 5.0
+RATE_AFTER = 4.0
+"""Number of seconds after which a rate, and with it the time left, is told: at first, only code is read."""
 LIFE_SIGN_BYTES = 2**16
 SUMMARY = ("parameters", "ratio", "perplexity", "benchmarks", "retained_accuracy", "latency", "weights_bytes", "widths")
 """Fields of the report that the job's result contains."""
@@ -100,7 +102,8 @@ def show_life(supervisor: SupervisorLink, size: int) -> None:
         if now - seen >= LIFE_SIGN_BYTES:
             seen = now
             share = min((now - first) / max(size, 1), 1.0)
-            rate = size * share / max(time.monotonic() - began, 1e-9)
+            elapsed = time.monotonic() - began
+            rate = size * share / elapsed if elapsed > RATE_AFTER else 0.0
             supervisor.tell(
                 {
                     "type": "progress",

@@ -174,7 +174,13 @@ class Client:
             "method": dice.choice(["magnitude", "piem-lsps", "secateur"]),
             "rounds": ROUNDS,
             "calibration": {"texts": english("calibration")[:2], "samples": 4, "sequence_length": 32},
-            "evaluation": {"texts": english("evaluation")[:1], "samples": 2, "sequence_length": 32, "latency": False},
+            "evaluation": {
+                "texts": english("evaluation")[:1],
+                "samples": 2,
+                "sequence_length": 32,
+                "latency": False,
+                "prompts": [],
+            },
             "publish": {"repo_id": repo_id},
         }
         answer = http.post("/v1/jobs", json=request, headers={"Idempotency-Key": f"chaos-{number}"})

@@ -26,7 +26,7 @@ def asked(**changes: Any) -> PruningSpec:
         "target_ratio": 0.3,
         "method": "magnitude",
         "calibration": Calibration(texts=TEXT, sequence_length=32),
-        "evaluation": Evaluation(texts=TEXT, sequence_length=32, samples=4, latency=False),
+        "evaluation": Evaluation(texts=TEXT, sequence_length=32, samples=4, latency=False, prompts=[]),
     }
     return PruningSpec(**{**plain, **changes})
 

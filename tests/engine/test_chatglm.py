@@ -71,7 +71,7 @@ ASKED = PruningSpec(
     target_ratio=0.3,
     method="secateur",
     calibration=Calibration(texts=english("calibration"), samples=8, sequence_length=32),
-    evaluation=Evaluation(texts=english("evaluation"), sequence_length=32, samples=4, latency=False),
+    evaluation=Evaluation(texts=english("evaluation"), sequence_length=32, samples=4, latency=False, prompts=[]),
 )
 
 

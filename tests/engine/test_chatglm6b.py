@@ -57,7 +57,13 @@ ASKED = PruningSpec.model_validate(
         "target_ratio": 0.3,
         "method": "secateur",
         "calibration": {"texts": english("calibration"), "samples": 8, "sequence_length": 32},
-        "evaluation": {"texts": english("evaluation"), "sequence_length": 32, "samples": 4, "latency": False},
+        "evaluation": {
+            "texts": english("evaluation"),
+            "sequence_length": 32,
+            "samples": 4,
+            "latency": False,
+            "prompts": [],
+        },
     }
 )
 

@@ -169,7 +169,13 @@ def test_a_loaded_model_stays_as_it_is(tokenizer: PreTrainedTokenizerFast) -> No
         "method": "secateur",
         "structures": ["layers", "kv_groups", "channels"],
         "calibration": {"texts": english("calibration"), "samples": 8, "sequence_length": 32},
-        "evaluation": {"texts": english("evaluation"), "samples": 4, "sequence_length": 32, "latency": False},
+        "evaluation": {
+            "texts": english("evaluation"),
+            "samples": 4,
+            "sequence_length": 32,
+            "latency": False,
+            "prompts": [],
+        },
     }
     result = secateur.prune(model, tokenizer=tokenizer, ratio=0.3, recipe=recipe, progress=False)
     assert result.model is not model and result.report.steps[0].trials

@@ -458,7 +458,13 @@ FORMATS: dict[str, Any] = {
     "method": "magnitude",
     "formats": ["safetensors", "gguf"],
     "calibration": {"texts": english("calibration"), "samples": 2, "sequence_length": 32},
-    "evaluation": {"texts": english("evaluation"), "samples": 2, "sequence_length": 32, "latency": False},
+    "evaluation": {
+        "texts": english("evaluation"),
+        "samples": 2,
+        "sequence_length": 32,
+        "latency": False,
+        "prompts": [],
+    },
 }
 
 

@@ -25,7 +25,7 @@ ASKED = PruningSpec(
     target_ratio=0.3,
     method="magnitude",
     calibration=Calibration(texts=english("calibration"), sequence_length=32),
-    evaluation=Evaluation(texts=english("evaluation"), sequence_length=32, samples=4, latency=False),
+    evaluation=Evaluation(texts=english("evaluation"), sequence_length=32, samples=4, latency=False, prompts=[]),
 )
 
 
