@@ -79,8 +79,8 @@ def create_app() -> FastAPI:
             allow_headers=CORS_REQUEST_HEADERS,
             expose_headers=CORS_RESPONSE_HEADERS,
         )
-    app.add_middleware(Observe, registry=registry)
     app.add_middleware(Fair)
+    app.add_middleware(Observe, registry=registry)
     app.add_middleware(BrowserRules, private="/v1/", pages={"/docs": DOCS, "/redoc": DOCS, "/": DASHBOARD})
     errors.install(app)
     for router in (

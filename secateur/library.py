@@ -152,6 +152,12 @@ class Result:
                 "a recipe whose layout is 'uniform'.",
                 field="layout",
             )
+        if wanted.layout != "per-layer" and decoder.shape.differs_in_kind:
+            raise PruningError(
+                ErrorCode.INVALID_REQUEST,
+                f"The layers differ in more than width, so the layout '{wanted.layout}' does not fit; allowed: 'per-layer'.",
+                field="layout",
+            )
         if "gguf" in wanted.formats:
             obstacle = gguf_obstacle(
                 decoder.shape,

@@ -9,8 +9,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.http.turns import Turns
 
-MOST = 40
-"""Largest number of requests that hold a turn; as many as the server has threads."""
+MOST = 1000
+"""Largest number of requests that hold a turn; far more than keys, because the limit is meant for one key."""
 EACH = 2
 """Largest number of requests of one API key that hold a turn."""
 LONGEST = 0.1
@@ -20,7 +20,7 @@ _give_back: ContextVar[Callable[[], None] | None] = ContextVar("give_back", defa
 
 
 class Fair:
-    """ASGI middleware that lets few requests of one API key at a time be worked on; the others wait for their turn.
+    """ASGI middleware that begins few requests of one API key at a time; the others wait for their turn.
 
     A request holds its turn until its answer begins, or until it calls :func:`waits`, and for :data:`LONGEST` at most.
     Keys are told apart by the header ``Authorization``, before anything of the request is looked at; requests without
@@ -32,8 +32,9 @@ class Fair:
         self._turns = Turns(MOST, EACH)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        key = Headers(scope=scope).get("authorization") if scope["type"] == "http" else None
-        if key is None:
+        given = Headers(scope=scope).get("authorization", "") if scope["type"] == "http" else ""
+        key = given.partition(" ")[2].strip()  # the scheme may be spelt in many ways
+        if not key:
             return await self.app(scope, receive, send)
         await self._turns.begin(key)
         held = True
@@ -50,11 +51,11 @@ class Fair:
             give_back()
 
         timer = asyncio.get_running_loop().call_later(LONGEST, give_back)
-        given = _give_back.set(give_back)
+        earlier = _give_back.set(give_back)
         try:
             await self.app(scope, receive, answered)
         finally:
-            _give_back.reset(given)
+            _give_back.reset(earlier)
             give_back()
 
 

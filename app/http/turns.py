@@ -15,7 +15,7 @@ class Turns:
     """Pieces of work, ``most`` at a time and at most ``each`` of one API key; for one event loop.
 
     A key whose piece has ended goes behind the keys that wait (round robin). A piece of work therefore waits for the
-    earlier pieces of its own key, and for at most one piece of each other key between two of them.
+    earlier pieces of its own key, and for at most ``each`` pieces of each other key between two of them.
     """
 
     def __init__(self, most: int, each: int = 1) -> None:

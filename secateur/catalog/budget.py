@@ -45,7 +45,7 @@ def whole_units(
             the share is less than half a unit, or more than the model can lose. The messages name what is allowed.
     """
     counts = {}
-    _check_structures(shape, config, structures)
+    check_structures(shape, config, structures)
     for name in (name for name in structures if name in WHOLE):
         share, unit, most = shares.get(name, ratio), _unit(shape, name), _most(shape, name)
         count = round(share / unit)
@@ -69,7 +69,12 @@ def whole_units(
     return counts
 
 
-def _check_structures(shape: ModelShape, config: Mapping[str, Any], structures: Sequence[str]) -> None:
+def check_structures(shape: ModelShape, config: Mapping[str, Any], structures: Sequence[str]) -> None:
+    """Check that units of each of ``structures`` can leave a model with this ``config.json``.
+
+    Raises:
+        PruningError: ``structure_unsupported``.
+    """
     for name in structures:
         if name in WIDTHS and len(shape.widths) > 1:  # the other one may give what this one cannot
             continue
@@ -95,7 +100,7 @@ def splits(
     Raises:
         PruningError: ``structure_unsupported``; ``ratio_unreachable``, for ``field``, if no split can be reached.
     """
-    _check_structures(shape, config, structures)
+    check_structures(shape, config, structures)
     names = [name for name in structures if name in WHOLE]
     widths = len(names) < len(structures)
     found: dict[tuple[int, ...], Mapping[str, int]] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.catalog.architectures import ModelShape
-from secateur.catalog.budget import check_split, splits, whole_units, without_whole
+from secateur.catalog.budget import block, check_split, check_structures, splits, whole_units, without_whole
 from secateur.catalog.gguf import gguf_obstacle
 from secateur.catalog.methods import (
     ALLOCATORS,
@@ -212,7 +212,9 @@ def resolve(
     )
     if not any(ratios):
         chosen = replace(chosen, rounds=1, competing=False)
-    _check_model(spec, chosen, shape, config)
+    _check_model(spec, chosen, shape, config, may_cut=any(ratios), decided=decided)
+    if any(ratios):
+        check_structures(shape, config, chosen.structures)
     found: list[Mapping[tuple[int, ...], Mapping[str, int]]] = []
     multiple = spec.allocation.width_multiple
     for ratio in ratios:
@@ -230,7 +232,13 @@ def resolve(
     return Resolved(spec, chosen, ratios, decided, tuple(found), shape.width_multiple(multiple), dtype)
 
 
-def _check_model(spec: PruningSpec, chosen: Components, shape: ModelShape, config: Mapping[str, Any]) -> None:
+def _check_model(
+    spec: PruningSpec, chosen: Components, shape: ModelShape, config: Mapping[str, Any], *, may_cut: bool, decided: bool
+) -> None:
+    """Check that the model allows the components, the layout and the formats.
+
+    ``may_cut`` says whether units may leave; unless it is ``decided``, it is possible that none does.
+    """
     if shape.family.experts and chosen.layerwise.adds_bias:
         raise PruningError(
             ErrorCode.RECOVERY_UNSUPPORTED,
@@ -238,7 +246,7 @@ def _check_model(spec: PruningSpec, chosen: Components, shape: ModelShape, confi
             f"recovery.layerwise.kind {_without_bias()}.",
             field="recovery.layerwise.kind",
         )
-    _check_layout(spec, chosen, shape, config)
+    _check_layout(spec, shape, config, may_cut=may_cut and chosen.cuts_widths, decided=decided)
     if chosen.dynamic and shape.differs:
         raise PruningError(
             ErrorCode.METHOD_UNSUPPORTED,
@@ -253,7 +261,7 @@ def _check_model(spec: PruningSpec, chosen: Components, shape: ModelShape, confi
             f"{', '.join(STATIC_METHODS)}.",
             field="method",
         )
-    leaves_alike = spec.vocabulary_alone or all(STRUCTURES[name].alike for name in chosen.structures)
+    leaves_alike = not may_cut or all(STRUCTURES[name].alike for name in chosen.structures)
     if "gguf" in spec.formats:
         obstacle = gguf_obstacle(
             shape,
@@ -267,8 +275,12 @@ def _check_model(spec: PruningSpec, chosen: Components, shape: ModelShape, confi
             raise obstacle
 
 
-def _check_layout(spec: PruningSpec, chosen: Components, shape: ModelShape, config: Mapping[str, Any]) -> None:
+def _check_layout(
+    spec: PruningSpec, shape: ModelShape, config: Mapping[str, Any], *, may_cut: bool, decided: bool
+) -> None:
     """Check that the stock class can hold a source whose layers differ, if the layout is one of the stock class.
+
+    ``may_cut`` says whether widths may be cut; unless it is ``decided``, it is possible that none is.
 
     Raises:
         PruningError: ``ratio_unreachable`` or ``recovery_unsupported``, for the field ``layout``.
@@ -291,15 +303,14 @@ def _check_layout(spec: PruningSpec, chosen: Components, shape: ModelShape, conf
         )
     if spec.layout != "uniform":
         return
-    cuts_widths = chosen.cuts_widths and not spec.vocabulary_alone
-    if cuts_widths and not shape.fits_uniform:
+    if may_cut and not shape.fits_uniform:
         raise PruningError(
             ErrorCode.RATIO_UNREACHABLE,
             "In layout 'uniform' all layers have the same number of heads, and the stock class of this model takes none that "
             "all its layers can be left with; allowed: 'per-layer', 'padded'.",
             field="layout",
         )
-    if not cuts_widths and len(set(shape.layers)) > 1:
+    if not (may_cut and decided) and len(set(shape.layers)) > 1:
         raise PruningError(
             ErrorCode.RATIO_UNREACHABLE,
             f"This model's layers differ in width, and in layout 'uniform' all layers are alike; allowed: 'per-layer', "
@@ -314,8 +325,11 @@ def _ratio_of(spec: PruningSpec, shape: ModelShape, dtype: str, vocabulary_cut: 
     assert goal is not None  # validation refuses a request with neither a ratio nor a goal
     wanted = goal.parameters or (goal.bytes or 0) / DTYPE_BYTES[dtype]
     ratio = (shape.parameters - wanted) / shape.prunable_parameters
-    if vocabulary_cut and ratio <= 0:
-        return 0.0
+    smallest_step = block(
+        shape, components(spec).structures, shape.width_multiple(spec.allocation.width_multiple), False
+    )
+    if vocabulary_cut and ratio * shape.prunable_parameters <= smallest_step / 2:
+        return 0.0  # the tokens alone meet the goal, as nearly as units could
     tokens = shape.vocabulary_parameters if spec.vocabulary is not None and not vocabulary_cut else 0
     smallest = shape.parameters - MAX_RATIO * shape.prunable_parameters - tokens
     if not smallest <= wanted < shape.parameters:

@@ -529,6 +529,10 @@ class PruningSpec(_Settings):
             raise ValueError(f"'{strange[0]}' has no share; allowed: {', '.join(whole) or 'no shares'}")
         if not shares:
             return shares
+        if info.data.get("goal") is not None and info.data.get("vocabulary") is not None:
+            raise ValueError(
+                "shares are parts of a ratio, which is not known before the tokens leave; allowed: no shares"
+            )
         if missing := [name for name in whole if name not in shares]:
             raise ValueError(f"'{missing[0]}' needs a share too, or no structure may have one")
         ratios = info.data["target_ratio"]

@@ -50,7 +50,9 @@ class PlannedTarget(BaseModel):
     A ratio is null when it is known only after the model is loaded.
     """
 
-    target_ratio: float | None = Field(description="The requested ratio, or the ratio that the goal requires.")
+    target_ratio: float | None = Field(
+        description="The requested ratio, or the ratio that the goal requires; null of a goal with `vocabulary`, until the tokens are chosen."
+    )
     nearest_ratio: float | None = Field(description="The ratio that will be reached.")
     repo_id: str | None = Field(description="Where it would be published; null: nowhere.")
 

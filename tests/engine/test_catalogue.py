@@ -20,13 +20,14 @@ from secateur.catalog.resolve import components
 from secateur.catalog.spec import PruningSpec
 from secateur.catalog.structures import DEPTH
 from secateur.engine import allocation, recovery, scoring
-from secateur.engine.scoring.experts import EXPERT_SCORERS
+from secateur.engine.run.whole import EQUAL_SCORERS
 
 
 def test_every_name_has_its_function() -> None:
     of_depth = {name for name, scorer in SCORERS.items() if scorer.structures == DEPTH}
     widths = scoring.MODEL_SCORERS.keys() | scoring.LAYERWISE_SCORERS.keys()
-    assert SCORERS.keys() == widths | EXPERT_SCORERS.keys() | of_depth
+    of_equal_numbers = {name for scorers in EQUAL_SCORERS.values() for name in scorers}
+    assert SCORERS.keys() == widths | of_equal_numbers | of_depth
     assert {name for name, scorer in SCORERS.items() if scorer.layerwise} == scoring.LAYERWISE_SCORERS.keys()
     assert ALLOCATORS.keys() == allocation.ALLOCATORS.keys()
     assert LAYERWISE_RECOVERIES.keys() == recovery.LAYERWISE_RECOVERIES.keys() | {NO_RECOVERY}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from secateur.catalog.architectures import shape_from_config
@@ -14,9 +15,11 @@ from secateur.catalog.inspection import layouts, structures
 from secateur.catalog.resolve import resolve
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
 from secateur.contract.errors import PruningError
+from secateur.contract.events import Event, StepEvent
 from secateur.engine.model.cutting import apply_plan
 from secateur.engine.model.plan import Plan
 from secateur.engine.run.run import NamedModel, prune_to_folder
+from secateur.engine.run.workspace import Listener, Workspace
 from secateur.engine.structures import STRUCTURES, WIDTHS, gated
 from tests.engine.models import VOCABULARY, decoder_of, english, layer_plan, make_model, save
 from tests.tiers import slow_but
@@ -113,6 +116,34 @@ def test_whole_layers_and_experts_leave_a_stock_class(
     assert [layer.mlp.gate_proj.out_features for layer in loaded.model.layers if not hasattr(layer.mlp, "experts")] == [
         96
     ] * len(dense)
+
+
+def test_a_run_resumes_from_every_step(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """The tensors of a recovered layer have the names of its own kind."""
+    source = save(model("the-first"), tokenizer, tmp_path / "source")
+    asked, states = spec(target_ratio=0.3, rounds=2), list[Any]()
+
+    class Kept(Listener):
+        def on_event(self, event: Event) -> None:
+            if isinstance(event, StepEvent):
+                states.append(event.state)
+
+    workspace = Workspace(allow_paths=True, scratch=tmp_path)
+    prune_to_folder(NamedModel(str(source)), asked, tmp_path / "whole", workspace, Kept())
+    for number, state in enumerate(states[:-1]):
+        out = tmp_path / f"resumed-{number}"
+        prune_to_folder(NamedModel(str(source)), asked, out, workspace, resume=state)
+        expected, found = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", out))
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_layers_of_unequal_price_leave_what_was_asked_for(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    source = save(model("every-other"), tokenizer, tmp_path / "source")
+    for method in ("shortgpt", "sleb"):
+        report, _, _ = pruned(source, tmp_path / method, target_ratio=0.5, structures=["layers"], method=method)
+        shape = shape_from_config(json.loads((source / "config.json").read_text()))
+        largest = max(shape.price("layers", index) for index in range(4)) / shape.prunable_parameters
+        assert abs(report.ratio.reached - 0.5) <= largest / 2 + 1e-9
 
 
 @pytest.mark.parametrize("layout", ["uniform", "padded"])

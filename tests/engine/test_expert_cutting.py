@@ -44,6 +44,13 @@ KEPT: dict[str, list[Sequence[int]]] = {
 }
 
 
+def best(scores: Sequence[Tensor], counts: Sequence[int], layers: Sequence[Layer]) -> list[tuple[int, ...]]:
+    """The experts that each layer keeps, as many as ``counts`` says."""
+    structure = experts.WholeExperts()
+    pairs = zip(layers, scores, counts, strict=True)
+    return [structure.best(layer, own, count) if len(own) else () for layer, own, count in pairs]
+
+
 def mixture(name: str, tokenizer: PreTrainedTokenizerFast) -> Decoder:
     family, changes = MIXTURES[name]
     return decoder_of(make_model(family, **changes), tokenizer)
@@ -128,7 +135,7 @@ def test_keeping_all_changes_nothing(name: str, scorer: str, tokenizer: PreTrain
     decoder = mixture(name, tokenizer)
     before = {key: value.clone() for key, value in decoder.model.state_dict().items()}
     scores = EXPERT_SCORERS[scorer](context_of(decoder))
-    for layer, kept in zip(decoder.layers, experts.best(scores, [6, 6, 6], decoder.layers), strict=True):
+    for layer, kept in zip(decoder.layers, best(scores, [6, 6, 6], decoder.layers), strict=True):
         experts.cut(layer, kept)
     experts.tell_config(decoder)
     after = decoder.model.state_dict()
@@ -226,7 +233,7 @@ def test_what_is_saved_is_the_stock_class(
     source = locate(str(made), allow_paths=True)
     decoder = load(source, "auto", torch.device("cpu"))
     scores = EXPERT_SCORERS["reap"](context_of(decoder))
-    for layer, kept in zip(decoder.layers, experts.best(scores, [left] * 3, decoder.layers), strict=True):
+    for layer, kept in zip(decoder.layers, best(scores, [left] * 3, decoder.layers), strict=True):
         experts.cut(layer, kept)
         WIDTHS["channels"].cut(layer, [expert * 160 + channel for expert in range(left) for channel in range(96)])
     experts.tell_config(decoder)
@@ -309,7 +316,7 @@ def test_groups_keep_as_many_each() -> None:
     layer = layer_of(block_of("deepseek_v3", num_experts_per_tok=3))
     assert experts.groups(layer) == 2 and experts.experts_per_token(layer) == 3
     scores = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1], dtype=torch.float64)
-    assert experts.best([scores], [4], [layer]) == [(0, 1, 4, 5)]
+    assert best([scores], [4], [layer]) == [(0, 1, 4, 5)]
     with pytest.raises(ValueError, match="as many in each group"):
         experts.cut(layer, (0, 1, 2, 4))
     experts.cut(layer, (0, 1, 4, 5))
@@ -335,7 +342,7 @@ def test_a_layer_without_experts_has_none(tokenizer: PreTrainedTokenizerFast) ->
     decoder = decoder_of(make_model("llama"), tokenizer)
     scores = EXPERT_SCORERS["reap"](context_of(decoder))
     assert [len(own) for own in scores] == [0, 0, 0] == [experts.units(layer) for layer in decoder.layers]
-    assert experts.best(scores, [0, 0, 0], decoder.layers) == [(), (), ()]
+    assert best(scores, [0, 0, 0], decoder.layers) == [(), (), ()]
     assert experts.config_keys(decoder.layers[0]) == {}
     experts.cut(decoder.layers[0], ())
     experts.tell_config(decoder)

@@ -24,7 +24,7 @@ from secateur.engine.model.cutting import apply_plan
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.plan import Plan
 from secateur.engine.run.run import LoadedModel, open_run
-from secateur.engine.run.whole import EQUAL_CHOICES
+from secateur.engine.run.whole import EQUAL_SCORERS
 from secateur.engine.run.workspace import Listener, Workspace
 from tests.engine.models import SIZES, VOCABULARY, decoder_of, english, make_model, save
 from tests.engine.running import prune
@@ -150,7 +150,7 @@ def test_from_the_request_to_the_files(name: str, tokenizer: PreTrainedTokenizer
     if not widths and len(counts) == 1 and not held:
         ((structure, count),) = counts.items()
         together = sum(shape.price(structure, index) for index in range(DEPTH))
-        unit = together if structure == "experts" else together / DEPTH
+        unit = together if structure in EQUAL else together / DEPTH
         assert report["ratio"]["reached"] == pytest.approx(count * unit / shape.prunable_parameters)
     if not needs_code:
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -405,7 +405,7 @@ def test_a_ratio_that_one_width_cannot_give_is_refused() -> None:
 
 def test_engine_and_catalogue_know_the_same_structures() -> None:
     assert list(structures.STRUCTURES) == list(STRUCTURES), "in the same order, which is the one of cutting"
-    assert tuple(EQUAL_CHOICES) == EQUAL
+    assert tuple(EQUAL_SCORERS) == EQUAL
     for name in STRUCTURES:
         assert any(name in scorer.structures for scorer in SCORERS.values()), f"nothing scores {name}"
 

@@ -117,6 +117,13 @@ def test_a_goal_counts_the_tokens_first_and_units_make_up_the_rest(
     assert (result.report["parameters"]["after"], result.report["ratio"]["reached"]) == (without_tokens, 0)
     assert [step["kind"] for step in result.report["steps"]] == ["round"], "nothing is left for rounds"
 
+    near = {"parameters": without_tokens - 100}
+    training = {"training": {"kind": "lora", "epochs": 0.5, "batch_size": 4}}
+    asked = spec(goal=near, rounds=3, recovery=training)
+    result = prune(str(trained_folder), asked, tmp_path / "near", allow_paths=True)
+    assert (result.report["parameters"]["after"], result.report["ratio"]["reached"]) == (without_tokens, 0)
+    assert [step["kind"] for step in result.report["steps"]][-1] == "training"
+
     tight = {"bytes": 4 * 0.9 * without_tokens}
     result = prune(str(trained_folder), spec(goal=tight), tmp_path / "tight", allow_paths=True)
     assert kept(result) == kept(alone)
@@ -132,6 +139,13 @@ def test_a_goal_with_vocabulary_at_the_door(trained_folder: Path) -> None:
         found = resolve(spec(goal={"parameters": goal}), shape, config=config, source_dtype="float32")
         assert not found.decided and 0 < found.ratios[0] <= 0.9
         assert found.nearest_ratio(shape, 0) is None
+    with pytest.raises(PruningError) as raised:
+        resolve(
+            spec(goal={"parameters": 1}, structures=["experts"], method="reap"),
+            shape,
+            config=config,
+            source_dtype="float32",
+        )
     for goal in (shape.parameters, shape.parameters - units - tokens - 2):
         with pytest.raises(PruningError, match="can be pruned to") as raised:
             resolve(spec(goal={"parameters": goal}), shape, config=config, source_dtype="float32")

@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from secateur.catalog.architectures import SUPPORTED, Family, ModelShape, family_of, shape_of
+from secateur.catalog.architectures.base import StockHeads
 from secateur.catalog.sources import ModelSource, read_shape
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.decoder import Decoder
@@ -78,6 +79,9 @@ def _discover(config: Mapping[str, Any]) -> ModelShape:
     module = first.get_submodule(owner)
     sizes = {f"{owner}.{attribute}": "heads" for attribute in HEADS if hasattr(module, attribute)}
     sizes |= {f"{owner}.{attribute}": "kv_groups" for attribute in KV_HEADS if hasattr(module, attribute)}
+    stock_heads: StockHeads = (
+        "divisors" if _takes_head_dim(plain, f"{name}.0.{attention[0]}", head_dim) else "unchanged"
+    )
     family = Family(
         name="generic",
         model_types=(config["model_type"],),
@@ -91,7 +95,7 @@ def _discover(config: Mapping[str, Any]) -> ModelShape:
         norm_parameters=lambda config: 0,
         biased=lambda config: frozenset(path for path, linear in linears.items() if linear.bias is not None),
         sizes=sizes,
-        stock_heads=lambda config: "divisors",
+        stock_heads=lambda config: stock_heads,
     )
     # Keys that are missing in config.json have the defaults of the config's class.
     whole = {
@@ -126,6 +130,19 @@ def _build(config: Mapping[str, Any]) -> tuple[PreTrainedConfig, PreTrainedModel
             return loaded, AutoModelForCausalLM.from_config(loaded)
     finally:
         hook.remove()
+
+
+def _takes_head_dim(config: Mapping[str, Any], query: str, head_dim: int) -> bool:
+    """Return whether the model's class takes the size of a head from the config's ``head_dim``.
+
+    A class that does not divides the hidden size by the number of heads, so that fewer heads would be larger ones.
+    """
+    try:
+        _, model = _build({**config, "head_dim": 2 * head_dim})
+    except Exception:  # constructors of models pass on any exception
+        return False
+    projection = model.get_submodule(query)
+    return isinstance(projection, nn.Linear) and projection.out_features == 2 * head_dim * config["num_attention_heads"]
 
 
 def _layers(model: PreTrainedModel, config: Mapping[str, Any]) -> tuple[str, nn.ModuleList]:

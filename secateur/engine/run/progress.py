@@ -46,6 +46,17 @@ class Progress:
 
     def __init__(self, listener: Listener, spec: PruningSpec, chosen: Components) -> None:
         self._listener = listener
+        self._index, self._done = -1, 0.0
+        self._amount: float | None = None
+        self._unit: RateUnit | None = None
+        self._weight_bytes = 0
+        self._seconds: dict[str, list[float]] = {}
+        self._began = time.monotonic()
+        self._sent = 0.0
+        self.expect(spec, chosen)
+
+    def expect(self, spec: PruningSpec, chosen: Components) -> None:
+        """Set the stages that the run has; those that are over must be the same as before."""
         per_target = [Stage.SCORING] * chosen.rounds + [Stage.TRAINING] * (chosen.training is not None)
         self._kinds: list[str] = [Stage.DOWNLOADING, Stage.LOADING, Stage.CALIBRATING, WHOLE]
         if spec.vocabulary is not None:  # the texts are encoded anew with the smaller vocabulary
@@ -65,13 +76,6 @@ class Progress:
         self._total = sum(self._costs[kind] for kind in self._kinds)
         # a dynamic checkpoint is loaded as the plain and as the dynamic model
         self._checks = 2 if chosen.dynamic else 1
-        self._index, self._done = -1, 0.0
-        self._amount: float | None = None
-        self._unit: RateUnit | None = None
-        self._weight_bytes = 0
-        self._seconds: dict[str, list[float]] = {}
-        self._began = time.monotonic()
-        self._sent = 0.0
 
     def stage(self, stage: Stage, step: int | None = None, tokens: int | None = None) -> None:
         """Begin the next stage of this kind.

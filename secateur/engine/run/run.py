@@ -174,6 +174,7 @@ def open_run(
             measurer = Measurer(evaluation, suite, progress, listener, compared)
             config, dtype = decoder.model.config.to_dict(), source.dtype
             resolved = resolve(spec, decoder.shape, config=config, source_dtype=dtype, vocabulary_cut=True)
+            progress.expect(spec, resolved.components)
         inputs = Inputs(
             resolved, unpruned, calibration.tokens, batch_windows(calibration.tokens), measurer, progress, listener
         )

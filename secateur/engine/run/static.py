@@ -374,9 +374,8 @@ def recovered_tensors(decoder: Decoder) -> dict[str, Tensor]:
 
     A layer-wise recovery changes no other tensors.
     """
-    family = decoder.shape.family
     return {
-        f"{family.layers}.{index}.{structure.output_name(family)}.{kind}": tensor
+        f"{layer.family.layers}.{index}.{structure.output_name(layer.family)}.{kind}": tensor
         for index, layer in enumerate(decoder.layers)
         for structure in WIDTHS.values()
         if structure.units(layer)

@@ -3,7 +3,10 @@
 Units of depth are chosen for the whole model and compensated for together. Every layer loses the same number of experts.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from statistics import mean
+
+from torch import Tensor
 
 from secateur.catalog.structures import DEPTH
 from secateur.engine.model.cutting import apply_plan
@@ -12,15 +15,15 @@ from secateur.engine.model.plan import Kept, Plan
 from secateur.engine.recovery.depth import compensate
 from secateur.engine.scoring import Context
 from secateur.engine.scoring.depth import Unit, by_structure, can_leave, greedy, influences
-from secateur.engine.scoring.experts import choose_experts
+from secateur.engine.scoring.experts import EXPERT_SCORERS
 from secateur.engine.structures import STRUCTURES
 
-EQUAL_CHOICES: dict[str, Callable[[Context, int], list[tuple[int, ...]]]] = {
-    "experts": choose_experts,
+EQUAL_SCORERS: dict[str, dict[str, Callable[[Context], list[Tensor]]]] = {
+    "experts": EXPERT_SCORERS,
 }
-"""The structures of which every layer loses the same number of units.
+"""The scorers of the structures of which every layer loses the same number of units.
 
-Their functions take this number, and return the units that each layer keeps; a layer without such units keeps ``()``.
+A scorer returns the scores ``[units]`` of each layer, which are empty for a layer without such units.
 """
 
 
@@ -31,14 +34,20 @@ def remove_whole(context: Context, counts: Mapping[str, int]) -> Plan:
     of depth are compensated for, in families whose outputs are added to the hidden states without a norm.
     """
     plan = _remove_depth(context, {name: counts[name] for name in DEPTH if name in counts})
-    for name, choose in EQUAL_CHOICES.items():
+    for name, scorers in EQUAL_SCORERS.items():
         if name in counts:
-            kept = [
-                {name: own, **STRUCTURES[name].held(layer, own)} if own else {}
-                for own, layer in zip(choose(context, counts[name]), context.decoder.layers, strict=True)
-            ]
-            plan = plan.then(_apply(context, Plan(tuple(kept))))
+            scores = scorers[context.resolved.components.whole_scorers[name].name](context)
+            plan = plan.then(_apply(context, _best(context.decoder, name, scores, counts[name])))
     return plan
+
+
+def _best(decoder: Decoder, name: str, scores: Sequence[Tensor], count: int) -> Plan:
+    """Return the plan by which every layer loses its ``count`` units of the structure ``name`` with the lowest scores."""
+    structure, layers = STRUCTURES[name], list[Kept]()
+    for layer, own in zip(decoder.layers, scores, strict=True):
+        kept = structure.best(layer, own, len(own) - count) if len(own) else ()
+        layers.append({name: kept, **structure.held(layer, kept)} if kept else {})
+    return Plan(tuple(layers))
 
 
 def _remove_depth(context: Context, counts: Mapping[str, int]) -> Plan:
@@ -70,8 +79,13 @@ def _choose_depth(context: Context, counts: Mapping[str, int]) -> list[Unit]:
         if STRUCTURES[name].units(layer)
     ]
 
+    prices = {(name, index): decoder.shape.price(name, index, decoder.layers[index].shape) for name, index in units}
+    wanted = {name: counts[name] * mean(prices[unit] for unit in units if unit[0] == name) for name in counts}
+
     def fits(gone: Collection[Unit], unit: Unit) -> bool:
-        return sum(name == unit[0] for name, _ in gone) < counts[unit[0]]
+        """Return whether the model is nearer to the number of parameters that its layers are to lose without ``unit``."""
+        before = sum(prices[each] for each in gone if each[0] == unit[0])
+        return before + prices[unit] / 2 < wanted[unit[0]]
 
     (scorer,) = {chosen.whole_scorers[name].name for name in counts}
     gone: list[Unit] = []
@@ -81,7 +95,6 @@ def _choose_depth(context: Context, counts: Mapping[str, int]) -> list[Unit]:
             if fits(gone, unit) and can_leave(decoder, gone, unit):
                 gone.append(unit)
         return gone
-    prices = {(name, index): decoder.shape.price(name, index, decoder.layers[index].shape) for name, index in units}
     compensated = scorer == "compensated-loss" and chosen.layerwise.fits and decoder.shape.family.additive
     removals = greedy(
         decoder, context.tokens, context.batch_windows, prices, compensated, fits, _share(context, counts)

@@ -14,7 +14,7 @@ from torch import Tensor
 from secateur.engine.measure.gates import Progress
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.scoring.base import Context
-from secateur.engine.structures.experts import best, units
+from secateur.engine.structures.experts import units
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,6 @@ def random(context: Context) -> list[Tensor]:
     generator = torch.Generator().manual_seed(context.seed)
     counts = [units(layer) for layer in context.decoder.layers]
     return [torch.rand(count, generator=generator, dtype=torch.float64) for count in counts]
-
-
-def choose_experts(context: Context, count: int) -> list[tuple[int, ...]]:
-    """Return the experts that each layer keeps after the loss of ``count`` experts, those with the lowest scores.
-
-    A layer without a mixture of experts keeps none.
-    """
-    scores = EXPERT_SCORERS[context.resolved.components.whole_scorers["experts"].name](context)
-    return best(scores, [max(len(own) - count, 0) for own in scores], context.decoder.layers)
 
 
 def _routing(context: Context) -> list[Routing]:

@@ -28,10 +28,17 @@ class Structure(ABC):
     def cut(self, layer: Layer, kept: Sequence[int]) -> None:
         """Cut the layer in place to the units ``kept``; their indices are ascending and count the units of now."""
 
+    def best(self, layer: Layer, scores: Tensor, count: int) -> tuple[int, ...]:
+        """Return the ``count`` units with the highest ``scores`` ``[units]``, as ascending indices.
+
+        Of units with equal scores, the first ones are returned.
+        """
+        return tuple(sorted(scores.sort(descending=True, stable=True).indices[:count].tolist()))
+
     def held(self, layer: Layer, kept: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
         """Return the units of other structures that stay if the units ``kept`` do, by structure, as ascending indices.
 
-        Both count the units of now. A structure is missing if none of its units are part of this structure's units.
+        Both count the units of now. All units stay of a structure that is missing here.
         """
         return {}
 

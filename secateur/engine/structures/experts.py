@@ -35,6 +35,10 @@ class WholeExperts(Structure):
     def cut(self, layer: Layer, kept: Sequence[int]) -> None:
         cut(layer, kept)
 
+    def best(self, layer: Layer, scores: Tensor, count: int) -> tuple[int, ...]:
+        """Return the experts with the highest scores, the same number of them in each group of the router."""
+        return _highest(scores, count, groups(layer))
+
     def held(self, layer: Layer, kept: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
         width = layer.shape.channels_per_expert
         return {"channels": tuple(expert * width + channel for expert in kept for channel in range(width))}
@@ -59,18 +63,6 @@ def experts_per_token(layer: Layer) -> int:
     """Return the number of experts to which the router of a mixture sends each token."""
     told = (getattr(module, PER_TOKEN_ATTRIBUTE, None) for module in (_router(layer), _block(layer)))
     return next(number for number in told if isinstance(number, int))
-
-
-def best(scores: Sequence[Tensor], counts: Sequence[int], layers: Sequence[Layer]) -> list[tuple[int, ...]]:
-    """Return the experts that each layer keeps, as ascending indices.
-
-    Each layer of ``layers`` keeps as many experts as ``counts`` says, which must be a multiple of its number of groups:
-    those with the highest of its ``scores`` ``[experts]``, the same number in each group.
-    """
-    return [
-        _highest(own, count, groups(layer)) if units(layer) else ()
-        for own, count, layer in zip(scores, counts, layers, strict=True)
-    ]
 
 
 def cut(layer: Layer, kept: Sequence[int]) -> None:
