@@ -111,13 +111,17 @@ class Bench:
             key, secret = auth.create(session, "load")
         self.owner_id, self.headers = key.id, {"Authorization": f"Bearer {secret}"}
         self._make_model(self.settings.models_dir / "tiny")
-        environment = os.environ | {
-            "SECATEUR_DATABASE_URL": self.settings.database_url,
-            "SECATEUR_BROKER_URL": self.settings.broker_url,
-            "SECATEUR_DATA_DIR": str(self.settings.data_dir),
-            "SECATEUR_HUB_DIR": str(self.settings.hub_dir),
-            "SECATEUR_RATE_LIMIT": "1000000/minute",  # counted, and never reached
-        } | self._settings
+        environment = (
+            os.environ
+            | {
+                "SECATEUR_DATABASE_URL": self.settings.database_url,
+                "SECATEUR_BROKER_URL": self.settings.broker_url,
+                "SECATEUR_DATA_DIR": str(self.settings.data_dir),
+                "SECATEUR_HUB_DIR": str(self.settings.hub_dir),
+                "SECATEUR_RATE_LIMIT": "1000000/minute",  # counted, and never reached
+            }
+            | self._settings
+        )
         self.api, self.api_port = self._start("app.main:create_app", "/healthz", environment, folder / "api.log")
         self.bare, self.bare_port = self._start(
             "benchmarks.bare:create_app", "/openapi.json", environment, folder / "bare.log"
