@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from tests.chaos.run import run
+from tests.chaos.world import LEASE
 
 
 def main() -> int:
@@ -12,6 +13,12 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=100)
     parser.add_argument("--gap", type=float, default=5.0, help="seconds between faults, on average")
+    parser.add_argument(
+        "--lease",
+        type=float,
+        default=LEASE,
+        help="seconds; within two thirds of them, a process must start on this machine",
+    )
     parser.add_argument("--storage", choices=("file", "s3"), default="file", help="s3: the workers share no folder")
     parser.add_argument(
         "--patience", type=float, default=1800.0, help="seconds for the jobs to end after the last fault"
@@ -23,6 +30,7 @@ def main() -> int:
         arguments.jobs,
         arguments.gap,
         arguments.patience,
+        lease=arguments.lease,
         storage=arguments.storage,
     )
     for name, count in verdict.counts.items():
