@@ -114,7 +114,7 @@ class TestUpload:
             (b'{"text":"a"}\n{}', LINES, "line 2: text: Field required"),
             (b'{"text":"a"}\n{"text":7}', LINES, "line 2: text: Input should be a valid string"),
             (b'{"text":"a"}\n{"text":""}', LINES, "line 2: text: String should have at least 1"),
-            (b'{"text":"a"}\n{"text":"\\u0000"}', LINES, "line 2: text: String should match"),
+            (b'{"text":"a"}\n{"text":"\\u0000"}', LINES, "line 2: text: a text with a NUL character"),
             (b'{"text":"a"}\n{"text":"\\ud800"}', LINES, "line 2: text: Input should be a valid string, unable"),
             (b'{"text":"a"}\n{"text":"b","url":"c"}', LINES, "line 2: url: unknown field"),
             (b'{"text":"a"}\n{"text":"b","text":"c"}', LINES, "line 2: text: the name occurs twice"),
