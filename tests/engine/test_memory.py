@@ -41,7 +41,7 @@ print(peak - before)
 
 def test_memory_holds_what_stays_and_a_layer(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Pages of files, which the kernel may drop and read again, are not counted."""
-    sizes = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 20, "num_attention_heads": 4}
+    sizes = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 32, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes, "num_key_value_heads": 4}))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     source = save(model, tokenizer, tmp_path / "source", max_shard_size="20MB")
