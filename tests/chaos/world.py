@@ -100,9 +100,14 @@ class World:
     def kill(self, name: str) -> None:
         """As the kernel does it: no last words."""
         role = self.roles[name]
+        # Frozen children of a database would not notice its death, and the next one would wait for them.
+        children = self.family(name)[1:] if name == "postgres" else []
         role.wanted = False
         role.process.kill()
         role.process.wait()
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.resume()
 
     def stop(self, name: str) -> None:
         """As an operator does it, who then waits."""
