@@ -51,6 +51,8 @@ class Memory:
 def estimate(resolved: Resolved, shape: ModelShape, mapped: bool) -> Memory:
     """Estimate the memory that pruning a model of sizes ``shape`` needs, at the smallest ratio of the request.
 
+    The ratio of a goal is not known before tokens leave (:attr:`Resolved.decided`); the largest that may follow counts.
+
     ``mapped`` says whether the weights stay in their files until they are cut, as on a CPU in the files' own dtype.
     """
     spec, chosen, ratio = resolved.spec, resolved.components, min(resolved.ratios)

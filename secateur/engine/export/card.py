@@ -110,7 +110,7 @@ def _removed(report: Report) -> str:
         (lost["layer"], f"{lost['layer']} of {len(pairs)} layers"),
         (lost["attention"], f"the attention of {lost['attention']} layers"),
         (lost["feed-forward"], f"the feed-forward of {lost['feed-forward']} layers"),
-        (experts, f"{experts} experts of every layer"),
+        (experts, f"{experts} experts of every layer that has some"),
         (lost["widths"], "whole KV groups of attention heads and whole feed-forward channels"),
     ]
     return ", ".join(words for there, words in parts if there) or "no units"
