@@ -272,7 +272,8 @@ HANGING = r".*.*\d{9}"
 """Oniguruma gives up a match after ten million steps; this pattern takes fewer, at every character anew."""
 FAILING = r"(a+)+$"
 LINE = "the river rose " * 60 + "\n"
-"""With the pattern above, this takes a second or more; no thread of a test may go on for long after the test."""
+"""A line on which a tokenizer with the pattern ``HANGING`` works for a second or more, and not for much longer: the thread of
+a tokenizer that was given up goes on after its test."""
 
 
 def spoiled(tokenizer: PreTrainedTokenizerFast, pattern: str, part: str) -> PreTrainedTokenizerFast:
