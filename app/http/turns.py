@@ -2,8 +2,7 @@
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Hashable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Hashable
 from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
@@ -27,15 +26,9 @@ class Turns:
 
     async def run(self, key: Hashable, work: Callable[..., T], *values: object) -> T:
         """Call ``work`` with ``values`` in a thread when it is the API key's turn, and return its result."""
-        async with self.taken(key):
-            return await to_thread.run_sync(work, *values, limiter=self._limiter)
-
-    @asynccontextmanager
-    async def taken(self, key: Hashable) -> AsyncIterator[None]:
-        """Wait for a turn of the API key, and hold the turn while the context lasts."""
         await self.begin(key)
         try:
-            yield
+            return await to_thread.run_sync(work, *values, limiter=self._limiter)
         finally:
             self.end(key)
 

@@ -8,12 +8,13 @@ in ``secateur.engine``.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from secateur.catalog.structures import DEPTH, STRUCTURES, WIDTHS
+from secateur.catalog.tables import by_name
 
 DEFAULT_METHOD = "secateur"
 """The method of the library and the command line, unless the caller names another one."""
@@ -42,18 +43,6 @@ class Need(StrEnum):
     """A backward pass through all layers at once, as in training."""
 
 
-class _Named(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
-Entry = TypeVar("Entry", bound=_Named)
-
-
-def _table(*entries: Entry) -> Mapping[str, Entry]:
-    return {entry.name: entry for entry in entries}
-
-
 @dataclass(frozen=True)
 class Scorer:
     """A way to score units; the function of the same name is in ``secateur.engine.scoring``."""
@@ -72,7 +61,7 @@ class Scorer:
         return Need.MOMENTS in self.needs
 
 
-SCORERS = _table(
+SCORERS = by_name(
     Scorer("compensated-loss", structures=DEPTH),
     Scorer("flap", frozenset({Need.FORWARD})),
     Scorer("frequency", structures=("experts",)),
@@ -105,7 +94,7 @@ class Allocator:
     """
 
 
-ALLOCATORS = _table(
+ALLOCATORS = by_name(
     Allocator("cosine", frozenset({Need.FORWARD})),
     Allocator("inner"),
     Allocator("lsps", frozenset({Need.GATES})),
@@ -133,7 +122,7 @@ class LayerwiseRecovery:
 
 
 NO_RECOVERY = "none"
-LAYERWISE_RECOVERIES = _table(
+LAYERWISE_RECOVERIES = by_name(
     LayerwiseRecovery(NO_RECOVERY),
     LayerwiseRecovery("bias", frozenset({Need.MOMENTS}), adds_bias=True),
     LayerwiseRecovery("linear-regression", frozenset({Need.MOMENTS, Need.SOLVE}), adds_bias=True),
@@ -154,7 +143,7 @@ class Training:
     """Whether the training changes all weights of the blocks, instead of adapters alone."""
 
 
-TRAININGS = _table(
+TRAININGS = by_name(
     Training("lora"),
     Training("distill", frozenset({Need.BACKWARD, Need.REFERENCE}), all_weights=True),
 )
@@ -215,7 +204,7 @@ PIEM_PASSES = (
 )
 LAYERWISE_PASSES = "one forward of every layer before and one after it is cut"
 
-METHODS = _table(
+METHODS = by_name(
     Method("secateur", "ours: SlimLLM's layer ratios, second-order selection, damped least-squares refit towards the unpruned model on the pruned prefix", "Secateur", "docs/methods.md", "obs", "cosine", "least-squares", passes=f"one forward for the ratios, {LAYERWISE_PASSES}, one of the unpruned model beside it", also=("compensated-loss", "reap")),
     Method("secateur-gradient", "ours, with gradients: PIEM scores in several rounds, SlimLLM's layer ratios, a strongly damped least-squares recovery; best at small ratios", "Secateur", "docs/methods.md", "piem", "cosine", "least-squares", passes=f"one forward for the ratios, {PIEM_PASSES}, {LAYERWISE_PASSES}", default_rounds=4, fit_to="layer", damping=10.0),
     Method("piem-lsps", "PIEM scores, LSPS layer ratios: the paper's full method", PIEM_PAPER, "section 3.2 and 3.3", "piem", "lsps", passes=PIEM_PASSES, default_rounds=4),

@@ -208,7 +208,8 @@ def resolve(
     field = "target_ratio" if spec.goal is None else "goal"
     decided = spec.goal is None or spec.vocabulary is None or vocabulary_cut
     ratios = tuple(
-        _ratio_of(spec, shape, dtype, vocabulary_cut) if ratio is None else ratio for ratio in spec.requested_ratios
+        _ratio_of(spec, chosen, shape, dtype, vocabulary_cut) if ratio is None else ratio
+        for ratio in spec.requested_ratios
     )
     if not any(ratios):
         chosen = replace(chosen, rounds=1, competing=False)
@@ -319,17 +320,16 @@ def _check_layout(
         )
 
 
-def _ratio_of(spec: PruningSpec, shape: ModelShape, dtype: str, vocabulary_cut: bool) -> float:
+def _ratio_of(spec: PruningSpec, chosen: Components, shape: ModelShape, dtype: str, vocabulary_cut: bool) -> float:
     """Return the ratio by which a model of sizes ``shape`` meets the goal; the largest, before its tokens are chosen."""
     goal = spec.goal
     assert goal is not None  # validation refuses a request with neither a ratio nor a goal
     wanted = goal.parameters or (goal.bytes or 0) / DTYPE_BYTES[dtype]
     ratio = (shape.parameters - wanted) / shape.prunable_parameters
-    smallest_step = block(
-        shape, components(spec).structures, shape.width_multiple(spec.allocation.width_multiple), False
-    )
-    if vocabulary_cut and ratio * shape.prunable_parameters <= smallest_step / 2:
-        return 0.0  # the tokens alone meet the goal, as nearly as units could
+    if vocabulary_cut:
+        step = block(shape, chosen.structures, shape.width_multiple(spec.allocation.width_multiple), False)
+        if shape.parameters - wanted <= step / 2:
+            return 0.0  # the tokens alone meet the goal, as nearly as units could
     tokens = shape.vocabulary_parameters if spec.vocabulary is not None and not vocabulary_cut else 0
     smallest = shape.parameters - MAX_RATIO * shape.prunable_parameters - tokens
     if not smallest <= wanted < shape.parameters:

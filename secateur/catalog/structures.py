@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from secateur.catalog.tables import by_name
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -125,11 +127,7 @@ def _of_depth(
     )
 
 
-def _by_name(*structures: Structure) -> dict[str, Structure]:
-    return {structure.name: structure for structure in structures}
-
-
-STRUCTURES = _by_name(
+STRUCTURES: dict[str, Structure] = by_name(
     _of_depth(
         "layers",
         "a whole decoder layer",

@@ -139,13 +139,10 @@ def test_a_goal_with_vocabulary_at_the_door(trained_folder: Path) -> None:
         found = resolve(spec(goal={"parameters": goal}), shape, config=config, source_dtype="float32")
         assert not found.decided and 0 < found.ratios[0] <= 0.9
         assert found.nearest_ratio(shape, 0) is None
-    with pytest.raises(PruningError) as raised:
-        resolve(
-            spec(goal={"parameters": 1}, structures=["experts"], method="reap"),
-            shape,
-            config=config,
-            source_dtype="float32",
-        )
+    asked = spec(goal={"parameters": shape.parameters - 1}, structures=["experts"], method="reap")
+    with pytest.raises(PruningError, match="has no 'experts'") as raised:
+        resolve(asked, shape, config=config, source_dtype="float32")
+    assert (raised.value.code, raised.value.field) == (ErrorCode.STRUCTURE_UNSUPPORTED, "structures")
     for goal in (shape.parameters, shape.parameters - units - tokens - 2):
         with pytest.raises(PruningError, match="can be pruned to") as raised:
             resolve(spec(goal={"parameters": goal}), shape, config=config, source_dtype="float32")

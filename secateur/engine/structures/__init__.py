@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor
 
+from secateur.catalog.tables import by_name
 from secateur.engine.model.decoder import Layer
 from secateur.engine.structures.base import Structure, Width, expand
 from secateur.engine.structures.channels import Channels
@@ -16,12 +17,7 @@ from secateur.engine.structures.kv_groups import KVGroups
 from secateur.engine.structures.layers import Layers
 from secateur.engine.structures.sublayers import Attention, FeedForward
 
-
-def _by_name(*structures: Structure) -> dict[str, Structure]:
-    return {structure.name: structure for structure in structures}
-
-
-STRUCTURES = _by_name(
+STRUCTURES: dict[str, Structure] = by_name(
     Layers(),
     Attention(),
     FeedForward(),
