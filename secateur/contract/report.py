@@ -127,6 +127,8 @@ class StepKind(StrEnum):
 
     BASELINE = "baseline"
     """The unpruned model was measured."""
+    TRIAL = "trial"
+    """A split of the ratio among structures that compete was tried; the model that it left is not kept."""
     ROUND = "round"
     """A pruning round is complete."""
     TRAINING = "training"
@@ -154,7 +156,7 @@ class Step(Measurement):
     widths: list[LayerWidths] | None = None
     sensitivity: list[float] | None = Field(None, description="What the allocator found of each layer.")
     trials: list[Trial] | None = Field(
-        None, description="Of structures that compete: what was tried, the taken split first."
+        None, description="Of structures that compete: what was tried; in a round, all of it, the taken split first."
     )
     shielding: Literal["exact", "estimate"] | None = Field(None, description="Scorer `piem`: how ΔL was found.")
     training: TrainingCurve | None = None

@@ -15,11 +15,12 @@ from secateur.catalog.architectures import shape_from_config
 from secateur.catalog.budget import QUARTERS, block, splits, without_whole
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
 from secateur.contract.errors import PruningError
-from secateur.contract.events import Event, ProgressEvent
+from secateur.contract.events import Event, ProgressEvent, StepEvent
+from secateur.contract.report import StepKind
 from secateur.contract.stages import Stage
 from secateur.engine.run.competition import halves, lowest
 from secateur.engine.run.run import NamedModel, prune_to_folder
-from secateur.engine.run.workspace import Listener, Paused, Workspace
+from secateur.engine.run.workspace import Listener, Workspace
 from tests.engine.models import english, make_model, save
 from tests.tiers import slow_but
 
@@ -142,22 +143,24 @@ def test_the_split_of_the_lowest_loss_is_taken(name: str, tokenizer: PreTrainedT
     assert {report.widths.before[0].experts - experts for experts in left} == {taken.get("experts", 0)}
 
 
-def test_what_was_tried_is_not_tried_again(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """A run is paused after its trials, before its first round, and goes on from there."""
+@pytest.mark.parametrize("done", [1, None], ids=["after-one-trial", "after-all-trials"])
+def test_what_was_tried_is_not_tried_again(
+    done: int | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A run is killed between its trials or before its first round, and goes on from its last event."""
     source = NamedModel(str(save(make_model("llama", num_hidden_layers=4), tokenizer, tmp_path / "source")))
     whole = list[Event]()
     (expected,) = prune_to_folder(source, spec(), tmp_path / "whole", listener=Listener(whole.append))
     trials = expected.steps[0].trials
+    tried = [event for event in whole if isinstance(event, StepEvent) and event.step.kind == StepKind.TRIAL]
     assert trials is not None and Stage.SEARCHING in stages(whole)
-    workspace, asked = Workspace(scratch=tmp_path / "run"), itertools.count()
-    stop = Listener(lambda _: None, lambda: next(asked) == len(trials))
-    with pytest.raises(Paused) as paused:
-        prune_to_folder(source, spec(), tmp_path / "out", workspace, stop)
-    later = list[Event]()
-    (report,) = prune_to_folder(
-        source, spec(), tmp_path / "out", workspace, Listener(later.append), resume=paused.value.state
-    )
-    assert Stage.SEARCHING not in stages(later)
+    assert [event.step.number for event in tried] == list(range(1, len(trials) + 1))
+    done, later = done or len(tried), list[Event]()
+    workspace, listener = Workspace(scratch=tmp_path / "run"), Listener(later.append)
+    (report,) = prune_to_folder(source, spec(), tmp_path / "out", workspace, listener, resume=tried[done - 1].state)
+    again = [event for event in later if isinstance(event, StepEvent) and event.step.kind == StepKind.TRIAL]
+    assert [event.step.trials for event in again] == [event.step.trials for event in tried[done:]]
+    assert (Stage.SEARCHING in stages(later)) == bool(again)
     assert report.steps[0].trials == trials and report.widths == expected.widths
     assert report.perplexity == expected.perplexity
 

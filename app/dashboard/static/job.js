@@ -198,7 +198,7 @@ function wholeUnits({ widths: { before, after } }) {
 
 /** The splits that were tried where structures compete. */
 function describeTrials(steps) {
-  const tried = steps.filter(({ data }) => data.trials?.length);
+  const tried = steps.filter(({ data }) => data.kind === "round" && data.trials?.length);
   const said = (removed) => Object.entries(removed).map(([name, count]) => `${count} ${name}`).join(", ") || "widths alone";
   return tried.map(({ data }) => h("div", { class: "card" }, table(`Structures that competed for ${percent(data.target_ratio)}; the first was taken`, ["whole units", "loss (nats a token)"],
     data.trials.map(({ removed, loss }) => [said(removed), loss == null ? "infinite" : fixed(loss, 4)]))));

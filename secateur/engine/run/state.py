@@ -41,7 +41,8 @@ class TargetState(_State):
 
     ratio: float
     trials: tuple[Trial, ...] = ()
-    """The splits of the ratio that were tried, the taken split first; empty if no structures compete."""
+    """The splits of the ratio that were tried, and the taken split first once a round is complete; empty if no
+    structures compete."""
     plan: PlanData | None = None
     steps: tuple[Step, ...] = ()
     tensors: TensorReference | None = None

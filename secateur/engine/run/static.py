@@ -6,7 +6,7 @@ A run can be resumed from every step.
 import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,38 +109,59 @@ class StaticPruner:
         return StaticPruned(decoder, self._source, self.state.targets[index], self._resolved.spec.gguf_quantization)
 
     def _compete(self, index: int) -> None:
-        """Record the trials of target ``index`` if its structures compete and have not been tried yet."""
+        """Record the trials of target ``index``, the best first, if its structures compete.
+
+        Each trial is a step, from which a later attempt goes on.
+        """
         target, splits = self.state.targets[index], self._resolved.splits[index]
-        if len(splits) == 1 or target.trials or target.steps:
+        if len(splits) == 1 or target.steps:
             return
-        calibrating, measuring = halves(self._inputs.tokens)
-        progress, done = self._inputs.progress, 0
-        progress.stage(Stage.SEARCHING)
+        trials = {frozenset(trial.removed.items()): trial for trial in target.trials}
+        progress, searching = self._inputs.progress, False
 
         def loss(removed: Mapping[str, int]) -> float:
-            nonlocal done
-            self._pause_if_asked()
-            gc.collect()  # the model of the trial before is in reference cycles
-            decoder, before = self._inputs.unpruned.take(), done
-            context = self._context(decoder, calibrating, target.ratio, removed, 1)
-            context.progress = lambda share: progress.share((before + share) / len(splits))
-            done += 1
-            try:
-                self._cut(context, Plan.full(decoder.shape.layers), removed, self._chosen.rounds)
-                measured = mean_loss(decoder, measuring)
-            except PruningError as error:
-                if error.code != ErrorCode.LOSS_NOT_FINITE:
-                    raise
-                return math.inf
-            return measured if math.isfinite(measured) else math.inf
+            nonlocal searching
+            split = frozenset(removed.items())
+            if split not in trials:
+                self._pause_if_asked()
+                if not searching:
+                    progress.stage(Stage.SEARCHING)
+                    searching = True
+                began, before = time.monotonic(), len(trials)
+                measured = self._try(
+                    target.ratio, removed, lambda share: progress.share((before + share) / len(splits))
+                )
+                trials[split] = Trial(removed=dict(removed), loss=measured)
+                step = Step(
+                    number=self.state.step + 1,
+                    kind=StepKind.TRIAL,
+                    target_ratio=target.ratio,
+                    trials=[trials[split]],
+                    seconds=time.monotonic() - began,
+                )
+                self._record(index, step, trials=tuple(trials.values()))
+            found = trials[split].loss
+            return math.inf if found is None else found
 
         found = lowest(splits, loss)
-        trials = [
-            Trial(removed=dict(splits[split]), loss=measured if math.isfinite(measured) else None)
-            for split, measured in found.items()
-        ]
         self._reference = None  # the taken split may not need it
-        self._change(index, trials=tuple(trials))
+        self._change(index, trials=tuple(trials[frozenset(splits[split].items())] for split in found))
+
+    def _try(self, ratio: float, removed: Mapping[str, int], progress: Callable[[float], None]) -> float | None:
+        """Return the mean loss of a token in nats after a trial that removes ``removed``, or ``None`` if it is infinite."""
+        calibrating, measuring = halves(self._inputs.tokens)
+        gc.collect()  # the model of the trial before is in reference cycles
+        decoder = self._inputs.unpruned.take()
+        context = self._context(decoder, calibrating, ratio, removed, 1)
+        context.progress = progress
+        try:
+            self._cut(context, Plan.full(decoder.shape.layers), removed, self._chosen.rounds)
+            measured = mean_loss(decoder, measuring)
+        except PruningError as error:
+            if error.code != ErrorCode.LOSS_NOT_FINITE:
+                raise
+            return None
+        return measured if math.isfinite(measured) else None
 
     def _context(
         self, decoder: Decoder, tokens: Tensor, ratio: float, removed: Mapping[str, int], number: int
