@@ -4,13 +4,17 @@ import asyncio
 import logging
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import TypeVar
 
 import psycopg
 from sqlalchemy import make_url
 
 from app.http.places import Places
+from app.http.turns import Turns
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +23,8 @@ POLL = 5.0
 """Number of seconds after which a waiter reads the job itself, because a notification may be lost while the listener
 reconnects."""
 RECONNECT = 1.0
+READERS, READERS_EACH = 8, 2
+"""Largest number of waiters that read their jobs at once, of all API keys and of one: one change may wake hundreds."""
 
 
 class Signal:
@@ -46,6 +52,11 @@ class Feed:
     def __init__(self, most: int) -> None:
         self._signals: defaultdict[uuid.UUID, set[Signal]] = defaultdict(set)
         self._places = Places(most)
+        self._turns = Turns(READERS, READERS_EACH)
+
+    async def read(self, key_id: uuid.UUID, look: Callable[[], T]) -> T:
+        """Call ``look`` in a thread when it is the API key's turn among the waiters, and return its result."""
+        return await self._turns.run(key_id, look)
 
     def is_full(self, key_id: uuid.UUID) -> bool:
         """Return whether the API key has as many waiters as it may have."""

@@ -155,7 +155,7 @@ async def _wait(feed: FeedDep, caller: Caller, job_id: uuid.UUID, seconds: int, 
     deadline = time.monotonic() + seconds
     with feed.signal(caller.id, job_id) as signal:
         while True:
-            job = await run_in_threadpool(_look, caller, job_id)
+            job = await feed.read(caller.id, lambda: _look(caller, job_id))
             left = deadline - time.monotonic()
             if done(job) or left <= 0:
                 return job
@@ -392,7 +392,11 @@ async def _signal(job_id: uuid.UUID, owner: Owner, feed: FeedDep) -> AsyncIterat
     responses=documented(404),
 )
 async def stream(
-    job_id: uuid.UUID, owner: Owner, signal: Annotated[Signal, Depends(_signal)], last_event_id: LastEventId = 0
+    job_id: uuid.UUID,
+    owner: Owner,
+    feed: FeedDep,
+    signal: Annotated[Signal, Depends(_signal)],
+    last_event_id: LastEventId = 0,
 ) -> AsyncIterator[ServerSentEvent]:
     """Send the job's past and new events as Server-Sent Events.
 
@@ -409,7 +413,7 @@ async def stream(
             return service.events(session, owner, job_id, after, STREAM_BATCH)
 
     while True:
-        answer = await run_in_threadpool(read)
+        answer = await feed.read(owner.id, read)
         if answer is None:
             yield ServerSentEvent(data={"code": unauthorized().code}, event="end")
             return

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
@@ -18,7 +19,8 @@ from app.auth import service as auth
 from app.config import Settings, get_settings
 from app.http import prefer
 from app.http.prefer import wait_seconds
-from app.jobs import events
+from app.jobs import events, service
+from app.jobs.events import READERS_EACH
 from tests.api import play
 from tests.api.conftest import ServerThread
 from tests.patience import PATIENCE, wait_for
@@ -153,6 +155,42 @@ def test_many_wait_and_the_service_still_answers(
         for thread in threads:
             thread.join(timeout=PATIENCE)
     assert answers == [200] * 80
+
+
+def test_the_waiters_of_one_key_read_in_turn(
+    api: httpx2.Client, job_id: str, session: Session, waiting: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One change wakes many long polls and streams of a key; few of them read the database at once."""
+    reading, most, lock, read = 0, 0, threading.Lock(), service.view
+
+    def view(*values: Any) -> Any:
+        nonlocal reading, most
+        with lock:
+            reading += 1
+            most = max(most, reading)
+        time.sleep(0.01)
+        with lock:
+            reading -= 1
+        return read(*values)
+
+    def wait() -> None:
+        assert client.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=60"}).json()["state"] == "running"
+
+    def watch() -> None:
+        with client.stream("GET", f"/v1/jobs/{job_id}/events/stream") as response:
+            arriving = _frames(response.iter_lines())
+            assert [next(arriving)["event"] for _ in range(2)] == ["state", "state"]
+
+    limits = httpx2.Limits(max_connections=100)
+    connected = httpx2.Client(base_url=api.base_url, headers=api.headers, limits=limits, timeout=PATIENCE)
+    with connected as client, ThreadPoolExecutor(30) as pool:
+        calls = [pool.submit(wait) for _ in range(20)] + [pool.submit(watch) for _ in range(10)]
+        wait_for(lambda: len(waiting) == 30)
+        monkeypatch.setattr(service, "view", view)
+        play.start(session, job_id)
+        for call in calls:
+            call.result()
+    assert most == READERS_EACH
 
 
 def test_the_listener_comes_back(
