@@ -1,7 +1,7 @@
 """Attention and feed-forward as structures: one sub-layer of a block leaves, and the other stays.
 
-In memory, and in the layout ``per-layer``, a module without parameters stands in for the sub-layer. Where the stock
-class must hold the sub-layer, it has one unit, and the output of that unit is zero.
+While a model is pruned, a module without parameters stands in for the sub-layer. In the files of the model, in every
+layout, the sub-layer has one unit whose output is zero, so that the class and its caches are the stock ones.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
