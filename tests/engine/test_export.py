@@ -19,7 +19,6 @@ from secateur.catalog.architectures import ModelShape
 from secateur.catalog.resolve import components
 from secateur.catalog.sources import locate
 from secateur.catalog.spec import PruningSpec
-from secateur.contract.errors import PruningError
 from secateur.contract.report import (
     BenchmarkChange,
     Change,
@@ -411,20 +410,6 @@ def test_the_card_tells_the_method_only_where_it_was_followed(cases: dict[str, C
     assert "scorer `wanda`, allocator `uniform`, layer-wise recovery `none`, training `lora`" in card
 
 
-def test_a_checkpoint_that_disagrees_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    decoder, out = pruned(save(make_model("llama"), tokenizer, tmp_path / "source"))
-    weights = load_file(out / "model.safetensors")
-    weights["model.layers.0.mlp.down_proj.weight"] = weights["model.layers.0.mlp.down_proj.weight"].flip(0).contiguous()
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PruningError, match="logits differ") as caught:
-        check_checkpoint(decoder, out, own_code=True)
-    assert caught.value.code == "export_invalid"
-    del weights["model.norm.weight"]
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PruningError, match="do not fit"):
-        check_checkpoint(decoder, out, own_code=True)
-
-
 @pytest.mark.parametrize("layout", ["", "uniform"])
 def test_code_of_the_source_is_neither_run_nor_published(
     layout: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -440,16 +425,6 @@ def test_code_of_the_source_is_neither_run_nor_published(
     assert "auto_map" not in json.loads((out / "tokenizer_config.json").read_text())
     named = json.loads((out / "config.json").read_text()).get("auto_map", {})
     assert not any("foreign" in name for name in named.values()) and bool(named) is not bool(layout)
-
-
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_mixture_in_half_precision(name: str, seed: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Rounding sends a token elsewhere now and then."""
-    decoder, out = pruned(save(make_model(name, seed).bfloat16(), tokenizer, tmp_path / "source"))
-    decoder.layers[0].channel_output.weight.mul_(0.5)
-    with pytest.raises(PruningError, match="logits differ"):
-        check_checkpoint(decoder, out, own_code=True)
 
 
 CARDS = {"llama": True, "llama uniform": False, "chatglm6b uniform": True}

@@ -90,9 +90,7 @@ def write_model(decoder: Decoder, source: ModelSource, folder: Path, stock: bool
     With ``stock``, the checkpoint is one of the stock class; all layers must have the widths of the first layer.
     """
     _write_config(decoder, source, folder, stock)
-    # The source's names are restored, because transformers 5 renames a few weights, and 4 and vLLM do not.
-    state = revert_weight_conversion(decoder.model, _without_ties(decoder.model.state_dict()))
-    whole = {name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in state.items()}
+    whole = {name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in weights(decoder).items()}
     save_torch_state_dict(whole, folder, max_shard_size=SHARD_SIZE)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors makes files that only their owner can read
@@ -134,6 +132,15 @@ def write_manifest(decoder: Decoder, plan: Plan, folder: Path, report: Report, e
     files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
     manifest = {**extra, "plan": plan.as_data().model_dump(mode="json"), "report": report.as_dict(), "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest) + "\n")
+
+
+def weights(decoder: Decoder) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model under the names that they have in its files.
+
+    The names are the source's: transformers 5 renames a few weights when it loads them, and 4 and vLLM do not.
+    """
+    state: dict[str, torch.Tensor] = revert_weight_conversion(decoder.model, _without_ties(decoder.model.state_dict()))
+    return state
 
 
 def _without_ties(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

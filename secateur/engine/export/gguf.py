@@ -19,10 +19,10 @@ from torch import Tensor
 from secateur.catalog.gguf import GgufKind, gguf_architecture, gguf_obstacle, unsupported
 from secateur.catalog.sources import ModelSource
 from secateur.contract.errors import ErrorCode, PruningError
-from secateur.engine.export.check import TOLERANCE
 from secateur.engine.export.checkpoint import source_config, write_tokenizer_files
 from secateur.engine.export.gguf_tokenizer import write_tokenizer
 from secateur.engine.model.decoder import Decoder, Layer
+from secateur.engine.model.in_float32 import InFloat32
 from secateur.engine.time_limit import encode
 from secateur.processes import run
 
@@ -138,7 +138,7 @@ def check_gguf(decoder: Decoder, path: Path, kind: GgufKind) -> None:
     length = min(PROBE, _context(decoder.model.config) - CONTINUATION)
     tokens = torch.randint(decoder.shape.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(decoder.device)
-    with torch.no_grad():
+    with torch.no_grad(), InFloat32():
         for _ in range(CONTINUATION):
             logits = decoder.model(tokens, use_cache=False).logits
             tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
@@ -153,7 +153,7 @@ def check_gguf(decoder: Decoder, path: Path, kind: GgufKind) -> None:
     if kind in ROUNDING:
         _check_weights(decoder, path, ROUNDING[kind])
         return
-    compare(expected, found, length, max(LOGITS[kind], TOLERANCE[decoder.model.dtype]))
+    compare(expected, found, length, LOGITS[kind])
 
 
 def compare(expected: Tensor, found: Tensor, length: int, tolerance: float) -> None:

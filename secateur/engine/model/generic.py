@@ -19,6 +19,7 @@ from secateur.catalog.architectures.base import StockHeads
 from secateur.catalog.sources import ModelSource, read_shape
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.decoder import Decoder
+from secateur.engine.model.in_float32 import InFloat32
 from secateur.engine.model.per_layer import OF_LAYERS
 from secateur.engine.structures import WIDTHS, Width, gated
 from secateur.engine.time_limit import BUILD_SECONDS, within
@@ -35,7 +36,7 @@ KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
 TOKENS = 24
 MOST_MODULES = 100_000
 """Largest number of modules of a model; a decoder with a thousand layers has about 20,000."""
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE = 1e-4
 """Largest allowed difference of logits, relative to the largest logit."""
 
 
@@ -200,7 +201,7 @@ def verify(decoder: Decoder) -> None:
     """Verify a model without an adapter, whose projections were found by name.
 
     In the first, a middle and the last layer, cutting units must give the same output as setting them to zero. The
-    logits must be computed from the output of the last layer.
+    logits must be computed from the output of the last layer. All is computed in float32.
 
     Raises:
         PruningError: ``unsupported_architecture``.
@@ -209,17 +210,19 @@ def verify(decoder: Decoder) -> None:
     tokens = torch.randint(decoder.shape.vocab_size, (2, TOKENS), generator=generator).to(decoder.device)
     config = {"model_type": decoder.shape.model_type}
     try:
-        captured = decoder.capture(tokens)
-        whole = decoder.model(tokens, use_cache=False).logits
-        if not _close(decoder.resume(captured, 0, captured.inputs[0]), whole):
-            _refuse(config, "its logits are not made of what leaves its last layer")
-        for index in sorted({0, len(decoder.layers) // 2, len(decoder.layers) - 1}):
-            for structure in WIDTHS.values():
-                if not _cuts_as_it_shields(decoder, tokens, index, structure):
-                    _refuse(
-                        config,
-                        f"cutting {structure.name} of layer {index} does not give the same output as setting them to zero",
-                    )
+        with InFloat32():
+            captured = decoder.capture(tokens)
+            whole = decoder.model(tokens, use_cache=False).logits
+            if not _close(decoder.resume(captured, 0, captured.inputs[0]), whole):
+                _refuse(config, "its logits are not made of what leaves its last layer")
+            for index in sorted({0, len(decoder.layers) // 2, len(decoder.layers) - 1}):
+                for structure in WIDTHS.values():
+                    if not _cuts_as_it_shields(decoder, tokens, index, structure):
+                        _refuse(
+                            config,
+                            f"cutting {structure.name} of layer {index} does not give the same output as setting them "
+                            "to zero",
+                        )
     except (
         RuntimeError,
         TypeError,
@@ -254,4 +257,4 @@ def _cuts_as_it_shields(decoder: Decoder, tokens: Tensor, index: int, structure:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() <= TOLERANCE[one.dtype] * other.abs().max())
+    return bool((one - other).abs().max() <= TOLERANCE * other.abs().max())
