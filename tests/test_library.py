@@ -59,6 +59,14 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static, "check_checkpoint", lambda decoder, folder, own_code: None)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell lets a command that it starts in the background ignore SIGINT, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def call(model: Any, **arguments: Any) -> Any:
     given = {"data": TEXTS, "method": "magnitude", "ratio": 0.3, "recipe": QUICK, "progress": False, **arguments}
     return prune(model, **given)
@@ -204,7 +212,7 @@ def test_events(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("unchecked", "interruptible")
 @pytest.mark.parametrize("method", ["magnitude", "secateur"])
 def test_ctrl_c_keeps_what_is_done(method: str, folder: Path, tmp_path: Path) -> None:
     def interrupt(event: Event) -> None:
@@ -232,6 +240,7 @@ def test_ctrl_c_keeps_what_is_done(method: str, folder: Path, tmp_path: Path) ->
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_before_the_first_step_leaves_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
