@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SUITE := --numprocesses 2 --dist worksteal
 
-.PHONY: demo test test-busy test-slow test-browser test-docs test-wheel test-base test-image image chaos test-gguf test-compat bench-quality bench-speed bench-load bench-hostile bench-paper bench-progress bench-dynamic bench-structures bench-vocabulary bench-census check lint types contracts client openapi clean
+.PHONY: demo test test-busy test-slow test-browser test-docs test-wheel test-base test-image image chaos test-gguf test-compat bench-quality bench-speed bench-load bench-hostile bench-paper bench-progress bench-dynamic bench-structures bench-vocabulary bench-sizes bench-census check lint types contracts client openapi clean
 
 demo: .venv/.model
 	$(BIN)/python -m demo
@@ -84,6 +84,10 @@ bench-dynamic: .venv/.model
 # are others as NAME=FILE; OPTIONS: see --help. A run that was stopped goes on where it was.
 bench-structures: .venv/.model
 	$(BIN)/python -m benchmarks.structures $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(if $(EVALUATION),--evaluation $(EVALUATION)) $(OPTIONS)
+
+# A model of several memory budgets, under a control group where this process may make one; minutes.
+bench-sizes: .venv/.installed
+	$(BIN)/python -m benchmarks.sizes $(OPTIONS)
 
 # SmolLM2 with fewer tokens, and a tokenizer of 100,000: growth, bytes, loss a byte, decode time. CALIBRATION is a text file,
 # EVALUATION are others as NAME=FILE; minutes.

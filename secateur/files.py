@@ -1,8 +1,11 @@
-"""Functions that write a file completely or not at all."""
+"""Functions that write a file completely or not at all, and that compare its content."""
 
+import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 TEMPORARY = ".tmp"
@@ -17,16 +20,31 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: The file cannot be written; nothing was changed.
     """
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file beside ``path``, which the caller writes; it is then renamed to ``path``.
+
+    A reader of ``path`` finds all of the new content or the previous content, even after a power cut. After an error,
+    the temporary file is deleted.
+    """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 hash of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

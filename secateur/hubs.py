@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from secateur.contract.errors import ErrorCode, PruningError
-from secateur.files import link_or_copy, sync, write_whole
+from secateur.files import link_or_copy, sha256, sync, write_whole
 
 TRIES = 10
 KEPT = ".gitattributes"
@@ -209,7 +209,5 @@ def _digest(folder: Path, header: str) -> str:
     """Return 40 hex digits that are computed from ``header`` and all files of ``folder``."""
     digest = hashlib.sha1(header.encode(), usedforsecurity=False)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()} {sha256(path)}\n".encode())
     return digest.hexdigest()

@@ -35,7 +35,7 @@ from secateur.contract.report import (
     Text,
     WidthChange,
 )
-from secateur.engine.export import check_checkpoint, checkpoint
+from secateur.engine.export import check_checkpoint, checkpoint, shards
 from secateur.engine.export.card import model_card
 from secateur.engine.model.cutting import apply_plan, padded
 from secateur.engine.model.decoder import Decoder
@@ -188,7 +188,7 @@ def make_case(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast, **cha
     (folder / "pruned").mkdir()
     with pytest.MonkeyPatch.context() as patch, padded(decoder, enabled=layout == "padded"):
         if shard:
-            patch.setattr(checkpoint, "SHARD_SIZE", "100KB")
+            patch.setattr(shards, "SHARD_BYTES", 100_000)
         checkpoint.write_model(decoder, source, folder / "pruned", bool(layout))
     checkpoint.write_manifest(decoder, plan, folder / "pruned", report, {"job_id": "j", "repo_id": "o/n"})
     save_file({"tokens": tokens}, folder / "probe")

@@ -308,9 +308,9 @@ def test_several_targets_have_one_model_in_memory_at_a_time(
 ) -> None:
     loaded: list[weakref.ref[Decoder]] = []
 
-    def load(*args: Any) -> Decoder:
+    def load(*args: Any, **named: Any) -> Decoder:
         assert not any(known() for known in loaded), "another model is still in memory"
-        decoder = loading.load(*args)
+        decoder = loading.load(*args, **named)
         loaded.append(weakref.ref(decoder))
         return decoder
 
@@ -332,8 +332,8 @@ def test_the_unpruned_model_is_loaded_again_once_and_gone_when_memory_is_measure
     loaded: list[weakref.ref[Decoder]] = []
     alive: list[int] = []
 
-    def load(*args: Any) -> Decoder:
-        decoder = loading.load(*args)
+    def load(*args: Any, **named: Any) -> Decoder:
+        decoder = loading.load(*args, **named)
         loaded.append(weakref.ref(decoder))
         return decoder
 

@@ -10,6 +10,8 @@ import inspect
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -92,16 +94,16 @@ def expected_logits(compute: Callable[[], Tensor]) -> dict[str, Tensor]:
 
 def _check_tensors(decoder: Decoder, folder: Path) -> None:
     """Compare every tensor in the files with the model's tensor of that name, bit for bit."""
-    expected = weights(decoder)
-    for file in sorted(folder.glob("model*.safetensors")):
-        with safe_open(file, "pt") as stored:
-            names = stored.keys()
-            for name in names:
-                tensor = expected.pop(name, None)
-                if tensor is None or not _same_bits(tensor.cpu(), stored.get_tensor(name)):
-                    raise _invalid(f"the tensor {name} is not the model's")
-    if expected:
-        raise _invalid(f"the tensors {', '.join(list(expected)[:3])} are missing")
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(file, "pt")) for file in sorted(folder.glob("model*.safetensors"))]
+        stored = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        for name, tensor in chain.from_iterable(group.items() for group in weights(decoder)):
+            if name not in stored:
+                raise _invalid(f"the tensor {name} is missing")
+            if not _same_bits(tensor.cpu(), stored.pop(name).get_tensor(name)):
+                raise _invalid(f"the tensor {name} is not the model's")
+    if stored:
+        raise _invalid(f"the model has no tensor {next(iter(stored))}")
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

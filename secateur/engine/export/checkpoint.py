@@ -1,6 +1,5 @@
 """The files of a published repository: config, modeling file, weights, tokenizer, card and manifest."""
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.catalog.architectures import Family, LayerShape, per_layer_keys
@@ -22,6 +21,7 @@ from secateur.contract.report import Report
 from secateur.engine.evaluation.size import weight_bytes
 from secateur.engine.export.card import PICTURE, model_card
 from secateur.engine.export.picture import draw_widths
+from secateur.engine.export.shards import write_shards
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.per_layer import OF_LAYERS, modeling_file, own_class
 from secateur.engine.model.plan import Plan
@@ -30,6 +30,7 @@ from secateur.engine.structures.layers import written_config
 from secateur.engine.structures.vocabulary import rewrite_files
 from secateur.engine.structures.vocabulary.files import DESCRIPTION
 from secateur.extras import missing
+from secateur.files import sha256
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,6 @@ COPIED = (
 LICENCES = ("LICENSE*", "MODEL_LICENSE*", "NOTICE*", "USE_POLICY*")
 MODELING_FILE = "modeling_pruned.py"
 MANIFEST = "secateur.json"
-SHARD_SIZE = "5GB"
 ROOM = 64 * 2**20
 """Bytes of disk that must be free beyond the size of the weights."""
 PACKAGES = ("secateur", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "peft")
@@ -90,8 +90,7 @@ def write_model(decoder: Decoder, source: ModelSource, folder: Path, stock: bool
     With ``stock``, the checkpoint is one of the stock class; all layers must have the widths of the first layer.
     """
     _write_config(decoder, source, folder, stock)
-    whole = {name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in weights(decoder).items()}
-    save_torch_state_dict(whole, folder, max_shard_size=SHARD_SIZE)
+    write_shards(weights(decoder), folder)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors makes files that only their owner can read
     _write_tokenizer(decoder, source, folder)
@@ -129,18 +128,28 @@ def write_manifest(decoder: Decoder, plan: Plan, folder: Path, report: Report, e
         report, extra, gguf_file, own.name if own else None, picture=picture, code=any(folder.glob("*.py"))
     )
     (folder / "README.md").write_text(card)
-    files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
     manifest = {**extra, "plan": plan.as_data().model_dump(mode="json"), "report": report.as_dict(), "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest) + "\n")
 
 
-def weights(decoder: Decoder) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model under the names that they have in its files.
+def weights(decoder: Decoder) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the tensors of a model under the names that they have in its files: first those outside its layers.
 
-    The names are the source's: transformers 5 renames a few weights when it loads them, and 4 and vLLM do not.
+    Each layer's tensors are made when they are asked for. The names are the source's: transformers 5 renames a few
+    weights when it loads them, and 4 and vLLM do not.
     """
-    state: dict[str, torch.Tensor] = revert_weight_conversion(decoder.model, _without_ties(decoder.model.state_dict()))
-    return state
+    model, path = decoder.model, decoder.shape.family.layers
+    layers = model.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList)
+    model.set_submodule(path, nn.ModuleList())
+    try:
+        others = _without_ties(model.state_dict())
+    finally:
+        model.set_submodule(path, layers)
+    yield revert_weight_conversion(model, others)
+    for index, layer in enumerate(layers):
+        yield revert_weight_conversion(model, layer.state_dict(prefix=f"{path}.{index}."))
 
 
 def _without_ties(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -150,14 +159,6 @@ def _without_ties(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     first = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
     return {name: state[name] for name in state if first[state[name].data_ptr()] == name}
-
-
-def _is_part(tensor: torch.Tensor) -> bool:
-    """Return whether ``tensor`` is a part of a larger tensor's memory, as the weights of one expert are.
-
-    A file can hold only whole tensors.
-    """
-    return tensor.nbytes < tensor.untyped_storage().nbytes()
 
 
 def versions() -> dict[str, str]:
@@ -312,8 +313,3 @@ def _write_tokenizer(decoder: Decoder, source: ModelSource, folder: Path) -> Non
         changed["tokenizer_class"] = "PreTrainedTokenizerFast"
     if changed != config:
         path.write_text(json.dumps(changed, indent=2) + "\n")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

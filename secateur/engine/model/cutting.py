@@ -16,7 +16,7 @@ def apply_plan(decoder: Decoder, plan: Plan) -> None:
     The indices in ``plan`` count the units of the model *as it is now*.
     """
     for layer, kept in zip(decoder.layers, plan.layers, strict=True):
-        kept = dict(kept)
+        kept, sizes = dict(kept), layer.shape
         for name in (name for name in STRUCTURES if name in kept):
             structure = STRUCTURES[name]
             for other, before in structure.held(layer, kept[name]).items():
@@ -24,6 +24,8 @@ def apply_plan(decoder: Decoder, plan: Plan) -> None:
                     places = {unit: place for place, unit in enumerate(before)}
                     kept[other] = tuple(places[unit] for unit in kept[other])
             structure.cut(layer, kept[name])
+        if layer.shape != sizes:
+            decoder.hold(layer)
     number_caches(decoder)
     tell_config(decoder)
 
@@ -48,6 +50,7 @@ def padded(decoder: Decoder, *, enabled: bool = True) -> Iterator[None]:
                 experts = structure.experts(layer)
                 own, wide = units[name] // experts, structure.units(layer) // experts
                 structure.cut(layer, [expert * wide + unit for expert in range(experts) for unit in range(own)])
+            decoder.hold(layer)
 
 
 def _pad(decoder: Decoder) -> None:
@@ -61,3 +64,4 @@ def _pad(decoder: Decoder) -> None:
     for layer in decoder.layers:
         for name, structure in WIDTHS.items():
             structure.pad(layer, units[name])
+        decoder.hold(layer)

@@ -16,6 +16,7 @@ from secateur.catalog.structures import LayerCost
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.experts import Experts
 from secateur.engine.model.fused import Fused
+from secateur.engine.model.layer_files import LayerFiles
 from secateur.engine.time_limit import encode
 
 if TYPE_CHECKING:
@@ -119,8 +120,16 @@ class Decoder:
     :class:`secateur.engine.model.experts.Experts`.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        shape: ModelShape,
+        files: LayerFiles | None = None,
+    ) -> None:
+        """Present ``model``, whose changed layers are held in ``files`` if it is given, else in memory."""
         self.model = model
+        self._files = files
         self.tokenizer = tokenizer
         self.shape = shape
         self.opening = opening_of(tokenizer, shape.family)
@@ -138,7 +147,18 @@ class Decoder:
             layer = Layer(module, shape.family_of(index), source, cost)
             layer.take_apart(source, shape.hidden_size)
             layer.tell_sizes()
+            if layer.family.fused or layer.mixture is not None:
+                self.hold(layer)  # its projections are new tensors
             self.layers.append(layer)
+
+    def hold(self, layer: Layer) -> None:
+        """Hold a layer whose tensors changed where the model's layers are held: in a file or in memory.
+
+        Raises:
+            PruningError: ``disk_full`` (retryable).
+        """
+        if self._files is not None:
+            self._files.hold(layer.module)
 
     @property
     def device(self) -> torch.device:

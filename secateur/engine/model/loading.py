@@ -31,6 +31,7 @@ from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model import chatglm
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.generic import sizes_of, verify
+from secateur.engine.model.layer_files import LayerFiles
 from secateur.engine.model.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM
 from secateur.engine.model.per_layer import as_stock, pruned_class
 from secateur.engine.time_limit import with_tokenizer
@@ -103,10 +104,17 @@ def _bar(told: Callable[[int, int], None]) -> type[tqdm]:
     return Bar
 
 
-def load(source: ModelSource, dtype: str, device: torch.device, max_parameters: int | None = None) -> Decoder:
+def load(
+    source: ModelSource,
+    dtype: str,
+    device: torch.device,
+    max_parameters: int | None = None,
+    files: LayerFiles | None = None,
+) -> Decoder:
     """Load a downloaded model, frozen and in evaluation mode.
 
-    With ``dtype`` ``auto``, the model has the dtype :attr:`ModelSource.dtype`.
+    With ``dtype`` ``auto``, the model has the dtype :attr:`ModelSource.dtype`. With ``files``, layers that change are
+    held there.
 
     Raises:
         PruningError: ``model_too_large``, ``unsupported_architecture``, ``config_invalid``, ``weights_missing``,
@@ -120,7 +128,7 @@ def load(source: ModelSource, dtype: str, device: torch.device, max_parameters: 
     tokenizer = _load_tokenizer(source)
     if shape.family.experts:
         _check_experts(source, shape.stock_layer.experts)
-    return adopt(_load_model(source, dtype, shape).to(device), tokenizer, source)
+    return adopt(_load_model(source, dtype, shape).to(device), tokenizer, source, files)
 
 
 def describe_loaded(
@@ -159,13 +167,18 @@ def describe_loaded(
     return ModelSource(name, folder, None, None, config, weights_digest=digest.hexdigest())
 
 
-def adopt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> Decoder:
+def adopt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: ModelSource,
+    files: LayerFiles | None = None,
+) -> Decoder:
     """Return a decoder over a loaded model, which is frozen, set to evaluation mode and pruned in place.
 
     Raises:
         PruningError: ``unsupported_architecture``, ``config_invalid``, ``weights_not_finite``.
     """
-    decoder = Decoder(model.eval().requires_grad_(False), tokenizer, sizes_of(source))
+    decoder = Decoder(model.eval().requires_grad_(False), tokenizer, sizes_of(source), files)
     _check(decoder, source)
     if not source.sizes_known:
         verify(decoder)

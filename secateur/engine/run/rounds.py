@@ -33,6 +33,7 @@ def prune_round(context: Context, goal: RoundGoal) -> Plan:
     plans = []
     for index, layer in enumerate(layers):
         plans.append({name: _cut(context, stream, layer, index, name, counts[index][name]) for name in WIDTHS})
+        context.decoder.hold(layer)
         context.progress((index + 1) / len(counts))
     return Plan(tuple(plans))
 

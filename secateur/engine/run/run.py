@@ -33,6 +33,7 @@ from secateur.engine.measure.cache import Statistics
 from secateur.engine.measure.texts import SAMPLED, Windows, batch_windows, read_texts, read_windows, refuse_uploads
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.generic import sizes_of
+from secateur.engine.model.layer_files import LayerFiles
 from secateur.engine.model.loading import adopt, describe_loaded, download, load
 from secateur.engine.model.plan import indices_of, ranges_of
 from secateur.engine.run import tensor_files
@@ -275,6 +276,7 @@ def _load(
     stack: ExitStack,
 ) -> tuple[ModelSource, Resolved, UnprunedModel]:
     device = torch.device(workspace.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    files = LayerFiles(scratch) if device.type == "cpu" else None
     if isinstance(model, LoadedModel):
         progress.stage(Stage.LOADING)
         apart = chosen.targets > 1 or chosen.competing
@@ -309,9 +311,9 @@ def _load(
     source = download(source, workspace.token, workspace.endpoint, progress.bytes)
     progress.stage(Stage.LOADING)
     resolved = _resolve(spec, source)
-    decoder = load(source, spec.dtype, device, workspace.max_parameters)
+    decoder = load(source, spec.dtype, device, workspace.max_parameters, files)
     resolve(spec, decoder.shape, config=decoder.model.config.to_dict(), source_dtype=source.dtype)
-    return source, resolved, UnprunedModel(decoder, lambda: load(source, spec.dtype, device))
+    return source, resolved, UnprunedModel(decoder, lambda: load(source, spec.dtype, device, files=files))
 
 
 def _resolve(spec: PruningSpec, source: ModelSource) -> Resolved:

@@ -3,18 +3,17 @@
 A file is written completely or not at all, and its hash is checked when it is read.
 """
 
-import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.run.state import TensorReference
-from secateur.files import write_whole
+from secateur.files import sha256, sync, written_whole
 
 
 @contextmanager
@@ -33,10 +32,13 @@ def folder(given: Path | None, beside: Path | None) -> Iterator[Path]:
 
 def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> TensorReference:
     """Write ``step-NAME-HASH.safetensors`` and return the reference that :func:`read` takes."""
-    content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-    digest = hashlib.sha256(content).hexdigest()
-    path = folder / f"step-{name}-{digest[:12]}.safetensors"
-    write_whole(path, content)
+    written = folder / f"step-{name}.safetensors"
+    with written_whole(written) as file:
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, file)
+        digest = sha256(file)
+    path = written.with_stem(f"{written.stem}-{digest[:12]}")
+    written.replace(path)
+    sync(folder)
     return TensorReference(file=path.name, sha256=digest)
 
 
@@ -49,19 +51,16 @@ def delete_all_but(folder: Path, references: Iterable[TensorReference]) -> None:
 
 
 def read(folder: Path, reference: TensorReference) -> dict[str, Tensor]:
-    """Read the tensors of a reference; they are on the CPU.
+    """Read the tensors of a reference; they are on the CPU, and mapped from the file.
 
     Raises:
         PruningError: ``checkpoint_damaged`` when the file is missing or differs from the written file.
     """
-    try:
-        content = (folder / reference.file).read_bytes()
-    except FileNotFoundError:
-        content = b""
-    if hashlib.sha256(content).hexdigest() != reference.sha256:
+    path = folder / reference.file
+    if not path.is_file() or sha256(path) != reference.sha256:
         raise PruningError(
             ErrorCode.CHECKPOINT_DAMAGED,
             f"The checkpoint file {reference.file} is missing or damaged; start the job anew.",
         )
-    tensors: dict[str, Tensor] = load(content)
+    tensors: dict[str, Tensor] = load_file(path)
     return tensors
