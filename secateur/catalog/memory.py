@@ -53,7 +53,9 @@ def estimate(resolved: Resolved, shape: ModelShape, mapped: bool) -> Memory:
 
     The ratio of a goal is not known before tokens leave (:attr:`Resolved.decided`); the largest that may follow counts.
 
-    ``mapped`` says whether the weights stay in their files until they are cut, as on a CPU in the files' own dtype.
+    ``mapped`` says whether the weights stay in their files, as on a CPU in the files' own dtype. Layers that are cut are
+    then held in files, too, one after the other. The experts of mixtures are joined when they are loaded, and a training
+    holds the weights that it changes.
     """
     spec, chosen, ratio = resolved.spec, resolved.components, min(resolved.ratios)
     needs = chosen.needs
@@ -81,7 +83,11 @@ def estimate(resolved: Resolved, shape: ModelShape, mapped: bool) -> Memory:
         stages["training"] = depth * backward + logits + trained
 
     whole = shape.parameters * size
-    weights = whole - round(ratio * shape.prunable_parameters) * size if mapped else whole
+    weights = whole
+    if mapped and chosen.training is not None:
+        weights -= round(ratio * shape.prunable_parameters) * size
+    elif mapped and not shape.family.experts:
+        weights = block * size
     if chosen.dynamic:  # weights of the plain model, of the published model, and of the units that generate
         weights = (1 if mapped else 2) * whole + round((1 - ratio) * shape.prunable_parameters) * size
     trains_beside = chosen.training is not None and Need.REFERENCE in chosen.training.needs

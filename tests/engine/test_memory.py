@@ -1,4 +1,4 @@
-"""A checkpoint need not fit in memory: its files are mapped, and what is read of them can be dropped again."""
+"""A model need not fit in memory: its files are mapped, and its cut layers are held in files, too."""
 
 import subprocess
 import sys
@@ -32,14 +32,14 @@ threading.Thread(target=watch, daemon=True).start()
 source, out = sys.argv[1:]
 text = {"samples": 4, "sequence_length": 32}
 spec = PruningSpec(
-    target_ratio=0.8, method="secateur", calibration=text, evaluation={**text, "latency": False}
+    target_ratio=0.3, method="secateur", calibration=text, evaluation={**text, "latency": False}
 )
 prune(source, spec, Path(out))
 print(peak - before)
 """
 
 
-def test_memory_holds_what_stays_and_a_layer(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_memory_holds_no_more_than_a_few_layers(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Pages of files, which the kernel may drop and read again, are not counted."""
     sizes = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 32, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes, "num_key_value_heads": 4}))
@@ -50,4 +50,4 @@ def test_memory_holds_what_stays_and_a_layer(tokenizer: PreTrainedTokenizerFast,
         [sys.executable, "-c", PRUNE, str(source), str(tmp_path / "out")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 0.6 * weights, "a fifth of them stays"
+    assert int(done.stdout) < 0.6 * weights, "seven tenths of them stay"

@@ -1,5 +1,6 @@
 """Layers in files: memory holds the layer that is worked on, and the kernel reads the others when they are run."""
 
+import ctypes
 import tempfile
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from secateur.contract.errors import ErrorCode, PruningError
+
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""The function of glibc that gives freed memory back to the system; other C libraries have no such function."""
 
 
 class LayerFiles:
@@ -40,3 +44,5 @@ class LayerFiles:
             owner, _, kind = name.rpartition(".")
             held = nn.Parameter(mapped[name], requires_grad=parameter.requires_grad)
             module.get_submodule(owner).register_parameter(kind, held)
+        if TRIM is not None:  # the freed tensors of many layers would otherwise stay in the process
+            TRIM(0)
