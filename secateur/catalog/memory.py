@@ -21,6 +21,8 @@ BATCH_TOKENS = 1024
 
 The number bounds the activations and the logits, which are the largest tensors.
 """
+SHARD_BYTES = 5 * 10**9
+"""Largest size of a file of weights. Weights that are joined or split when they are written are in memory for one file."""
 WIDE = 4
 """Bytes of a number in float32, the dtype in which losses, moments and gradients are summed."""
 ADAM = 4 * WIDE
@@ -88,6 +90,8 @@ def estimate(resolved: Resolved, shape: ModelShape, mapped: bool) -> Memory:
         weights -= round(ratio * shape.prunable_parameters) * size
     elif mapped and not shape.family.experts:
         weights = block * size
+    if mapped and (shape.family.fused or shape.family.experts):
+        stages["exporting"] = min(whole, SHARD_BYTES)
     if chosen.dynamic:  # weights of the plain model, of the published model, and of the units that generate
         weights = (1 if mapped else 2) * whole + round((1 - ratio) * shape.prunable_parameters) * size
     trains_beside = chosen.training is not None and Need.REFERENCE in chosen.training.needs

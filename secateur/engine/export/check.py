@@ -6,6 +6,7 @@ two correct implementations differ by more in half precision than a wrong one ma
 largest logit between two attention kernels; in float32: by 0.0002 %).
 """
 
+import gc
 import inspect
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secateur.contract.errors import ErrorCode, PruningError
+from secateur.engine.evaluation.size import weight_bytes
 from secateur.engine.export.checkpoint import weights
 from secateur.engine.model import in_float32
 from secateur.engine.model.decoder import Decoder
@@ -54,6 +56,8 @@ with torch.no_grad(), InFloat32():
     assert short <= 2 * allowed, f"generate with a cache writes other tokens than without: logits differ by {short}"
 """
 NEW_TOKENS = 12
+ROOM = 1.5
+"""Memory that a model needs to be checked, as a multiple of its weights, on a device other than the CPU."""
 LEAST_ALLOWED, KERNELS = 5e-5, 8.0
 """Allowed difference of logits: the share of the largest logit that is always allowed, and how many times the difference
 between two attention kernels is."""
@@ -129,9 +133,9 @@ def run_check(script: str, decoder: Decoder, folder: Path, expected: dict[str, T
         probe = Path(scratch, "probe.safetensors")
         save_file(expected, probe)
         command = [sys.executable, "-I", "-c", inspect.getsource(in_float32) + script]
-        given = [folder.resolve(), probe, torch.get_num_threads(), decoder.device, *arguments]
+        given = [folder.resolve(), probe, torch.get_num_threads(), _device(decoder), *arguments]
         done = run([*command, *map(str, given)], cwd=scratch)
-    if done.returncode < 0:
+    if done.returncode < 0 or "OutOfMemoryError" in done.stderr:
         raise PruningError(
             ErrorCode.OUT_OF_MEMORY,
             "The check of the written checkpoint was killed, probably for want of memory (it loads the model once more).",
@@ -139,6 +143,16 @@ def run_check(script: str, decoder: Decoder, folder: Path, expected: dict[str, T
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise _invalid(reason)
+
+
+def _device(decoder: Decoder) -> torch.device:
+    """Return the device on which the model is loaded once more: its own, or the CPU if its own has no room for two."""
+    if decoder.device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info(decoder.device)[0] < ROOM * weight_bytes(decoder):
+            return torch.device("cpu")
+    return decoder.device
 
 
 def probe_tokens(decoder: Decoder, length: int = 48) -> torch.Tensor:

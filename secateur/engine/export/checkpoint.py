@@ -149,7 +149,7 @@ def weights(decoder: Decoder) -> Iterator[dict[str, torch.Tensor]]:
         model.set_submodule(path, layers)
     yield revert_weight_conversion(model, others)
     for index, layer in enumerate(layers):
-        yield revert_weight_conversion(model, layer.state_dict(prefix=f"{path}.{index}."))
+        yield revert_weight_conversion(model, _without_ties(layer.state_dict(prefix=f"{path}.{index}.")))
 
 
 def _without_ties(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

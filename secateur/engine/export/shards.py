@@ -8,8 +8,8 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from torch import Tensor
 
-SHARD_BYTES = 5 * 10**9
-"""Largest size of a file; a tensor that is larger has a file of its own."""
+from secateur.catalog.memory import SHARD_BYTES
+
 METADATA = {"format": "pt"}
 """What transformers requires in each file."""
 
@@ -17,7 +17,7 @@ METADATA = {"format": "pt"}
 def write_shards(groups: Iterable[Mapping[str, Tensor]], folder: Path) -> None:
     """Write the tensors of all ``groups`` into ``folder``, under the file names that transformers and the Hub use.
 
-    A group is taken after the tensors of the groups before are in files, except for those of the newest file, so that
+    A file has at most :data:`SHARD_BYTES`; a tensor that is larger has a file of its own. A group is taken after the tensors of the groups before are in files, except for those of the newest file, so that
     tensors that are computed for a group need not be in memory together.
     """
     files: list[Path] = []

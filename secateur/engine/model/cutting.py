@@ -41,8 +41,8 @@ def padded(decoder: Decoder, *, enabled: bool = True) -> Iterator[None]:
         yield
         return
     before = [{name: structure.units(layer) for name, structure in WIDTHS.items()} for layer in decoder.layers]
-    _pad(decoder)
     try:
+        _pad(decoder)
         yield
     finally:
         for layer, units in zip(decoder.layers, before, strict=True):

@@ -152,11 +152,7 @@ class Decoder:
             self.layers.append(layer)
 
     def hold(self, layer: Layer) -> None:
-        """Hold a layer whose tensors changed where the model's layers are held: in a file or in memory.
-
-        Raises:
-            PruningError: ``disk_full`` (retryable).
-        """
+        """Hold a layer whose tensors changed where the model's layers are held: in a file or in memory."""
         if self._files is not None:
             self._files.hold(layer.module)
 

@@ -68,7 +68,8 @@ def compensate(
             scale *= _magnitude(source, hidden)
         else:
             layer = decoder.layers[index]
-            _divide(layer, scale)
+            if scale != 1.0:
+                _divide(layer, scale)
             with absent(layer, index, removed):
                 if after == index + 1 and not _loses(removed, index):
                     hidden = [decoder.run_layer(e, index, h) for e, h in zip(entered, hidden, strict=True)]

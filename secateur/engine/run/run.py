@@ -276,7 +276,6 @@ def _load(
     stack: ExitStack,
 ) -> tuple[ModelSource, Resolved, UnprunedModel]:
     device = torch.device(workspace.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    files = LayerFiles(scratch) if device.type == "cpu" else None
     if isinstance(model, LoadedModel):
         progress.stage(Stage.LOADING)
         apart = chosen.targets > 1 or chosen.competing
@@ -292,11 +291,12 @@ def _load(
                 field="dtype",
             )
         device = model.model.device
+        files = _files(device, scratch)
         if apart:  # the model is loaded from the files more than once, and the caller's model does not change
-            decoder = load(source, "auto", device, workspace.max_parameters)
+            decoder = load(source, "auto", device, workspace.max_parameters, files)
         else:
             decoder = adopt(model.model, model.tokenizer, source)
-        return source, resolved, UnprunedModel(decoder, lambda: load(source, "auto", device))
+        return source, resolved, UnprunedModel(decoder, lambda: load(source, "auto", device, files=files))
     source = locate(
         model.model_id,
         revision=model.revision if state is None else state.revision or model.revision,
@@ -311,9 +311,15 @@ def _load(
     source = download(source, workspace.token, workspace.endpoint, progress.bytes)
     progress.stage(Stage.LOADING)
     resolved = _resolve(spec, source)
+    files = _files(device, scratch)
     decoder = load(source, spec.dtype, device, workspace.max_parameters, files)
     resolve(spec, decoder.shape, config=decoder.model.config.to_dict(), source_dtype=source.dtype)
     return source, resolved, UnprunedModel(decoder, lambda: load(source, spec.dtype, device, files=files))
+
+
+def _files(device: torch.device, scratch: Path) -> LayerFiles | None:
+    """Return where the cut layers of a model on ``device`` are held; ``None`` stands for the device's memory."""
+    return LayerFiles(scratch) if device.type == "cpu" else None
 
 
 def _resolve(spec: PruningSpec, source: ModelSource) -> Resolved:

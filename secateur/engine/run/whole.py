@@ -57,7 +57,10 @@ def _remove_depth(context: Context, counts: Mapping[str, int]) -> Plan:
     gone = _choose_depth(context, counts)
     if chosen.layerwise.fits and decoder.shape.family.additive:
         compensate(decoder, context.tokens, context.batch_windows, by_structure(gone), context.progress)
-    return _apply(context, without(decoder, gone))
+    plan = _apply(context, without(decoder, gone))
+    for layer in decoder.layers:
+        decoder.hold(layer)
+    return plan
 
 
 def without(decoder: Decoder, gone: Iterable[Unit]) -> Plan:
