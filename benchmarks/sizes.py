@@ -25,7 +25,7 @@ from benchmarks.table import NONE, markdown
 
 MIB = 2**20
 GROUPS = {Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes", Path("/sys/fs/cgroup"): "memory.max"}
-"""Where the kernel has memory control groups, and the file that limits one: version 1, and version 2."""
+"""The folders in which the kernel has memory control groups of version 1 and 2, with the file that limits a group."""
 TWIN_LAYERS = 4
 
 

@@ -99,7 +99,7 @@ def test_a_model_that_is_not_what_it_seems_is_refused(tokenizer: PreTrainedToken
 def test_verifying_leaves_the_model_as_it_was(
     dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """Of 12 layers, over which the roundings of half precision would add up."""
+    """The model has 12 layers, over which the roundings of half precision would add up."""
     folder = save(make_model("starcoder2", num_hidden_layers=12).to(dtype), tokenizer, tmp_path / "source")
     decoder = load(locate(str(folder), allow_paths=True), "auto", torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in decoder.model.state_dict().items()}
