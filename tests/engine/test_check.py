@@ -107,7 +107,9 @@ def test_a_wrong_checkpoint_is_refused(
             (out / file).write_bytes(content)
 
 
-def test_missing_and_surplus_tensors_are_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_missing_and_surplus_tensors_are_refused(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoder, out = written("llama", torch.float32, tokenizer, tmp_path)
     weights = load_file(out / "model.safetensors")
     save_file({**weights, "surplus": torch.zeros(1)}, out / "model.safetensors", metadata={"format": "pt"})
@@ -117,6 +119,10 @@ def test_missing_and_surplus_tensors_are_refused(tokenizer: PreTrainedTokenizerF
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PruningError, match=r"model\.norm\.weight is missing"):
         check_checkpoint(decoder, out, own_code=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(check, "_check_tensors", lambda decoder, folder: None)
+        with pytest.raises(PruningError, match="do not fit"):
+            check_checkpoint(decoder, out, own_code=False)
     save_file({**weights, "model.norm.weight": -norm}, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PruningError, match=r"model\.norm\.weight is not the"):
         check_checkpoint(decoder, out, own_code=False)
@@ -124,10 +130,16 @@ def test_missing_and_surplus_tensors_are_refused(tokenizer: PreTrainedTokenizerF
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_mixture_in_half_precision(name: str, seed: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_mixture_in_half_precision(
+    name: str, seed: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A token that rounding may send to another expert is sent to the same one in float32."""
     decoder, out = written(name, torch.bfloat16, tokenizer, tmp_path, seed)
     check_checkpoint(decoder, out, own_code=False)
+    monkeypatch.setattr(check, "_check_tensors", lambda decoder, folder: None)
+    decoder.layers[0].channel_output.weight.mul_(0.5)
+    with pytest.raises(PruningError, match="logits differ"):
+        check_checkpoint(decoder, out, own_code=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

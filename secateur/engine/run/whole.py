@@ -57,10 +57,9 @@ def _remove_depth(context: Context, counts: Mapping[str, int]) -> Plan:
     gone = _choose_depth(context, counts)
     if chosen.layerwise.fits and decoder.shape.family.additive:
         compensate(decoder, context.tokens, context.batch_windows, by_structure(gone), context.progress)
-    plan = _apply(context, without(decoder, gone))
-    for layer in decoder.layers:
-        decoder.hold(layer)
-    return plan
+        for layer in decoder.layers:
+            decoder.hold(layer)
+    return _apply(context, without(decoder, gone))
 
 
 def without(decoder: Decoder, gone: Iterable[Unit]) -> Plan:
