@@ -1,11 +1,13 @@
 """The project's own files agree: workflows and hooks call targets of the Makefile, the changelog names the package's version."""
 
 import re
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 import secateur
 import workers
@@ -36,6 +38,16 @@ def test_hooks_call_targets() -> None:
     assert local["repo"] == "local", "a hook of another repository would be downloaded"
     for hook in local["hooks"]:
         assert hook["entry"].removeprefix("make ") in targets(), hook["entry"]
+
+
+def test_what_is_pinned_installs_on_the_oldest_python() -> None:
+    """README asks for CPython 3.11; Debian 12 has 3.11.2, and a pinned package may ask for a later patch."""
+    refusing = [
+        f"{each.name} {each.version}: Python {each.metadata['Requires-Python']}"
+        for each in distributions()
+        if "3.11.0" not in SpecifierSet(each.metadata.get("Requires-Python") or "")
+    ]
+    assert not refusing
 
 
 def test_the_changelog_names_the_version() -> None:
