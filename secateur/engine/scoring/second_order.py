@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secateur.engine.measure.linalg import damped
 from secateur.engine.scoring.moments import UnitContext
+from secateur.engine.structures import expand
 
 DAMPING = 0.1
 """Damping λ, as a share of the mean diagonal.
@@ -37,34 +38,38 @@ def eliminate(weight: Tensor, gram: Tensor, width: int, count: int) -> Tensor:
     """Remove ``count`` units of ``width`` inputs greedily, and refit the remaining units after each step.
 
     ``weight`` is ``[out, in]`` and ``gram`` is ``[in, in]``, both float32. Blocks of inputs are removed one by one,
-    single inputs several at a time. The units are returned in the order of their removal, ``[count]``.
+    single inputs several at a time. The units are returned in the order of their removal, ``[count]``. Beside the
+    arguments, memory holds two matrices ``[in, in]`` and one ``[in, out]``.
     """
     inverse = torch.cholesky_inverse(damped(gram, DAMPING)[0])
-    columns = weight.T.clone()  # [in, out]
-    units = torch.arange(len(columns) // width, device=weight.device)
-    at_once = max(1, len(units) // STEPS) if width == 1 else 1
-    order = [units[:0]]
+    columns = weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]
+    units = len(columns) // width
+    at_once = max(1, units // STEPS) if width == 1 else 1
+    present = torch.ones(units, dtype=torch.bool, device=weight.device)
+    order: list[Tensor] = []
     while count > 0:
-        gone = _losses(columns, inverse, width).argsort(stable=True)[: min(at_once, count)]
-        stays = torch.ones(len(units), dtype=torch.bool, device=weight.device)
-        stays[gone] = False
-        rows, rest = stays.logical_not().repeat_interleave(width), stays.repeat_interleave(width)
-        block = inverse[rows][:, rows]
-        solved = torch.linalg.solve(block, torch.cat([columns[rows], inverse[rows][:, rest]], 1))
-        across = inverse[rest][:, rows]
-        columns = columns[rest] - across @ solved[:, : columns.shape[1]]
-        inverse = inverse[rest][:, rest] - across @ solved[:, columns.shape[1] :]
-        order.append(units[gone])
-        units, count = units[stays], count - len(gone)
-    return torch.cat(order).cpu()
+        losses = _losses(columns, inverse, width).masked_fill(~present, torch.inf)
+        gone = losses.argsort(stable=True)[: min(at_once, count)]
+        rows = expand(gone, width)
+        across, wanted = inverse[:, rows], torch.cat([columns[rows], inverse[rows]], 1)
+        solved = torch.linalg.solve(across[rows], wanted)
+        columns.addmm_(across, solved[:, : columns.shape[1]], alpha=-1)
+        inverse.addmm_(across, solved[:, columns.shape[1] :], alpha=-1)
+        # The sums leave rounding errors where a removed unit has nothing left; its block of the inverse must not be singular.
+        columns[rows], inverse[rows], inverse[:, rows] = 0.0, 0.0, 0.0
+        inverse[rows, rows] = 1.0
+        present[gone] = False
+        order.append(gone)
+        count -= len(gone)
+    return torch.cat(order).cpu() if order else torch.empty(0, dtype=torch.long)
 
 
 def _losses(columns: Tensor, inverse: Tensor, width: int) -> Tensor:
     """Return the error that the removal of each unit alone causes: ``[units]``."""
     if width == 1:
-        return columns.square().sum(1) / inverse.diagonal()
-    count = len(columns) // width
-    blocks = torch.stack([inverse[i * width : (i + 1) * width, i * width : (i + 1) * width] for i in range(count)])
-    grouped = columns.view(count, width, -1)
+        return torch.linalg.vector_norm(columns, dim=1).square() / inverse.diagonal()
+    units = len(columns) // width
+    blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    grouped = columns.view(units, width, -1)
     errors: Tensor = (grouped * torch.linalg.solve(blocks, grouped)).sum((1, 2))
     return errors
