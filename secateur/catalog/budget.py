@@ -141,7 +141,7 @@ def check_split(
         PruningError: ``ratio_unreachable``, for ``field``.
     """
     left, whole = without_whole(shape, removed), shape.prunable_parameters
-    missing = ratio * whole - whole + left.prunable_parameters
+    missing = ratio * whole - whole + left.prunable_parameters + left.standing_in(shape)
     if any(name in WIDTHS for name in structures):
         left.check_ratio(missing / left.prunable_parameters, multiple, uniform, field=field)
     elif len(removed) > 1 and abs(missing) > block(shape, structures, multiple, uniform) / 2:

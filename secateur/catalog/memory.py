@@ -9,6 +9,7 @@ each stage keeps.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from secateur.catalog.architectures import ModelShape
 from secateur.catalog.methods import Need
@@ -31,6 +32,17 @@ ATTENTION_TENSORS, CHANNEL_TENSORS = 8, 4
 """The numbers of tensors, as wide as the hidden states and as wide as the channels, in one layer's backward pass."""
 
 
+class Place(StrEnum):
+    """Where the weights of a model are while it is pruned."""
+
+    MAPPED = "mapped"
+    """In their files, from which the kernel reads the layer that is used, as on a CPU in the files' own dtype."""
+    RESIDENT = "resident"
+    """In the memory of the device."""
+    STREAMED = "streamed"
+    """In the host's memory or files, from which the layer that is used is copied to the device."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """The memory that a run needs on one worker's device, in bytes.
@@ -50,15 +62,23 @@ class Memory:
         return self.weights + self.working
 
 
-def estimate(resolved: Resolved, shape: ModelShape, mapped: bool) -> Memory:
+def streams(resolved: Resolved) -> bool:
+    """Return whether the layers of a run can be streamed: a training, weight gradients and dynamic pruning need all at once."""
+    chosen = resolved.components
+    return not chosen.dynamic and chosen.training is None and Need.GRADIENTS not in chosen.needs
+
+
+def estimate(resolved: Resolved, shape: ModelShape, place: Place) -> Memory:
     """Estimate the memory that pruning a model of sizes ``shape`` needs, at the smallest ratio of the request.
 
     The ratio of a goal is not known before tokens leave (:attr:`Resolved.decided`); the largest that may follow counts.
 
-    ``mapped`` says whether the weights stay in their files, as on a CPU in the files' own dtype. Layers that are cut are
-    then held in files, too, one after the other. The experts of mixtures are joined when they are loaded, and a training
-    holds the weights that it changes.
+    Of a mapped model, layers that are cut are held in files, too, one after the other. The experts of mixtures are joined
+    when they are loaded, and a training holds the weights that it changes. A streamed model has its embeddings, its head
+    and three layers on the device: the one that runs, the one that comes, and that of the reference; sets of hidden states
+    that would crowd the device are kept on the host, see :mod:`secateur.engine.model.placement`.
     """
+    mapped = place == Place.MAPPED
     spec, chosen, ratio = resolved.spec, resolved.components, min(resolved.ratios)
     needs = chosen.needs
     size = DTYPE_BYTES[resolved.dtype]
@@ -75,7 +95,8 @@ def estimate(resolved: Resolved, shape: ModelShape, mapped: bool) -> Memory:
     stages = {"evaluating": logits}
     if Need.MOMENTS in needs:
         moments = ((3 if Need.SOLVE in needs else 1) * widest**2 + widest * hidden) * WIDE
-        stages["layer by layer"] = tokens * states * (3 if chosen.fits_to_reference else 1) + moments
+        kept = batch if place == Place.STREAMED else tokens
+        stages["layer by layer"] = kept * states * (3 if chosen.fits_to_reference else 1) + moments
     if Need.GATES in needs:
         stages["gates"] = depth * batch * states + backward + logits
     if Need.GRADIENTS in needs:
@@ -90,6 +111,8 @@ def estimate(resolved: Resolved, shape: ModelShape, mapped: bool) -> Memory:
         weights -= round(ratio * shape.prunable_parameters) * size
     elif mapped and not shape.family.experts:
         weights = block * size
+    if place == Place.STREAMED:
+        weights = whole - sum(shape.layer_parameters(index) for index in range(depth)) * size + 3 * block * size
     if mapped and (shape.family.fused or shape.family.experts):
         stages["exporting"] = min(whole, SHARD_BYTES)
     if chosen.dynamic:  # weights of the plain model, of the published model, and of the units that generate
@@ -97,7 +120,7 @@ def estimate(resolved: Resolved, shape: ModelShape, mapped: bool) -> Memory:
     trains_beside = chosen.training is not None and Need.REFERENCE in chosen.training.needs
     removals = [removed for splits in resolved.splits for removed in splits.values()]
     if trains_beside or any(needs_reference(chosen, removed) for removed in removals):
-        weights += 0 if mapped else whole
+        weights += whole if place == Place.RESIDENT else 0
     return Memory(weights, stages)
 
 

@@ -172,7 +172,8 @@ class Resolved:
         (removed,) = self.splits[index].values()
         ratio, whole = self.ratios[index], shape.prunable_parameters
         left = without_whole(shape.cutting(self.components.structures), removed)
-        gone, now = whole - left.prunable_parameters, left.prunable_parameters
+        now = left.prunable_parameters
+        gone = whole - now - left.standing_in(shape)
         if ratio and self.components.cuts_widths:
             gone += round(left.nearest_ratio((ratio * whole - gone) / now, self.width_multiple, self.uniform) * now)
         return gone / whole

@@ -93,6 +93,16 @@ def _without_feed_forward(layer: LayerShape) -> LayerShape:
     return replace(layer, channels_per_expert=0)
 
 
+def _one_group(layer: LayerShape) -> LayerShape:
+    """Return the layer with the one KV group that stands in the files for a removed attention."""
+    return layer.without(max(layer.kv_groups - 1, 0))
+
+
+def _one_channel(layer: LayerShape) -> LayerShape:
+    """Return the layer with the one channel, of each expert, that stands in the files for a removed feed-forward."""
+    return replace(layer, channels_per_expert=min(layer.channels_per_expert, 1))
+
+
 def _without_both(layer: LayerShape) -> LayerShape:
     return _without_feed_forward(_without_attention(layer))
 
@@ -112,16 +122,21 @@ def _of_depth(
     summary: str,
     without: Callable[[LayerShape], LayerShape],
     removable: Callable[[LayerShape], bool],
+    published: Callable[[LayerShape], LayerShape] | None = None,
     **more: Any,
 ) -> Structure:
-    """Return a structure of which a layer has one unit: what ``without`` takes from the layer's sizes."""
+    """Return a structure of which a layer has one unit: what ``without`` takes from the layer's sizes.
+
+    ``published`` returns the sizes that the layer has in the files then, which decide the price, if they are others.
+    """
+    published = published or without
     return Structure(
         name,
         summary,
         "layer",
         units=lambda layer: int(without(layer) != layer),
-        price=lambda layer, cost: cost.parameters(layer) - cost.parameters(without(layer)),
-        removable=lambda layer, multiple: int(removable(layer)),
+        price=lambda layer, cost: cost.parameters(layer) - cost.parameters(published(layer)),
+        removable=lambda layer, multiple: int(removable(layer) and published(layer) != layer),
         left=lambda layer, kept: layer if kept else without(layer),
         **more,
     )
@@ -141,12 +156,14 @@ STRUCTURES: dict[str, Structure] = by_name(
         "the attention of a decoder layer, whose feed-forward stays",
         _without_attention,
         _has_both,
+        _one_group,
     ),
     _of_depth(
         "feed_forward",
         "the feed-forward block of a decoder layer, whose attention stays",
         _without_feed_forward,
         _has_both,
+        _one_channel,
     ),
     Structure(
         "experts",

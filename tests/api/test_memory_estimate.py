@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.fleet import repository as fleet
 from secateur.catalog.architectures import shape_from_config
-from secateur.catalog.memory import check_fits, estimate
+from secateur.catalog.memory import Place, check_fits, estimate
 from secateur.catalog.resolve import Resolved, resolve
 from secateur.catalog.spec import Calibration, PruningSpec
 from secateur.contract.errors import PruningError
@@ -50,7 +50,7 @@ def test_it_is_near_what_was_measured_and_rather_below(measured: dict[str, Any])
     calibration = Calibration(samples=case["samples"], sequence_length=case["sequence_length"])
     changes = {"method": case["method"], "rounds": case["rounds"], "target_ratio": case["ratio"]}
     resolved = asked(SMOLLM2, "float32", **changes, calibration=calibration)
-    memory = estimate(resolved, shape_from_config(SMOLLM2), mapped=False)
+    memory = estimate(resolved, shape_from_config(SMOLLM2), Place.RESIDENT)
     assert memory.weights == pytest.approx(result["model_bytes"], rel=0.02)
     assert 0.7 < (memory.weights + memory.stages["layer by layer"]) / result["peak_bytes"] < 1.05
 
@@ -59,7 +59,7 @@ def test_what_takes_more() -> None:
     shape = shape_from_config(LLAMA_7B)
 
     def total(dtype: str = "float16", **changes: Any) -> int:
-        return estimate(asked(LLAMA_7B, dtype, **changes), shape, mapped=False).total
+        return estimate(asked(LLAMA_7B, dtype, **changes), shape, Place.RESIDENT).total
 
     assert 12.5 * GIB < total() < 16 * GIB
     assert total("float32") > 1.8 * total()
@@ -70,15 +70,17 @@ def test_what_takes_more() -> None:
     )
     long = {"samples": 512, "sequence_length": 2048}
     assert total(calibration=long) > total() + 3 * 2**20 * 4096 * 2 * 0.9
-    mapped = estimate(asked(LLAMA_7B, "float16"), shape, mapped=True)
-    assert mapped.weights < 0.04 * estimate(asked(LLAMA_7B, "float16"), shape, mapped=False).weights, "one layer"
+    mapped = estimate(asked(LLAMA_7B, "float16"), shape, Place.MAPPED)
+    assert mapped.weights < 0.04 * estimate(asked(LLAMA_7B, "float16"), shape, Place.RESIDENT).weights, "one layer"
     trained = asked(LLAMA_7B, "float16", recovery={"training": {"kind": "lora"}})
-    assert 0.5 < estimate(trained, shape, mapped=True).weights / estimate(trained, shape, mapped=False).weights < 0.55
+    assert (
+        0.5 < estimate(trained, shape, Place.MAPPED).weights / estimate(trained, shape, Place.RESIDENT).weights < 0.55
+    )
 
 
 def test_advice() -> None:
     resolved = asked(LLAMA_7B, "float32", method="llm-pruner")
-    memory = estimate(resolved, shape_from_config(LLAMA_7B), mapped=False)
+    memory = estimate(resolved, shape_from_config(LLAMA_7B), Place.RESIDENT)
     with pytest.raises(PruningError, match="at least") as caught:
         check_fits(resolved, memory, 24 * GIB)
     error = caught.value

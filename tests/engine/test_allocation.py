@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -67,7 +67,7 @@ def problems(draw: st.DrawFn) -> tuple[ModelShape, int, float]:
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(problem=problems(), seed=st.integers(0, 100))
 def test_every_allocator_spends_its_budget(name: str, problem: tuple[ModelShape, int, float], seed: int) -> None:
     shape, multiple, ratio = problem

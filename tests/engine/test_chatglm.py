@@ -192,7 +192,7 @@ def model_file() -> bytes:
 def test_it_computes_what_chatglm_does(changes: dict[str, Any], model_file: bytes, tmp_path: Path) -> None:
     weights = write(tmp_path / "model", model_file, **changes)
     source = locate(str(tmp_path / "model"), allow_paths=True)
-    decoder = load(source, "auto", torch.device("cpu"))
+    decoder = load(source, "auto")
     expected = chatglm({**CONFIG, **changes}, weights, TOKENS)
     assert expected.std() > 0.5
     assert torch.allclose(decoder.model(TOKENS).logits, expected, rtol=0, atol=1e-5)
@@ -260,7 +260,7 @@ def test_a_tokenizer_that_was_made_before(model_file: bytes, tmp_path: Path) -> 
 def test_every_kind_of_sentencepiece_model(options: dict[str, Any], tmp_path: Path) -> None:
     model = sentencepiece(**options)
     write(tmp_path / "model", model)
-    tokenizer = load(locate(str(tmp_path / "model"), allow_paths=True), "auto", torch.device("cpu")).tokenizer
+    tokenizer = load(locate(str(tmp_path / "model"), allow_paths=True), "auto").tokenizer
     text = "\n\n".join(english("evaluation"))
     assert tokenizer(text, add_special_tokens=False).input_ids == SentencePieceProcessor(model_proto=model).encode(text)
 

@@ -171,7 +171,7 @@ def folder(model_file: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path) -> Decoder:
-    return load(locate(str(folder), allow_paths=True), "auto", torch.device("cpu"))
+    return load(locate(str(folder), allow_paths=True), "auto")
 
 
 def texts(*lengths: tuple[int, int, int]) -> list[list[int]]:

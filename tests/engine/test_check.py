@@ -30,7 +30,7 @@ def written(
 ) -> tuple[Decoder, Path]:
     """A model of the family that lost every second channel, and where it was written: as its stock class."""
     source = locate(str(save(make_model(name, seed).to(dtype), tokenizer, folder / "source")), allow_paths=True)
-    decoder, out = load(source, "auto", torch.device("cpu")), folder / "pruned"
+    decoder, out = load(source, "auto"), folder / "pruned"
     kept = layer_plan(range(decoder.shape.layers[0].kv_groups), of_each(decoder.shape, range(0, 160, 2)))
     apply_plan(decoder, Plan((kept,) * len(decoder.layers)))
     out.mkdir()

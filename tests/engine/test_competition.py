@@ -59,7 +59,8 @@ def test_every_split_can_meet_the_ratio(family: str, structures: list[str], rati
     assert all(len(parts) == len(whole) + widths and sum(parts) == QUARTERS for parts in found)
     assert len({tuple(counts.items()) for counts in found.values()}) == len(found), "no split is tried twice"
     for counts in found.values():
-        left = without_whole(shape, counts).prunable_parameters
+        after = without_whole(shape, counts)
+        left = after.prunable_parameters + after.standing_in(shape)
         missing = ratio * shape.prunable_parameters - shape.prunable_parameters + left
         assert missing > 0 if widths else abs(missing) <= block(shape, structures, 8, False) / 2
     if widths:

@@ -41,7 +41,7 @@ def deep(name: str, **changes: Any) -> PreTrainedModel:
 
 def loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> tuple[Decoder, Any]:
     source = locate(str(save(model, tokenizer, folder / "source")), allow_paths=True)
-    return load(source, "auto", torch.device("cpu")), source
+    return load(source, "auto"), source
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def any_number(gone: Any, unit: Unit) -> bool:
 
 def loss(decoder: Decoder, tokens: Tensor) -> float:
     with torch.no_grad():
-        return float(decoder.window_losses(tokens).double().mean())
+        return float(next(decoder.batch_losses(tokens, len(tokens))).double().mean())
 
 
 def dropped(decoder: Decoder, units: list[Unit]) -> Decoder:

@@ -44,7 +44,7 @@ class Case:
     def __init__(self, source: Path, folder: Path, **settings: Any) -> None:
         self.source, self.folder = locate(str(source), allow_paths=True), folder
         folder.mkdir()
-        self.plain = load(self.source, "auto", torch.device("cpu"))
+        self.plain = load(self.source, "auto")
         self.kept = [[layer.shape.kv_groups - 1, 96] for layer in self.plain.layers]
         self.kept[1] = [self.plain.layers[1].shape.kv_groups, 128]
         known = priors(self.plain, CALIBRATION, 2, 0, lambda share: None)

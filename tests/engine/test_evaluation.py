@@ -41,7 +41,7 @@ SCHEMAS = [
 
 @pytest.fixture(scope="module")
 def decoder(trained_folder: Path) -> Decoder:
-    return load(locate(str(trained_folder), allow_paths=True), "auto", torch.device("cpu"))
+    return load(locate(str(trained_folder), allow_paths=True), "auto")
 
 
 @pytest.fixture(scope="module")

@@ -196,7 +196,7 @@ def test_of_a_trained_mixture_the_lowest_is_missed_least(tokenizer: PreTrainedTo
         decoder = decoder_of(copy.deepcopy(model), tokenizer)
         for layer, expert in zip(decoder.layers, gone, strict=True):
             experts.cut(layer, [other for other in range(4) if other != expert])
-        return float(decoder.window_losses(tokens).mean())
+        return float(next(decoder.batch_losses(tokens, len(tokens))).mean())
 
     lowest, highest = ([int(pick(own)) for own in scores] for pick in (torch.argmin, torch.argmax))
     assert loss_without(lowest) < loss_without(highest)
@@ -231,7 +231,7 @@ def test_what_is_saved_is_the_stock_class(
     family, changes = MIXTURES[name]
     made = save(make_model(family, **changes).to(getattr(torch, dtype)), tokenizer, tmp_path / "source")
     source = locate(str(made), allow_paths=True)
-    decoder = load(source, "auto", torch.device("cpu"))
+    decoder = load(source, "auto")
     scores = EXPERT_SCORERS["reap"](context_of(decoder))
     for layer, kept in zip(decoder.layers, best(scores, [left] * 3, decoder.layers), strict=True):
         experts.cut(layer, kept)

@@ -209,7 +209,7 @@ def test_a_wrong_tensor_is_named(
             del weights[name]
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PruningError, match=re.escape(named)) as caught:
-        load(locate(str(source), allow_paths=True), "auto", torch.device("cpu"))
+        load(locate(str(source), allow_paths=True), "auto")
     assert caught.value.code == code
 
 

@@ -175,7 +175,7 @@ def make_case(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast, **cha
     model = model.bfloat16() if name == "bfloat16" else model
     shard = {"max_shard_size": "100KB"} if name == "sharded" else {}
     source = locate(str(save(model, tokenizer, folder / "source", **shard)), allow_paths=True)
-    decoder = load(source, "auto", torch.device("cpu"))
+    decoder = load(source, "auto")
     plan = PLANS[layout](decoder.shape)
     apply_plan(decoder, plan)
     if family == "added-biases":
@@ -198,7 +198,7 @@ def make_case(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast, **cha
 def pruned(folder: Path, layout: str = "") -> tuple[Decoder, Path]:
     """The model of ``folder`` cut, and where it was written and checked: beside it."""
     source = locate(str(folder), allow_paths=True)
-    decoder = load(source, "auto", torch.device("cpu"))
+    decoder = load(source, "auto")
     plan = PLANS[layout](decoder.shape)
     apply_plan(decoder, plan)
     out = folder.parent / "pruned"

@@ -35,7 +35,7 @@ QUICK = ("cohere", "granite", "starcoder2")
 def test_what_is_built_like_llama_can_be_pruned(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """With the check of the written checkpoint by a process that never saw this."""
     folder = save(make_model(name), tokenizer, tmp_path / "source")
-    decoder = load(locate(str(folder), allow_paths=True), "auto", torch.device("cpu"))
+    decoder = load(locate(str(folder), allow_paths=True), "auto")
     assert decoder.shape.family.name == "generic"
     assert decoder.shape.parameters == decoder.parameters
     assert decoder.shape.prunable_parameters == decoder.projection_parameters
@@ -78,13 +78,13 @@ def test_what_is_not_is_refused_by_its_reason(
     if reason == "'hidden_size'":
         (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in SIZES}))
     with pytest.raises(PruningError, match=reason) as caught:
-        load(locate(str(folder), allow_paths=True), "auto", torch.device("cpu"))
+        load(locate(str(folder), allow_paths=True), "auto")
     assert caught.value.code == "unsupported_architecture"
 
 
 def test_a_model_that_is_not_what_it_seems_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     folder = save(make_model("olmo"), tokenizer, tmp_path / "source")
-    decoder = load(locate(str(folder), allow_paths=True), "auto", torch.device("cpu"))
+    decoder = load(locate(str(folder), allow_paths=True), "auto")
     verify(decoder)
     mlp = decoder.layers[1].module.get_submodule("mlp")
     mlp.register_forward_hook(lambda _, args, output: output + args[0])  # gives something that no channel does
@@ -101,7 +101,7 @@ def test_verifying_leaves_the_model_as_it_was(
 ) -> None:
     """The model has 12 layers, over which the roundings of half precision would add up."""
     folder = save(make_model("starcoder2", num_hidden_layers=12).to(dtype), tokenizer, tmp_path / "source")
-    decoder = load(locate(str(folder), allow_paths=True), "auto", torch.device("cpu"))
+    decoder = load(locate(str(folder), allow_paths=True), "auto")
     before = {name: tensor.clone() for name, tensor in decoder.model.state_dict().items()}
     verify(decoder)
     after = decoder.model.state_dict()

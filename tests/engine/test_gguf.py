@@ -86,7 +86,7 @@ def loaded(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast, **change
     family, own = MODELS[name]
     model = make_model(family, **{"hidden_size": 96, **own, **changes})
     source = locate(str(save(model, tokenizer, folder / "source")), allow_paths=True)
-    return load(source, "auto", torch.device("cpu")), source
+    return load(source, "auto"), source
 
 
 def pruned(
@@ -249,7 +249,7 @@ def test_kinds_of_a_mixture(kind: GgufKind, tokenizer: PreTrainedTokenizerFast, 
     sizes = {"hidden_size": 256, "head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = make_model("qwen3-moe", **sizes, num_hidden_layers=1, moe_intermediate_size=256, norm_topk_prob=True)
     source = locate(str(save(model, tokenizer, tmp_path / "source")), allow_paths=True)
-    decoder = load(source, "auto", torch.device("cpu"))
+    decoder = load(source, "auto")
     path = tmp_path / "model.gguf"
     write_gguf(decoder, source, path, kind)
     check_gguf(decoder, path, kind)
@@ -280,7 +280,7 @@ def sentencepiece_source(folder: Path) -> tuple[Decoder, ModelSource]:
     source = save(make_model("llama", hidden_size=96), tokenizer, folder / "source")
     (folder / "tokenizer.model").rename(source / "tokenizer.model")
     located = locate(str(source), allow_paths=True)
-    return load(located, "auto", torch.device("cpu")), located
+    return load(located, "auto"), located
 
 
 def test_sentencepiece(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_llama_cpp_reads_text_as_the_tokenizer_does(
     check_ready(decoder, source)
     write_gguf(decoder, source, tmp_path / "model.gguf", "F16")
     again = locate(str(tmp_path / "model.gguf"), allow_paths=True)
-    check_ready(load(again, "float32", torch.device("cpu")), again)
+    check_ready(load(again, "float32"), again)
     real = GGUFWriter.add_token_merges
     monkeypatch.setattr(GGUFWriter, "add_token_merges", lambda self, merges: real(self, merges[:2]))
     with pytest.raises(PruningError, match="other tokens") as caught:
@@ -315,7 +315,7 @@ def test_a_gguf_source_lends_its_tokenizer(tokenizer: PreTrainedTokenizerFast, t
     decoder, source = pruned("llama", UNIFORM, tmp_path, tokenizer)
     write_gguf(decoder, source, tmp_path / "first.gguf", "F16")
     again = locate(str(tmp_path / "first.gguf"), allow_paths=True)
-    write_gguf(load(again, "float32", torch.device("cpu")), again, tmp_path / "second.gguf", "F16")
+    write_gguf(load(again, "float32"), again, tmp_path / "second.gguf", "F16")
     first, second = (GGUFReader(tmp_path / name) for name in ("first.gguf", "second.gguf"))
     assert set(first.fields) == set(second.fields)
     for key, field in first.fields.items():

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerFast
@@ -106,7 +106,7 @@ def problems(draw: st.DrawFn) -> tuple[ModelShape, int, float, int]:
     return shape, multiple, draw(st.floats(0.05, 0.9)), draw(st.integers(1, 9))
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400)
 @given(problems(), st.integers(0, 100), st.sampled_from(["geometric", "cubic"]), st.booleans())
 def test_what_the_door_lets_in_is_met_to_within_half_a_block(
     problem: tuple[ModelShape, int, float, int], seed: int, schedule: Literal["geometric", "cubic"], scored: bool

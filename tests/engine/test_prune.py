@@ -589,7 +589,7 @@ def test_licences_go_along(trained_folder: Path, tmp_path: Path) -> None:
 def test_uniform_layers_are_all_alike(
     method: str, rounds: int, ratio: float, trained_folder: Path, tmp_path: Path
 ) -> None:
-    shape = load(locate(str(trained_folder), allow_paths=True), "auto", torch.device("cpu")).shape
+    shape = load(locate(str(trained_folder), allow_paths=True), "auto").shape
     reached = shape.nearest_ratio(ratio, 8, uniform=True)
     asked = spec(method=method, rounds=rounds, target_ratio=reached, layout="uniform", allocation={"width_multiple": 8})
     report = run(trained_folder, tmp_path / "out", asked).report

@@ -83,7 +83,7 @@ def test_it_is_loaded_without_its_code_and_computes_the_same(
     assert config["added_biases"], "flap adds biases, for which the stock class has no place"
     stranger = AutoModelForCausalLM.from_pretrained(first, trust_remote_code=True)
     (first / "modeling_pruned.py").write_text("raise SystemExit('this file is never run')\n")
-    decoder = load(locate(str(first), allow_paths=True), "auto", torch.device("cpu"))
+    decoder = load(locate(str(first), allow_paths=True), "auto")
     tokens = torch.arange(40).view(2, 20) * 7 % VOCABULARY
     assert torch.allclose(decoder.model(tokens).logits, stranger(tokens).logits, atol=1e-5)
     assert type(decoder.model).__name__ == "LlamaForCausalLM"

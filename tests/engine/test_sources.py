@@ -130,7 +130,7 @@ def test_from_a_gguf_file(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) ->
     source = locate("local:tiny", models_dir=tmp_path / "models")
     assert source.gguf_file == "tiny.gguf"
     assert read_shape(source).parameters == sum(parameter.numel() for parameter in model.parameters())
-    decoder = load(source, "auto", torch.device("cpu"))
+    decoder = load(source, "auto")
     tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
     assert torch.allclose(decoder.model(tokens).logits, model(tokens).logits, atol=1e-4)
     result = prune("local:tiny", ASKED, tmp_path / "out", models_dir=tmp_path / "models")
@@ -148,7 +148,7 @@ def test_admission_and_the_engine_agree_on_auto(
     (folder / "config.json").write_text(json.dumps(config | ({} if named is None else {"dtype": named})))
     source = locate(str(folder), allow_paths=True)
     assert source.dtype == (named or "float32")
-    assert load(source, "auto", torch.device("cpu")).model.dtype == getattr(torch, source.dtype)
+    assert load(source, "auto").model.dtype == getattr(torch, source.dtype)
 
 
 def test_a_torn_gguf_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from secateur.catalog.architectures import shape_from_config
 from secateur.catalog.budget import whole_units, without_whole
-from secateur.catalog.memory import estimate
+from secateur.catalog.memory import Place, estimate
 from secateur.catalog.methods import SCORERS
 from secateur.catalog.resolve import components, resolve
 from secateur.catalog.spec import Calibration, Evaluation, PruningSpec
@@ -147,7 +147,7 @@ def test_from_the_request_to_the_files(name: str, tokenizer: PreTrainedTokenizer
     held = counts.keys() & {"attention", "feed_forward"}
     needs_code = asked.layout == "per-layer" and (widths or bool(held))
     assert bool(list((tmp_path / "out").glob("*.py"))) == needs_code, "a stock class holds fewer layers and experts"
-    if not widths and len(counts) == 1 and not held:
+    if not widths and len(counts) == 1:
         ((structure, count),) = counts.items()
         together = sum(shape.price(structure, index) for index in range(DEPTH))
         unit = together if structure in EQUAL else together / DEPTH
@@ -246,6 +246,7 @@ def test_what_a_model_cannot_give_is_refused_at_the_door(
     [
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, {}, "structures", "scale_attn_by_inverse_layer_idx"),
         ("llama", {"num_hidden_layers": 1}, {}, "structures", "too few 'layers'"),
+        ("llama", {"num_key_value_heads": 1}, {"structures": ["attention"]}, "structures", "too few 'attention'"),
         (
             "mixtral",
             {},
@@ -351,7 +352,7 @@ def test_one_kv_group_is_no_obstacle_unless_it_is_cut_alone() -> None:
     config = config_of("llama", num_hidden_layers=DEPTH, num_key_value_heads=1)
     shape = shape_from_config(config)
     resolve(spec(target_ratio=0.3), shape, config=config, source_dtype="float32")
-    with pytest.raises(PruningError, match=r"too few 'kv_groups'.*allowed: layers, attention, feed_forward, channels"):
+    with pytest.raises(PruningError, match=r"too few 'kv_groups'.*allowed: layers, feed_forward, channels"):
         resolve(spec(target_ratio=0.1, structures=["kv_groups"]), shape, config=config, source_dtype="float32")
 
 
@@ -373,7 +374,7 @@ def test_memory_counts_the_unpruned_model_where_a_round_needs_it(
     config = config_of(family, num_hidden_layers=DEPTH)
     shape = shape_from_config(config)
     asked = spec(**{"target_ratio": 0.4, "allocation": {"width_multiple": 8}, **changes})
-    weights = estimate(resolve(asked, shape, config=config, source_dtype="float32"), shape, False).weights
+    weights = estimate(resolve(asked, shape, config=config, source_dtype="float32"), shape, Place.RESIDENT).weights
     assert weights == shape.parameters * 4 * (1 + reference)
 
 

@@ -209,7 +209,7 @@ def test_inspect_names_the_vocabularys_share(trained_folder: Path) -> None:
 
 def test_gguf_file_has_the_cut_tokenizer(trained_folder: Path, tmp_path: Path) -> None:
     source = locate(str(trained_folder), allow_paths=True)
-    decoder = load(source, "float32", torch.device("cpu"))
+    decoder = load(source, "float32")
     choice = choose(decoder.tokenizer, TEXTS, decoder.shape.vocab_size, named_tokens(decoder.model), 0.2, 16)
     cut_decoder(decoder, choice.vocabulary)
     gguf.write_gguf(decoder, source, tmp_path / "model.gguf", "F32")

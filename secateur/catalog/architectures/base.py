@@ -204,6 +204,19 @@ class ModelShape:
         """Number of parameters in attention and feed-forward projections; ``target_ratio`` is a share of it."""
         return sum(self.layer_parameters(index) for index in range(len(self.layers)))
 
+    def standing_in(self, source: "ModelShape") -> int:
+        """Return the parameters of the units that stand in the files for sub-layers which were removed from ``source``.
+
+        A removed attention or feed-forward has one unit in the files, whose output is zero; a removed layer has none.
+        """
+        total = 0
+        for own, before, cost in zip(self.layers, source.layers, source.costs, strict=True):
+            for name, gone in (("attention", not own.kv_groups), ("feed_forward", not own.channels)):
+                if gone and (own.kv_groups or own.channels):
+                    without = cost.parameters(STRUCTURES[name].left(before, 0))
+                    total += cost.parameters(before) - without - STRUCTURES[name].price(before, cost)
+        return total
+
     @property
     def parameters(self) -> int:
         return self.prunable_parameters + self.other_parameters

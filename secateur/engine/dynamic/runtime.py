@@ -1,6 +1,6 @@
 """A dynamic checkpoint at runtime: transformers loads it from its folder, and it is measured like any other model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ class Runtime(Decoder):
         each layer that generate.
         """
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=decoder.model.dtype)
+        self.placement = decoder.placement
         self.model = model.to(decoder.device).eval().requires_grad_(False)
         self.tokenizer, self.shape, self.opening = decoder.tokenizer, decoder.shape, decoder.opening
         self.read_share = decoder.read_share
@@ -47,13 +48,18 @@ class Runtime(Decoder):
         return self._widths
 
     @torch.no_grad()
-    def window_losses(self, tokens: Tensor) -> Tensor:
-        """Return the next-token losses ``[windows, predicted]`` of the windows ``tokens`` ``[windows, length]``.
+    def batch_losses(
+        self, tokens: Tensor, batch_windows: int, progress: Callable[[float], None] = lambda share: None
+    ) -> Iterator[Tensor]:
+        """Yield the next-token losses ``[windows, predicted]`` of each batch of ``tokens`` ``[windows, length]``.
 
         Tokens that are read first (see ``read_share``) have no loss. Each window has its own choice of units.
         """
-        read = self.read_tokens(tokens)
-        return torch.cat([self._continued(window, read) for window in tokens.split(1)])
+        read, done = self.read_tokens(tokens), 0
+        for batch in tokens.split(batch_windows):
+            yield torch.cat([self._continued(window, read) for window in batch.split(1)])
+            done += len(batch)
+            progress(done / len(tokens))
 
     def _continued(self, window: Tensor, read: int) -> Tensor:
         return token_losses(self.logits(window, read)[:, read - 1 :], window[:, read - 1 :])
@@ -79,7 +85,7 @@ class Runtime(Decoder):
         losses = {}
         for weight in PRIOR_WEIGHTS:
             self.model.config.dynamic_pruning["prior_weight"] = weight
-            losses[weight] = float(self.window_losses(tokens[:TRIED_WINDOWS]).double().mean())
+            losses[weight] = float(next(self.batch_losses(tokens[:TRIED_WINDOWS], TRIED_WINDOWS)).double().mean())
         best = min(PRIOR_WEIGHTS, key=lambda weight: losses[weight])
         self.model.config.dynamic_pruning["prior_weight"] = best
         return best

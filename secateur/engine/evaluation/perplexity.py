@@ -21,11 +21,8 @@ def perplexity(decoder: Decoder, tokens: Tensor, batch_windows: int, progress: C
         PruningError: ``loss_not_finite`` when the loss is NaN.
     """
     total, count = 0.0, 0
-    for start in range(0, len(tokens), batch_windows):
-        batch = tokens[start : start + batch_windows]
-        losses = decoder.window_losses(batch)
+    for losses in decoder.batch_losses(tokens, batch_windows, progress):
         total, count = total + float(losses.double().sum()), count + losses.numel()
-        progress(min(start + batch_windows, len(tokens)) / len(tokens))
     mean = total / count
     if math.isnan(mean):
         raise PruningError(

@@ -50,11 +50,11 @@ def forward_statistics(
         flat = inputs.flatten(0, -2).double()
         sums[structure][index] = sums[structure][index] + torch.stack([flat.sum(0), flat.square().sum(0)]).cpu()
 
-    hooks = []
+    batches, hidden = decoder.enter_batches(tokens, batch_windows)
     for number, layer in enumerate(decoder.layers):
-        hooks.append(
+        hooks = [
             layer.module.register_forward_hook(lambda _, args, output, number=number: turned(number, args, output))
-        )
+        ]
         for name, structure in WIDTHS.items():
             if structure.units(layer):
                 hooks.append(
@@ -62,13 +62,12 @@ def forward_statistics(
                         lambda _, args, number=number, name=name: seen(number, name, args[0])
                     )
                 )
-    try:
-        for start in range(0, len(tokens), batch_windows):
-            decoder.model(tokens[start : start + batch_windows], use_cache=False, logits_to_keep=1)
-            progress(min(start + batch_windows, len(tokens)) / len(tokens))
-    finally:
-        for hook in hooks:
-            hook.remove()
+        try:
+            decoder.run_batches(batches, number, hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        progress((number + 1) / len(decoder.layers))
     count = tokens.numel()
     variances = [
         (squares / count - (total / count).square()).clamp_min(0)

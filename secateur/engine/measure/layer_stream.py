@@ -60,10 +60,9 @@ class LayerStream:
     def __init__(self, decoder: Decoder, tokens: Tensor, batch_windows: int, reference: Decoder | None) -> None:
         # A projection can be fitted to missing hidden states only if its output is added to them without a norm.
         self._decoder, self._reference = decoder, reference if decoder.shape.family.additive else None
-        self._entered = [decoder.enter(batch) for batch in tokens.split(batch_windows)]
-        self.hidden = [entered.hidden for entered in self._entered]
+        self._batches, self.hidden = decoder.enter_batches(tokens, batch_windows)
         """The hidden states that enter the next layer, by batch: ``[windows, length, hidden]``."""
-        self._targets = {"attention": self.hidden, "feed_forward": self.hidden}
+        self._targets = {"attention": list(self.hidden), "feed_forward": list(self.hidden)}
         self._index = -1
 
     @torch.no_grad()
@@ -74,13 +73,14 @@ class LayerStream:
         """
         for index, layer in enumerate(self._decoder.layers):
             self._index = index
-            if self._reference is not None:
-                self._run_reference(self._reference)
-            yield layer
-            if cut or self._reference is None:
-                self.hidden = [self._run(self._decoder, batch, hidden) for batch, hidden in enumerate(self.hidden)]
-            else:
-                self.hidden = self._targets["feed_forward"]
+            with self._decoder.at_hand(layer):
+                if self._reference is not None:
+                    self._run_reference(self._reference)
+                yield layer
+                if cut or self._reference is None:
+                    self._decoder.run_batches(self._batches, index, self.hidden)
+                else:
+                    self.hidden = list(self._targets["feed_forward"])
 
     @torch.no_grad()
     def moments(self, name: str) -> list[Moments]:
@@ -105,15 +105,16 @@ class LayerStream:
             )
             for _ in range(experts)
         ]
-        for batch, hidden in enumerate(self.hidden):
+        for batch, kept in enumerate(self.hidden):
             with _seen(layer, structure) as seen:
-                self._run(self._decoder, batch, hidden)
+                self._run(self._decoder, batch, kept)
+            hidden = kept.to(weight.device)
             given = seen.inputs.flatten(0, -2).float().chunk(experts, 1)
             entering = seen.entering.flatten(0, -2).float()
             sent = torch.stack([inputs.any(1) for inputs in given], 1)  # [tokens, experts]
             weights = torch.ones(len(entering), 1, device=weight.device)
             if self._reference is not None:
-                target = self._targets[structure.part][batch].flatten(0, 1).float()
+                target = self._targets[structure.part][batch].to(weight.device).flatten(0, 1).float()
                 weights = 1 / target.square().mean(1, keepdim=True)
                 before = hidden if seen.attended is None else hidden + seen.attended
                 lacking = target - before.flatten(0, 1).float() - seen.output.flatten(0, -2).float()
@@ -129,16 +130,16 @@ class LayerStream:
         return found
 
     def _run(self, decoder: Decoder, batch: int, hidden: Tensor) -> Tensor:
-        return decoder.run_layer(self._entered[batch], self._index, hidden)
+        return decoder.run_layer(self._batches[batch], self._index, hidden)
 
     def _run_reference(self, reference: Decoder) -> None:
         """Run this layer of the reference and keep its hidden states after attention and after the layer."""
-        layer, entering = reference.layers[self._index], self._targets["feed_forward"]
+        layer, after, leaving = reference.layers[self._index], self._targets["attention"], self._targets["feed_forward"]
         attended: list[Tensor] = []
-        with _attending(layer, attended.append):
-            leaving = [self._run(reference, batch, hidden) for batch, hidden in enumerate(entering)]
-        after = [hidden + output for hidden, output in zip(entering, attended, strict=True)] if attended else entering
-        self._targets = {"attention": after, "feed_forward": leaving}
+        with reference.at_hand(layer), _attending(layer, attended.append):
+            for batch, entering in enumerate(leaving):
+                leaving[batch] = self._run(reference, batch, entering).to(entering.device)
+                after[batch] = entering + attended.pop().to(entering.device) if attended else entering
 
 
 class _Enough(Exception):

@@ -16,7 +16,7 @@ from secateur.catalog.structures import LayerCost
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model.experts import Experts
 from secateur.engine.model.fused import Fused
-from secateur.engine.model.layer_files import LayerFiles
+from secateur.engine.model.placement import Placement
 from secateur.engine.time_limit import encode
 
 if TYPE_CHECKING:
@@ -125,11 +125,11 @@ class Decoder:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         shape: ModelShape,
-        files: LayerFiles | None = None,
+        placement: Placement | None = None,
     ) -> None:
-        """Present ``model``, whose changed layers are held in ``files`` if it is given, else in memory."""
+        """Present ``model``, which ``placement`` moves to its devices; without a placement, it stays where it is."""
         self.model = model
-        self._files = files
+        self.placement = placement or Placement(model.device)
         self.tokenizer = tokenizer
         self.shape = shape
         self.opening = opening_of(tokenizer, shape.family)
@@ -150,16 +150,22 @@ class Decoder:
             if layer.family.fused or layer.mixture is not None:
                 self.hold(layer)  # its projections are new tensors
             self.layers.append(layer)
+        self.placement.place(model, modules)
 
     def hold(self, layer: Layer) -> None:
-        """Hold a layer whose tensors changed where the model's layers are held: in a file or in memory."""
-        if self._files is not None:
-            self._files.hold(layer.module)
+        """Hold a layer whose tensors changed where the model's layers are held."""
+        self.placement.hold(layer.module)
+
+    @contextmanager
+    def at_hand(self, layer: Layer) -> Iterator[Layer]:
+        """Keep a layer on the device that runs it while the context lasts, see :meth:`Placement.at_hand`."""
+        with self.placement.at_hand(layer.module):
+            yield layer
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.model.device
-        return device
+        """The device of the embeddings and the head, on which tokens enter and logits leave."""
+        return self.placement.device
 
     @property
     def widths(self) -> list[LayerShape]:
@@ -247,14 +253,39 @@ class Decoder:
         return entered
 
     def run_layer(self, captured: "Captured | Entered", index: int, hidden: Tensor) -> Tensor:
-        """Return the output of layer ``index`` for the hidden states ``hidden`` ``[windows, length, hidden]``."""
+        """Return the output of layer ``index`` for the hidden states ``hidden`` ``[windows, length, hidden]``.
+
+        The hidden states may be on another device, such as the host; the output is on the model's device.
+        """
         arguments = captured.arguments[index]
-        output = self.layers[index].module(hidden, *arguments.others, **arguments.named)
+        output = self.layers[index].module(hidden.to(self.device), *arguments.others, **arguments.named)
         leaving: Tensor = output[0] if isinstance(output, tuple) else output
         return leaving
 
+    @torch.no_grad()
+    def run_batches(self, batches: "Sequence[Entered]", index: int, hidden: list[Tensor]) -> None:
+        """Replace the hidden states of each batch by the output of layer ``index``, where they are kept."""
+        with self.at_hand(self.layers[index]):
+            for number, batch in enumerate(batches):
+                hidden[number] = self.run_layer(batch, index, hidden[number]).to(hidden[number].device)
+
+    @torch.no_grad()
+    def enter_batches(self, tokens: Tensor, batch_windows: int) -> tuple["list[Entered]", list[Tensor]]:
+        """Return the batches of ``tokens`` ``[windows, length]`` and the hidden states that enter the first layer.
+
+        The hidden states are kept where the placement has room for them, and the batches keep none.
+        """
+        size = tokens.numel() * self.shape.hidden_size * self.model.dtype.itemsize
+        store = self.placement.store(size)
+        batches = [self.enter(batch) for batch in tokens.split(batch_windows)]
+        hidden = [batch.hidden.to(store) for batch in batches]
+        for batch in batches:
+            batch.hidden = torch.empty(0)
+        return batches, hidden
+
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits ``[windows, length, vocabulary]`` for ``hidden``, the output of the last layer."""
+        hidden = hidden.to(self.device)
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with self._layers_replaced(lambda entering, arguments: hidden):
             logits: Tensor = self.model(tokens, use_cache=False).logits
@@ -281,13 +312,22 @@ class Decoder:
         start = max(len(self.opening) - 1, 0)
         return token_losses(logits[:, start:], tokens[:, start:])
 
-    def window_losses(self, tokens: Tensor) -> Tensor:
-        """Return the next-token losses ``[windows, predicted]`` of the windows ``tokens`` ``[windows, length]``.
+    @torch.no_grad()
+    def batch_losses(
+        self, tokens: Tensor, batch_windows: int, progress: Callable[[float], None] = lambda share: None
+    ) -> Iterator[Tensor]:
+        """Yield the next-token losses ``[windows, predicted]`` of each batch of ``tokens`` ``[windows, length]``.
 
-        Tokens that are read first (see ``read_share``) have no loss.
+        Each layer runs all batches before the next layer does, so that every layer comes to the device once. Tokens that
+        are read first (see ``read_share``) have no loss.
         """
-        losses = self.losses(self.model(tokens, use_cache=False).logits, tokens)
-        return losses[:, -(tokens.shape[1] - self.read_tokens(tokens)) :] if self.read_share else losses
+        batches, hidden = self.enter_batches(tokens, batch_windows)
+        for index in range(len(self.layers)):
+            self.run_batches(batches, index, hidden)
+            progress((index + 1) / len(self.layers))
+        for batch in tokens.split(batch_windows):
+            losses = self.losses(self.head(hidden.pop(0)), batch)
+            yield losses[:, -(tokens.shape[1] - self.read_tokens(tokens)) :] if self.read_share else losses
 
     def read_tokens(self, tokens: Tensor) -> int:
         """Return how many tokens of each window in ``tokens`` ``[windows, length]`` are read first."""

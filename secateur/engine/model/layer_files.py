@@ -45,7 +45,11 @@ class LayerFiles:
         for name, parameter in parameters.items():
             owner, _, kind = name.rpartition(".")
             module.get_submodule(owner).register_parameter(kind, held[names[id(parameter)]])
-        if TRIM is not None:  # the freed tensors of many layers would otherwise stay in the process
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Give freed memory back to the system: the process would otherwise keep the freed tensors of many layers."""
+        if TRIM is not None:
             TRIM(0)
 
     def _mapped(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

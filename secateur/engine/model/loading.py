@@ -31,9 +31,9 @@ from secateur.contract.errors import ErrorCode, PruningError
 from secateur.engine.model import chatglm
 from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.generic import sizes_of, verify
-from secateur.engine.model.layer_files import LayerFiles
 from secateur.engine.model.modeling_chatglm6b import ChatGLM6BConfig, ChatGLM6BForCausalLM
 from secateur.engine.model.per_layer import as_stock, pruned_class
+from secateur.engine.model.placement import Placement
 from secateur.engine.time_limit import with_tokenizer
 
 # The pattern is not *.safetensors, because some repositories hold a second copy of the model under other names.
@@ -107,14 +107,13 @@ def _bar(told: Callable[[int, int], None]) -> type[tqdm]:
 def load(
     source: ModelSource,
     dtype: str,
-    device: torch.device,
+    placement: Placement | None = None,
     max_parameters: int | None = None,
-    files: LayerFiles | None = None,
 ) -> Decoder:
     """Load a downloaded model, frozen and in evaluation mode.
 
-    With ``dtype`` ``auto``, the model has the dtype :attr:`ModelSource.dtype`. With ``files``, layers that change are
-    held there.
+    With ``dtype`` ``auto``, the model has the dtype :attr:`ModelSource.dtype`. ``placement`` moves the model to its devices;
+    without a placement, the model is on the CPU.
 
     Raises:
         PruningError: ``model_too_large``, ``unsupported_architecture``, ``config_invalid``, ``weights_missing``,
@@ -128,7 +127,7 @@ def load(
     tokenizer = _load_tokenizer(source)
     if shape.family.experts:
         _check_experts(source, shape.stock_layer.experts)
-    return adopt(_load_model(source, dtype, shape).to(device), tokenizer, source, files)
+    return adopt(_load_model(source, dtype, shape), tokenizer, source, placement)
 
 
 def describe_loaded(
@@ -171,14 +170,14 @@ def adopt(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     source: ModelSource,
-    files: LayerFiles | None = None,
+    placement: Placement | None = None,
 ) -> Decoder:
     """Return a decoder over a loaded model, which is frozen, set to evaluation mode and pruned in place.
 
     Raises:
         PruningError: ``unsupported_architecture``, ``config_invalid``, ``weights_not_finite``.
     """
-    decoder = Decoder(model.eval().requires_grad_(False), tokenizer, sizes_of(source), files)
+    decoder = Decoder(model.eval().requires_grad_(False), tokenizer, sizes_of(source), placement)
     _check(decoder, source)
     if not source.sizes_known:
         verify(decoder)

@@ -146,16 +146,16 @@ class LastProjection:
         """Run the block on ``hidden``."""
         with _seen(self.linear) as seen:
             output = self._decoder.run_layer(entered, self.index, hidden)
-        return Run(output, seen[1 if self._maps_outputs else 0].flatten(0, -2))
+        return Run(output, seen[1 if self._maps_outputs else 0].flatten(0, -2).to(output.device))
 
     def moments(self) -> "Moments":
         weight = self.linear.weight
-        return Moments(weight.shape[0 if self._maps_outputs else 1], weight.shape[0], weight.device)
+        return Moments(weight.shape[0 if self._maps_outputs else 1], weight.shape[0], self._decoder.device)
 
     def fold(self, change: Tensor) -> None:
         """Let the block's output grow by ``features @ change``; ``change`` is ``[features, hidden]``."""
         weight, bias = self.linear.weight, self.linear.bias
-        change = change.float().T / self._gain
+        change = (change.float().T / self._gain).to(weight.device)
         if self._maps_outputs:
             weight.copy_(weight.float() + change @ weight.float())
             if bias is not None:
@@ -172,7 +172,7 @@ class LastProjection:
             without = self._decoder.run_layer(entered, self.index, hidden)
         finally:
             hook.remove()
-        given = seen[1].float().flatten()
+        given = seen[1].to(output.device).float().flatten()
         added = (output.float() - without.float()).flatten()
         return float(added @ given / (given @ given).clamp_min(1e-12)) or 1.0
 

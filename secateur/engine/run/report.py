@@ -81,7 +81,7 @@ def build_report(
         calibration=calibration.describe(),
         evaluation=evaluation.describe(),
         dtype=str(decoder.model.dtype).removeprefix("torch."),
-        device=str(decoder.device),
+        device=str(decoder.placement),
         seed=resolved.spec.seed,
         versions=versions(),
     )

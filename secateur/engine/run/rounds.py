@@ -32,8 +32,9 @@ def prune_round(context: Context, goal: RoundGoal) -> Plan:
     layers: Iterable[Layer] = context.decoder.layers if stream is None else stream.layers()
     plans = []
     for index, layer in enumerate(layers):
-        plans.append({name: _cut(context, stream, layer, index, name, counts[index][name]) for name in WIDTHS})
-        context.decoder.hold(layer)
+        with context.decoder.at_hand(layer):
+            plans.append({name: _cut(context, stream, layer, index, name, counts[index][name]) for name in WIDTHS})
+            context.decoder.hold(layer)
         context.progress((index + 1) / len(counts))
     return Plan(tuple(plans))
 

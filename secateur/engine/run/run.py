@@ -10,17 +10,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.catalog.budget import block
 from secateur.catalog.methods import Need
 from secateur.catalog.resolve import Components, Resolved, components, resolve
-from secateur.catalog.sources import ModelSource, locate, read_shape
+from secateur.catalog.sources import ModelSource, check_size, locate, read_shape
 from secateur.catalog.spec import Format, Layout, PruningSpec, target_folder
 from secateur.contract.errors import ErrorCode, PruningError
 from secateur.contract.events import StepEvent, WarningEvent
@@ -35,8 +35,10 @@ from secateur.engine.model.decoder import Decoder
 from secateur.engine.model.generic import sizes_of
 from secateur.engine.model.layer_files import LayerFiles
 from secateur.engine.model.loading import adopt, describe_loaded, download, load
+from secateur.engine.model.placement import Placement
 from secateur.engine.model.plan import indices_of, ranges_of
 from secateur.engine.run import tensor_files
+from secateur.engine.run.devices import choose_placement
 from secateur.engine.run.endpoint import hub_at
 from secateur.engine.run.measuring import Measurer
 from secateur.engine.run.progress import Progress
@@ -275,7 +277,6 @@ def _load(
     state: RunState | None,
     stack: ExitStack,
 ) -> tuple[ModelSource, Resolved, UnprunedModel]:
-    device = torch.device(workspace.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(model, LoadedModel):
         progress.stage(Stage.LOADING)
         apart = chosen.targets > 1 or chosen.competing
@@ -290,13 +291,14 @@ def _load(
                 f"A loaded model is pruned in its own dtype, {own}; allowed: 'auto' or '{own}'. Convert the model first.",
                 field="dtype",
             )
-        device = model.model.device
-        files = _files(device, scratch)
+        place: Callable[[], Placement] = partial(
+            Placement, model.model.device, LayerFiles(scratch) if model.model.device.type == "cpu" else None
+        )
         if apart:  # the model is loaded from the files more than once, and the caller's model does not change
-            decoder = load(source, "auto", device, workspace.max_parameters, files)
+            decoder = load(source, "auto", place(), workspace.max_parameters)
         else:
             decoder = adopt(model.model, model.tokenizer, source)
-        return source, resolved, UnprunedModel(decoder, lambda: load(source, "auto", device, files=files))
+        return source, resolved, UnprunedModel(decoder, lambda: load(source, "auto", place()))
     source = locate(
         model.model_id,
         revision=model.revision if state is None else state.revision or model.revision,
@@ -311,15 +313,11 @@ def _load(
     source = download(source, workspace.token, workspace.endpoint, progress.bytes)
     progress.stage(Stage.LOADING)
     resolved = _resolve(spec, source)
-    files = _files(device, scratch)
-    decoder = load(source, spec.dtype, device, workspace.max_parameters, files)
+    check_size(sizes_of(source), workspace.max_parameters)
+    place = choose_placement(resolved, sizes_of(source), workspace, scratch)
+    decoder = load(source, spec.dtype, place(), workspace.max_parameters)
     resolve(spec, decoder.shape, config=decoder.model.config.to_dict(), source_dtype=source.dtype)
-    return source, resolved, UnprunedModel(decoder, lambda: load(source, spec.dtype, device, files=files))
-
-
-def _files(device: torch.device, scratch: Path) -> LayerFiles | None:
-    """Return where the cut layers of a model on ``device`` are held; ``None`` stands for the device's memory."""
-    return LayerFiles(scratch) if device.type == "cpu" else None
+    return source, resolved, UnprunedModel(decoder, lambda: load(source, spec.dtype, place()))
 
 
 def _resolve(spec: PruningSpec, source: ModelSource) -> Resolved:

@@ -217,7 +217,7 @@ class StaticPruner:
             number=self.state.step + 1,
             kind=StepKind.ROUND,
             target_ratio=target.ratio,
-            ratio=ReachedRatio(target=goal.ratio, reached=decoder.reached_ratio),
+            ratio=ReachedRatio(target=goal.ratio, reached=_reached(decoder)),
             widths=plan.widths(decoder.shape),
             **context.details,
             **measured.model_dump(exclude_unset=True),
@@ -242,7 +242,7 @@ class StaticPruner:
         """Return the goal of round ``number``: what is removed from the widths of ``begun``, and the ratio of ``source``."""
         if not self._chosen.cuts_widths:
             return RoundGoal(ratio, {})
-        gone = source.prunable_parameters - begun.prunable_parameters
+        gone = source.prunable_parameters - begun.prunable_parameters - begun.standing_in(source)
         share = (ratio * source.prunable_parameters - gone) / begun.prunable_parameters
         goals = round_goals(
             begun,
@@ -329,7 +329,7 @@ class StaticPruner:
             number=self.state.step + 1,
             kind=StepKind.TRAINING,
             target_ratio=target.ratio,
-            ratio=ReachedRatio(target=target.ratio, reached=decoder.reached_ratio),
+            ratio=ReachedRatio(target=target.ratio, reached=_reached(decoder)),
             widths=Plan.from_data(target.plan).widths(decoder.shape),
             training=TrainingCurve(**curve),
             **measured.model_dump(exclude_unset=True),
@@ -382,11 +382,17 @@ class StaticPruner:
         self.state = self.state.model_copy(update={"targets": tuple(targets)})
 
 
+def _reached(decoder: Decoder) -> float:
+    """Return the ratio that a model would have reached as it would be published."""
+    with as_published(decoder):
+        return decoder.reached_ratio
+
+
 @torch.no_grad()
 def mean_loss(decoder: Decoder, tokens: Tensor) -> float:
     """Return the mean next-token loss of ``tokens`` ``[windows, length]`` in nats."""
     with decoder.routed():
-        losses = [decoder.window_losses(batch).double().flatten() for batch in tokens.split(batch_windows(tokens))]
+        losses = [losses.double().flatten() for losses in decoder.batch_losses(tokens, batch_windows(tokens))]
     return float(torch.cat(losses).mean())
 
 
@@ -412,5 +418,6 @@ def put(decoder: Decoder, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         owner, _, kind = name.rpartition(".")
         module = decoder.model.get_submodule(owner)
-        value = nn.Parameter(tensor.to(decoder.device), requires_grad=False)
+        held = next(module.parameters()).device
+        value = nn.Parameter(tensor.to(held), requires_grad=False)
         module.register_parameter(kind, value)

@@ -36,6 +36,9 @@ class Workspace:
     """Largest number of parameters that a model may have."""
     device: str | None = None
     """The torch name of the device to compute on; if it is unset, CUDA is used if available, else the CPU."""
+    device_memory_bytes: int | None = None
+    """Memory of the device that a run may take; if it is unset, what a GPU has free, and on a CPU no limit. The layers of
+    a model that needs more are streamed from the host."""
 
 
 def _ignore(event: Event) -> None:

@@ -78,7 +78,7 @@ def greedy(
     weights: list[tuple[nn.Parameter, Tensor]] = []
     gone: list[Unit] = []
     count = decoder.predicted(measured)
-    base = before = sum(float(decoder.window_losses(batch).double().sum()) for batch in measured.split(batch_windows))
+    base = before = sum(float(losses.double().sum()) for losses in decoder.batch_losses(measured, batch_windows))
     try:
         while candidates := [unit for unit in prices if can_leave(decoder, gone, unit) and fits(gone, unit)]:
             maps = _maps(decoder, fitted, batch_windows, candidates, gone) if len(fitted) else {}
@@ -97,7 +97,7 @@ def greedy(
             yield Removal(*best, (before - base) / count)
     finally:
         for parameter, value in reversed(weights):
-            parameter.data.copy_(value)
+            parameter.copy_(value)
 
 
 def can_leave(decoder: Decoder, gone: Collection[Unit], unit: Unit) -> bool:

@@ -47,9 +47,10 @@ def routing(decoder: Decoder, tokens: Tensor, batch_windows: int, progress: Prog
             if mixture is not None:
                 mixture.watch = partial(watch, own)
         with decoder.routed():
-            for start in range(0, len(tokens), batch_windows):
-                decoder.model(tokens[start : start + batch_windows], use_cache=False, logits_to_keep=1)
-                progress(min(start + batch_windows, len(tokens)) / len(tokens))
+            batches, hidden = decoder.enter_batches(tokens, batch_windows)
+            for index in range(len(decoder.layers)):
+                decoder.run_batches(batches, index, hidden)
+                progress((index + 1) / len(decoder.layers))
     finally:
         for mixture in mixtures:
             if mixture is not None:

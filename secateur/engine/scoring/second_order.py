@@ -67,7 +67,8 @@ def eliminate(weight: Tensor, gram: Tensor, width: int, count: int) -> Tensor:
 def _losses(columns: Tensor, inverse: Tensor, width: int) -> Tensor:
     """Return the error that the removal of each unit alone causes: ``[units]``."""
     if width == 1:
-        return torch.linalg.vector_norm(columns, dim=1).square() / inverse.diagonal()
+        squares: Tensor = torch.linalg.vector_norm(columns, dim=1).square()
+        return squares / inverse.diagonal()
     units = len(columns) // width
     blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).movedim(-1, 0)
     grouped = columns.view(units, width, -1)
