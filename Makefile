@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SUITE := --numprocesses 2 --dist worksteal
 
-.PHONY: demo test test-busy test-slow test-browser test-docs test-wheel test-base test-image image chaos test-gguf test-compat bench-quality bench-speed bench-load bench-hostile bench-paper bench-progress bench-dynamic bench-structures bench-vocabulary bench-sizes bench-census check lint types contracts client openapi clean
+.PHONY: demo test test-busy test-slow test-gpu test-browser test-docs test-wheel test-base test-image image chaos test-gguf test-compat bench-quality bench-speed bench-load bench-hostile bench-paper bench-progress bench-dynamic bench-structures bench-vocabulary bench-sizes bench-census check lint types contracts client openapi clean
 
 demo: .venv/.model
 	$(BIN)/python -m demo
@@ -19,6 +19,10 @@ test-busy: .venv/.installed
 # What takes minutes: every method through the whole service, models that are trained first.
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
+
+# What needs a GPU; skipped without one. The installed torch must be a build for CUDA.
+test-gpu: .venv/.installed
+	$(BIN)/python -m pytest -m gpu tests/engine/test_gpu.py
 
 # The web page in Debian's Chromium, which is installed where it is missing and this is root.
 test-browser: .venv/.installed
