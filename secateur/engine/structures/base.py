@@ -122,7 +122,7 @@ class Width(Structure):
         """
         wide = gate.repeat_interleave(self.width(layer), dim=1)
         hook = self.output(layer).register_forward_pre_hook(
-            lambda _, args: (_times(args[0], wide.to(args[0].dtype)),),
+            lambda _, args: (_times(args[0], wide.to(args[0])),),
         )
         try:
             yield
